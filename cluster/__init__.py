@@ -1,0 +1,1 @@
+"""The whole: configuration, coordinator, Serve application, ingress, command line, telemetry."""

@@ -1,0 +1,1 @@
+"""What crosses between processes: messages, views, frames, transports, dispatch and combine."""

@@ -1,0 +1,98 @@
+"""One error tree for the whole of Remora.
+
+    RemoraError
+     |- UserError                 what somebody asked for cannot be; the text says what is allowed
+     |   |- ConfigError           a configuration key or value (CLI: exit status 2)
+     |   |- UnsupportedModelError an architecture that cannot be served, and why
+     |   |- WeightsError          a checkpoint file or tensor that is missing, damaged or unsafe
+     |   '- RequestError          an HTTP request (status, param and code of the error body)
+     |       '- OverloadedError   429: the bounded queue is full; carries `retry_after_s`
+     '- ClusterError              a process or a link of the cluster
+         |- AuthError             a peer that does not know the cluster's token
+         |- FrameError            bytes that are no frame, or one over its bound
+         |- PeerLostError         a connection closed or refused under a call
+         |- DeadlineError         a peer did not answer within its deadline
+         '- FencedError           an answer or a call of an older incarnation or epoch
+
+Broken invariants are not in the tree: they `assert` and print the equation with its numbers.
+"""
+
+
+class RemoraError(Exception):
+    """Root of the tree."""
+
+
+class UserError(RemoraError):
+    """What somebody asked for cannot be done; the text says what was wrong and what is allowed."""
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class UnsupportedModelError(UserError):
+    """The checkpoint's architecture cannot be served; the text says why."""
+
+
+class WeightsError(UserError):
+    """A checkpoint file or tensor is missing, damaged or unsafe; the text names both."""
+
+
+class RequestError(UserError):
+    """An HTTP request is refused.
+
+    Args:
+        message: what was wrong, the value, and what is allowed.
+        status: HTTP status code.
+        param: the field of the request at fault, if one is.
+        code: machine-readable code of the error body (`model_not_found`, ...).
+        type: error type of the error body.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        type: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.type = type
+
+
+class OverloadedError(RequestError):
+    """The bounded queue is full: 429 with `Retry-After`."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, status=429, code="overloaded", type="overloaded_error")
+        self.retry_after_s = retry_after_s
+
+
+class ClusterError(RemoraError):
+    """A process or a link of the cluster failed."""
+
+
+class AuthError(ClusterError):
+    """A peer did not prove that it knows the cluster's token."""
+
+
+class FrameError(ClusterError):
+    """Bytes that are no frame, or a frame over its bound."""
+
+
+class PeerLostError(ClusterError):
+    """A connection was closed or refused."""
+
+
+class DeadlineError(ClusterError):
+    """A peer did not answer within its deadline."""
+
+
+class FencedError(ClusterError):
+    """A frame of an older incarnation or epoch was refused."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: linears, expert FFN, paged attention, sampling, and their slow twins."""
