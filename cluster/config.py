@@ -1,0 +1,305 @@
+"""The one configuration path: YAML file or preset -> overrides -> frozen pydantic model.
+
+An unknown key, at any depth, is a `ConfigError` that names it, its nearest allowed neighbour and
+all that is allowed. Serve's `args`, the CLI's flags and YAML files all go through `parse_config`.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from remora.comm.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1, le=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+
+
+class _Placed(_Section):
+    """What Ray needs to place one actor, and how many threads torch may use inside it."""
+
+    num_cpus: Fraction = 1.0  # logical CPUs, as Ray counts them
+    num_gpus: Fraction = 0.0
+    resources: dict[str, float] = {}  # Ray custom resources
+    labels: dict[str, str] = {}  # Ray node labels that must match (label selector)
+    threads: Positive | None = None  # None: the machine's cores shared out by bootstrap
+
+
+class DenseConfig(_Placed):
+    """The dense groups: attention, norms, gates, shared experts, LM head and KV pages."""
+
+    groups: Annotated[int, Field(ge=1, le=1024)] = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1  # only 1 is accepted today
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in one step
+    max_tokens_per_step: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # prefill chunk + decode
+    max_model_len: Positive | None = None  # tokens, prompt + output; None: the model's own
+    kv_cache_tokens: Positive | None = None  # at most one of these two;
+    kv_cache_gib: Annotated[float, Field(gt=0, le=1 << 20, allow_inf_nan=False)] | None = None
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens in one KV page
+    prefix_caching: bool = True
+    max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 4096  # sequences queued in one group
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DenseConfig":
+        if self.tensor_parallel != 1:
+            raise ValueError(f"tensor_parallel = {self.tensor_parallel}: only 1 is supported yet")
+        if self.kv_cache_tokens is not None and self.kv_cache_gib is not None:
+            raise ValueError("kv_cache_tokens and kv_cache_gib are both set: one is allowed")
+        if self.max_tokens_per_step < self.max_num_seqs:
+            raise ValueError(
+                f"max_tokens_per_step = {self.max_tokens_per_step} is below max_num_seqs ="
+                f" {self.max_num_seqs}: every running sequence needs one token a step"
+            )
+        return self
+
+    def num_kv_blocks(self, *, bytes_per_token: int, max_model_len: int) -> int:
+        """Pages of `block_size` tokens in one dense group.
+
+        Args:
+            bytes_per_token: K and V of one token over all layers.
+            max_model_len: tokens of the longest sequence; it must fit alone.
+
+        Raises:
+            ConfigError: the room asked for is smaller than one sequence of `max_model_len`.
+        """
+        needed = -(-max_model_len // self.block_size)
+        if self.kv_cache_tokens is not None:
+            num_blocks = self.kv_cache_tokens // self.block_size
+        elif self.kv_cache_gib is not None:
+            num_blocks = int(self.kv_cache_gib * 2**30) // (bytes_per_token * self.block_size)
+        else:  # every running sequence may hold 1,024 tokens, and the longest one fits thrice
+            average = -(-min(max_model_len, 1024) // self.block_size)
+            num_blocks = max(3 * needed, self.max_num_seqs * average)
+        if num_blocks < needed:
+            raise ConfigError(
+                f"dense.kv_cache_*: room for {num_blocks * self.block_size} tokens, but one"
+                f" sequence may hold max_model_len = {max_model_len}: raise it or lower that"
+            )
+        return num_blocks
+
+
+class ExpertsConfig(_Placed):
+    """The expert shards: slots of expert weights, stateless per call."""
+
+    shards: Annotated[int, Field(ge=1, le=4096)] = 2
+    transport: Literal["auto", "tcp"] = "auto"  # auto: Unix socket + memfd on the same host
+    call_timeout_s: Seconds = 30.0  # one dispatch to one shard
+
+
+class HttpConfig(_Section):
+    """The OpenAI-compatible endpoint and its bounds."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: one that is free
+    api_keys_file: Path | None = None  # one key a line; also $REMORA_API_KEYS (comma separated)
+    admin_keys_file: Path | None = None  # also $REMORA_ADMIN_KEYS
+    ingress_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    body_bytes_max: Annotated[int, Field(ge=1024, le=1 << 30)] = 8 << 20
+    json_depth_max: Annotated[int, Field(ge=4, le=512)] = 64
+    batch_max: Annotated[int, Field(ge=1, le=1 << 16)] = 2048  # prompts in one request
+    n_max: Annotated[int, Field(ge=1, le=4096)] = 128
+    logprobs_max: Annotated[int, Field(ge=0, le=1024)] = 20
+    queue_max: Annotated[int, Field(ge=1, le=1 << 20)] = 1024  # sequences admitted per replica
+    request_timeout_s: Seconds = 3600.0
+
+
+class SecurityConfig(_Section):
+    """How the processes of one cluster know each other."""
+
+    token_file: Path | None = None  # None: a random token, kept by the coordinator
+
+
+class RayConfig(_Section):
+    """The Ray cluster underneath."""
+
+    address: str | None = None  # None: $RAY_ADDRESS, or a cluster of its own on this machine
+    namespace: str = "remora"
+    num_cpus: Positive | None = None  # of an own local cluster; None: what the machine has
+    object_store_mib: Annotated[int, Field(ge=80, le=1 << 20)] = 100  # of an own local cluster
+
+
+class RemoraConfig(_Section):
+    """Everything that one deployment is."""
+
+    name: Name = "remora"  # deployment: names actors, the Serve application and its routes
+    model: str = Field(min_length=1)  # checkpoint directory, or hub id
+    served_model_name: str | None = None  # None: the last part of `model`
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    numerics: Literal["fast", "exact"] = "fast"
+    executor: Literal["auto", "eager", "compiled"] = "auto"
+    bind_address: str = "127.0.0.1"  # of the data plane's TCP listeners
+    start_timeout_s: Seconds = 900.0
+    dense: DenseConfig = DenseConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    http: HttpConfig = HttpConfig()
+    security: SecurityConfig = SecurityConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def combine(self) -> Literal["ordered", "presummed"]:
+        """How expert outputs are summed: the numerics contract decides it."""
+        return "ordered" if self.numerics == "exact" else "presummed"
+
+    @property
+    def model_id(self) -> str:
+        """The name clients say in `model`."""
+        return self.served_model_name or Path(self.model.rstrip("/")).name
+
+    def to_args(self) -> dict[str, Any]:
+        """Plain JSON data that `parse_config` takes back, such as the `args` of Serve."""
+        return self.model_dump(mode="json")
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> RemoraConfig:
+    """Checked configuration from plain data.
+
+    Raises:
+        ConfigError: unknown key (named, with what is allowed and the nearest), or a bad value.
+    """
+    for path, allowed in _unknown_keys(data, RemoraConfig, ""):
+        key = path.rpartition(".")[2]
+        near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.6)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ConfigError(f"{source}: unknown key {path!r}{hint}; allowed: {', '.join(allowed)}")
+    try:
+        return RemoraConfig.model_validate(dict(data))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or "value"
+            got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load_config(
+    source: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RemoraConfig:
+    """Reads a YAML file and/or a preset of `remora.manifests`; `overrides` are dotted keys.
+
+    Later wins: preset, file, overrides. A relative `model` of a file is relative to that file when
+    it names a directory there.
+
+    Raises:
+        ConfigError: no such file or preset, not a YAML mapping, or as `parse_config`.
+    """
+    data: dict[str, Any] = {}
+    label = "configuration"
+    if preset is not None:
+        label = f"preset {preset}"
+        data = _read_yaml(_preset_text(preset), label)
+    if source is not None:
+        path = Path(source)
+        label = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+        content = _read_yaml(text, label)
+        model = content.get("model")
+        if isinstance(model, str) and (path.parent / model).is_dir():
+            content["model"] = str((path.parent / model).resolve())
+        data = _merged(data, content)
+    for key, value in (overrides or {}).items():
+        _set_dotted(data, key, value)
+    return parse_config(data, source=label)
+
+
+def preset_names() -> list[str]:
+    """Presets that come with the package."""
+    names = []
+    for entry in resources.files("remora.manifests").iterdir():
+        if entry.name.endswith(".yaml") and not entry.name.startswith("serve_"):
+            names.append(entry.name.removesuffix(".yaml"))
+    return sorted(names)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`dense.groups=2` -> ("dense.groups", 2); the value is read as YAML.
+
+    Raises:
+        ConfigError: no `=`, or a value that is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: allowed is KEY=VALUE, such as dense.groups=2")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+
+
+def _preset_text(preset: str) -> str:
+    names = preset_names()
+    if preset not in names:
+        raise ConfigError(f"preset {preset!r} does not exist; allowed: {', '.join(names)}")
+    return (resources.files("remora.manifests") / f"{preset}.yaml").read_text(encoding="utf-8")
+
+
+def _read_yaml(text: str, label: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{label}: not YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{label}: a mapping of keys is needed, got {type(data).__name__}")
+    return data
+
+
+def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        result[key] = _merged(old, value) if both and old is not None else value
+    return result
+
+
+def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    for part in parts[:-1]:
+        child = data.get(part)
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key!r}: {part!r} is not a section")
+        data[part] = dict(child)  # never write into a preset's or a caller's own mapping
+        data = data[part]
+    data[parts[-1]] = value
+
+
+def _unknown_keys(
+    data: Mapping[str, Any], model: type[BaseModel], prefix: str
+) -> Iterator[tuple[str, list[str]]]:
+    allowed = sorted(model.model_fields)
+    for key, value in data.items():
+        if key not in model.model_fields:
+            yield f"{prefix}{key}", allowed
+            continue
+        section = _section_of(model.model_fields[key].annotation)
+        if section is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, section, f"{prefix}{key}.")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((s for a in get_args(annotation) if (s := _section_of(a)) is not None), None)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
