@@ -1,0 +1,67 @@
+"""What the opaque ops of one step read: a context per engine, looked up by its number.
+
+Compiled layers must not take KV pages or placements as arguments (one compilation serves every
+layer and every step), so `remora_rt::attention` and `remora_rt::experts` receive only the
+engine's number and find the rest here. The layer cursor is moved by the wrapper of each decoder
+layer, outside compiled code. Legend: T tokens (rows of the step, padding included), B sequences,
+M blocks per sequence, D model width, K top-k.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# (layer, hidden_TD, top_k_index_TK int64, top_k_weights_TK, num_tokens) -> [T, D], rows beyond
+# num_tokens are padding: they are not routed, and come back as zeros.
+ExpertsFn = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepContext:
+    """One step of one engine. Built by the runner, read by the ops."""
+
+    num_tokens: int  # real tokens; rows [num_tokens, T) are padding
+    positions_T: Tensor  # int64; position in the token's own sequence; padding 0
+    seq_of_token_T: Tensor  # int64 row of `block_table_BM`; padding 0
+    slot_mapping_T: Tensor  # int64 block * block_size + offset; padding -1
+    block_table_BM: Tensor  # int32 (or int64) block numbers
+    pages: Sequence[Any]  # kernels.attention.KVPages, one per decoder layer
+    experts: ExpertsFn
+    layer: int = -1  # the cursor: decoder layer that runs now
+
+
+class StepRegistry:
+    """Contexts by engine number. One per process; an engine takes a number for its life."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[int, StepContext] = {}
+        self._next_engine_id = 0
+
+    def new_engine_id(self) -> int:
+        """A number never given before in this process."""
+        self._next_engine_id += 1
+        return self._next_engine_id
+
+    def enter(self, engine_id: int, context: StepContext) -> None:
+        """Make `context` the one that the ops of `engine_id` see, until `leave`."""
+        assert engine_id not in self._contexts, f"engine {engine_id} is already in a step"
+        self._contexts[engine_id] = context
+
+    def leave(self, engine_id: int) -> None:
+        """The step is over."""
+        del self._contexts[engine_id]
+
+    def current(self, engine_id: int) -> StepContext:
+        """The context of the running step.
+
+        Raises:
+            AssertionError: the engine is in no step.
+        """
+        context = self._contexts.get(engine_id)
+        assert context is not None, f"engine {engine_id} is in no step, only {list(self._contexts)}"
+        return context
+
+
+steps = StepRegistry()
