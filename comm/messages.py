@@ -113,8 +113,8 @@ ToEngine = Submit | Abort | Ping
 ToIngress = StepOutputs | Pong
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
-_to_ingress_decoder = msgspec.msgpack.Decoder(ToIngress)
+_to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_ingress_decoder: msgspec.msgpack.Decoder[ToIngress] = msgspec.msgpack.Decoder(ToIngress)
 
 
 def encode(message: ToEngine | ToIngress) -> bytes:

@@ -81,7 +81,9 @@ def contiguous_placement(
     """
     num_shards = len(shard_uids)
     if not 1 <= num_shards <= num_experts:
-        raise ValueError(f"{num_shards} shards for {num_experts} experts: allowed is 1 to {num_experts}")
+        raise ValueError(
+            f"{num_shards} shards for {num_experts} experts: allowed is 1 to {num_experts}"
+        )
     bounds = [i * num_experts // num_shards for i in range(num_shards + 1)]
     return Placement(
         num_experts=num_experts,
