@@ -1,0 +1,30 @@
+"""What holds for every test: which are live, and that the others start no cluster."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LIVE = Path(__file__).parent / "live"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/live is live: `make check` and `make test` split the suite by it."""
+    for item in items:
+        if LIVE in item.path.parents:
+            item.add_marker("live")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_by_accident(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """`ray.init` raises in a test that is not live: a unit test that needs Ray is no unit test."""
+    if request.node.get_closest_marker("live") is None:
+        import ray
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise AssertionError("a test that is not marked live may not start Ray")
+
+        monkeypatch.setattr(ray, "init", refuse)
+    yield
