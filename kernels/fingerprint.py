@@ -1,0 +1,22 @@
+"""What the last bits of a kernel's result depend on, in one string."""
+
+from typing import Final
+
+import torch
+
+from remora.kernels import native
+
+KERNEL_VERSION: Final = 1  # grows with every change that may move a bit of any kernel's result
+
+
+def kernel_fingerprint() -> str:
+    """Kernel version, instruction set and torch build: equal strings, equal bits.
+
+    A part of the numeric fingerprint of a run; the dense rank adds mode, executor, dtype, threads
+    and tensor-parallel size.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"kernels={KERNEL_VERSION} isa={native.native_isa()} torch={torch.__version__} "
+        f"torch_cpu={capability}"
+    )

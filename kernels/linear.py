@@ -1,0 +1,199 @@
+"""Linear layers whose rows do not know each other.
+
+Shapes: T rows (tokens), K inputs, O outputs. The C++ kernels accumulate every output element in
+float32 over k in one fixed order, whatever the number of rows, the row's position and the number of
+threads, so one set of kernels serves `fast` and `exact`. Without them torch serves; in `exact` it
+then works on zero-padded tiles of exactly `ROW_TILE` rows, because BLAS results move with the row
+count.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from remora.kernels import native
+
+ROW_TILE: Final = 64  # rows of a step are padded to a multiple of this in `exact`
+PANEL: Final = 16  # output columns of one packed panel: one AVX-512 register of float32
+DTYPES: Final = (torch.bfloat16, torch.float32)
+
+
+def in_row_tiles(function: Callable[[Tensor], Tensor], x_TK: Tensor) -> Tensor:
+    """Applies a row-wise function to zero-padded tiles of exactly `ROW_TILE` rows (eager only)."""
+    num_rows = x_TK.shape[0]
+    if num_rows == 0:
+        return function(x_TK)
+    padded = F.pad(x_TK, (0, 0, 0, -num_rows % ROW_TILE))
+    tiles = [function(tile) for tile in torch.split(padded, ROW_TILE)]
+    return torch.cat(tiles)[:num_rows]
+
+
+def torch_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None, *, exact: bool) -> Tensor:
+    """`F.linear`; in `exact` on fixed row tiles. The path without C++ kernels."""
+    if not exact:
+        return F.linear(x, weight_OK, bias_O)
+    flat = x.reshape(-1, x.shape[-1])
+    y = in_row_tiles(lambda tile: F.linear(tile, weight_OK, bias_O), flat)
+    return y.reshape(*x.shape[:-1], weight_OK.shape[0])
+
+
+def check_weight(weight_OK: Tensor, bias_O: Tensor | None) -> None:
+    """Raises ValueError where a weight or a bias has a shape or a dtype that no kernel takes."""
+    if weight_OK.ndim != 2 or 0 in weight_OK.shape:
+        raise ValueError(f"weight must be [O, K] and not empty, got {list(weight_OK.shape)}")
+    if weight_OK.dtype not in DTYPES:
+        raise ValueError(f"weight must be bfloat16 or float32, got {weight_OK.dtype}")
+    if bias_O is not None and bias_O.shape != weight_OK.shape[:1]:
+        raise ValueError(f"bias {list(bias_O.shape)} does not fit weight {list(weight_OK.shape)}")
+
+
+def packed_shape(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Shape of the packed form of a weight [O, K]: panels of 16 output columns, zero padded.
+
+    float32: [ceil(O/16), K, 16]. bfloat16: [ceil(O/16), ceil(K/2), 16, 2], pairs along k as
+    `vdpbf16ps` and the B tiles of AMX want them.
+    """
+    num_panels = -(-num_outputs // PANEL)
+    if dtype == torch.bfloat16:
+        return (num_panels, -(-num_inputs // 2), PANEL, 2)
+    return (num_panels, num_inputs, PANEL)
+
+
+def pack_into(packed: Tensor, weight_OK: Tensor) -> None:
+    """Writes the packed form of `weight_OK` into `packed` (`packed_shape`), bit for bit."""
+    num_outputs, num_inputs = weight_OK.shape
+    pad_k = num_inputs % 2 if packed.dtype == torch.bfloat16 else 0
+    pad_o = -num_outputs % PANEL
+    weight = F.pad(weight_OK, (0, pad_k, 0, pad_o)) if pad_k or pad_o else weight_OK
+    # Pairs of bfloat16 move as one int32: the copy is a plain transposition of 32-bit words.
+    words = weight.contiguous().view(torch.int32)
+    target = packed.view(packed.shape[0], -1, PANEL, packed[0, 0, 0].numel())
+    target.view(torch.int32)[..., 0].copy_(words.view(packed.shape[0], PANEL, -1).transpose(1, 2))
+
+
+def unpack(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    """The [O, K] weight that was packed, bit for bit (a new tensor)."""
+    num_panels = packed.shape[0]
+    target = packed.view(num_panels, -1, PANEL, packed[0, 0, 0].numel())
+    words = target.view(torch.int32)[..., 0].transpose(1, 2).reshape(num_panels * PANEL, -1)
+    return words.view(packed.dtype)[:num_outputs, :num_inputs].contiguous()
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with weights packed once; float32 accumulation, result rounded once.
+
+    Build it with `PackedLinear.pack`. `packed` and `bias` are buffers, so modules of equal sizes
+    share one compilation.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        bias_O: Tensor | None,
+        *,
+        in_features: int,
+        out_features: int,
+        is_native: bool,
+        exact: bool,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.is_native = is_native
+        self.exact = exact
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", bias_O, persistent=False)
+
+    @classmethod
+    def pack(
+        cls, weight_OK: Tensor, bias_O: Tensor | None = None, *, exact: bool = False
+    ) -> "PackedLinear":
+        """Packs a weight [O, K] (bfloat16 or float32) and an optional bias [O]; copies both.
+
+        Args:
+            weight_OK: as `nn.Linear.weight`; may be any view.
+            bias_O: as `nn.Linear.bias`.
+            exact: only matters without C++ kernels: work on fixed row tiles then.
+
+        Raises:
+            ValueError: wrong shape or dtype.
+        """
+        check_weight(weight_OK, bias_O)
+        weight = weight_OK.detach()
+        is_native = native.native_available()
+        num_outputs, num_inputs = weight.shape
+        if is_native:
+            shape = packed_shape(num_outputs, num_inputs, weight.dtype)
+            packed = torch.empty(shape, dtype=weight.dtype)
+            pack_into(packed, weight)
+        else:
+            packed = weight.clone(memory_format=torch.contiguous_format)
+        return cls(
+            packed,
+            None if bias_O is None else bias_O.detach().to(weight.dtype, copy=True).contiguous(),
+            in_features=num_inputs,
+            out_features=num_outputs,
+            is_native=is_native,
+            exact=exact,
+        )
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes that one pass streams from memory: packed weight and bias."""
+        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def unpacked_weight(self) -> Tensor:
+        """The weight [O, K] as it was given, bit for bit (a new tensor)."""
+        if not self.is_native:
+            return self.packed.clone()
+        return unpack(self.packed, self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., O], in the dtype of x, which is that of the weight."""
+        if self.is_native:
+            y: Tensor = torch.ops.remora.packed_linear(x, self.packed, self.bias, self.out_features)
+            return y
+        return torch_linear(x, self.packed, self.bias, exact=self.exact)
+
+    def extra_repr(self) -> str:
+        """Sizes and dtype, for `print(module)`."""
+        return f"{self.in_features} -> {self.out_features}, {self.packed.dtype}"
+
+
+def row_linear(
+    x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, *, exact: bool = False
+) -> Tensor:
+    """y = x W^T + b with an ordinary weight: a router's `F.linear`, rows independent of each other.
+
+    Args:
+        x: [..., K], bfloat16 or float32.
+        weight_OK: [O, K], dtype of x. For small O; large weights belong into a `PackedLinear`.
+        bias_O: [O], dtype of x.
+        exact: only matters without C++ kernels: work on fixed row tiles then.
+
+    Returns:
+        [..., O] in the dtype of x.
+    """
+    if native.native_available():
+        y: Tensor = torch.ops.remora.row_linear(x, weight_OK, bias_O)
+        return y
+    return torch_linear(x, weight_OK, bias_O, exact=exact)
+
+
+def _fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], num_outputs))
+
+
+def _fake_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+if native.native_available():
+    torch.library.register_fake("remora::packed_linear", _fake_packed_linear)
+    torch.library.register_fake("remora::row_linear", _fake_row_linear)

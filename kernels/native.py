@@ -1,0 +1,50 @@
+"""Loads the C++ kernels; without them every function of this room serves through torch, slower.
+
+`REMORA_NO_KERNELS=1` forces the torch path at run time. `REMORA_ISA` (`portable`, `avx2`, `avx512`,
+`avx512_bf16`) lowers what the C++ kernels choose from the machine; it never raises it.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from typing import Final
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def _load() -> str:
+    """Loads `remora.kernels._C`, which registers the `remora::` ops; returns how that went."""
+    if os.environ.get("REMORA_NO_KERNELS") == "1":
+        return "torch (REMORA_NO_KERNELS=1)"
+    if importlib.util.find_spec("remora.kernels._C") is None:
+        return "torch (the C++ kernels were not built)"
+    try:
+        importlib.import_module("remora.kernels._C")
+    except ImportError as error:  # built for another torch or another libstdc++
+        logger.warning("remora.kernels._C does not load, serving through torch: %s", error)
+        return f"torch (the C++ kernels do not load: {error})"
+    return "native"
+
+
+_STATUS: Final = _load()
+_AVAILABLE: Final = _STATUS == "native"
+
+
+def native_available() -> bool:
+    """Whether the C++ kernels are loaded (decided once, when this module is imported)."""
+    return _AVAILABLE
+
+
+def native_status() -> str:
+    """`native`, or `torch (why)`: for start-up messages."""
+    return _STATUS
+
+
+def native_isa() -> str:
+    """Instruction set of the C++ kernels (`avx512_bf16`, ...); `torch` where they are not used."""
+    if not _AVAILABLE:
+        return "torch"
+    return str(torch.ops.remora.isa())
