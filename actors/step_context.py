@@ -3,15 +3,15 @@
 Compiled layers must not take KV pages or placements as arguments (one compilation serves every
 layer and every step), so `remora_rt::attention` and `remora_rt::experts` receive only the
 engine's number and find the rest here. The layer cursor is moved by the wrapper of each decoder
-layer, outside compiled code. Legend: T tokens (rows of the step, padding included), B sequences,
-M blocks per sequence, D model width, K top-k.
+layer, outside compiled code. Legend: T token rows of the step (padding included), D model width,
+K top-k.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor
+
+from remora.kernels.attention import AttentionPlan, KVPages
 
 # (layer, hidden_TD, top_k_index_TK int64, top_k_weights_TK, num_tokens) -> [T, D], rows beyond
 # num_tokens are padding: they are not routed, and come back as zeros.
@@ -22,12 +22,8 @@ ExpertsFn = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 class StepContext:
     """One step of one engine. Built by the runner, read by the ops."""
 
-    num_tokens: int  # real tokens; rows [num_tokens, T) are padding
-    positions_T: Tensor  # int64; position in the token's own sequence; padding 0
-    seq_of_token_T: Tensor  # int64 row of `block_table_BM`; padding 0
-    slot_mapping_T: Tensor  # int64 block * block_size + offset; padding -1
-    block_table_BM: Tensor  # int32 (or int64) block numbers
-    pages: Sequence[Any]  # kernels.attention.KVPages, one per decoder layer
+    plan: AttentionPlan  # kernels.attention.build_plan: num_tokens, positions_T, slots, tables
+    pages: Sequence[KVPages]  # one per decoder layer
     experts: ExpertsFn
     layer: int = -1  # the cursor: decoder layer that runs now
 
