@@ -45,7 +45,7 @@ help: ## this list
 setup: $(BUILT) ## create .venv with everything pinned, build the C++ kernels
 
 serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001' ...)
-	@$(BIN)/remora serve --preset tiny_cpu $(ARGS)
+	@$(BIN)/remora serve examples/demo-model --preset tiny_cpu $(ARGS)
 
 test: setup ## every test, real Ray clusters included
 	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
