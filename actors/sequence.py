@@ -44,12 +44,15 @@ class Sequence:
         num_cached_tokens: prompt tokens taken from the prefix cache when it first ran.
         num_preemptions: how often it had to give its blocks back.
         has_emitted: whether an output has been sent.
+        eos_ids: the model's end tokens; empty with `ignore_eos`.
+        stop_ids: eos_ids and those of the request.
     """
 
     __slots__ = (
         "arrival",
         "block_keys",
         "block_table",
+        "eos_ids",
         "has_emitted",
         "num_cached_tokens",
         "num_computed",
@@ -87,8 +90,8 @@ class Sequence:
         self.num_preemptions: int = 0
         self.has_emitted: bool = False
         self.phase: Phase = Phase.WAITING
-        eos = frozenset[int]() if submit.params.ignore_eos else eos_token_ids
-        self.stop_ids: frozenset[int] = eos.union(submit.params.stop_token_ids)
+        self.eos_ids: frozenset[int] = frozenset() if submit.params.ignore_eos else eos_token_ids
+        self.stop_ids: frozenset[int] = self.eos_ids.union(submit.params.stop_token_ids)
 
     def __repr__(self) -> str:
         return (
