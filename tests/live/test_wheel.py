@@ -41,14 +41,20 @@ def run(*command: str | Path, cwd: Path, timeout: float = RUN_S_MAX) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without isolation against the torch that is installed."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is built from."""
     source = tmp_path_factory.mktemp("source")
     built = shutil.ignore_patterns("__pycache__", "*.so")
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=built)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without isolation against the torch that is installed."""
     out = tmp_path_factory.mktemp("dist")
     options = ("--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", out)
     run(PIP, "wheel", *options, source, cwd=out, timeout=500)
@@ -73,16 +79,16 @@ def home(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def test_wheel_holds_the_rooms(wheel: Path) -> None:
+def test_wheel_holds_the_rooms(source: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    ignored = {"__pycache__"}
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*"):
-            data = (
-                path.suffix in {".yaml", ".json", ".html", ".js", ".css"} or path.name == "py.typed"
-            )
-            if (path.suffix == ".py" or data) and not ignored & set(path.parts):
-                assert f"remora/{path.relative_to(ROOT).as_posix()}" in names
+    kinds = {".py", ".yaml", ".json", ".html", ".js", ".css"}
+    paths = [path for room in ROOMS for path in (source / room).rglob("*")]
+    wanted = {
+        f"remora/{path.relative_to(source).as_posix()}"
+        for path in paths
+        if path.suffix in kinds or path.name == "py.typed"
+    }
+    assert not wanted - names, f"missing from the wheel: {sorted(wanted - names)}"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"remora", f"remora-{PYPROJECT['project']['version']}.dist-info"}
