@@ -45,7 +45,7 @@ help: ## this list
 setup: $(BUILT) ## create .venv with everything pinned, build the C++ kernels
 
 serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001' ...)
-	@$(BIN)/remora serve examples/demo-model --preset tiny_cpu $(ARGS)
+	@$(BIN)/remora serve --preset tiny_cpu $(ARGS)
 
 test: setup ## every test, real Ray clusters included
 	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
@@ -84,4 +84,5 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 
 $(BUILT): $(DEPENDENCIES) setup.py $(KERNEL_SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c 'from remora.kernels.native import native_status; print("kernels:", native_status())'
 	@touch $@
