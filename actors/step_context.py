@@ -9,6 +9,7 @@ K top-k.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
 from torch import Tensor
 
 from remora.kernels.attention import AttentionPlan, KVPages
