@@ -6,7 +6,11 @@ that it would catch what it is there to catch.
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,11 @@ def function_sizes(text: str) -> Iterator[tuple[str, int]]:
         yield node.name, (node.end_lineno or 0) - node.lineno + 1 - doc_lines
 
 
+def distribution_name(requirement: str) -> str:
+    """`Ray[serve]>=2.60` -> `ray`, in the normal form of package names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~! ;]", requirement)[0]).lower()
+
+
 def undocumented(text: str) -> list[str]:
     """Public classes and functions at the top level of a file that have no docstring."""
     return [
@@ -153,6 +162,23 @@ def test_cores_are_pure() -> None:
     cores = [m for m in texts if m.endswith("_state") or m.startswith("remora.autoscale.")]
     faults = [chain for core in cores for chain in impure_chains(core, texts)]
     assert not faults, "\n".join(faults)
+
+
+def test_dependencies_are_declared() -> None:
+    """What a room imports is a dependency of ours, not only somebody else's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    declared = {distribution_name(requirement) for requirement in wanted}
+    homes = packages_distributions()
+    missing = set()
+    for path in SOURCES:
+        for module, line in imports(ast.parse(path.read_text())):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or top in ("remora", ""):
+                continue
+            if not declared & {distribution_name(home) for home in homes.get(top, [top])}:
+                missing.add(f"{_name(path)}:{line}: {top}")
+    assert not missing, "not in pyproject.toml:\n" + "\n".join(sorted(missing))
 
 
 def test_rooms_are_flat() -> None:
@@ -210,5 +236,6 @@ def test_checks_see() -> None:
     assert swallowed("try:\n    f()\nexcept Exception:\n    pass")
     assert swallowed("with contextlib.suppress(Exception):\n    f()")
     assert not swallowed("try:\n    f()\nexcept KeyError:\n    pass")
+    assert distribution_name("Prometheus_Client[x]>=0.2,<1") == "prometheus-client"
     assert undocumented("def f():\n    return 1") and not undocumented("def _f(): ...")
     assert list(function_sizes('def f():\n    """a\n    b"""\n    return 1')) == [("f", 2)]
