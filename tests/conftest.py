@@ -8,6 +8,11 @@ import pytest
 LIVE = Path(__file__).parent / "live"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--record` writes what golden scenarios give now into their files; review it as a diff."""
+    parser.addoption("--record", action="store_true", help="re-record the golden scenarios")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything under tests/live is live: `make check` and `make test` split the suite by it."""
     for item in items:

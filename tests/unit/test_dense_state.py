@@ -1,0 +1,143 @@
+"""The dense rank's state machine, by example: what the golden scenarios cannot show."""
+
+from dataclasses import replace
+
+import pytest
+from support.fake_runner import FakeRunner
+
+from remora.actors.dense_events import (
+    AbortRequested,
+    DenseLimits,
+    RequestArrived,
+    SliceResult,
+    StatusChanged,
+    StepDone,
+    StepFailed,
+    StepPlan,
+)
+from remora.actors.dense_state import DenseState
+from remora.comm.messages import SamplingParams, Submit, TokenLogprobs
+
+LIMITS = DenseLimits(num_blocks=16, max_model_len=64, vocab_size=100, block_size=4)
+
+
+def arrive(state: DenseState, name: str, source: str, **params: int) -> None:
+    submit = Submit(
+        request_id=name,
+        prompt_ids=[1, 2, 3, len(name)],
+        params=SamplingParams(**{"max_tokens": 3, **params}),  # type: ignore[arg-type]
+    )
+    assert state.handle(RequestArrived(submit, source)) == []
+
+
+def planned(state: DenseState) -> StepPlan:
+    plan = state.next_step()
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(f, 0) for f in ("num_blocks", "max_model_len", "block_size", "max_num_seqs", "max_waiting")]
+    + [("max_tokens_per_step", 255)],
+)
+def test_limits_that_contradict(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{field} (is )?{value}"):
+        replace(LIMITS, **{field: value})  # type: ignore[arg-type]
+
+
+def test_one_message_for_each_source_and_step() -> None:
+    state = DenseState(LIMITS)
+    for name, source in (("a", "east"), ("b", "west"), ("cc", "east")):
+        arrive(state, name, source)
+    state.handle(StatusChanged(executor="compiled", epoch=7))
+    plan = planned(state)
+    results = FakeRunner(LIMITS).run(plan)
+    emits = state.handle(StepDone(plan.step_id, results))
+    told = {e.source: [output.request_id for output in e.outputs.outputs] for e in emits}
+    assert [e.source for e in emits] == ["east", "west"]
+    assert told == {"east": ["a", "cc"], "west": ["b"]}
+    for emit in emits:
+        stats = emit.outputs.stats
+        assert (stats.num_running, stats.steps_total) == (3, 1)
+        assert (stats.executor, stats.epoch) == ("compiled", 7)
+        assert (stats.kv_blocks_used, stats.kv_blocks_total) == (3, 16)
+
+
+def test_a_step_in_flight_keeps_what_it_was_planned_with() -> None:
+    state = DenseState(LIMITS)
+    arrive(state, "a", "web")
+    piece = planned(state).slices[0]
+    table = list(piece.block_table)
+    state.handle(AbortRequested("a", "web"))
+    assert (piece.block_table, piece.position, piece.num_outputs) == (table, 4, 0)
+    assert (piece.request_id, piece.prompt_ids, piece.output_ids) == ("a", [1, 2, 3, 1], [])
+
+
+def test_nothing_to_do() -> None:
+    state = DenseState(LIMITS)
+    assert state.next_step() is None
+    assert not state.has_work
+    arrive(state, "a", "web")
+    assert state.has_work
+
+
+def test_one_step_at_a_time() -> None:
+    state = DenseState(LIMITS)
+    with pytest.raises(AssertionError, match="an answer to step 1, but none is in flight"):
+        state.handle(StepDone(1, []))
+    arrive(state, "a", "web")
+    planned(state)
+    with pytest.raises(AssertionError, match="step 1 is still in flight"):
+        state.next_step()
+    with pytest.raises(AssertionError, match="an answer to step 2 != step 1 in flight"):
+        state.handle(StepFailed(2, "late"))
+
+
+@pytest.mark.parametrize(
+    ("results", "params", "complaint"),
+    [
+        ([], {}, "0 results != 1 slices"),
+        ([SliceResult()], {}, "sampled token None for a slice with sample=True"),
+        ([SliceResult(token_id=100)], {}, "sampled token 100 is outside 0 to 99"),
+        ([SliceResult(token_id=1)], {"logprobs": 0}, "wanted=True"),
+        (
+            [SliceResult(token_id=1, logprobs=TokenLogprobs(1, -0.1, 1))],
+            {},
+            "wanted=False",
+        ),
+        ([SliceResult(token_id=1)], {"prompt_logprobs": 0}, "0 prompt logprobs != 3"),
+        ([SliceResult(token_id=1)], {"prompt_logprobs": 0, "max_tokens": 0}, "sample=False"),
+    ],
+)
+def test_answers_that_do_not_fit_the_step(
+    results: list[SliceResult], params: dict[str, int], complaint: str
+) -> None:
+    state = DenseState(LIMITS)
+    arrive(state, "a", "web", **params)
+    plan = planned(state)
+    with pytest.raises(AssertionError, match=complaint):
+        state.handle(StepDone(plan.step_id, results))
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    limits = replace(LIMITS, prefix_caching=False)
+    state, runner = DenseState(limits), FakeRunner(limits)
+    for _ in range(2):
+        arrive(state, "a" * 9, "web", max_tokens=1)
+        plan = planned(state)
+        assert plan.num_tokens == 4
+        emits = state.handle(StepDone(plan.step_id, runner.run(plan)))
+        assert emits[0].outputs.outputs[0].num_cached_tokens == 0
+        state.check_integrity()
+    assert state.stats().prefix_hit_tokens_total == 0
+
+
+def test_integrity_says_the_numbers() -> None:
+    state = DenseState(LIMITS)
+    arrive(state, "a", "web")
+    planned(state)
+    state.check_integrity()
+    state._scheduler.running[0].block_table.append(9)
+    with pytest.raises(AssertionError, match=r"free 15 \+ cached 0 \+ used 2 != num_blocks 16"):
+        state.check_integrity()
