@@ -41,6 +41,8 @@ def kernel_extensions() -> list[Extension]:
                 "-std=c++20",
                 "-fopenmp",
                 "-fno-math-errno",
+                "-ffp-contract=off",  # a compiler may not decide where a product is rounded
+                "-Wno-psabi",
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                 "-DTORCH_EXTENSION_NAME=_C",
             ],

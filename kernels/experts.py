@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remora.kernels import native
-from remora.kernels.linear import DTYPES, pack_into, packed_shape, torch_linear, unpack
+from remora.kernels.linear import DTYPES, pack_into, packed_numel, torch_linear, unpack
 
 
 def silu_and_mul(gate_up_NU: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class GroupedWeights:
         self.num_inputs = num_inputs
         self.is_native: Final = native.native_available()
         shape = (
-            packed_shape(num_outputs, num_inputs, dtype)
+            (packed_numel(num_outputs, num_inputs, dtype),)
             if self.is_native
             else (num_outputs, num_inputs)
         )

@@ -7,7 +7,7 @@ then works on zero-padded tiles of exactly `ROW_TILE` rows, because BLAS results
 count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from remora.kernels import native
 
 ROW_TILE: Final = 64  # rows of a step are padded to a multiple of this in `exact`
-PANEL: Final = 16  # output columns of one packed panel: one AVX-512 register of float32
+PANEL: Final = 16  # output columns of one AVX-512 register of float32
+GROUP: Final = 64  # output columns of one packed group: one sequential stream of memory
 DTYPES: Final = (torch.bfloat16, torch.float32)
+_SCALARS_PER_STEP: Final = {torch.bfloat16: 2, torch.float32: 1}
 
 
 def in_row_tiles(function: Callable[[Tensor], Tensor], x_TK: Tensor) -> Tensor:
@@ -50,36 +52,50 @@ def check_weight(weight_OK: Tensor, bias_O: Tensor | None) -> None:
         raise ValueError(f"bias {list(bias_O.shape)} does not fit weight {list(weight_OK.shape)}")
 
 
-def packed_shape(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Shape of the packed form of a weight [O, K]: panels of 16 output columns, zero padded.
+def packed_numel(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
+    """Elements of the packed form of a weight [O, K], zero padding included.
 
-    float32: [ceil(O/16), K, 16]. bfloat16: [ceil(O/16), ceil(K/2), 16, 2], pairs along k as
-    `vdpbf16ps` and the B tiles of AMX want them.
+    The layout (kernels/csrc/panel.h): groups of 64 output columns, the last one narrower, a
+    multiple of 16; inside a group [K][column] for float32 and [K/2][column][2] for bfloat16, pairs
+    along k as `vdpbf16ps` and AMX want them.
     """
-    num_panels = -(-num_outputs // PANEL)
-    if dtype == torch.bfloat16:
-        return (num_panels, -(-num_inputs // 2), PANEL, 2)
-    return (num_panels, num_inputs, PANEL)
+    num_steps = -(-num_inputs // _SCALARS_PER_STEP[dtype])
+    return -(-num_outputs // PANEL) * PANEL * num_steps * _SCALARS_PER_STEP[dtype]
+
+
+def _groups(packed: Tensor, num_outputs: int) -> Iterator[tuple[int, Tensor]]:
+    """(first column, [groups, steps, columns] of 32-bit words): the full groups, then the rest."""
+    num_columns = -(-num_outputs // PANEL) * PANEL
+    words = packed.view(torch.int32)
+    num_steps = words.numel() // num_columns
+    full = num_columns // GROUP * GROUP
+    if full:
+        yield 0, words[: full * num_steps].view(-1, num_steps, GROUP)
+    if num_columns > full:
+        yield full, words[full * num_steps :].view(1, num_steps, num_columns - full)
 
 
 def pack_into(packed: Tensor, weight_OK: Tensor) -> None:
-    """Writes the packed form of `weight_OK` into `packed` (`packed_shape`), bit for bit."""
+    """Writes the packed form of `weight_OK` into `packed` ([packed_numel]), bit for bit."""
     num_outputs, num_inputs = weight_OK.shape
-    pad_k = num_inputs % 2 if packed.dtype == torch.bfloat16 else 0
+    pad_k = -num_inputs % _SCALARS_PER_STEP[packed.dtype]
     pad_o = -num_outputs % PANEL
     weight = F.pad(weight_OK, (0, pad_k, 0, pad_o)) if pad_k or pad_o else weight_OK
-    # Pairs of bfloat16 move as one int32: the copy is a plain transposition of 32-bit words.
+    # Pairs of bfloat16 move as one int32: packing is a transposition of 32-bit words.
     words = weight.contiguous().view(torch.int32)
-    target = packed.view(packed.shape[0], -1, PANEL, packed[0, 0, 0].numel())
-    target.view(torch.int32)[..., 0].copy_(words.view(packed.shape[0], PANEL, -1).transpose(1, 2))
+    for column, groups in _groups(packed, num_outputs):
+        num_groups, num_steps, width = groups.shape
+        source = words[column : column + num_groups * width]
+        groups.copy_(source.view(num_groups, width, num_steps).transpose(1, 2))
 
 
 def unpack(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     """The [O, K] weight that was packed, bit for bit (a new tensor)."""
-    num_panels = packed.shape[0]
-    target = packed.view(num_panels, -1, PANEL, packed[0, 0, 0].numel())
-    words = target.view(torch.int32)[..., 0].transpose(1, 2).reshape(num_panels * PANEL, -1)
-    return words.view(packed.dtype)[:num_outputs, :num_inputs].contiguous()
+    parts = [
+        groups.transpose(1, 2).reshape(-1, groups.shape[1])
+        for _, groups in _groups(packed, num_outputs)
+    ]
+    return torch.cat(parts).view(packed.dtype)[:num_outputs, :num_inputs].contiguous()
 
 
 class PackedLinear(nn.Module):
@@ -129,8 +145,9 @@ class PackedLinear(nn.Module):
         is_native = native.native_available()
         num_outputs, num_inputs = weight.shape
         if is_native:
-            shape = packed_shape(num_outputs, num_inputs, weight.dtype)
-            packed = torch.empty(shape, dtype=weight.dtype)
+            packed = torch.empty(
+                packed_numel(num_outputs, num_inputs, weight.dtype), dtype=weight.dtype
+            )
             pack_into(packed, weight)
         else:
             packed = weight.clone(memory_format=torch.contiguous_format)

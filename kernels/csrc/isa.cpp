@@ -1,0 +1,47 @@
+#include "isa.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+namespace remora {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+Isa machine_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
+  if (avx512) return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+Isa choose_isa() {
+  const Isa best = machine_isa();
+  const char* limit = std::getenv("REMORA_ISA");
+  if (limit == nullptr) return best;
+  for (int i = 0; i < 4; ++i) {
+    if (std::string(limit) == kNames[i]) return std::min(best, static_cast<Isa>(i));
+  }
+  TORCH_CHECK(false, "REMORA_ISA must be portable, avx2, avx512 or avx512_bf16, got ", limit);
+}
+
+std::string isa_name() { return kNames[static_cast<int>(isa())]; }
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+}  // namespace remora
+
+TORCH_LIBRARY_FRAGMENT(remora, m) { m.def("isa() -> str", &remora::isa_name); }

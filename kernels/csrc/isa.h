@@ -1,0 +1,11 @@
+// Which instruction set the kernels use: chosen once, at run time, from the machine.
+#pragma once
+
+namespace remora {
+
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// The best the machine and the operating system offer, lowered by the environment's REMORA_ISA.
+Isa isa();
+
+}  // namespace remora

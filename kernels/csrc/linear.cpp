@@ -1,0 +1,235 @@
+// Ops over packed and ordinary weights: packed_linear, grouped_linear, row_linear. See panel.h for
+// the layout and for why a row's result depends on that row only.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "panel.h"
+
+namespace remora {
+namespace {
+
+constexpr int64_t kRowBlock = 240;        // rows of one task: 40 tiles of 6 over weights kept in L2
+constexpr int64_t kSerialCost = 1 << 19;  // bytes; below this (about 12 us) a second thread costs more
+constexpr int64_t kMacsPerByte = 6;       // of one core: multiply-adds in the time of one byte streamed
+
+bool is_bfloat16(const at::Tensor& x) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat,
+              "rows must be bfloat16 or float32, got ", x.scalar_type());
+  return x.scalar_type() == at::kBFloat16;
+}
+
+const char* byte_pointer(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+// Rows that share one packed weight.
+struct Segment {
+  const char* x;
+  char* out;
+  int64_t num_rows;
+  const char* weights;
+  const char* bias;  // or null
+};
+
+struct Task {
+  int32_t segment;
+  int32_t group;
+  int64_t row;
+};
+
+// What all segments of one call have in common.
+struct Shape {
+  int64_t num_inputs;
+  int64_t num_outputs;
+  int64_t x_stride;  // elements
+  bool bfloat16;
+
+  int64_t element_size() const { return bfloat16 ? 2 : 4; }
+  int64_t num_steps() const { return bfloat16 ? (num_inputs + 1) / 2 : num_inputs; }
+  int64_t padded_inputs() const { return bfloat16 ? 2 * num_steps() : num_inputs; }
+  int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
+  int64_t num_groups() const { return (num_panels() + kGroupPanels - 1) / kGroupPanels; }
+  int64_t packed_numel() const { return num_panels() * kPanel * padded_inputs(); }
+};
+
+void run_task(const Shape& shape, const Segment& segment, const Task& task, PanelKernel kernel) {
+  const int64_t size = shape.element_size();
+  const int64_t column = task.group * kGroup;
+  PanelCall call;
+  call.x = segment.x + task.row * shape.x_stride * size;
+  call.x_stride = shape.x_stride;
+  call.num_rows = std::min(kRowBlock, segment.num_rows - task.row);
+  call.weights = segment.weights + column * shape.padded_inputs() * size;
+  call.num_steps = shape.num_steps();
+  call.num_panels =
+      static_cast<int>(std::min(kGroupPanels, shape.num_panels() - task.group * kGroupPanels));
+  call.bias = segment.bias == nullptr ? nullptr : segment.bias + column * size;
+  call.out = segment.out + (task.row * shape.num_outputs + column) * size;
+  call.out_stride = shape.num_outputs;
+  call.num_columns = static_cast<int>(std::min(kGroup, shape.num_outputs - column));
+  kernel(call);
+}
+
+// Threads take the next task when they are free: which one computes an element changes no bit.
+void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
+  std::vector<Task> tasks;
+  int64_t num_rows = 0;
+  for (size_t s = 0; s < segments.size(); ++s) {
+    num_rows += segments[s].num_rows;
+    for (int64_t group = 0; group < shape.num_groups(); ++group) {
+      for (int64_t row = 0; row < segments[s].num_rows; row += kRowBlock) {
+        tasks.push_back({static_cast<int32_t>(s), static_cast<int32_t>(group), row});
+      }
+    }
+  }
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  const int64_t macs = num_rows * shape.num_inputs * shape.num_outputs;
+  const int64_t bytes = static_cast<int64_t>(segments.size()) * shape.packed_numel() *
+                        shape.element_size();
+  const PanelKernel kernel = panel_kernel(shape.bfloat16);
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
+      run_task(shape, segments[tasks[i].segment], tasks[i], kernel);
+    }
+  };
+  const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_tasks);
+  if (num_threads <= 1 || bytes + macs / kMacsPerByte < kSerialCost) {
+    work(0, 1);
+  } else {
+    at::parallel_for(0, num_threads, 1, work);
+  }
+}
+
+// The rows as [N, padded_inputs] with unit stride inside a row; copies only where it must.
+at::Tensor usable_rows(const at::Tensor& x, const Shape& shape) {
+  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, shape.num_inputs});
+  if (shape.padded_inputs() != shape.num_inputs) {
+    return at::constant_pad_nd(rows, {0, shape.padded_inputs() - shape.num_inputs}).contiguous();
+  }
+  return rows.stride(1) == 1 || shape.num_inputs == 1 ? rows : rows.contiguous();
+}
+
+void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t numel) {
+  if (!bias.has_value()) return;
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
+                  bias->numel() == numel,
+              "bias must be contiguous, ", x.scalar_type(), " and of ", numel, " elements, got ",
+              bias->scalar_type(), " ", bias->sizes());
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
+                         const std::optional<at::Tensor>& bias, int64_t num_outputs) {
+  TORCH_CHECK(x.dim() >= 1, "x must be [..., K]");
+  Shape shape{x.size(-1), num_outputs, 0, is_bfloat16(x)};
+  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+                  packed.numel() == shape.packed_numel(),
+              "packed weight of ", packed.numel(), " ", packed.scalar_type(), " does not fit x [..., ",
+              shape.num_inputs, "] ", x.scalar_type(), " and ", num_outputs, " outputs");
+  check_bias(bias, x, num_outputs);
+  auto sizes = x.sizes().vec();
+  sizes.back() = num_outputs;
+  at::Tensor out = at::empty(sizes, x.options());
+  if (out.numel() == 0) return out;
+  const at::Tensor rows = usable_rows(x, shape);
+  shape.x_stride = rows.stride(0);
+  run_segments(shape, {{byte_pointer(rows), static_cast<char*>(out.mutable_data_ptr()),
+                        rows.size(0), byte_pointer(packed),
+                        bias.has_value() ? byte_pointer(*bias) : nullptr}});
+  return out;
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
+                          const std::optional<at::Tensor>& bias, const at::Tensor& offsets,
+                          int64_t num_outputs) {
+  TORCH_CHECK(x.dim() == 2 && packed.dim() >= 2, "x must be [N, K], packed [S, ...]");
+  const int64_t num_slots = packed.size(0);
+  Shape shape{x.size(1), num_outputs, 0, is_bfloat16(x)};
+  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+                  packed.numel() == num_slots * shape.packed_numel(),
+              "packed weights of ", packed.numel(), " ", packed.scalar_type(), " do not fit x [N, ",
+              shape.num_inputs, "] ", x.scalar_type(), ", ", num_slots, " slots and ", num_outputs,
+              " outputs");
+  check_bias(bias, x, num_slots * num_outputs);
+  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == num_slots + 1,
+              "offsets must be [S + 1] = [", num_slots + 1, "], got ", offsets.sizes());
+  const at::Tensor bounds = offsets.to(at::kLong).contiguous();
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  const int64_t num_rows = x.size(0);
+  TORCH_CHECK(bound[0] == 0 && bound[num_slots] <= num_rows, "offsets must run from 0 to at most ",
+              num_rows, ", got ", bound[0], "..", bound[num_slots]);
+
+  at::Tensor out = at::empty({num_rows, num_outputs}, x.options());
+  const at::Tensor rows = usable_rows(x, shape);
+  shape.x_stride = rows.stride(0);
+  const int64_t size = shape.element_size();
+  char* out_bytes = static_cast<char*>(out.mutable_data_ptr());
+  std::vector<Segment> segments;
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    TORCH_CHECK(bound[slot] <= bound[slot + 1], "offsets decrease after slot ", slot);
+    if (bound[slot] == bound[slot + 1]) continue;
+    segments.push_back(
+        {byte_pointer(rows) + bound[slot] * shape.x_stride * size,
+         out_bytes + bound[slot] * num_outputs * size, bound[slot + 1] - bound[slot],
+         byte_pointer(packed) + slot * shape.packed_numel() * size,
+         bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr});
+  }
+  const int64_t num_used = bound[num_slots];
+  std::fill(out_bytes + num_used * num_outputs * size, out_bytes + num_rows * num_outputs * size, 0);
+  run_segments(shape, segments);
+  return out;
+}
+
+at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
+                      const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1),
+              "weight ", weight.sizes(), " does not fit x ", x.sizes());
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must be ", x.scalar_type(), ", got ",
+              weight.scalar_type());
+  const int64_t num_inputs = weight.size(1);
+  const int64_t num_outputs = weight.size(0);
+  check_bias(bias, x, num_outputs);
+  const bool bfloat16 = is_bfloat16(x);
+  auto sizes = x.sizes().vec();
+  sizes.back() = num_outputs;
+  at::Tensor out = at::empty(sizes, x.options());
+  if (out.numel() == 0) return out;
+  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, num_inputs});
+  if (num_inputs > 1 && rows.stride(1) != 1) rows = rows.contiguous();
+  const at::Tensor weights = num_inputs > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
+  const int64_t size = bfloat16 ? 2 : 4;
+  const RowKernel kernel = row_kernel(bfloat16);
+  char* out_bytes = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t cost_per_row = std::max<int64_t>(1, num_inputs * num_outputs / kMacsPerByte);
+  const int64_t grain = std::max<int64_t>(4, kSerialCost / cost_per_row);
+  at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
+    kernel({byte_pointer(rows) + begin * rows.stride(0) * size, rows.stride(0), end - begin,
+            byte_pointer(weights), weights.stride(0), num_outputs, num_inputs,
+            bias.has_value() ? byte_pointer(*bias) : nullptr, out_bytes + begin * num_outputs * size,
+            num_outputs});
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace remora
+
+TORCH_LIBRARY_FRAGMENT(remora, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int num_outputs) -> Tensor", tags);
+  m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs)"
+        " -> Tensor", tags);
+  m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
+}
+
+TORCH_LIBRARY_IMPL(remora, CPU, m) {
+  m.impl("packed_linear", &remora::packed_linear);
+  m.impl("grouped_linear", &remora::grouped_linear);
+  m.impl("row_linear", &remora::row_linear);
+}

@@ -1,0 +1,99 @@
+// Register tiles of rows x panels, shared by the instruction sets. No include guard: each of them
+// includes this once, inside its own namespace, with REMORA_TARGET defined to its function attribute.
+//
+// `Simd` provides Scalar, Vec (16 float32), Weights (16 columns of one step), and static functions
+// zero, load_weights, load_x, dot (one step into an accumulator), add_bias, store;
+// kScalarsPerStep: k values of one step; kRows, kPanels: the largest tile.
+
+template <class Simd, int kR, int kP>
+REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
+  using Scalar = typename Simd::Scalar;
+  const Scalar* x = static_cast<const Scalar*>(call.x) + row * call.x_stride;
+  const int64_t step_stride = call.num_panels * kPanel * Simd::kScalarsPerStep;
+  const Scalar* w = static_cast<const Scalar*>(call.weights) +
+                    first_panel * kPanel * Simd::kScalarsPerStep;
+  typename Simd::Vec acc[kR][kP];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kP; ++p) acc[r][p] = Simd::zero();
+  }
+  for (int64_t step = 0; step < call.num_steps; ++step, w += step_stride) {
+    typename Simd::Weights columns[kP];
+#pragma GCC unroll 8
+    for (int p = 0; p < kP; ++p) {
+      columns[p] = Simd::load_weights(w + p * kPanel * Simd::kScalarsPerStep);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const auto value = Simd::load_x(x + r * call.x_stride + step * Simd::kScalarsPerStep);
+#pragma GCC unroll 8
+      for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
+    }
+  }
+  const Scalar* bias = static_cast<const Scalar*>(call.bias);
+  Scalar* out = static_cast<Scalar*>(call.out) + row * call.out_stride;
+#pragma GCC unroll 8
+  for (int p = 0; p < kP; ++p) {
+    const int64_t column = (first_panel + p) * kPanel;
+    const int left = static_cast<int>(call.num_columns - column);
+    const int count = left < kPanel ? left : static_cast<int>(kPanel);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      if (bias != nullptr) acc[r][p] = Simd::add_bias(acc[r][p], bias + column, count);
+      Simd::store(out + r * call.out_stride + column, acc[r][p], count);
+    }
+  }
+}
+
+template <class Simd, int kR>
+REMORA_TARGET void tile_panels(const PanelCall& call, int64_t row) {
+  int panel = 0;
+  for (; panel + Simd::kPanels <= call.num_panels; panel += Simd::kPanels) {
+    tile<Simd, kR, Simd::kPanels>(call, row, panel);
+  }
+  switch (call.num_panels - panel) {
+    case 3:
+      if constexpr (Simd::kPanels > 3) tile<Simd, kR, 3>(call, row, panel);
+      break;
+    case 2:
+      if constexpr (Simd::kPanels > 2) tile<Simd, kR, 2>(call, row, panel);
+      break;
+    case 1:
+      if constexpr (Simd::kPanels > 1) tile<Simd, kR, 1>(call, row, panel);
+      break;
+    default:
+      break;
+  }
+}
+
+// Rows in tiles of nearly equal height, at most Simd::kRows: eight rows are 4 + 4, not 6 + 2.
+template <class Simd>
+REMORA_TARGET void panel_rows(const PanelCall& call) {
+  const int64_t num_tiles = (call.num_rows + Simd::kRows - 1) / Simd::kRows;
+  int64_t row = 0;
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t height = (call.num_rows - row + num_tiles - i - 1) / (num_tiles - i);
+    switch (height) {
+      case 6:
+        if constexpr (Simd::kRows >= 6) tile_panels<Simd, 6>(call, row);
+        break;
+      case 5:
+        if constexpr (Simd::kRows >= 5) tile_panels<Simd, 5>(call, row);
+        break;
+      case 4:
+        tile_panels<Simd, 4>(call, row);
+        break;
+      case 3:
+        tile_panels<Simd, 3>(call, row);
+        break;
+      case 2:
+        tile_panels<Simd, 2>(call, row);
+        break;
+      default:
+        tile_panels<Simd, 1>(call, row);
+        break;
+    }
+    row += height;
+  }
+}
