@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.kernels.native import native_available
+
 BLOCK_SIZE = 16  # keys of a block: one 64-byte vector of 32-bit words
 PAD_SLOT = -1  # slot of a padding row: nothing is written
 
+_ISA_MAX = 3  # of the C++ path: avx512_bf16; tests lower it down to 0, portable
 _CHUNK = 128  # keys per online-softmax step of the torch path
 _WORD_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 
@@ -126,7 +129,7 @@ def build_plan(
     `starts[s]`: position of sequence s's first new token (tokens before it are in the pages);
     `lengths[s]` >= 1: number of its new tokens; `block_tables[s]`: its block ids by position // 16,
     at least enough for `starts[s] + lengths[s]` tokens (longer ones are cut; blocks that a sliding
-    window has left behind may hold any number). `num_rows` >= sum(lengths) rows are described.
+    window has left behind may be -1). `num_rows` >= sum(lengths) rows are described.
 
     Raises ValueError when the numbers do not fit together.
     """
@@ -198,7 +201,12 @@ def write_kv(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tenso
         )
     if k_TJd.dtype != pages.dtype or v_TJd.dtype != pages.dtype:
         raise ValueError(f"keys {k_TJd.dtype}, values {v_TJd.dtype}: the pages hold {pages.dtype}")
-    _write_torch(pages, k_TJd, v_TJd, slot_mapping_T)
+    if native_available():
+        torch.ops.remora.write_kv(
+            _dense_rows(k_TJd), _dense_rows(v_TJd), pages.k_NJWBE, pages.v_NJPDE, slot_mapping_T
+        )
+    else:
+        _write_torch(pages, k_TJd, v_TJd, slot_mapping_T)
 
 
 def paged_attention(
@@ -241,6 +249,8 @@ def paged_attention(
         chunk=attention_chunk or 0,
         soft_cap=soft_cap or 0.0,
     )
+    if native_available():
+        return _attention_native(q_THd, pages, plan, rules, sinks_H)
     return _attention_torch(q_THd, pages, plan, rules, sinks_H)
 
 
@@ -258,6 +268,35 @@ class _Rules:
         return max(first, position // self.chunk * self.chunk) if self.chunk else first
 
 
+def _dense_rows(x_THd: Tensor) -> Tensor:
+    return x_THd if x_THd.stride(2) == 1 else x_THd.contiguous()
+
+
+def _attention_native(
+    q_THd: Tensor,
+    pages: KVPages,
+    plan: AttentionPlan,
+    rules: _Rules,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    out_THd: Tensor = torch.ops.remora.paged_attention(
+        _dense_rows(q_THd),
+        pages.k_NJWBE,
+        pages.v_NJPDE,
+        pages.v_dim,
+        plan.query_start_S1,
+        plan.start_S,
+        plan.block_table_SM,
+        rules.scale,
+        rules.window,
+        rules.chunk,
+        rules.soft_cap,
+        None if sinks_H is None else sinks_H.float().contiguous(),
+        _ISA_MAX,
+    )
+    return out_THd
+
+
 def _write_torch(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tensor) -> None:
     rows = torch.nonzero(slot_mapping_T >= 0).squeeze(1)
     slots = slot_mapping_T[rows]
@@ -267,7 +306,7 @@ def _write_torch(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: T
     words, e = pages.k_NJWBE.shape[2], pages.k_NJWBE.shape[4]
     k = torch.zeros((rows.numel(), pages.num_kv_heads, words * e), dtype=pages.dtype)
     k[:, :, : pages.k_dim] = k_TJd[rows]
-    pages.k_NJWBE[block, :, :, offset, :] = k.unflatten(2, (words, e))
+    pages.k_NJWBE[block, :, :, offset, :] = k.view(-1, pages.num_kv_heads, words, e)
     pages.v_NJPDE[block, :, offset // e, : pages.v_dim, offset % e] = v_TJd[rows]
 
 
@@ -307,7 +346,8 @@ def _tile_torch(
 ) -> Tensor:
     """Attention of positions tile..tile+15 -> float32 [16, H, v_dim]; `present`: the real rows."""
     num_heads, j = q_BHd.shape[1], pages.num_kv_heads
-    q_JRd = q_BHd.unflatten(1, (j, -1)).permute(1, 2, 0, 3).reshape(j, -1, pages.k_dim)
+    q_BJGd = q_BHd.view(BLOCK_SIZE, j, -1, pages.k_dim)
+    q_JRd = q_BJGd.permute(1, 2, 0, 3).reshape(j, -1, pages.k_dim)
     position_R = torch.arange(tile, tile + BLOCK_SIZE).repeat(num_heads // j)
     first_B = [rules.first_visible(tile + b) for b in range(BLOCK_SIZE)]
     first_R = torch.tensor(first_B).repeat(num_heads // j)
@@ -333,8 +373,8 @@ def _tile_torch(
         sum_JR1 = sum_JR1 * decay_JR1 + p_JRC.sum(2, keepdim=True)
         out_JRd = out_JRd * decay_JR1 + torch.bmm(p_JRC, v_JCd)
         max_JR1 = new_max_JR1
-    out_JRd = out_JRd / sum_JR1
-    return out_JRd.unflatten(1, (-1, BLOCK_SIZE)).permute(2, 0, 1, 3).flatten(1, 2)
+    out_JGBd = (out_JRd / sum_JR1).view(j, -1, BLOCK_SIZE, pages.v_dim)
+    return out_JGBd.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _gather_chunk(

@@ -1,6 +1,6 @@
 """The slow, obvious twins of `remora.kernels.attention` and `remora.kernels.sampling`.
 
-Float64, one (token, head) or one row of logits at a time, whole softmax, full sorts.
+Float64, one head or one row of logits at a time, whole softmax, full sorts.
 Shape suffixes: L context length, H query heads, J key/value heads, V vocabulary, d head width.
 """
 
@@ -29,22 +29,24 @@ def attention_reference(
     """Causal attention of one whole sequence, as in `paged_attention` -> float64 [L, H, d]."""
     length, num_heads, _ = q_LHd.shape
     group = num_heads // k_LJd.shape[1]
+    i_L1, j_1L = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    visible_LL = j_1L <= i_L1
+    if sliding_window is not None:
+        visible_LL &= j_1L > i_L1 - sliding_window
+    if attention_chunk is not None:
+        visible_LL &= j_1L // attention_chunk == i_L1 // attention_chunk
     out_LHd = torch.zeros((length, num_heads, v_LJd.shape[2]), dtype=torch.float64)
-    for i in range(length):
-        visible = [
-            j
-            for j in range(i + 1)
-            if (sliding_window is None or j > i - sliding_window)
-            and (attention_chunk is None or j // attention_chunk == i // attention_chunk)
-        ]
-        for h in range(num_heads):
-            score = (k_LJd[visible, h // group].double() @ q_LHd[i, h].double()) * scale
-            if soft_cap is not None:
-                score = soft_cap * torch.tanh(score / soft_cap)
-            if sinks_H is not None:
-                score = torch.cat([score, sinks_H[h].double().reshape(1)])
-            weight = torch.softmax(score, 0)[: len(visible)]
-            out_LHd[i, h] = weight @ v_LJd[visible, h // group].double()
+    for h in range(num_heads):
+        score_LL = (q_LHd[:, h].double() @ k_LJd[:, h // group].double().T) * scale
+        if soft_cap is not None:
+            score_LL = soft_cap * torch.tanh(score_LL / soft_cap)
+        score_LL[~visible_LL] = -torch.inf
+        if sinks_H is not None:
+            sink_L1 = sinks_H[h].double().expand(length, 1)
+            weight_LL = torch.softmax(torch.cat([score_LL, sink_L1], 1), 1)[:, :-1]
+        else:
+            weight_LL = torch.softmax(score_LL, 1)
+        out_LHd[:, h] = weight_LL @ v_LJd[:, h // group].double()
     return out_LHd
 
 

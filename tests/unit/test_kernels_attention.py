@@ -1,8 +1,11 @@
 """Paged attention against its slow twin, and the promise that a row's bits depend on the row alone.
 
+Every test runs on the torch path and on each instruction set that the machine has.
+
 Shape suffixes: L context length, T rows of a step, H query heads, J key/value heads, d head width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +13,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from remora.kernels import attention
 from remora.kernels.attention import KVPages, build_plan, paged_attention, write_kv
+from remora.kernels.native import native_available, native_isa
 from remora.kernels.reference_attention import attention_reference
+
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(autouse=True, params=["torch", *ISAS])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which implementation runs."""
+    name = str(request.param)
+    if name == "torch":
+        monkeypatch.setattr(attention, "native_available", lambda: False)
+    elif not native_available() or ISAS.index(name) > ISAS.index(native_isa()):
+        pytest.skip(f"no {name} here")
+    else:
+        monkeypatch.setattr(attention, "_ISA_MAX", ISAS.index(name))
+    return name
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +144,7 @@ def run_step(
     out = paged_attention(rows("q_LHd"), pages, plan, **case.arguments())  # type: ignore[arg-type]
     assert out.shape == (plan.num_rows, case.num_heads, case.v_dim)
     assert torch.equal(out[plan.num_tokens :], torch.zeros_like(out[plan.num_tokens :]))
-    return list(out[: plan.num_tokens].split(lengths))
+    return list(torch.split(out[: plan.num_tokens], lengths))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -160,3 +188,117 @@ def test_bits_do_not_depend_on_the_step(name: str, dtype: torch.dtype) -> None:
         for (i, a, b), out in zip(parts, outputs, strict=True):
             assert torch.equal(out, whole[i][a:b]), (i, a, b)
             done[i] = b
+
+
+def test_bits_do_not_depend_on_threads(two_threads: None) -> None:
+    case = CASES["gqa"]
+    sequences = make_sequences(case, [700, 40], torch.bfloat16, seed=4)
+    parts = [(s, 0, s.length) for s in sequences]
+    shared = run_step(case, make_pages(case, sequences, torch.bfloat16), parts)
+    torch.set_num_threads(1)
+    alone = run_step(case, make_pages(case, sequences, torch.bfloat16), parts)
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
+
+
+def test_blocks_behind_the_window_are_never_touched() -> None:
+    """A block manager hands them to somebody else, whose bytes may be anything."""
+    case = Case(sliding_window=20)
+    (s,) = make_sequences(case, [90], torch.float32, seed=5)
+    pages = make_pages(case, [s], torch.float32)
+    expected = run_step(case, pages, [(s, 0, 90)])[0][80:]
+    for block in s.table[:3]:  # positions 0..47; row 80 sees 61..80
+        pages.k_NJWBE[block] = torch.nan
+        pages.v_NJPDE[block] = torch.nan
+    freed = Sequence(
+        q_LHd=s.q_LHd, k_LJd=s.k_LJd, v_LJd=s.v_LJd, table=[-1, 10**6, -1, *s.table[3:]]
+    )
+    plan = build_plan([80], [10], [freed.table], 10)
+    with pytest.raises(ValueError, match="block 1000000 of"):
+        paged_attention(s.q_LHd[80:], pages, plan, **case.arguments())  # type: ignore[arg-type]
+    freed.table[1] = -1
+    assert torch.equal(run_step(case, pages, [(freed, 80, 90)])[0], expected)
+
+
+def test_inputs_may_be_slices_of_one_projection() -> None:
+    """Queries, keys and values as views into [T, (H + 2 J) d], as a fused projection gives them."""
+    generator = torch.Generator().manual_seed(6)
+    qkv = torch.randn((37, 8, 16), generator=generator)
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    plan = build_plan([0], [37], [[2, 0, 1]], 37)
+    results = []
+    for dense in (False, True):
+        pages = KVPages.allocate(3, 2, 16, 16, torch.float32)
+        a, b, c = (x.contiguous() if dense else x for x in (q, k, v))
+        write_kv(pages, b, c, plan.slot_mapping_T)
+        results.append(paged_attention(a, pages, plan, scale=0.25))
+    assert torch.equal(*results)
+
+
+def test_nothing_hides_a_nan() -> None:
+    """A broken row must be seen to be broken, and must not break its neighbours."""
+    case = CASES["gqa"]
+    good, bad = make_sequences(case, [30, 30], torch.float32, seed=8)
+    alone = run_step(case, make_pages(case, [good, bad], torch.float32), [(good, 0, 30)])[0]
+    bad.k_LJd[11] = torch.nan
+    pages = make_pages(case, [good, bad], torch.float32)
+    first, second = run_step(case, pages, [(good, 0, 30), (bad, 0, 30)])
+    assert torch.equal(first, alone)
+    assert torch.isnan(second[11:]).all()
+
+
+def test_plan() -> None:
+    plan = build_plan([0, 30, 16], [2, 3, 1], [[5], np.array([7, 1, 9, 4]), [3, 2]], 8)
+    assert plan.num_tokens == 6
+    assert plan.query_start_S1.tolist() == [0, 2, 5, 6]
+    assert plan.positions_T.tolist() == [0, 1, 30, 31, 32, 16, 0, 0]
+    assert plan.seq_of_token_T.tolist() == [0, 0, 1, 1, 1, 2, 0, 0]
+    assert plan.slot_mapping_T.tolist() == [80, 81, 30, 31, 144, 32, -1, -1]
+    assert plan.block_table_SM.tolist() == [[5, -1, -1], [7, 1, 9], [3, 2, -1]]
+    assert plan.last_row_S.tolist() == [1, 4, 5]
+    empty = build_plan([], [], [], 4)
+    assert empty.num_tokens == 0
+    pages = KVPages.allocate(1, 1, 8, 8, torch.float32)
+    write_kv(pages, torch.ones(4, 1, 8), torch.ones(4, 1, 8), empty.slot_mapping_T)
+    out = paged_attention(torch.ones(4, 2, 8), pages, empty, scale=1.0)
+    assert torch.equal(out, torch.zeros(4, 2, 8))
+    assert not pages.k_NJWBE.any()
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "tables", "num_rows", "message"),
+    [
+        ([0], [0], [[1]], 4, "lengths >= 1"),
+        ([-1], [2], [[1]], 4, "starts must be >= 0"),
+        ([0], [17], [[1]], 17, "1 blocks for 17 tokens, needs 2"),
+        ([0], [5], [[1]], 4, "5 tokens do not fit in 4 rows"),
+        ([0, 0], [1], [[1]], 4, "2 starts, 1 lengths"),
+        ([0], [1], [[-1]], 4, "negative id"),
+    ],
+)
+def test_plan_refuses(
+    starts: list[int], lengths: list[int], tables: list[list[int]], num_rows: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_plan(starts, lengths, tables, num_rows)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        KVPages.allocate(1, 1, 8, 8, torch.float16)
+    with pytest.raises(ValueError, match="only 16"):
+        KVPages.allocate(1, 1, 8, 8, torch.float32, block_size=32)
+    pages = KVPages.allocate(2, 2, 8, 8, torch.float32)
+    assert pages.nbytes == 2 * KVPages.block_nbytes(2, 8, 8, torch.float32)
+    plan = build_plan([0], [1], [[2]], 1)
+    kv = torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match=r"slot 32|block 2"):
+        write_kv(pages, kv, kv, plan.slot_mapping_T)
+    with pytest.raises(ValueError, match="block 2 of 2"):
+        paged_attention(torch.zeros(1, 4, 8), pages, plan, scale=1.0)
+    plan = build_plan([0], [1], [[1]], 1)
+    with pytest.raises(ValueError, match="3 query heads over 2"):
+        paged_attention(torch.zeros(1, 3, 8), pages, plan, scale=1.0)
+    with pytest.raises(ValueError, match="bfloat16"):
+        paged_attention(torch.zeros(1, 4, 8, dtype=torch.bfloat16), pages, plan, scale=1.0)
+    with pytest.raises(ValueError, match="the pages take"):
+        write_kv(pages, kv[:, :1], kv, plan.slot_mapping_T)
