@@ -1,0 +1,361 @@
+"""One accepted connection of a `FrameServer`: handshake, frames in, bounded queue out."""
+
+import os
+import socket
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+from zlib import crc32
+
+from remora.comm.accounting import LinkCounters
+from remora.comm.arena import Memory
+from remora.comm.auth import ATTACH, Grants, ServerHandshake
+from remora.comm.errors import AuthError, FrameError, PeerLostError
+from remora.comm.wire import (
+    HEADER_BYTES,
+    Flag,
+    Header,
+    Kind,
+    check_body,
+    decode_header,
+    encode_frame,
+    pack_header,
+)
+
+RECEIVE_BYTES = 128 << 10  # first size of a connection's receive memory; grows to the frame bound
+
+
+class Frame(NamedTuple):
+    """One received frame; its body is valid until the handler returns (copy what must outlive)."""
+
+    header: Header
+    memory: Memory
+    offset: int  # of the body in `memory`
+
+    @property
+    def body(self) -> memoryview:
+        """The body, zero-copy."""
+        return self.memory.view[self.offset : self.offset + self.header.length]
+
+
+class Connection:
+    """A peer that dialled us. `send*` may be called from any thread and never blocks.
+
+    Attributes:
+        id: unique for the server's life.
+        peer_name: what the peer calls itself (authenticated with the handshake).
+        counters: traffic of this connection.
+        outstanding: DISPATCH frames handed to the handler and not answered yet.
+        close_reason: why it was closed; set before `on_lost`.
+        context: free for the handler's use.
+    """
+
+    def __init__(
+        self,
+        connection_id: int,
+        sock: socket.socket,
+        handshake: ServerHandshake,
+        *,
+        checked: bool,
+        queue_bytes_max: int,
+        on_backlog: Callable[["Connection", bool], None],
+        on_doomed: Callable[["Connection", str], None],
+    ) -> None:
+        self.id = connection_id
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer_name = "?"
+        self.counters = LinkCounters()
+        self.outstanding = 0
+        self.close_reason: str | None = None
+        self.context: object = None
+        self.head: Frame | None = None  # complete, not handled yet
+        self.skipped = 0  # times another connection's frame went ahead of `head`
+        self.opened = False
+        self.grants: Grants | None = None
+        self.arena: Memory | None = None
+        self._handshake = handshake
+        self._partial = bytearray()
+        self._checked = checked
+        self._queue_bytes_max = queue_bytes_max
+        self._on_backlog = on_backlog
+        self._on_doomed = on_doomed
+        self._lock = threading.Lock()
+        self._closed = False
+        self._out: deque[memoryview] = deque()
+        self._out_bytes = 0
+        self._control_sent = 0
+        self._control_received = 0
+        self._rx = Memory.anonymous(0)
+        self._rx_start = 0
+        self._rx_end = 0
+        self._frame_bytes_max = 0
+
+    def __repr__(self) -> str:
+        return f"<connection {self.id} of {self.peer_name!r}>"
+
+    # -- handshake ---------------------------------------------------------------------------
+
+    def on_handshake_bytes(self) -> bool:
+        """Reads what the handshake still needs; True once frames may follow. Never reads further.
+
+        Raises:
+            AuthError, FrameError, PeerLostError, OSError: close the connection.
+        """
+        handshake = self._handshake
+        if handshake.accepted:
+            return self._receive_arena()
+        data = self.sock.recv(handshake.needed - len(self._partial))
+        if not data:
+            raise PeerLostError("closed in the handshake")
+        self._partial += data
+        if len(self._partial) < handshake.needed:
+            return False
+        answer = handshake.feed(bytes(self._partial))
+        self._partial.clear()
+        if self.sock.send(answer) != len(answer):  # 64 bytes into an empty buffer
+            raise AuthError("handshake answer did not fit the socket's empty buffer")
+        self.peer_name = handshake.peer_name
+        if handshake.needed:
+            return False
+        if not handshake.accepted:
+            raise AuthError(f"{self.peer_name!r} does not know the cluster token")
+        self.grants = handshake.grants
+        if not self.grants.arena:
+            self._open()
+        return self.opened
+
+    def _receive_arena(self) -> bool:
+        assert self.grants is not None
+        wanted = len(ATTACH) - len(self._partial)
+        data, ancillary, _, _ = self.sock.recvmsg(
+            wanted, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC
+        )
+        descriptors = array("i")
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(content[: len(content) // 4 * 4])
+        try:
+            if not data:
+                raise PeerLostError("closed before the arena came")
+            if descriptors and self.arena is None:
+                total = self.grants.num_regions * self.grants.region_bytes
+                self.arena = Memory.attach(descriptors[0], total)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._partial += data
+        if len(self._partial) < len(ATTACH):
+            return False
+        if self._partial != ATTACH or self.arena is None:
+            raise FrameError(f"arena message is {bytes(self._partial)!r} without a descriptor")
+        self._open()
+        return True
+
+    def _open(self) -> None:
+        assert self.grants is not None
+        self._frame_bytes_max = self.grants.frame_bytes_max
+        self._rx = Memory.anonymous(RECEIVE_BYTES)
+        self.opened = True
+
+    # -- incoming ----------------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        """Receives once and sets `head` when a frame is complete.
+
+        Raises:
+            FrameError, PeerLostError, OSError: close the connection.
+        """
+        received = self.sock.recv_into(self._rx.view[self._rx_end :])
+        if received == 0:
+            raise PeerLostError("closed by the peer")
+        self._rx_end += received
+        self.next_head()
+
+    def next_head(self) -> None:
+        """Sets `head` to the next complete frame of the receive memory. Raises FrameError."""
+        self.head = None
+        start = self._rx_start
+        available = self._rx_end - start
+        if available < HEADER_BYTES:
+            self._make_room(HEADER_BYTES)
+            return
+        header = decode_header(self._rx.view, start, frame_bytes_max=self._frame_bytes_max)
+        total = HEADER_BYTES + header.inline_bytes
+        if available < total:
+            self._make_room(total)
+            return
+        if start and header.kind == Kind.DISPATCH:  # rows must lie aligned for their tensor view
+            self._compact(self._rx)
+            start = 0
+        self.head = self._frame(header, start)
+
+    def _frame(self, header: Header, start: int) -> Frame:
+        counters = self.counters
+        counters.received_frames += 1
+        counters.received_bytes += HEADER_BYTES + header.length
+        counters.received_rows += header.num_rows
+        if not header.flags & Flag.ARENA:
+            frame = Frame(header, self._rx, start + HEADER_BYTES)
+            if header.flags & Flag.CHECKED:
+                check_body(header, frame.body)
+            return frame
+        counters.arena_bytes += header.length
+        if self.arena is None or self.grants is None:
+            raise FrameError(f"frame {header.sequence} names an arena, this connection has none")
+        size = self.grants.region_bytes
+        if (
+            header.region >= self.grants.num_regions
+            or HEADER_BYTES + header.length > size
+            or header.reply_offset > size
+            or header.reply_offset % 64
+        ):
+            raise FrameError(
+                f"frame {header.sequence} names region {header.region}, {header.length} bytes, "
+                f"answer at {header.reply_offset}; the arena has {self.grants.num_regions} regions "
+                f"of {size} bytes"
+            )
+        return Frame(header, self.arena, header.region * size + HEADER_BYTES)
+
+    def consume_head(self) -> None:
+        """Frees the handled head's bytes and looks for the next frame. Raises FrameError."""
+        assert self.head is not None
+        self._rx_start += HEADER_BYTES + self.head.header.inline_bytes
+        if self._rx_start == self._rx_end:
+            self._rx_start = self._rx_end = 0
+            self.head = None
+        else:
+            self.next_head()
+
+    def check_control_sequence(self, sequence: int) -> bool:
+        """True for the next control frame, False for a duplicate. Raises FrameError for a gap."""
+        if sequence <= self._control_received:
+            self.counters.stale_replies += 1
+            return False
+        if sequence != self._control_received + 1:
+            raise FrameError(f"control frame {sequence} follows {self._control_received}")
+        self._control_received = sequence
+        return True
+
+    def _make_room(self, num_bytes: int) -> None:
+        """At least `num_bytes` from `_rx_start` on fit, compacting or growing when they do not."""
+        if self._rx_start + num_bytes <= self._rx.num_bytes:
+            return
+        if num_bytes <= self._rx.num_bytes:
+            self._compact(self._rx)
+        else:
+            size = max(num_bytes, min(2 * self._rx.num_bytes, self._frame_bytes_max))
+            self._compact(Memory.anonymous(size))
+
+    def _compact(self, target: Memory) -> None:
+        count = self._rx_end - self._rx_start
+        target.view[:count] = self._rx.view[self._rx_start : self._rx_end]
+        self._rx, self._rx_start, self._rx_end = target, 0, count
+
+    # -- outgoing ----------------------------------------------------------------------------
+
+    def send(self, kind: int, body: bytes | memoryview = b"", **fields: int) -> bool:
+        """Sends or queues one inline frame; `fields` as in `wire.pack_header`.
+
+        Returns:
+            False when the connection is closed, or is now because its queue went over its bound:
+            `on_lost` reports both.
+        """
+        frame = encode_frame(body, checked=self._checked, kind=kind, **fields)
+        return self.transmit(frame, len(frame), 0)
+
+    def send_control(self, payload: bytes) -> bool:
+        """Sends one CONTROL frame with the connection's next sequence number; result as `send`."""
+        with self._lock:
+            self._control_sent += 1
+            frame = encode_frame(
+                payload, checked=self._checked, kind=Kind.CONTROL, sequence=self._control_sent
+            )
+            return self._transmit_locked(memoryview(frame), len(frame), 0)
+
+    def send_packed(self, frame: memoryview, header_fields: dict[str, int]) -> bool:
+        """Sends a frame whose body is already at `frame[64:]`; writes its header. Copies only
+        what the socket does not take at once. Result as `send`."""
+        length = len(frame) - HEADER_BYTES
+        if self._checked:
+            header_fields["body_crc"] = crc32(frame[HEADER_BYTES:])
+            header_fields["flags"] = header_fields.get("flags", 0) | Flag.CHECKED
+        pack_header(frame, 0, length=length, **header_fields)
+        return self.transmit(frame, len(frame), header_fields["num_rows"])
+
+    def transmit(self, frame: bytes | memoryview, counted_bytes: int, num_rows: int) -> bool:
+        """Sends or queues encoded bytes and counts them. Result as `send`."""
+        with self._lock:
+            return self._transmit_locked(memoryview(frame), counted_bytes, num_rows)
+
+    def _transmit_locked(self, frame: memoryview, counted_bytes: int, num_rows: int) -> bool:
+        if self._closed:
+            return False
+        counters = self.counters
+        counters.sent_frames += 1
+        counters.sent_bytes += counted_bytes
+        counters.sent_rows += num_rows
+        counters.arena_bytes += counted_bytes - len(frame)
+        if not self._out:
+            try:
+                sent = self.sock.send(frame)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._doom(f"send failed: {error}")
+                return False
+            if sent == len(frame):
+                return True
+            frame = frame[sent:]
+        self._out.append(memoryview(bytes(frame)))
+        self._out_bytes += len(frame)
+        if self._out_bytes > self._queue_bytes_max:
+            self._doom(
+                f"slow peer: {self._out_bytes} bytes wait, allowed are {self._queue_bytes_max}"
+            )
+            return False
+        if len(self._out) == 1:
+            self._on_backlog(self, True)
+        return True
+
+    def on_writable(self) -> None:
+        """Sends what waits. Raises OSError."""
+        with self._lock:
+            while self._out:
+                try:
+                    sent = self.sock.send(self._out[0])
+                except BlockingIOError:
+                    return
+                self._out_bytes -= sent
+                if sent < len(self._out[0]):
+                    self._out[0] = self._out[0][sent:]
+                    return
+                self._out.popleft()
+            if not self._closed:  # under the lock, or a send in between would wait for ever
+                self._on_backlog(self, False)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait for the peer to read."""
+        return self._out_bytes
+
+    def _doom(self, reason: str) -> None:
+        """Stops sending at once; the loop closes the socket (it alone may, or the fd is reused)."""
+        self._closed = True
+        self._out.clear()
+        self._out_bytes = 0
+        self._on_doomed(self, reason)
+
+    def close(self, reason: str) -> None:
+        """Closes the socket; called by the server's loop only."""
+        with self._lock:
+            self._closed = True
+            self._out.clear()
+            self._out_bytes = 0
+            self.sock.close()
+        self.close_reason = reason
+        self.head = None
+        self.arena = None
+        self._rx = Memory.anonymous(0)

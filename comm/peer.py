@@ -1,0 +1,420 @@
+"""One shard as a dense rank sees it: non-blocking connection, arena, calls under way."""
+
+import os
+import socket
+from typing import Final
+from zlib import crc32
+
+import msgspec
+
+from remora.comm.accounting import LinkCounters
+from remora.comm.arena import Memory, align64
+from remora.comm.auth import (
+    ATTACH,
+    CHALLENGE_BYTES,
+    VERDICT_BYTES,
+    ClientHandshake,
+    Grants,
+)
+from remora.comm.errors import ClusterError, FencedError, FrameError, PeerLostError
+from remora.comm.transport import dial, receive_exactly
+from remora.comm.view import Member
+from remora.comm.wire import (
+    ERROR_TEXT_BYTES_MAX,
+    HEADER_BYTES,
+    ErrorCode,
+    Flag,
+    Header,
+    Kind,
+    check_body,
+    decode_header,
+    pack_header,
+)
+
+RECEIVE_BYTES: Final = 256 << 10
+
+
+class PeerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a requester asks for at connect; the server may grant less."""
+
+    region_bytes: int = 8 << 20  # one call's request and answer; pages are touched on use only
+    num_regions: int = 4  # credits: calls under way per peer
+    arena_bytes_min: int = 16 << 10  # smaller calls go through the socket
+    connect_s: float = 5.0
+
+
+class Call:
+    """One request to one peer: built in place at `body`, sent once, answered at most once.
+
+    Attributes:
+        peer: whom it asks.
+        memory, start: where its region lies; header first.
+        body_bytes, reply_bytes: exact size of the body, largest size of the answer's.
+        reply: header of the answer (COMBINED or NOT_MINE), or None.
+        error: why there is no answer, or None.
+    """
+
+    __slots__ = (
+        "abandoned", "body_bytes", "error", "memory", "peer", "region", "reply", "reply_bytes",
+        "reply_start", "sequence", "start",
+    )  # fmt: skip
+
+    def __init__(
+        self, peer: "Peer", memory: Memory, start: int, region: int | None, body: int, reply: int
+    ) -> None:
+        self.peer = peer
+        self.memory = memory
+        self.start = start
+        self.region = region  # None: a private memory of its own, for a call beyond a region
+        self.body_bytes = body
+        self.reply_bytes = reply
+        self.reply_start = start + align64(HEADER_BYTES + body)
+        self.sequence = 0
+        self.reply: Header | None = None
+        self.error: ClusterError | None = None
+        self.abandoned = False
+
+    @property
+    def body(self) -> memoryview:
+        """Where the request's body is to be written."""
+        start = self.start + HEADER_BYTES
+        return self.memory.view[start : start + self.body_bytes]
+
+    @property
+    def body_address(self) -> int:
+        """Address of `body` in this process."""
+        return self.memory.address + self.start + HEADER_BYTES
+
+    @property
+    def reply_body(self) -> memoryview:
+        """The answer's body, valid until `release`."""
+        assert self.reply is not None, "no answer yet"
+        return self.memory.view[self.reply_start : self.reply_start + self.reply.length]
+
+    @property
+    def reply_address(self) -> int:
+        """Address of `reply_body` in this process."""
+        return self.memory.address + self.reply_start
+
+    def release(self) -> None:
+        """Gives the region back. A call under way is given up: its late answer will be dropped."""
+        if self.sequence in self.peer.in_flight:
+            self.abandoned = True
+        elif self.region is not None:
+            self.peer.give_back(self.region)
+            self.region = None
+
+
+class Peer:
+    """A connection to `member`; made by `PeerSet.connect`, used from one thread.
+
+    Raises (constructor):
+        PeerLostError: not reachable. AuthError: tokens differ. FencedError: another incarnation
+            answers at that endpoint.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        *,
+        token: bytes,
+        self_host: str,
+        name: str,
+        limits: PeerLimits,
+        counters: LinkCounters,
+    ) -> None:
+        self.member = member
+        self.uid = member.uid
+        self.counters = counters
+        self.limits = limits
+        self.in_flight: dict[int, Call] = {}
+        self.error: PeerLostError | None = None
+        self.sock = dial(member.endpoint, self_host, timeout_s=limits.connect_s)
+        self._checked = self.sock.family != socket.AF_UNIX
+        try:
+            self.grants, self.memory = _shake_hands(self.sock, token, name=name, limits=limits)
+            if self.grants.incarnation not in (0, member.incarnation):
+                raise FencedError(
+                    f"{member.uid} is incarnation {self.grants.incarnation}, "
+                    f"the view says {member.incarnation}"
+                )
+        except BaseException:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.fd = self.sock.fileno()
+        self._free = list(range(self.grants.num_regions))
+        self._sequence = 0
+        self._out: memoryview | None = None  # what the socket did not take yet
+        self._rx = bytearray(RECEIVE_BYTES)
+        self._rx_view = memoryview(self._rx)
+        self._rx_end = 0
+        self._sink: memoryview | None = None  # where the rest of a large answer goes
+        self._sink_header: Header | None = None
+        self._skip_bytes = 0  # of a large answer that nobody waits for
+
+    def begin(self, body_bytes: int, reply_bytes: int) -> Call | None:
+        """Reserves room for a call; None when every credit of this peer is in use.
+
+        Raises:
+            PeerLostError: the connection is gone.
+            FrameError: request or answer would be over the granted frame bound.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self._free:
+            return None
+        largest = HEADER_BYTES + max(body_bytes, reply_bytes)
+        if largest > self.grants.frame_bytes_max:
+            raise FrameError(
+                f"call of {largest} bytes to {self.uid}: allowed are {self.grants.frame_bytes_max}"
+            )
+        region = self._free.pop()
+        if align64(HEADER_BYTES + body_bytes) + reply_bytes <= self.grants.region_bytes:
+            start = region * self.grants.region_bytes
+            return Call(self, self.memory, start, region, body_bytes, reply_bytes)
+        own = Memory.anonymous(align64(HEADER_BYTES + body_bytes) + reply_bytes)
+        return Call(self, own, 0, region, body_bytes, reply_bytes)
+
+    def give_back(self, region: int) -> None:
+        """Frees a credit."""
+        self._free.append(region)
+        assert len(self._free) <= self.grants.num_regions, f"{self.uid}: region freed twice"
+
+    def send(
+        self, call: Call, *, kind: int = Kind.DISPATCH, flags: int = 0, deadline_us: int = 0,
+        epoch: int = 0, layer: int = 0, num_rows: int = 0, num_pairs: int = 0, width: int = 0,
+        dtype: int = 0,
+    ) -> bool:  # fmt: skip
+        """Sends `call`; True when the socket took all of it, else wait for it to be writable.
+
+        Raises PeerLostError.
+        """
+        if self.error is not None:
+            raise self.error
+        self._sequence += 1
+        call.sequence = self._sequence
+        length = call.body_bytes
+        view = call.memory.view
+        region = reply_offset = body_crc = 0
+        end = call.start + HEADER_BYTES
+        largest = max(length, call.reply_bytes)
+        if (
+            self.grants.arena
+            and call.memory is self.memory
+            and largest >= self.limits.arena_bytes_min
+        ):
+            assert call.region is not None
+            flags |= Flag.ARENA
+            region = call.region
+            reply_offset = call.reply_start - call.start
+            self.counters.arena_bytes += length
+        else:
+            end += length
+            if self._checked:
+                flags |= Flag.CHECKED
+                body_crc = crc32(call.body)
+        pack_header(
+            view, call.start, kind=kind, flags=flags, layer=layer, length=length,
+            num_rows=num_rows, num_pairs=num_pairs, width=width, dtype=dtype, region=region,
+            epoch=epoch, incarnation=self.member.incarnation, sequence=call.sequence,
+            deadline_us=deadline_us, reply_offset=reply_offset, body_crc=body_crc,
+        )  # fmt: skip
+        counters = self.counters
+        counters.sent_frames += 1
+        counters.sent_bytes += HEADER_BYTES + length
+        counters.sent_rows += num_rows
+        counters.sent_pairs += num_pairs
+        self.in_flight[call.sequence] = call
+        return self._transmit(view[call.start : end])
+
+    def _transmit(self, frame: memoryview) -> bool:
+        if self._out is not None:  # keep the order; rare, so a copy is cheap enough
+            self._out = memoryview(bytes(self._out) + bytes(frame))
+            return False
+        try:
+            sent = self.sock.send(frame)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self.lose(f"send failed: {error}") from error
+        if sent == len(frame):
+            return True
+        self._out = frame[sent:]
+        return False
+
+    @property
+    def has_backlog(self) -> bool:
+        """Bytes wait for the socket to be writable."""
+        return self._out is not None
+
+    def on_writable(self) -> None:
+        """Sends what waits. Raises PeerLostError."""
+        if self._out is not None:
+            frame, self._out = self._out, None
+            self._transmit(frame)
+
+    def on_readable(self, done: list[Call]) -> None:
+        """Receives once and appends to `done` the calls that it answered and somebody waits for.
+
+        Raises:
+            PeerLostError: the connection is gone, or sent what is no frame.
+        """
+        try:
+            if self._sink is not None:
+                self._receive_sink(done)
+                return
+            received = self.sock.recv_into(self._rx_view[self._rx_end :])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self.lose(f"receive failed: {error}") from error
+        if received == 0:
+            raise self.lose("closed by the peer")
+        self._rx_end += received
+        try:
+            self._take_frames(done)
+        except FrameError as error:
+            raise self.lose(f"no frame: {error}") from error
+
+    def _receive_sink(self, done: list[Call]) -> None:
+        assert self._sink is not None and self._sink_header is not None
+        received = self.sock.recv_into(self._sink)
+        if received == 0:
+            raise self.lose("closed by the peer")
+        self._sink = self._sink[received:]
+        if len(self._sink) == 0:
+            header, self._sink, self._sink_header = self._sink_header, None, None
+            call = self.in_flight.get(header.sequence)
+            assert call is not None, "the sink's call was forgotten"
+            try:
+                if header.flags & Flag.CHECKED:
+                    start = call.reply_start
+                    check_body(header, call.memory.view[start : start + header.length])
+            except FrameError as error:
+                raise self.lose(f"no frame: {error}") from error
+            self._finish(call, header, done)
+
+    def _take_frames(self, done: list[Call]) -> None:
+        start, end, rx = 0, self._rx_end, self._rx_view
+        if self._skip_bytes:
+            start = min(self._skip_bytes, end)
+            self._skip_bytes -= start
+        while end - start >= HEADER_BYTES:
+            header = decode_header(rx, start, frame_bytes_max=self.grants.frame_bytes_max)
+            body = start + HEADER_BYTES
+            inline = header.inline_bytes
+            if end - body >= inline:
+                self._take(header, rx[body : body + inline], done)
+                start = body + inline
+                continue
+            if inline <= RECEIVE_BYTES // 2:
+                break  # it fits once the rest has come
+            call = self._match(header)
+            if call is None:
+                self._skip_bytes = inline - (end - body)
+            else:
+                target = call.memory.view[call.reply_start : call.reply_start + inline]
+                target[: end - body] = rx[body:end]
+                self._sink, self._sink_header = target[end - body :], header
+            start = end
+        if start < end and start:
+            rx[: end - start] = rx[start:end]
+        self._rx_end = end - start
+
+    def _match(self, header: Header) -> Call | None:
+        """The call that a frame answers; None (counted) when it is stale. Raises FrameError."""
+        counters = self.counters
+        counters.received_frames += 1
+        counters.received_bytes += HEADER_BYTES + header.length
+        counters.received_rows += header.num_rows if header.kind == Kind.COMBINED else 0
+        call = self.in_flight.get(header.sequence)
+        if call is None or header.incarnation != self.member.incarnation:
+            counters.stale_replies += 1
+            return None
+        limit = ERROR_TEXT_BYTES_MAX if header.kind == Kind.ERROR else call.reply_bytes
+        if header.length > limit:
+            raise FrameError(
+                f"answer {header.sequence} has {header.length} bytes, allowed are {limit}"
+            )
+        if header.flags & Flag.ARENA:
+            counters.arena_bytes += header.length
+            if call.memory is not self.memory or header.region != call.region:
+                raise FrameError(f"answer {header.sequence} lies in region {header.region}")
+        return call
+
+    def _take(self, header: Header, body: memoryview, done: list[Call]) -> None:
+        call = self._match(header)
+        if call is None:
+            return
+        if header.flags & Flag.CHECKED:
+            check_body(header, body)
+        if header.kind == Kind.ERROR:
+            call.error = _as_error(self.uid, header, bytes(body))
+        elif header.kind not in (Kind.COMBINED, Kind.NOT_MINE, Kind.PONG):
+            raise FrameError(f"frame kind {header.kind} is no answer")
+        elif not header.flags & Flag.ARENA:
+            call.memory.view[call.reply_start : call.reply_start + len(body)] = body
+        self._finish(call, header, done)
+
+    def _finish(self, call: Call, header: Header, done: list[Call]) -> None:
+        del self.in_flight[header.sequence]
+        call.reply = header
+        if call.abandoned:
+            self.counters.late_replies += 1
+            call.release()
+        else:
+            done.append(call)
+
+    def lose(self, reason: str) -> PeerLostError:
+        """Closes the connection and fails its calls; returns the error to raise."""
+        if self.error is None:
+            self.error = PeerLostError(
+                f"{self.uid} (incarnation {self.member.incarnation}): {reason}"
+            )
+            self.counters.losses += 1
+            self.sock.close()
+            for call in self.in_flight.values():
+                call.error = self.error
+            self.in_flight.clear()
+            self._out = self._sink = None
+        return self.error
+
+
+def _as_error(uid: str, header: Header, text: bytes) -> ClusterError:
+    message = f"{uid}: {text[:ERROR_TEXT_BYTES_MAX].decode('utf-8', errors='replace')}"
+    if header.num_rows == ErrorCode.FENCED:
+        return FencedError(message)
+    return ClusterError(message)
+
+
+def _shake_hands(
+    sock: socket.socket, token: bytes, *, name: str, limits: PeerLimits
+) -> tuple[Grants, Memory]:
+    """Authenticates a dialled, still blocking socket and passes the arena.
+
+    Raises AuthError, PeerLostError.
+    """
+    is_unix = sock.family == socket.AF_UNIX
+    handshake = ClientHandshake(
+        token,
+        name=name,
+        arena=is_unix,
+        num_regions=limits.num_regions,
+        region_bytes=align64(limits.region_bytes),
+    )
+    try:
+        sock.sendall(handshake.hello)
+        sock.sendall(handshake.on_challenge(receive_exactly(sock, CHALLENGE_BYTES)))
+        grants = handshake.on_verdict(receive_exactly(sock, VERDICT_BYTES))
+        total = grants.num_regions * grants.region_bytes
+        if not grants.arena:
+            return grants, Memory.anonymous(total)
+        memory, descriptor = Memory.create_shared(total)
+        try:
+            socket.send_fds(sock, [ATTACH], [descriptor])
+        finally:
+            os.close(descriptor)
+        return grants, memory
+    except OSError as error:
+        raise PeerLostError(f"handshake failed: {error}") from error

@@ -1,0 +1,230 @@
+"""`PeerSet`: every shard of a view as one dense rank sees them, and calls to several at once.
+
+    call = peers.peer("shard-0").begin(body_bytes, reply_bytes)
+    call.body[:] = ...
+    peers.start(call, layer=3, ...)
+    replies = peers.exchange([call, ...], deadline_s=5.0)     # or: peers.finish(calls, 5.0)
+
+Synchronous and single-threaded by intent: a layer's rows leave, the thread waits, rows come back.
+While it waits it reads from every peer and writes what a socket did not take before, so no send
+ever blocks on a peer that waits for us.
+"""
+
+import select
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from remora.comm.accounting import TrafficCounters
+from remora.comm.auth import check_token
+from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
+from remora.comm.peer import Call, Peer, PeerLimits
+from remora.comm.view import Member, View
+from remora.comm.wire import Kind
+
+DEADLINE_US_MAX: Final = (1 << 32) - 1
+
+
+class PeerSet:
+    """Connections of one dense rank.
+
+    Args:
+        token: the cluster's token.
+        self_host: host label of this process; equal labels use Unix sockets and shared memory.
+        name: what peers call us in their logs.
+        limits: what to ask of every peer.
+        spin_s: how long `finish` polls without sleeping first. Saves a wake-up (3-5 us) where a
+            core can be spared, and costs the shard its time slice where it cannot: off by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        token: bytes,
+        self_host: str,
+        name: str = "",
+        limits: PeerLimits | None = None,
+        spin_s: float = 0.0,
+    ) -> None:
+        self._token = check_token(token)
+        self.self_host = self_host
+        self._name = name
+        self._limits = limits or PeerLimits()
+        self.spin_s = spin_s
+        self.counters = TrafficCounters()
+        self._peers: dict[str, Peer] = {}
+        self._by_fd: dict[int, Peer] = {}
+        self._epoll = select.epoll()
+
+    # -- members -----------------------------------------------------------------------------
+
+    def connect(self, member: Member) -> Peer:
+        """Connects to `member`, replacing an older connection of that uid.
+
+        Raises PeerLostError, AuthError, FencedError.
+        """
+        self.disconnect(member.uid)
+        peer = Peer(
+            member,
+            token=self._token,
+            self_host=self.self_host,
+            name=self._name,
+            limits=self._limits,
+            counters=self.counters.link(member.uid),
+        )
+        self._peers[member.uid] = peer
+        self._by_fd[peer.fd] = peer
+        self._epoll.register(peer.fd, select.EPOLLIN)
+        return peer
+
+    def disconnect(self, uid: str) -> None:
+        """Closes the connection to `uid`, if there is one; its calls under way fail."""
+        peer = self._peers.pop(uid, None)
+        if peer is not None:
+            self._drop(peer, "closed by us")
+
+    def apply_view(self, view: View) -> dict[str, ClusterError]:
+        """Connects to every shard of `view` and closes the rest; keeps what is already right.
+
+        Returns:
+            Shards that could not be reached, with the reason.
+        """
+        members = {m.uid: m for m in view.members if m.role == "shard"}
+        for uid in [uid for uid in self._peers if uid not in members]:
+            self.disconnect(uid)
+        failed: dict[str, ClusterError] = {}
+        for uid, member in members.items():
+            peer = self._peers.get(uid)
+            if peer is None or peer.error is not None or peer.member != member:
+                try:
+                    self.connect(member)
+                except ClusterError as error:
+                    failed[uid] = error
+        return failed
+
+    def peer(self, uid: str) -> Peer:
+        """The live connection to `uid`. Raises PeerLostError."""
+        peer = self._peers.get(uid)
+        if peer is None:
+            raise PeerLostError(f"not connected to {uid}")
+        if peer.error is not None:
+            raise peer.error
+        return peer
+
+    @property
+    def live_uids(self) -> list[str]:
+        """Peers whose connection is open, sorted."""
+        return sorted(uid for uid, peer in self._peers.items() if peer.error is None)
+
+    def close(self) -> None:
+        """Closes every connection and frees every arena. Idempotent."""
+        for uid in list(self._peers):
+            self.disconnect(uid)
+        if not self._epoll.closed:
+            self._epoll.close()
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def start(
+        self, call: Call, *, kind: int = Kind.DISPATCH, flags: int = 0, deadline_s: float = 0.0,
+        epoch: int = 0, layer: int = 0, num_rows: int = 0, num_pairs: int = 0, width: int = 0,
+        dtype: int = 0,
+    ) -> None:  # fmt: skip
+        """Sends one call without waiting; a lost peer shows as `call.error` in `finish`."""
+        peer = call.peer
+        try:
+            if not peer.send(
+                call, kind=kind, flags=flags, epoch=epoch, layer=layer, num_rows=num_rows,
+                num_pairs=num_pairs, width=width, dtype=dtype,
+                deadline_us=min(int(deadline_s * 1e6), DEADLINE_US_MAX),
+            ):  # fmt: skip
+                self._epoll.modify(peer.fd, select.EPOLLIN | select.EPOLLOUT)
+        except PeerLostError as error:
+            call.error = error
+            self._forget(peer)
+
+    def finish(self, calls: Iterable[Call], deadline_s: float) -> None:
+        """Waits until every started call has `reply` or `error`; raises nothing.
+
+        A call that is not answered within `deadline_s` gets DeadlineError and is given up: its
+        region stays reserved until the late answer comes or the connection ends.
+        """
+        waiting = {c.sequence: c for c in calls if c.reply is None and c.error is None}
+        if not waiting:
+            return
+        pending = len(waiting)
+        until = time.monotonic() + deadline_s
+        spin_until = time.monotonic() + self.spin_s if self.spin_s else 0.0
+        done: list[Call] = []
+        poll = self._epoll.poll
+        by_fd = self._by_fd
+        while pending > 0:
+            if spin_until:
+                events = poll(0)
+                if not events and time.monotonic() < spin_until:
+                    continue
+                spin_until = 0.0
+            else:
+                events = poll(max(0.0, until - time.monotonic()))
+                if not events and time.monotonic() >= until:
+                    break
+            for fd, event in events:
+                peer = by_fd[fd]
+                try:
+                    if event & select.EPOLLOUT:
+                        peer.on_writable()
+                        if not peer.has_backlog:
+                            self._epoll.modify(fd, select.EPOLLIN)
+                    if event & ~select.EPOLLOUT:
+                        peer.on_readable(done)
+                except PeerLostError:
+                    self._forget(peer)
+                    pending = sum(c.reply is None and c.error is None for c in calls)
+            if done:
+                pending -= len(done)
+                done.clear()
+        for call in calls:
+            if call.reply is None and call.error is None:
+                call.peer.counters.deadlines += 1
+                call.abandoned = True
+                call.error = DeadlineError(f"{call.peer.uid} did not answer within {deadline_s} s")
+
+    def exchange(self, calls: list[Call], deadline_s: float) -> list[Call]:
+        """`finish`, then the calls with their replies, in order.
+
+        Raises:
+            PeerLostError, DeadlineError, FencedError, ClusterError: of the first call that failed,
+                naming its peer; every call is released.
+        """
+        self.finish(calls, deadline_s)
+        for call in calls:
+            if call.error is not None:
+                for each in calls:
+                    each.release()
+                raise call.error
+        return calls
+
+    def drain(self) -> None:
+        """Takes what has arrived without waiting: late answers give their regions back."""
+        done: list[Call] = []
+        for fd, event in self._epoll.poll(0):
+            peer = self._by_fd[fd]
+            try:
+                if event & select.EPOLLOUT:
+                    peer.on_writable()
+                    if not peer.has_backlog:
+                        self._epoll.modify(fd, select.EPOLLIN)
+                if event & ~select.EPOLLOUT:
+                    peer.on_readable(done)
+            except PeerLostError:
+                self._forget(peer)
+
+    def _drop(self, peer: Peer, reason: str) -> None:
+        if peer.error is None:
+            peer.lose(reason)
+        self._forget(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        """Takes a lost peer off the poll set (its closed socket left epoll by itself)."""
+        if self._by_fd.get(peer.fd) is peer:
+            del self._by_fd[peer.fd]

@@ -1,0 +1,356 @@
+"""`FrameServer`: one loop, one thread, many authenticated peers; the listening side of all links.
+
+    server = FrameServer(host_ip="127.0.0.1", token=token, on_frame=handle, on_lost=forget)
+    publish(server.endpoint(host_label))
+    server.run()                 # in this thread until server.stop(); or start() / close()
+
+The handler runs in the loop's thread: an expert shard computes right there, so that nothing but
+one socket wake-up lies between a request and its rows; a dense rank only queues what came. Frames
+of several peers are handled smallest first (decode goes ahead of sliced prefill), a frame that was
+passed over `SKIPS_MAX` times goes first. Nothing in the loop blocks: sends that the socket does
+not take are queued, and a peer whose queue goes over its bound is closed with a logged reason.
+"""
+
+import ipaddress
+import itertools
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from remora.comm.auth import ServerHandshake, check_token
+from remora.comm.connection import Connection, Frame
+from remora.comm.errors import AuthError, FrameError, PeerLostError
+from remora.comm.transport import format_tcp, listen_tcp, listen_unix, tune
+from remora.comm.view import Endpoint
+from remora.comm.wire import FRAME_BYTES_MAX, ErrorCode, Kind
+
+log = logging.getLogger(__name__)
+
+SKIPS_MAX: Final = 4
+ACCEPT_PAUSE_S: Final = 1.0  # after the process ran out of descriptors
+
+
+class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of one server; every one of them closes the connection that goes over it."""
+
+    frame_bytes_max: int = FRAME_BYTES_MAX
+    queue_bytes_max: int = 64 << 20  # unsent bytes of one connection
+    connections_max: int = 1024
+    handshakes_max: int = 64  # unauthenticated connections; over it the oldest goes
+    handshake_s: float = 5.0
+    num_regions_max: int = 16  # calls of one connection under way
+    region_bytes_max: int = 256 << 20
+
+
+class FrameServer:
+    """Listens, authenticates, hands frames to `on_frame(connection, frame)`.
+
+    Args:
+        host_ip: address to bind (loopback or what the config names), port chosen by the system.
+        token: the cluster's token, at least 16 bytes.
+        on_frame: called in the loop's thread. FrameError from it closes the connection; any other
+            exception is logged with its traceback and closes the connection too.
+        on_lost: called in the loop's thread for each *authenticated* connection that closed.
+        on_open: called in the loop's thread when a connection is authenticated.
+        unix: listen on an abstract Unix socket too, for peers of the same host.
+        incarnation: of this process; frames for another one are answered with an ERROR frame
+            (code FENCED). 0 accepts any.
+        advertise_ip: address in `endpoint` when it is not `host_ip` (needed for a wildcard bind).
+        limits: bounds.
+
+    Raises:
+        ValueError: token too short, or a wildcard address without `advertise_ip`.
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        *,
+        host_ip: str,
+        token: bytes,
+        on_frame: Callable[[Connection, Frame], None],
+        on_lost: Callable[[Connection], None] | None = None,
+        on_open: Callable[[Connection], None] | None = None,
+        unix: bool = True,
+        incarnation: int = 0,
+        advertise_ip: str | None = None,
+        limits: ServerLimits | None = None,
+    ) -> None:
+        self._token = check_token(token)
+        if advertise_ip is None and ipaddress.ip_address(host_ip).is_unspecified:
+            raise ValueError(f"bound to every address ({host_ip}): advertise_ip must say which")
+        self._advertise_ip = advertise_ip
+        self._on_frame = on_frame
+        self._on_lost = on_lost
+        self._on_open = on_open
+        self.limits = limits or ServerLimits()
+        self.incarnation = incarnation
+        self._tcp = listen_tcp(host_ip)
+        self._tcp_address = format_tcp(self._tcp)
+        self._unix: socket.socket | None = None
+        self._unix_path: str | None = None
+        if unix:
+            self._unix, self._unix_path = listen_unix()
+        self._listeners = {s.fileno(): s for s in (self._tcp, self._unix) if s is not None}
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for fd in (self._wake_fd, *self._listeners):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._accept_again_at: float | None = None
+        self._ids = itertools.count(1)
+        self._connections: dict[int, Connection] = {}  # by fd
+        self._handshakes: dict[Connection, float] = {}  # -> give up at; in order of time
+        self._ready: list[Connection] = []  # with a complete head
+        self._calls: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._running = False
+        self._closed = False
+        self._wake_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def endpoint(self, host_label: str) -> Endpoint:
+        """What to publish; `host_label` is this process's Ray node."""
+        address = self._tcp_address
+        if self._advertise_ip is not None:
+            ip = self._advertise_ip
+            port = address.rpartition(":")[2]
+            address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return Endpoint(host=host_label, tcp_address=address, unix_path=self._unix_path)
+
+    def start(self, name: str = "frame-server") -> None:
+        """Runs the loop in a thread of its own, ended by `close`."""
+        assert self._thread is None, "started twice"
+        self._thread = threading.Thread(target=self.run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Makes `run` return; callable from any thread, and from a signal handler."""
+        self._stopping = True
+        self._wake()
+
+    def close(self) -> None:
+        """Stops, waits for the thread of `start`, closes every socket. Idempotent."""
+        self.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if not self._running:  # else `run` shuts on its way out
+            self._shut()
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Runs `function` in the loop's thread; callable from any thread."""
+        self._calls.append(function)
+        self._wake()
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Authenticated connections as of now."""
+        return [c for c in list(self._connections.values()) if c.opened]
+
+    def run(self) -> None:
+        """The loop; returns after `stop` and closes every socket."""
+        self._running = True
+        try:
+            while not self._stopping:
+                self._poll()
+                while self._calls:
+                    self._calls.popleft()()
+                if self._ready:
+                    self._handle_one()
+        finally:
+            self._running = False
+            self._shut()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._wake_lock:  # the descriptor must not be closed (and reused) under the write
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _poll(self) -> None:
+        for fd, events in self._epoll.poll(0 if self._ready else self._timeout_s()):
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._on_socket(connection, events)
+            elif fd == self._wake_fd:
+                os.eventfd_read(fd)
+            elif fd in self._listeners:
+                self._accept(self._listeners[fd])
+
+    def _timeout_s(self) -> float | None:
+        """Seconds until the next timer, having run those that are due; None = no timer."""
+        if not self._handshakes and self._accept_again_at is None:
+            return None
+        now = time.monotonic()
+        for connection, until in list(self._handshakes.items()):
+            if until > now:
+                break
+            self._close(connection, f"no handshake within {self.limits.handshake_s} s")
+        if self._accept_again_at is not None and self._accept_again_at <= now:
+            self._resume_accept()
+        times = [*itertools.islice(self._handshakes.values(), 1)]
+        if self._accept_again_at is not None:
+            times.append(self._accept_again_at)
+        return max(0.0, min(times) - now) if times else None
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: the listener stays readable, so look away
+            log.warning("cannot accept: %s", error)
+            for fd in self._listeners:
+                self._epoll.modify(fd, 0)
+            self._accept_again_at = time.monotonic() + ACCEPT_PAUSE_S
+            return
+        limits = self.limits
+        if len(self._connections) >= limits.connections_max:
+            log.warning("connection refused: %d are open", limits.connections_max)
+            sock.close()
+            return
+        if len(self._handshakes) >= limits.handshakes_max:
+            self._close(next(iter(self._handshakes)), "oldest of too many handshakes")
+        sock.setblocking(False)
+        tune(sock)
+        is_unix = sock.family == socket.AF_UNIX
+        connection = Connection(
+            next(self._ids),
+            sock,
+            ServerHandshake(
+                self._token,
+                allow_arena=is_unix,
+                num_regions_max=limits.num_regions_max,
+                region_bytes_max=limits.region_bytes_max,
+                frame_bytes_max=limits.frame_bytes_max,
+                incarnation=self.incarnation,
+            ),
+            checked=not is_unix,
+            queue_bytes_max=limits.queue_bytes_max,
+            on_backlog=self._on_backlog,
+            on_doomed=self._on_doomed,
+        )
+        self._connections[connection.fd] = connection
+        self._handshakes[connection] = time.monotonic() + limits.handshake_s
+        self._epoll.register(connection.fd, select.EPOLLIN)
+
+    def _resume_accept(self) -> None:
+        self._accept_again_at = None
+        for fd in self._listeners:
+            self._epoll.modify(fd, select.EPOLLIN)
+
+    def _on_socket(self, connection: Connection, events: int) -> None:
+        try:
+            if events & select.EPOLLOUT:
+                connection.on_writable()
+            if not events & ~select.EPOLLOUT or connection.head is not None:
+                return  # its next frame waits for its turn: read no further
+            if not connection.opened:
+                if connection.on_handshake_bytes():
+                    del self._handshakes[connection]
+                    if self._on_open is not None:
+                        self._on_open(connection)
+                return
+            connection.on_readable()
+            if connection.head is not None:
+                self._ready.append(connection)
+        except BlockingIOError:
+            return
+        except (FrameError, AuthError, PeerLostError, OSError) as error:
+            self._close(connection, str(error))
+
+    def _handle_one(self) -> None:
+        ready = self._ready
+        if len(ready) == 1:
+            connection = ready.pop()
+        else:
+            connection = min(ready, key=_turn)
+            ready.remove(connection)
+            for other in ready:
+                other.skipped += 1
+        frame = connection.head
+        assert frame is not None, f"{connection} is ready without a frame"
+        connection.skipped = 0
+        try:
+            self._dispatch(connection, frame)
+            if connection.close_reason is not None:
+                return
+            del frame  # its memory must be free to be compacted
+            connection.consume_head()
+            if connection.head is not None:
+                ready.append(connection)
+        except FrameError as error:
+            self._close(connection, str(error))
+        except Exception:
+            log.exception("handler failed on a frame of %r", connection)
+            self._close(connection, "the handler failed")
+
+    def _dispatch(self, connection: Connection, frame: Frame) -> None:
+        header = frame.header
+        if header.kind == Kind.PING:
+            connection.send(Kind.PONG, frame.body, sequence=header.sequence)
+            return
+        if self.incarnation and header.incarnation != self.incarnation:
+            connection.send(
+                Kind.ERROR,
+                f"this is incarnation {self.incarnation}".encode(),
+                num_rows=ErrorCode.FENCED,
+                incarnation=self.incarnation,
+                sequence=header.sequence,
+            )
+            return
+        if header.kind == Kind.CONTROL and not connection.check_control_sequence(header.sequence):
+            return
+        if header.kind == Kind.DISPATCH:
+            assert connection.grants is not None
+            if connection.outstanding >= connection.grants.num_regions:
+                raise FrameError(f"{connection.outstanding} calls under way: credits used up")
+            connection.outstanding += 1
+        self._on_frame(connection, frame)
+
+    def _on_backlog(self, connection: Connection, waits: bool) -> None:
+        events = select.EPOLLIN | select.EPOLLOUT if waits else select.EPOLLIN
+        self._epoll.modify(connection.fd, events)
+
+    def _on_doomed(self, connection: Connection, reason: str) -> None:
+        self.call_soon(lambda: self._close(connection, reason))
+
+    def _close(self, connection: Connection, reason: str) -> None:
+        if self._connections.get(connection.fd) is not connection:
+            return
+        log.info("closing %r: %s", connection, reason)
+        del self._connections[connection.fd]
+        self._handshakes.pop(connection, None)
+        if connection in self._ready:
+            self._ready.remove(connection)
+        connection.close(reason)
+        if self._accept_again_at is not None:
+            self._resume_accept()
+        if connection.opened and self._on_lost is not None:
+            self._on_lost(connection)
+
+    def _shut(self) -> None:
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_fd)
+        for connection in list(self._connections.values()):
+            self._close(connection, "server stopped")
+        for listener in self._listeners.values():
+            listener.close()
+        self._epoll.close()
+
+
+def _turn(connection: Connection) -> tuple[bool, int]:
+    """Sort key: passed over too often first, then fewest rows."""
+    assert connection.head is not None
+    return connection.skipped < SKIPS_MAX, connection.head.header.num_rows
