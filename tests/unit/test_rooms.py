@@ -6,6 +6,7 @@ that it would catch what it is there to catch.
 """
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -57,6 +58,12 @@ SOURCES = _sources(*ARROWS)
 ALL_PYTHON = _sources(*ARROWS, "tests", "benchmarks")
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The syntax tree; several checks read each file."""
+    return ast.parse(text)
+
+
 def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Every module that a file imports, wherever in it, and the line; "." starts a relative one.
 
@@ -79,7 +86,7 @@ def within(module: str, packages: set[str]) -> bool:
 def arrow_faults(room: str, text: str) -> list[str]:
     """Imports in a file of `room` that the arrows forbid."""
     faults = []
-    for module, line in imports(ast.parse(text)):
+    for module, line in imports(parsed(text)):
         if module.startswith("."):
             faults.append(f"{line}: relative import {module!r}; say remora.{room}")
         elif module.split(".")[0] in ARROWS:
@@ -98,7 +105,7 @@ def impure_chains(start: str, texts: dict[str, str]) -> list[str]:
     seen, todo, faults = {start}, [(start, start)], []
     while todo:
         module, chain = todo.pop()
-        for target, line in imports(ast.parse(texts[module])):
+        for target, line in imports(parsed(texts[module])):
             if within(target, IMPURE):
                 faults.append(f"{chain}:{line} -> {target}")
             elif target in texts and target not in seen:
@@ -111,7 +118,7 @@ def swallowed(text: str) -> list[str]:
     """Handlers that catch everything and do nothing, and suppressions of everything."""
     broad = {"Exception", "BaseException"}
     faults = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.ExceptHandler):
             everything = node.type is None or (
                 isinstance(node.type, ast.Name) and node.type.id in broad
@@ -126,7 +133,7 @@ def swallowed(text: str) -> list[str]:
 
 def function_sizes(text: str) -> Iterator[tuple[str, int]]:
     """(name, lines without the docstring) of each function; an inner one counts in its outer."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         doc = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
@@ -143,7 +150,7 @@ def undocumented(text: str) -> list[str]:
     """Public classes and functions at the top level of a file that have no docstring."""
     return [
         f"{node.lineno}: {node.name} has no docstring"
-        for node in ast.parse(text).body
+        for node in parsed(text).body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
         and ast.get_docstring(node) is None
@@ -172,7 +179,7 @@ def test_dependencies_are_declared() -> None:
     homes = packages_distributions()
     missing = set()
     for path in SOURCES:
-        for module, line in imports(ast.parse(path.read_text())):
+        for module, line in imports(parsed(path.read_text())):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in ("remora", ""):
                 continue
