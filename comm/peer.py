@@ -254,15 +254,15 @@ class Peer:
             frame, self._out = self._out, None
             self._transmit(frame)
 
-    def on_readable(self, done: list[Call]) -> None:
-        """Receives once and appends to `done` the calls that it answered and somebody waits for.
+    def on_readable(self) -> None:
+        """Receives once and books the answers that came.
 
         Raises:
             PeerLostError: the connection is gone, or sent what is no frame.
         """
         try:
             if self._sink is not None:
-                self._receive_sink(done)
+                self._receive_sink()
                 return
             received = self.sock.recv_into(self._rx_view[self._rx_end :])
         except BlockingIOError:
@@ -273,11 +273,11 @@ class Peer:
             raise self.lose("closed by the peer")
         self._rx_end += received
         try:
-            self._take_frames(done)
+            self._take_frames()
         except FrameError as error:
             raise self.lose(f"no frame: {error}") from error
 
-    def _receive_sink(self, done: list[Call]) -> None:
+    def _receive_sink(self) -> None:
         assert self._sink is not None and self._sink_header is not None
         received = self.sock.recv_into(self._sink)
         if received == 0:
@@ -293,9 +293,9 @@ class Peer:
                     check_body(header, call.memory.view[start : start + header.length])
             except FrameError as error:
                 raise self.lose(f"no frame: {error}") from error
-            self._finish(call, header, done)
+            self._finish(call, header)
 
-    def _take_frames(self, done: list[Call]) -> None:
+    def _take_frames(self) -> None:
         start, end, rx = 0, self._rx_end, self._rx_view
         if self._skip_bytes:
             start = min(self._skip_bytes, end)
@@ -305,7 +305,7 @@ class Peer:
             body = start + HEADER_BYTES
             inline = header.inline_bytes
             if end - body >= inline:
-                self._take(header, rx[body : body + inline], done)
+                self._take(header, rx[body : body + inline])
                 start = body + inline
                 continue
             if inline <= RECEIVE_BYTES // 2:
@@ -343,7 +343,7 @@ class Peer:
                 raise FrameError(f"answer {header.sequence} lies in region {header.region}")
         return call
 
-    def _take(self, header: Header, body: memoryview, done: list[Call]) -> None:
+    def _take(self, header: Header, body: memoryview) -> None:
         call = self._match(header)
         if call is None:
             return
@@ -355,16 +355,14 @@ class Peer:
             raise FrameError(f"frame kind {header.kind} is no answer")
         elif not header.flags & Flag.ARENA:
             call.memory.view[call.reply_start : call.reply_start + len(body)] = body
-        self._finish(call, header, done)
+        self._finish(call, header)
 
-    def _finish(self, call: Call, header: Header, done: list[Call]) -> None:
+    def _finish(self, call: Call, header: Header) -> None:
         del self.in_flight[header.sequence]
         call.reply = header
         if call.abandoned:
             self.counters.late_replies += 1
             call.release()
-        else:
-            done.append(call)
 
     def lose(self, reason: str) -> PeerLostError:
         """Closes the connection and fails its calls; returns the error to raise."""

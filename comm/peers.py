@@ -12,7 +12,6 @@ ever blocks on a peer that waits for us.
 
 import select
 import time
-from collections.abc import Iterable
 from typing import Final
 
 from remora.comm.accounting import TrafficCounters
@@ -49,7 +48,7 @@ class PeerSet:
         self._token = check_token(token)
         self.self_host = self_host
         self._name = name
-        self._limits = limits or PeerLimits()
+        self.limits = limits or PeerLimits()
         self.spin_s = spin_s
         self.counters = TrafficCounters()
         self._peers: dict[str, Peer] = {}
@@ -69,7 +68,7 @@ class PeerSet:
             token=self._token,
             self_host=self.self_host,
             name=self._name,
-            limits=self._limits,
+            limits=self.limits,
             counters=self.counters.link(member.uid),
         )
         self._peers[member.uid] = peer
@@ -143,19 +142,15 @@ class PeerSet:
             call.error = error
             self._forget(peer)
 
-    def finish(self, calls: Iterable[Call], deadline_s: float) -> None:
+    def finish(self, calls: list[Call], deadline_s: float) -> None:
         """Waits until every started call has `reply` or `error`; raises nothing.
 
         A call that is not answered within `deadline_s` gets DeadlineError and is given up: its
         region stays reserved until the late answer comes or the connection ends.
         """
-        waiting = {c.sequence: c for c in calls if c.reply is None and c.error is None}
-        if not waiting:
-            return
-        pending = len(waiting)
+        pending = _num_pending(calls)
         until = time.monotonic() + deadline_s
         spin_until = time.monotonic() + self.spin_s if self.spin_s else 0.0
-        done: list[Call] = []
         poll = self._epoll.poll
         by_fd = self._by_fd
         while pending > 0:
@@ -176,13 +171,10 @@ class PeerSet:
                         if not peer.has_backlog:
                             self._epoll.modify(fd, select.EPOLLIN)
                     if event & ~select.EPOLLOUT:
-                        peer.on_readable(done)
+                        peer.on_readable()
                 except PeerLostError:
                     self._forget(peer)
-                    pending = sum(c.reply is None and c.error is None for c in calls)
-            if done:
-                pending -= len(done)
-                done.clear()
+            pending = _num_pending(calls)
         for call in calls:
             if call.reply is None and call.error is None:
                 call.peer.counters.deadlines += 1
@@ -206,7 +198,6 @@ class PeerSet:
 
     def drain(self) -> None:
         """Takes what has arrived without waiting: late answers give their regions back."""
-        done: list[Call] = []
         for fd, event in self._epoll.poll(0):
             peer = self._by_fd[fd]
             try:
@@ -215,7 +206,7 @@ class PeerSet:
                     if not peer.has_backlog:
                         self._epoll.modify(fd, select.EPOLLIN)
                 if event & ~select.EPOLLOUT:
-                    peer.on_readable(done)
+                    peer.on_readable()
             except PeerLostError:
                 self._forget(peer)
 
@@ -228,3 +219,7 @@ class PeerSet:
         """Takes a lost peer off the poll set (its closed socket left epoll by itself)."""
         if self._by_fd.get(peer.fd) is peer:
             del self._by_fd[peer.fd]
+
+
+def _num_pending(calls: list[Call]) -> int:
+    return sum(call.reply is None and call.error is None for call in calls)

@@ -1,0 +1,452 @@
+"""Dispatch and combine: a layer's rows out to the shards that their tokens chose, and back.
+
+    rows = dispatcher.moe(layer, hidden_TD, index_TK, weights_TK, num_tokens)
+    # or, to compute something (shared experts) while the shards do:
+    sent = dispatcher.dispatch(layer, hidden_TD, index_TK, weights_TK, num_tokens)
+    rows = dispatcher.combine(sent)
+
+Every (token, expert) pair goes to one replica (`plan.choose`), a token's row to each shard once.
+A shard that does not hold an expert, is lost or is late costs a retry of its pairs on what the
+refreshed view says: calls are stateless and replicas bitwise equal, so the result is the same.
+
+Shape suffixes: T tokens (padding included), K top-k, D model width, E experts, R replicas,
+S shards, C calls.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remora.comm import plan
+from remora.comm.accounting import TrafficCounters
+from remora.comm.arena import DTYPE_CODES, Memory
+from remora.comm.errors import (
+    ClusterError,
+    DeadlineError,
+    FencedError,
+    FrameError,
+    PeerLostError,
+)
+from remora.comm.peer import Call
+from remora.comm.peers import PeerSet
+from remora.comm.view import View
+from remora.comm.wire import (
+    HEADER_BYTES,
+    PAIR_BYTES,
+    Flag,
+    Kind,
+    combined_rows,
+    dispatch_bytes,
+)
+
+log = logging.getLogger(__name__)
+
+RETRIES_MAX: Final = 3
+Combine = Literal["ordered", "presummed"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatch:
+    """Rows that left a dense rank for the shards their tokens chose; `combine` consumes it."""
+
+    epoch: int  # placement they were routed under
+    layer: int  # decoder-layer index
+    num_tokens: int  # rows of hidden_TD that are real
+    hidden_TD: Tensor  # kept for retries
+    index_TK: NDArray[np.int64]
+    weight_TK: NDArray[np.float32]
+    call_TK: NDArray[np.int32]  # call of each pair, or PENDING, SKIPPED
+    row_TK: NDArray[np.int32]  # its row in that call
+    pos_TK: NDArray[np.int32]  # its pair position in that call
+    call_shard_C: NDArray[np.int32]
+    call_rows_C: NDArray[np.int32]
+    call_pairs_C: NDArray[np.int32]
+    reply_address_C: NDArray[np.int64]
+    num_calls: int = 0  # laid out
+    num_sent: int = 0  # of those, sent: the rest waits for credits
+    waiting: list[tuple[int, Call]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)  # calls whose pairs need another shard
+    answered: list[tuple[int, Call]] = field(default_factory=list)  # their rows lie in regions
+    spilled: list[Memory] = field(default_factory=list)  # rows copied out to free credits
+    error: ClusterError | None = None  # why the last of `failed` failed
+
+
+class Dispatcher:
+    """Routes the MoE layers of one dense rank; used from the thread that owns `peers`.
+
+    Args:
+        view: placement and members; its shards are connected to at once.
+        peers: connections; the dispatcher applies views to it.
+        combine: "ordered" (one row back per pair, summed here in top-k order: `exact`) or
+            "presummed" (one row back per token and shard: `fast`).
+        deadline_s: of one attempt; a shard over it is a suspect until the next epoch.
+        refresh_view: called with the epoch that disappointed; returns the newest view (it may
+            block to fetch it). None keeps the view for good.
+        rows_per_call_max: larger dispatches go out in slices, so that other ranks' decode goes
+            between them.
+
+    Raises:
+        PeerLostError: an expert of the view has no shard that could be reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        view: View,
+        peers: PeerSet,
+        combine: Combine,
+        deadline_s: float = 30.0,
+        refresh_view: Callable[[int], View] | None = None,
+        rows_per_call_max: int = 512,
+    ) -> None:
+        if combine not in ("ordered", "presummed"):
+            raise ValueError(f"combine is {combine!r}, must be 'ordered' or 'presummed'")
+        self._peers = peers
+        self._presummed = combine == "presummed"
+        self._deadline_s = deadline_s
+        self._refresh_view = refresh_view
+        self._rows_per_call_max = rows_per_call_max
+        self.set_view(view)
+
+    @property
+    def counters(self) -> TrafficCounters:
+        """Bytes, rows and pairs per peer."""
+        return self._peers.counters
+
+    @property
+    def view(self) -> View:
+        """The view in force."""
+        return self._view
+
+    def set_view(self, view: View) -> None:
+        """Routes by `view` from the next dispatch on; between dispatches only."""
+        failed = self._peers.apply_view(view)
+        for uid, error in failed.items():
+            log.warning("%s cannot be reached: %s", uid, error)
+        self._view = view
+        self._uids = sorted(view.placement.slots)
+        hosts = {m.uid: m.endpoint.host for m in view.members}
+        own = self._peers.self_host
+        self._local_S = np.array([hosts.get(uid) == own for uid in self._uids], np.uint8)
+        self._suspects: set[str] = set()
+        self._note_usable()
+        self._tables = _replica_tables(view, self._uids)
+
+    def moe(
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        num_tokens: int,
+    ) -> Tensor:
+        """`combine(dispatch(...))`."""
+        return self.combine(self.dispatch(layer, hidden_TD, index_TK, weights_TK, num_tokens))
+
+    def dispatch(
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        num_tokens: int,
+    ) -> Dispatch:
+        """Sends the rows of the first `num_tokens` tokens to their shards, without waiting.
+
+        Args:
+            layer: decoder-layer index, one of the placement's `moe_layers`.
+            hidden_TD: bfloat16 or float32 rows on the CPU; must not change until `combine`.
+            index_TK: int64 logical experts, K <= 16; negative = none.
+            weights_TK: any float dtype.
+            num_tokens: rows that are real, <= T.
+
+        Raises:
+            PeerLostError: an expert without a live replica, after refreshing the view.
+        """
+        assert index_TK.shape == weights_TK.shape and index_TK.shape[1] <= plan.TOP_K_MAX, (
+            f"index {tuple(index_TK.shape)}, weights {tuple(weights_TK.shape)}, k <= 16"
+        )
+        assert 0 <= num_tokens <= index_TK.shape[0] == hidden_TD.shape[0], (
+            f"{num_tokens} tokens of {index_TK.shape[0]} indices and {hidden_TD.shape[0]} rows"
+        )
+        if weights_TK.dtype is not torch.float32:
+            weights_TK = weights_TK.float()
+        plan_3TK = np.empty((3, *index_TK.shape), np.int32)
+        plan_3TK[0] = plan.PENDING
+        sent = Dispatch(
+            epoch=self._view.epoch,
+            layer=layer,
+            num_tokens=num_tokens,
+            hidden_TD=hidden_TD.contiguous(),
+            index_TK=index_TK.contiguous().numpy(),
+            weight_TK=weights_TK.contiguous().numpy(),
+            call_TK=plan_3TK[0],
+            row_TK=plan_3TK[1],
+            pos_TK=plan_3TK[2],
+            call_shard_C=_NO_INT32,
+            call_rows_C=_NO_INT32,
+            call_pairs_C=_NO_INT32,
+            reply_address_C=_NO_INT64,
+        )
+        if num_tokens:
+            self._plan(sent)
+            self._send(sent)
+        return sent
+
+    def combine(self, sent: Dispatch) -> Tensor:
+        """Waits for the answers and sums them: `[T, D]` of the rows' dtype, zeros from
+        `num_tokens` on. Consumes `sent`.
+
+        Raises:
+            DeadlineError, PeerLostError: naming the peer, after retries; ClusterError: a shard
+                failed on a call. Nothing of `sent` is under way any more.
+        """
+        try:
+            self._collect(sent)
+            out_TD = torch.empty_like(sent.hidden_TD)
+            plan.combine(
+                sent.weight_TK, sent.num_tokens, out_TD.shape[1],
+                out_TD.dtype is torch.bfloat16, self._presummed,
+                sent.call_TK, sent.row_TK, sent.pos_TK, sent.reply_address_C,
+                out_TD.data_ptr(), out_TD.shape[0],
+            )  # fmt: skip
+            return out_TD
+        finally:
+            for _, call in sent.waiting + sent.answered:
+                call.release()
+            sent.waiting.clear()
+            sent.answered.clear()
+            sent.spilled.clear()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _plan(self, sent: Dispatch) -> None:
+        """Chooses a shard for each PENDING pair and lays out calls from `num_calls` on."""
+        shard_TK = np.empty(sent.call_TK.shape, np.int32)
+        attempt = 0
+        while True:
+            table_ER = self._tables[sent.layer]
+            missing = plan.choose(
+                sent.index_TK, sent.num_tokens, table_ER, self._local_S, self._usable_S,
+                shard_TK, sent.call_TK,
+            )  # fmt: skip
+            if missing < 0:
+                break
+            assert missing < table_ER.shape[0], f"expert {missing} of {table_ER.shape[0]}"
+            attempt += 1
+            if attempt > RETRIES_MAX or not self._refresh():
+                raise sent.error or PeerLostError(
+                    f"expert {missing} of layer {sent.layer} has no live replica in view "
+                    f"{self._view.epoch}; live shards: {self._peers.live_uids}"
+                )
+        rows_max = self._rows_max(sent)
+        num_shards = len(self._uids)
+        bound = sent.num_calls + num_shards + sent.call_TK.size // rows_max
+        sent.call_shard_C = _grown(sent.call_shard_C, bound)
+        sent.call_rows_C = _grown(sent.call_rows_C, bound)
+        sent.call_pairs_C = _grown(sent.call_pairs_C, bound)
+        sent.reply_address_C = _grown(sent.reply_address_C, bound)
+        sent.num_calls = plan.lay_out(
+            sent.index_TK, sent.num_tokens, table_ER.shape[0], num_shards, rows_max,
+            sent.num_calls, shard_TK, sent.call_TK, sent.row_TK, sent.pos_TK,
+            sent.call_shard_C, sent.call_rows_C, sent.call_pairs_C,
+        )  # fmt: skip
+        sent.epoch = self._view.epoch
+
+    def _rows_max(self, sent: Dispatch) -> int:
+        """Rows of a call: at most `rows_per_call_max`, and request and answer fit a region."""
+        hidden_TD, top_k = sent.hidden_TD, sent.call_TK.shape[1]
+        row_bytes = hidden_TD.shape[1] * hidden_TD.element_size()
+        back = 1 if self._presummed else top_k
+        per_row = row_bytes * (1 + back) + PAIR_BYTES * top_k
+        fitting = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // per_row
+        return max(1, min(self._rows_per_call_max, fitting))
+
+    def _send(self, sent: Dispatch) -> None:
+        """Packs and sends calls from `num_sent` on, as far as the peers' credits go."""
+        first = sent.num_sent
+        hidden_TD = sent.hidden_TD
+        width = hidden_TD.shape[1]
+        row_bytes = width * hidden_TD.element_size()
+        shards = sent.call_shard_C[first : sent.num_calls].tolist()
+        rows = sent.call_rows_C[first : sent.num_calls].tolist()
+        pairs = sent.call_pairs_C[first : sent.num_calls].tolist()
+        body_address_C = np.zeros(sent.num_calls, np.int64)
+        begun: list[tuple[int, Call, int, int]] = []
+        for c, (shard, num_rows, num_pairs) in enumerate(
+            zip(shards, rows, pairs, strict=True), first
+        ):
+            num_back = num_rows if self._presummed else num_pairs
+            try:
+                call = self._peers.peer(self._uids[shard]).begin(
+                    dispatch_bytes(num_rows, num_pairs, row_bytes),
+                    max(num_back * row_bytes, 4 * num_pairs),  # a NOT_MINE must fit too
+                )
+            except PeerLostError as error:
+                self._fail(sent, c, error)
+                continue
+            if call is None:
+                sent.num_sent = c
+                break
+            body_address_C[c] = call.body_address
+            begun.append((c, call, num_rows, num_pairs))
+        else:
+            sent.num_sent = sent.num_calls
+        if not begun:
+            return
+        plan.pack(
+            sent.index_TK, sent.weight_TK, sent.num_tokens, hidden_TD.data_ptr(), row_bytes,
+            first, sent.num_sent, sent.call_TK, sent.row_TK, sent.pos_TK,
+            sent.call_rows_C, sent.call_pairs_C, body_address_C,
+        )  # fmt: skip
+        flags = int(Flag.PRESUMMED) if self._presummed else 0
+        dtype = DTYPE_CODES[hidden_TD.dtype]
+        for c, call, num_rows, num_pairs in begun:
+            self._peers.start(
+                call, flags=flags, deadline_s=self._deadline_s, epoch=sent.epoch,
+                layer=sent.layer, num_rows=num_rows, num_pairs=num_pairs, width=width, dtype=dtype,
+            )  # fmt: skip
+            sent.waiting.append((c, call))
+
+    def _collect(self, sent: Dispatch) -> None:
+        """Until every pair has an answer: wait, send what had no credit, retry what failed."""
+        attempt = 0
+        while True:
+            if sent.waiting:
+                self._peers.finish([call for _, call in sent.waiting], self._deadline_s)
+                for c, call in sent.waiting:
+                    self._take(sent, c, call)
+                sent.waiting.clear()
+            if sent.num_sent < sent.num_calls:
+                self._spill(sent)
+                self._send(sent)
+                if not sent.waiting and sent.num_sent < sent.num_calls:
+                    self._peers.drain()  # every credit is with calls given up earlier
+                    self._send(sent)
+                    if not sent.waiting and sent.num_sent < sent.num_calls:
+                        uid = self._uids[sent.call_shard_C[sent.num_sent]]
+                        self._fail(sent, sent.num_sent, DeadlineError(f"{uid} holds every credit"))
+                        sent.num_sent += 1
+                continue
+            if not sent.failed:
+                return
+            attempt += 1
+            if attempt > RETRIES_MAX:
+                assert sent.error is not None, f"calls {sent.failed} failed without an error"
+                raise sent.error
+            sent.call_TK[np.isin(sent.call_TK, sent.failed)] = plan.PENDING
+            sent.failed.clear()
+            self._refresh()
+            self._plan(sent)
+            self._send(sent)
+
+    def _take(self, sent: Dispatch, c: int, call: Call) -> None:
+        """Books the outcome of one call. Raises ClusterError when the shard failed on it."""
+        if call.error is not None:
+            call.release()
+            if not isinstance(call.error, PeerLostError | DeadlineError | FencedError):
+                raise call.error
+            self._fail(sent, c, call.error)
+            return
+        reply = call.reply
+        assert reply is not None, f"call {c} has neither answer nor error"
+        if reply.kind == Kind.NOT_MINE:
+            call.peer.counters.not_mine += 1
+            experts = np.frombuffer(call.reply_body, "<i4").tolist()
+            call.release()
+            shard = int(sent.call_shard_C[c])
+            for expert in experts:
+                _remove_replica(self._tables[sent.layer], expert, shard)
+            sent.failed.append(c)
+            sent.error = PeerLostError(
+                f"{call.peer.uid} does not hold experts {experts[:16]} of layer {sent.layer}, "
+                f"view {sent.epoch} says it does"
+            )
+            return
+        rows, pairs = int(sent.call_rows_C[c]), int(sent.call_pairs_C[c])
+        num_back = combined_rows(rows, pairs, presummed=self._presummed)
+        hidden_TD = sent.hidden_TD
+        num_bytes = num_back * hidden_TD.shape[1] * hidden_TD.element_size()
+        if (reply.num_rows, reply.length) != (num_back, num_bytes):
+            call.release()
+            raise FrameError(
+                f"{call.peer.uid} answered {reply.num_rows} rows in {reply.length} bytes, "
+                f"expected are {num_back} in {num_bytes}"
+            )
+        sent.reply_address_C[c] = call.reply_address
+        sent.answered.append((c, call))
+
+    def _fail(self, sent: Dispatch, c: int, error: ClusterError) -> None:
+        """Call `c` needs another shard; its own is not asked again before a view says so."""
+        shard = int(sent.call_shard_C[c])
+        self._usable_S[shard] = 0
+        if not isinstance(error, PeerLostError):
+            self._suspects.add(self._uids[shard])
+        sent.failed.append(c)
+        sent.error = error
+        log.warning("layer %d: %s", sent.layer, error)
+
+    def _spill(self, sent: Dispatch) -> None:
+        """Copies answers out of their regions, so that their credits can be used again."""
+        for c, call in sent.answered:
+            assert call.reply is not None
+            copy = Memory.anonymous(call.reply.length)
+            copy.view[: call.reply.length] = call.reply_body
+            sent.reply_address_C[c] = copy.address
+            sent.spilled.append(copy)
+            call.release()
+        sent.answered.clear()
+
+    def _refresh(self) -> bool:
+        """Asks for a newer view and reconnects what was lost; True when anything changed."""
+        view = self._view
+        if self._refresh_view is not None:
+            view = self._refresh_view(self._view.epoch)
+        if view.epoch > self._view.epoch:
+            self.set_view(view)
+            return True
+        self._peers.apply_view(self._view)
+        before = self._usable_S
+        self._note_usable()
+        return bool((self._usable_S != before).any())
+
+    def _note_usable(self) -> None:
+        live = set(self._peers.live_uids) - self._suspects
+        self._usable_S = np.array([uid in live for uid in self._uids], np.uint8)
+
+
+_NO_INT32: Final = np.zeros(0, np.int32)
+_NO_INT64: Final = np.zeros(0, np.int64)
+
+
+def _grown(old: NDArray[Any], size: int) -> NDArray[Any]:
+    new = np.zeros(size, old.dtype)
+    new[: len(old)] = old[:size]
+    return new
+
+
+def _replica_tables(view: View, uids: list[str]) -> dict[int, NDArray[np.int16]]:
+    """Per decoder layer `[E, R]`: indices into `uids` that hold each expert, padded with -1."""
+    tables: dict[int, NDArray[np.int16]] = {}
+    for index, layer in enumerate(view.placement.moe_layers):
+        holders: list[list[int]] = [[] for _ in range(view.placement.num_experts)]
+        for shard, uid in enumerate(uids):
+            for expert in view.placement.slots[uid][index]:
+                holders[expert].append(shard)
+        table_ER = np.full((len(holders), max(1, *map(len, holders))), -1, np.int16)
+        for expert, shards in enumerate(holders):
+            table_ER[expert, : len(shards)] = shards
+        tables[layer] = table_ER
+    return tables
+
+
+def _remove_replica(table_ER: NDArray[np.int16], expert: int, shard: int) -> None:
+    held = [s for s in table_ER[expert].tolist() if s >= 0 and s != shard]
+    table_ER[expert] = -1
+    table_ER[expert, : len(held)] = held
