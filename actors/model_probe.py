@@ -76,6 +76,7 @@ class Watch:
     hidden_size: int
     layer: int = -1
     layers: dict[int, SeenLayer] = field(default_factory=dict)
+    linears: set[str] = field(default_factory=set)  # nn.Linear modules that were called
     rules: list[tuple[Tensor, Callable[..., Any]]] = field(default_factory=list)  # mask, its rule
 
     def refuse(self, reason: str) -> UnsupportedModelError:
@@ -254,6 +255,9 @@ def _watching(model: Any, watch: Watch) -> Iterator[None]:
         layer.register_forward_pre_hook(_set_layer(watch, index))
         for index, layer in enumerate(decoder_layers(model)[1])
     ]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(_add(watch.linears, path)))
     rotaries = [module for module in model.modules() if "Rotary" in type(module).__name__]
     for module in rotaries:
         module.forward = _on_cpu(module.forward)
@@ -276,6 +280,13 @@ def _watching(model: Any, watch: Watch) -> Iterator[None]:
 def _set_layer(watch: Watch, index: int) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         watch.layer = index
+
+    return hook
+
+
+def _add(called: set[str], path: str) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        called.add(path)
 
     return hook
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from remora.actors.model_probe import AttentionSpec
 from remora.kernels.attention import AttentionPlan, KVPages
 
 # (layer, hidden_TD, top_k_index_TK int64, top_k_weights_TK, num_tokens) -> [T, D], rows beyond
@@ -34,12 +35,17 @@ class StepRegistry:
 
     def __init__(self) -> None:
         self._contexts: dict[int, StepContext] = {}
-        self._next_engine_id = 0
+        self._attention: dict[int, tuple[AttentionSpec, ...]] = {}
 
-    def new_engine_id(self) -> int:
-        """A number never given before in this process."""
-        self._next_engine_id += 1
-        return self._next_engine_id
+    def new_engine_id(self, attention: tuple[AttentionSpec, ...]) -> int:
+        """A number never given before in this process, for a model with these layers."""
+        engine_id = len(self._attention) + 1
+        self._attention[engine_id] = attention
+        return engine_id
+
+    def attention_of(self, engine_id: int) -> tuple[AttentionSpec, ...]:
+        """Attention of each decoder layer of an engine's model."""
+        return self._attention[engine_id]
 
     def enter(self, engine_id: int, context: StepContext) -> None:
         """Make `context` the one that the ops of `engine_id` see, until `leave`."""

@@ -1,0 +1,139 @@
+"""The two opaque ops of the compiled hot path, and the `transformers` interfaces that call them.
+
+`remora_rt::attention` and `remora_rt::experts` take tensors and the engine's number; everything
+else (KV pages, the plan of the step, where experts live) comes from the step's context, so one
+compilation serves every layer of one kind. In eager mode the ops are skipped and their bodies
+called at once. Legend: T token rows of the step, H query heads, J key/value heads, D model width,
+K top-k.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remora.actors.step_context import steps
+from remora.kernels.attention import paged_attention, write_kv
+
+IMPLEMENTATION = "remora"  # config._attn_implementation and config._experts_implementation
+ENGINE_ATTRIBUTE = "remora_engine_id"  # on the model's own copy of the config
+
+_library = torch.library.Library("remora_rt", "DEF")
+
+
+class PassThroughCache:
+    """Stands where the KV cache stands. Keys and values reach attention as given: pages are there.
+
+    `transformers` asks a cache for lengths only to build masks and positions, which we do not use.
+    """
+
+    is_compileable = False
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What came in goes to attention, which writes it into the pages."""
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly."""
+        return 0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: int) -> Tensor:
+    """Write the step's keys and values into the pages, then attend over them.
+
+    Args:
+        q: [1, H, T, k_dim]; k: [1, J, T, k_dim]; v: [1, J, T, v_dim]; any strides.
+        sinks: [H] or None.
+        engine_id: whose step this is.
+
+    Returns:
+        [1, T, H, v_dim] in the dtype of `q`; padding rows are zeros.
+    """
+    context = steps.current(engine_id)
+    spec = steps.attention_of(engine_id)[context.layer]
+    pages = context.pages[context.layer]
+    q_THd, k_TJd, v_TJd = (t[0].transpose(0, 1).to(pages.dtype).contiguous() for t in (q, k, v))
+    write_kv(pages, k_TJd, v_TJd, context.plan.slot_mapping_T)
+    out_THd = paged_attention(
+        q_THd,
+        pages,
+        context.plan,
+        scale=spec.scale,
+        sliding_window=spec.sliding_window,
+        soft_cap=spec.soft_cap,
+        sinks_H=sinks,
+    )
+    return out_THd.to(q.dtype)[None]
+
+
+def experts(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, engine_id: int) -> Tensor:
+    """Routed experts of the layer that runs: [T, D] in the dtype of `hidden_TD`."""
+    context = steps.current(engine_id)
+    return context.experts(
+        context.layer,
+        hidden_TD.contiguous(),
+        index_TK.to(torch.int64).contiguous(),
+        weights_TK.contiguous(),
+        context.plan.num_tokens,
+    )
+
+
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: int
+) -> Tensor:
+    return q.new_empty((1, q.shape[2], q.shape[1], v.shape[3]))
+
+
+def _fake_experts(
+    hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, engine_id: int
+) -> Tensor:
+    return hidden_TD.new_empty(hidden_TD.shape)
+
+
+_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int engine_id) -> Tensor")
+_library.define("experts(Tensor hidden, Tensor index, Tensor weights, int engine_id) -> Tensor")
+_library.impl("attention", attention, "CompositeExplicitAutograd")
+_library.impl("experts", experts, "CompositeExplicitAutograd")
+torch.library.register_fake("remora_rt::attention", _fake_attention, lib=_library)
+torch.library.register_fake("remora_rt::experts", _fake_experts, lib=_library)
+
+
+def attention_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`transformers`' attention interface. Scale, window and soft cap are those the probe saw."""
+    engine_id = getattr(module.config, ENGINE_ATTRIBUTE)
+    if torch.compiler.is_compiling():
+        return torch.ops.remora_rt.attention(query, key, value, s_aux, engine_id), None
+    return attention(query, key, value, s_aux, engine_id), None
+
+
+def experts_interface(
+    module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """`transformers`' experts interface."""
+    engine_id: int = getattr(module.config, ENGINE_ATTRIBUTE)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.remora_rt.experts(hidden_TD, index_TK, weights_TK, engine_id)
+        return out
+    return experts(hidden_TD, index_TK, weights_TK, engine_id)
+
+
+def register_interfaces() -> None:
+    """Make `transformers` know the implementation "remora"; idempotent.
+
+    No mask function is registered under that name: `transformers` then builds no masks at all.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention_interface)
+    ExpertsInterface.register(IMPLEMENTATION, experts_interface)

@@ -1,0 +1,304 @@
+"""The expert side of a model: experts in slots, computed with the model's own gate.
+
+The experts modules of `transformers` are kept without their weights, one a layer: activation,
+bias, clamping and layout are inherited from them (`_apply_gate`, `act_fn`, `post_expert_norm`); the
+linears around them are ours. Legend: S slots, N routed pairs (row, expert), M rows that came, D
+model width, I expert width, U = 2I with a gate and I without.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from remora.actors import model_build
+from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
+from remora.actors.model_spec import ModelSpec
+from remora.actors.weights import Progress, WeightPlan
+from remora.kernels.experts import PackedExperts, silu_and_mul
+from remora.kernels.linear import ROW_TILE
+from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
+
+CombineMode = Literal["ordered", "presummed"]
+
+
+@dataclass(slots=True, kw_only=True)
+class _ExpertLayer:
+    """One MoE layer of this shard."""
+
+    host: Any  # transformers' experts module, without weights
+    name: str  # its full module name
+    packed: PackedExperts
+    slot_of: dict[int, int]  # logical expert -> slot
+    slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
+    fused: bool  # the gate is plain silu(gate) * up: one kernel does it
+
+
+class ShardExperts:
+    """Routed experts of one shard. Calls are independent of each other; one thread calls.
+
+    Attributes:
+        dtype: served dtype; rows come and go in it.
+        layers: decoder layers of which it holds experts.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: dict[int, _ExpertLayer],
+        digests: dict[tuple[int, int], ExpertDigest],
+        *,
+        dtype: torch.dtype,
+        exact: bool,
+    ) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self._layers = layers
+        self._digests = digests
+        self._exact = exact
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers with slots, ascending."""
+        return tuple(sorted(self._layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(layer.packed.weight_nbytes for layer in self._layers.values())
+
+    @property
+    def manifest(self) -> Manifest:
+        """Digests of every expert held."""
+        return Manifest.of(self.dtype, self._digests)
+
+    def experts_of(self, layer: int) -> tuple[int, ...]:
+        """Logical experts held of a decoder layer, in slot order; none of an unknown layer."""
+        held = self._layers.get(layer)
+        return () if held is None else tuple(sorted(held.slot_of, key=held.slot_of.__getitem__))
+
+    def not_mine(self, layer: int, pair_expert_N: Tensor) -> list[int]:
+        """Experts among `pair_expert_N` that this shard does not hold, ascending."""
+        held = self._layers.get(layer)
+        here = set() if held is None else set(held.slot_of)
+        return sorted(set(pair_expert_N.tolist()) - here)
+
+    def forward(
+        self,
+        layer: int,
+        rows_MD: Tensor,
+        pair_row_N: Tensor,
+        pair_expert_N: Tensor,
+        pair_weight_N: Tensor,
+        mode: CombineMode,
+    ) -> Tensor:
+        """Expert outputs of the routed pairs.
+
+        Args:
+            layer: decoder layer, one of `layers`.
+            rows_MD: [M, D] in `dtype`.
+            pair_row_N: int64, row of each pair, 0 <= row < M.
+            pair_expert_N: int64, logical expert of each pair; all held (`not_mine` is empty).
+            pair_weight_N: float32 or bfloat16; only `presummed` reads it.
+            mode: `ordered`: one row per pair, not weighted, in pair order; `presummed`: one row
+                per row that came, the weighted sum of its pairs (float32 inside).
+
+        Returns:
+            [N, D] or [M, D] in `dtype`.
+        """
+        held = self._layers[layer]
+        slot_N = held.slot_of_E[pair_expert_N]
+        assert slot_N.numel() == 0 or int(slot_N.min()) >= 0, (
+            f"layer {layer}: experts {self.not_mine(layer, pair_expert_N)} are not held"
+        )
+        with torch.no_grad():
+            sort = route_sort(slot_N, held.packed.num_slots)
+            out_ND = self._compute(held, rows_MD, pair_row_N, sort)
+            if mode == "presummed":
+                rows = rows_MD.shape[0]
+                return presum(out_ND, pair_row_N, pair_weight_N, rows, sort.place_N)
+            return gather_rows(out_ND, sort.place_N)
+
+    def export_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Canonical tensors of one expert, bit for bit as they were loaded."""
+        held = self._layers[layer]
+        return held.packed.export_slot(held.slot_of[expert])
+
+    def load_expert(self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor]) -> str:
+        """Put an expert into a free slot; the digest of what is now held comes back.
+
+        Raises:
+            ValueError: tensors of the wrong names, shapes or dtype.
+        """
+        held = self._layers[layer]
+        taken = {s: e for e, s in held.slot_of.items()}
+        assert slot not in taken, f"layer {layer} slot {slot} holds expert {taken[slot]}"
+        held.packed.load_slot(slot, tensors)
+        digest = digest_expert(layer, expert, held.packed.export_slot(slot))
+        held.slot_of[expert] = slot
+        held.slot_of_E[expert] = slot
+        self._digests[layer, expert] = digest
+        return digest.digest
+
+    def drop_expert(self, layer: int, expert: int) -> None:
+        """Forget an expert; its slot is free."""
+        held = self._layers[layer]
+        held.packed.clear_slot(held.slot_of.pop(expert))
+        held.slot_of_E[expert] = -1
+        del self._digests[layer, expert]
+
+    def _compute(
+        self, held: _ExpertLayer, rows_MD: Tensor, pair_row_N: Tensor, sort: RouteSort
+    ) -> Tensor:
+        """Outputs of the pairs in slot order: [N', D], N' >= N (rows beyond are padding)."""
+        order_N = pair_row_N[sort.order_N]
+        if self._exact and not held.fused:
+            # torch's elementwise kernels have scalar tails: only whole tiles of rows reach them.
+            order_N = torch.nn.functional.pad(order_N, (0, -order_N.numel() % ROW_TILE), value=-1)
+        x_ND = gather_rows(rows_MD, order_N)
+        up_NU = held.packed.up(x_ND, sort.offsets_S1)
+        out_ND = held.packed.down(_gate(held, up_NU), sort.offsets_S1)
+        if held.host.has_post_expert_norm:
+            out_ND = held.host.post_expert_norm(out_ND)
+        return out_ND
+
+
+def _gate(held: _ExpertLayer, up_NU: Tensor) -> Tensor:
+    """What stands between the two linears: [N, U] -> [N, I]."""
+    if held.fused:
+        return silu_and_mul(up_NU)
+    gate = held.host._apply_gate if held.host.has_gate else held.host.act_fn
+    out: Tensor = gate(up_NU)
+    return out.contiguous()
+
+
+def build_shard(
+    path: str | Path,
+    spec: ModelSpec,
+    experts_by_layer: Mapping[int, Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    exact: bool,
+    num_slots: int | None = None,
+    progress: Progress | None = None,
+) -> ShardExperts:
+    """Load experts of a checkpoint into slots.
+
+    Args:
+        path: checkpoint directory.
+        spec: of `inspect_model(path)`.
+        experts_by_layer: decoder layer -> logical experts, in slot order.
+        dtype: served dtype, float32 or bfloat16.
+        exact: only whole tiles of rows reach torch's own kernels.
+        num_slots: slots per layer; None: as many as the layer is given experts.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        WeightsError: naming file and tensor.
+    """
+    model = model_build.build_meta(spec.config, dtype)
+    model_build.compute_buffers(model)
+    sites = {s.layer: s for s in model_build.expert_sites(model) if s.layer in experts_by_layer}
+    assert sites.keys() == experts_by_layer.keys(), (
+        f"layers {sorted(experts_by_layer)} wanted, of MoE layers {spec.moe_layers}"
+    )
+    with Checkpoint.open(path) as checkpoint:
+        plan = WeightPlan(model, checkpoint, dtype)
+        names = [name for name, _ in spec.expert.shapes]
+        targets = {i: {n: f"{site.name}.{n}" for n in names} for i, site in sites.items()}
+        for layer_targets in targets.values():
+            for target in layer_targets.values():
+                plan.check_experts(target)
+        counter = _Counter(plan, targets, experts_by_layer, progress)
+        layers: dict[int, _ExpertLayer] = {}
+        digests: dict[tuple[int, int], ExpertDigest] = {}
+        for index in sorted(experts_by_layer):
+            experts = experts_by_layer[index]
+            held = _empty_layer(spec, sites[index], plan, num_slots or len(experts), dtype, exact)
+            layers[index] = held
+            for slot, expert in enumerate(experts):
+                tensors = {n: plan.load_expert(t, expert) for n, t in targets[index].items()}
+                digests[index, expert] = digest_expert(index, expert, tensors)
+                held.packed.load_slot(slot, tensors)
+                held.slot_of[expert] = slot
+                held.slot_of_E[expert] = slot
+                counter.loaded(index)
+    return ShardExperts(spec, layers, digests, dtype=dtype, exact=exact)
+
+
+class _Counter:
+    """Reports bytes loaded."""
+
+    def __init__(
+        self,
+        plan: WeightPlan,
+        targets: Mapping[int, Mapping[str, str]],
+        experts_by_layer: Mapping[int, Sequence[int]],
+        progress: Progress | None,
+    ) -> None:
+        self._of_layer = {
+            layer: sum(plan.expert_nbytes(target) for target in names.values())
+            for layer, names in targets.items()
+        }
+        self._total = sum(self._of_layer[i] * len(e) for i, e in experts_by_layer.items())
+        self._done = 0
+        self._progress = progress
+
+    def loaded(self, layer: int) -> None:
+        """One more expert of `layer`."""
+        self._done += self._of_layer[layer]
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _empty_layer(
+    spec: ModelSpec,
+    site: model_build.ExpertsSite,
+    plan: WeightPlan,
+    num_slots: int,
+    dtype: torch.dtype,
+    exact: bool,
+) -> _ExpertLayer:
+    host: Any = site.module
+    shapes = dict(spec.expert.shapes)
+    for name in shapes:
+        del host._parameters[name]
+    for name, parameter in list(host.named_parameters()):  # what all experts share: a norm
+        path, _, leaf = name.rpartition(".")
+        loaded = plan.load(f"{site.name}.{name}")[f"{site.name}.{name}"]
+        host.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(
+            loaded, requires_grad=parameter.requires_grad
+        )
+    down = shapes["down_proj"]
+    packed = PackedExperts(
+        num_slots,
+        hidden_size=spec.hidden_size,
+        intermediate_size=down[0] if host.is_transposed else down[1],
+        dtype=dtype,
+        has_gate=host.has_gate,
+        has_bias=host.has_bias,
+        is_transposed=host.is_transposed,
+        exact=exact,
+    )
+    assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
+    return _ExpertLayer(
+        host=host,
+        name=site.name,
+        packed=packed,
+        slot_of={},
+        slot_of_E=torch.full((spec.num_experts,), -1, dtype=torch.int64),
+        fused=_is_plain_silu(host),
+    )
+
+
+def _is_plain_silu(host: Any) -> bool:
+    """Whether the gate is `transformers`' default one over silu."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = getattr(type(host), "_apply_gate", None) is _default_apply_gate
+    return bool(host.has_gate) and plain and type(host.act_fn) is type(ACT2FN["silu"])
