@@ -88,6 +88,7 @@ class SliceResult(msgspec.Struct, frozen=True, kw_only=True):
     token_id: int | None = None  # the sampled token, exactly when `Slice.sample`
     logprobs: TokenLogprobs | None = None  # exactly when sampled and `params.logprobs` is set
     prompt_logprobs: list[TokenLogprobs] = []  # `Slice.num_prompt_logprobs` of them
+    error: str | None = None  # this slice alone went wrong; the rest then means nothing
 
 
 @dataclass(frozen=True, slots=True)

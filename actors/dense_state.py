@@ -153,8 +153,13 @@ class DenseState:
             sequence = piece.sequence
             if sequence.phase is Phase.FINISHED:  # aborted, or its source lost, in flight
                 continue
-            check_result(piece, result, self.limits.vocab_size)
-            output = self._absorb(piece, result)
+            output: SequenceOutput | None
+            if result.error is not None:
+                self._finish(sequence)
+                output = _error_output(sequence.request_id, result.error)
+            else:
+                check_result(piece, result, self.limits.vocab_size)
+                output = self._absorb(piece, result)
             if output is not None:
                 outputs.setdefault(sequence.source, []).append(output)
         return self._emit(outputs.items())

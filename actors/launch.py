@@ -1,28 +1,41 @@
 """What an actor is told at its start, and what it tells about itself while it loads."""
 
+import ipaddress
 import os
 from dataclasses import dataclass
 
 import msgspec
+import ray
+import torch
+
+from remora.comm.view import Endpoint, Member, Role
 
 RAY_NAMESPACE = "remora"
+NO_RAY_HOST = "in-process"  # host label outside Ray: everything is in one process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far one actor's start has come; bytes of weights."""
 
-    phase: str  # "starting", "loading", "ready", "died: ..."
-    bytes_done: int
-    bytes_total: int
+    phase: str  # "starting", "loading", "compiling", "ready", "died: ..."
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
-class Tuning(msgspec.Struct, frozen=True, kw_only=True):
-    """What every data-plane process is told about the machine it runs on."""
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What every data-plane process is told."""
 
+    deployment: str
+    uid: str
+    incarnation: int
+    model: str  # checkpoint directory
+    dtype: str  # "auto", "float32" or "bfloat16"
+    exact: bool
+    token: bytes  # the cluster's
     num_threads: int  # of torch and of our kernels
-    bind_ip: str  # address its sockets listen on
-    transport: str  # "auto": Unix sockets on one host, TCP between hosts; "tcp": always TCP
+    bind_ip: str = "127.0.0.1"  # address its sockets listen on
+    use_unix: bool = True  # listen on a Unix socket too, for peers of the same host
 
 
 def actor_name(deployment: str, uid: str, incarnation: int) -> str:
@@ -33,6 +46,38 @@ def actor_name(deployment: str, uid: str, incarnation: int) -> str:
 def coordinator_name(deployment: str) -> str:
     """Ray name of a deployment's coordinator, in namespace `remora`."""
     return f"remora/{deployment}/coordinator"
+
+
+def host_label() -> str:
+    """Which host this process is on: its Ray node, whatever the filesystem says."""
+    if not ray.is_initialized():
+        return NO_RAY_HOST
+    label: str = ray.get_runtime_context().get_node_id()
+    return label
+
+
+def advertised_ip(bind_ip: str) -> str | None:
+    """What peers must dial when `bind_ip` is a wildcard; None when it is an address itself."""
+    if not ipaddress.ip_address(bind_ip).is_unspecified:
+        return None
+    ip: str = ray.util.get_node_ip_address()
+    return ip
+
+
+def member_of(launch: Launch, role: Role, endpoint: Endpoint) -> Member:
+    """How a started process appears in the view."""
+    return Member(
+        uid=launch.uid,
+        incarnation=launch.incarnation,
+        role=role,
+        endpoint=endpoint,
+        actor_name=actor_name(launch.deployment, launch.uid, launch.incarnation),
+    )
+
+
+def take_threads(num_threads: int) -> None:
+    """Set this thread's share of the cores; call it in the one thread that calls torch."""
+    torch.set_num_threads(num_threads)
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

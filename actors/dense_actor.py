@@ -1,0 +1,239 @@
+"""The process of one dense rank: loads, listens to ingresses, runs the engine in its own thread.
+
+Ray's threads only start, ask, hand over views and stop. The frame server has a thread that decodes
+and queues; the engine's thread owns torch, the KV pages and the connections to the shards.
+"""
+
+import logging
+import threading
+from typing import Any
+
+from remora.actors.dense_engine import DenseEngine
+from remora.actors.dense_events import DenseLimits
+from remora.actors.dense_model import DenseModel, build_dense
+from remora.actors.dense_rank import DenseRank, allocate_pages
+from remora.actors.dense_state import DenseState
+from remora.actors.executor import Executor, Wish
+from remora.actors.launch import (
+    Launch,
+    Progress,
+    advertised_ip,
+    host_label,
+    member_of,
+    take_threads,
+)
+from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.comm.dispatch import Dispatcher
+from remora.comm.errors import ClusterError
+from remora.comm.peer import PeerLimits
+from remora.comm.peers import PeerSet
+from remora.comm.server import FrameServer
+from remora.comm.view import Member, View
+from remora.comm.wire import combined_rows, dispatch_bytes
+from remora.kernels.fingerprint import kernel_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class DenseLaunch(Launch, frozen=True, kw_only=True):
+    """What a dense rank is told; the view comes when the shards are up."""
+
+    executor: Wish
+    num_kv_blocks: int
+    max_num_seqs: int
+    max_tokens_per_step: int
+    max_model_len: int
+    max_waiting: int
+    prefix_caching: bool
+    call_timeout_s: float  # one layer's dispatch and combine, retries included
+
+
+class DenseActor:
+    """One dense rank. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
+
+    def __init__(self, launch: DenseLaunch) -> None:
+        self._launch = launch
+        self._progress = Progress(phase="starting")
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._server: FrameServer | None = None
+        self._engine: DenseEngine | None = None
+        self._state: DenseState | None = None
+        self._peers: PeerSet | None = None
+        self._executor: Executor | None = None
+        self._thread = threading.Thread(target=self._run, name=f"remora-{launch.uid}", daemon=True)
+
+    def start(self) -> Member:
+        """Load, listen, and say where. Requests are served once a view has been adopted.
+
+        Raises:
+            WeightsError, UnsupportedModelError, ConfigError: as loading found them.
+            OSError: the address cannot be bound.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._server is not None
+        return member_of(self._launch, "dense", self._server.endpoint(host_label()))
+
+    def adopt_view(self, view: View) -> None:
+        """Serve with the shards of `view` from the next step on.
+
+        Raises:
+            ClusterError: a shard cannot be reached; the old view stays in force.
+        """
+        assert self._engine is not None, "adopt_view before start returned"
+        self._engine.adopt_view(view)
+
+    def progress(self) -> Progress:
+        """How far loading has come."""
+        return self._progress
+
+    def fingerprint(self) -> str:
+        """What the last bits of this rank's results depend on (numerics contract)."""
+        launch, executor = self._launch, self._executor
+        return (
+            f"mode={'exact' if launch.exact else 'fast'} "
+            f"executor={executor.name if executor else '?'} dtype={launch.dtype} "
+            f"threads={launch.num_threads} tp=1 {kernel_fingerprint()}"
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `remora status` shows of this rank."""
+        stats = self._state.stats() if self._state else None
+        peers = self._peers
+        return {
+            "alive": self._thread.is_alive(),
+            "phase": self._progress.phase,
+            "incarnation": self._launch.incarnation,
+            "why_not_serving": self._engine.why_not_serving if self._engine else "starting",
+            "fingerprint": self.fingerprint(),
+            "step_s": self._engine.step_s if self._engine else 0.0,
+            "num_running": stats.num_running if stats else 0,
+            "num_waiting": stats.num_waiting if stats else 0,
+            "kv_blocks_used": stats.kv_blocks_used if stats else 0,
+            "kv_blocks_total": stats.kv_blocks_total if stats else 0,
+            "steps_total": stats.steps_total if stats else 0,
+            "preemptions_total": stats.preemptions_total if stats else 0,
+            "executor": stats.executor if stats else "eager",
+            "shards_connected": peers.live_uids if peers else [],
+        }
+
+    def stop(self) -> None:
+        """Leave after the step in flight and close every socket; returns when it is done."""
+        if self._engine is not None:
+            self._engine.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- the rank's own thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = self._load_and_listen()
+        except BaseException as failure:
+            self._failure = failure
+            return
+        finally:
+            self._started.set()
+        try:
+            engine.run()
+        finally:
+            assert self._server is not None and self._peers is not None
+            self._server.close()
+            self._peers.close()
+
+    def _load_and_listen(self) -> DenseEngine:
+        launch = self._launch
+        take_threads(launch.num_threads)
+        spec = inspect_model(launch.model)
+        model = build_dense(
+            launch.model,
+            spec,
+            dtype=resolve_dtype(spec, launch.dtype),
+            exact=launch.exact,
+            max_positions=launch.max_model_len,
+            progress=self._note_progress,
+        )
+        self._progress = Progress(phase="compiling", bytes_done=1, bytes_total=1)
+        self._executor = Executor(model, wish=launch.executor, exact=launch.exact)
+        self._peers = PeerSet(
+            token=launch.token,
+            self_host=host_label(),
+            name=launch.uid,
+            limits=_peer_limits(model, launch),
+        )
+        rank = DenseRank(
+            model=model,
+            pages=allocate_pages(model, launch.num_kv_blocks),
+            experts=_no_view,
+            exact=launch.exact,
+        )
+        self._state = DenseState(_limits(model, launch))
+        self._engine = DenseEngine(
+            state=self._state,
+            rank=rank,
+            executor=self._executor,
+            connect=lambda view: self._connect(rank, view),
+        )
+        self._server = FrameServer(
+            host_ip=launch.bind_ip,
+            token=launch.token,
+            on_frame=self._engine.on_frame,
+            on_lost=self._engine.on_lost,
+            unix=launch.use_unix,
+            incarnation=launch.incarnation,
+            advertise_ip=advertised_ip(launch.bind_ip),
+        )
+        self._server.start(f"remora-{launch.uid}-server")
+        self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
+        logger.info("%s holds %d bytes of dense weights", launch.uid, model.nbytes)
+        return self._engine
+
+    def _connect(self, rank: DenseRank, view: View) -> None:
+        assert self._peers is not None
+        dispatcher = Dispatcher(
+            view=view,
+            peers=self._peers,
+            combine="ordered" if self._launch.exact else "presummed",
+            deadline_s=self._launch.call_timeout_s,
+        )
+        missing = sorted(set(view.placement.slots) - set(self._peers.live_uids))
+        if missing:
+            raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
+        rank.experts = dispatcher.moe
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
+
+
+def _no_view(*_: Any) -> Any:
+    raise ClusterError("no view has been adopted yet: shards are still loading")
+
+
+def _limits(model: DenseModel, launch: DenseLaunch) -> DenseLimits:
+    return DenseLimits(
+        num_blocks=launch.num_kv_blocks,
+        max_model_len=launch.max_model_len,
+        vocab_size=model.spec.vocab_size,
+        eos_token_ids=frozenset(model.spec.eos_token_ids),
+        max_num_seqs=launch.max_num_seqs,
+        max_tokens_per_step=launch.max_tokens_per_step,
+        max_waiting=launch.max_waiting,
+        prefix_caching=launch.prefix_caching,
+    )
+
+
+def _peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
+    """Regions that hold the largest call and its answer; pages are touched on use only."""
+    row_bytes = model.spec.hidden_size * model.dtype.itemsize
+    num_rows = launch.max_tokens_per_step
+    num_pairs = num_rows * model.spec.top_k
+    back = combined_rows(num_rows, num_pairs, presummed=not launch.exact)
+    call_bytes = dispatch_bytes(num_rows, num_pairs, row_bytes) + back * row_bytes
+    return PeerLimits(region_bytes=_round_up(call_bytes + 4096, 1 << 16))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

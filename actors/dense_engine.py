@@ -1,0 +1,238 @@
+"""The loop of one dense rank: inbox -> state machine -> model runner -> one message per ingress.
+
+    while not stopping:
+        events from the inbox -> state.handle
+        plan = state.next_step()          # pure: what to run
+        results = rank.run(plan)          # tensors and sockets
+        state.handle(StepDone(...))       # -> Emit: one message a step to each ingress
+
+One thread runs it and calls torch; the frame server's thread only decodes and queues. An idle
+engine waits for the inbox. Nothing here knows Ray.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import msgspec
+
+from remora.actors.dense_events import (
+    AbortRequested,
+    Event,
+    Instruction,
+    RequestArrived,
+    SourceLost,
+    StatusChanged,
+    StepDone,
+    StepFailed,
+    StepPlan,
+)
+from remora.actors.dense_rank import DenseRank
+from remora.actors.dense_state import DenseState
+from remora.actors.executor import Executor
+from remora.comm.connection import Connection, Frame
+from remora.comm.errors import ClusterError, FrameError
+from remora.comm.messages import Abort, Ping, Pong, Submit, decode_to_engine, encode
+from remora.comm.view import View
+from remora.comm.wire import Kind
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_EVERY_S = 1.0  # at least this long between attempts to reach a lost shard
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """One control message of one ingress."""
+
+    connection: Connection
+    message: Submit | Abort | Ping
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    connection: Connection
+
+
+@dataclass(frozen=True, slots=True)
+class _Do:
+    """Run something in the engine's thread, between steps."""
+
+    action: Callable[[], None]
+    done: Future[None]
+
+
+class _Stop:
+    """Leave the loop."""
+
+
+_Item = _Arrived | _Left | _Do | _Stop
+
+
+class DenseEngine:
+    """Runs `state` and `rank` until `stop`. `on_frame` and `on_lost` are a FrameServer's handlers.
+
+    Args:
+        connect: makes the rank's shards those of a view; raises ClusterError when it cannot.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: DenseState,
+        rank: DenseRank,
+        executor: Executor,
+        connect: Callable[[View], None],
+    ) -> None:
+        self._state = state
+        self._rank = rank
+        self._executor = executor
+        self._connect = connect
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._connections: dict[int, Connection] = {}
+        self._view: View | None = None
+        self._why_not: str | None = "no view yet: shards are still loading"
+        self._reconnect_at_s = 0.0
+        self.step_s = 0.0  # time spent in steps, seconds
+
+    # -- any thread ---------------------------------------------------------------------------
+
+    def on_frame(self, connection: Connection, frame: Frame) -> None:
+        """Queue one control message. Raises FrameError for anything else."""
+        if frame.header.kind != Kind.CONTROL:
+            raise FrameError(f"frame kind {frame.header.kind} sent to a dense rank")
+        try:
+            message = decode_to_engine(frame.body)
+        except msgspec.DecodeError as error:
+            raise FrameError(f"control message: {error}") from error
+        self._inbox.put(_Arrived(connection, message))
+
+    def on_lost(self, connection: Connection) -> None:
+        """An ingress is gone: nobody waits for its requests."""
+        self._inbox.put(_Left(connection))
+
+    def adopt_view(self, view: View) -> None:
+        """Use `view` from the next step on; returns when it is in use.
+
+        Raises:
+            ClusterError: a shard of the view cannot be reached; the old view stays.
+        """
+        self._do(lambda: self._adopt(view))
+
+    def stop(self) -> None:
+        """Leave the loop after the step in flight."""
+        self._inbox.put(_Stop())
+
+    @property
+    def why_not_serving(self) -> str | None:
+        """Why requests cannot be served now; None when they can."""
+        return self._why_not
+
+    # -- the engine's thread ------------------------------------------------------------------
+
+    def run(self) -> None:
+        """The loop; returns after `stop`."""
+        self._executor.call_when_compiled(lambda: self._inbox.put(_Do(lambda: None, Future())))
+        self._note_status()
+        while self._take_inbox():
+            plan = self._state.next_step()
+            if plan is not None:
+                self._carry_out(self._state.handle(self._run_step(plan)))
+        self._executor.close()
+
+    def _do(self, action: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+        self._inbox.put(_Do(action, done))
+        done.result()
+
+    def _take_inbox(self) -> bool:
+        """Handle everything that has arrived; wait for something while idle. False: stop."""
+        while True:
+            if not self._state.has_work and self._executor.when_idle():
+                self._note_status()
+            try:
+                item = self._inbox.get(block=not self._state.has_work)
+            except queue.Empty:
+                return True
+            match item:
+                case _Arrived(connection, message):
+                    self._receive(connection, message)
+                case _Left(connection):
+                    self._connections.pop(connection.id, None)
+                    self._handle(SourceLost(connection.id))
+                case _Do(action, done):
+                    _settle(action, done)
+                case _Stop():
+                    return False
+
+    def _receive(self, connection: Connection, message: Submit | Abort | Ping) -> None:
+        self._connections[connection.id] = connection
+        match message:
+            case Submit():
+                self._handle(RequestArrived(message, connection.id))
+            case Abort(request_id):
+                self._handle(AbortRequested(request_id, connection.id))
+            case Ping(nonce):
+                pong = Pong(
+                    nonce=nonce,
+                    stats=self._state.stats(),
+                    serving=self._why_not is None,
+                    why_not=self._why_not,
+                )
+                connection.send_control(encode(pong))
+
+    def _run_step(self, plan: StepPlan) -> Event:
+        started = time.perf_counter()
+        try:
+            if self._why_not is not None:
+                self._reconnect()
+            results = self._rank.run(plan)
+        except ClusterError as failure:
+            logger.error("step %d failed: %s", plan.step_id, failure)
+            self._why_not = str(failure)
+            return StepFailed(plan.step_id, str(failure))
+        except Exception as failure:  # a fault of ours: its requests end, the engine goes on
+            logger.exception("step %d failed", plan.step_id)
+            return StepFailed(plan.step_id, f"{type(failure).__name__}: {failure}")
+        finally:
+            self.step_s += time.perf_counter() - started
+        return StepDone(plan.step_id, results)
+
+    def _reconnect(self) -> None:
+        """Try the shards of the view again, not more often than RECONNECT_EVERY_S."""
+        if self._view is None or time.monotonic() < self._reconnect_at_s:
+            raise ClusterError(self._why_not or "not serving")
+        self._reconnect_at_s = time.monotonic() + RECONNECT_EVERY_S
+        self._adopt(self._view)
+
+    def _adopt(self, view: View) -> None:
+        self._connect(view)
+        self._view = view
+        self._why_not = None
+        self._note_status()
+
+    def _note_status(self) -> None:
+        epoch = self._view.epoch if self._view else 0
+        self._state.handle(StatusChanged(executor=self._executor.name, epoch=epoch))
+
+    def _handle(self, event: Event) -> None:
+        self._carry_out(self._state.handle(event))
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        for emit in instructions:
+            connection = self._connections.get(int(emit.source))
+            if connection is not None:  # else it was lost meanwhile: `_Left` is in the inbox
+                connection.send_control(encode(emit.outputs))
+
+
+def _settle(action: Callable[[], None], done: Future[None]) -> None:
+    """Run `action` and hand its outcome to whoever waits for `done`."""
+    try:
+        action()
+    except Exception as failure:
+        done.set_exception(failure)
+    else:
+        done.set_result(None)

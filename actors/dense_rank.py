@@ -1,0 +1,181 @@
+"""The model runner of one dense rank: a step plan in, sampled tokens out.
+
+Legend: T token rows of the step (padding included), D model width, R rows whose logits are wanted,
+V vocabulary.
+
+Rows are padded for two reasons only. In `exact` numerics torch's elementwise operations must not
+have scalar tails, whose last bits differ from the vector part's, so T is a multiple of `ROW_TILE`.
+In `fast` a compiled layer would be specialised for T = 1, so T is at least 2; and the torch path
+of the kernels (no compiler) builds one oneDNN primitive per row count, so T is one of few buckets.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from remora.actors.dense_events import Slice, SliceResult, StepPlan
+from remora.actors.dense_model import DenseModel
+from remora.actors.step_context import ExpertsFn, StepContext
+from remora.comm.messages import TokenLogprobs
+from remora.kernels.attention import KVPages, build_plan
+from remora.kernels.linear import ROW_TILE
+from remora.kernels.native import native_available
+from remora.kernels.sampling import RowLogprobs, RowParams, raw_logprobs, sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """Tensors of one step, and which of its rows want logits."""
+
+    input_ids_T: Tensor  # int64; padding rows hold 0
+    rows_R: Tensor  # int64: sampled rows first, in the order of their slices, then prompt rows
+    num_sampled: int
+
+
+def padded_rows(num_tokens: int, *, exact: bool, native: bool) -> int:
+    """Rows that a step of `num_tokens` tokens is run with; see the head of this file."""
+    if exact:
+        return -(-num_tokens // ROW_TILE) * ROW_TILE
+    if native:
+        return max(2, num_tokens)
+    if num_tokens >= ROW_TILE:
+        return -(-num_tokens // ROW_TILE) * ROW_TILE
+    return max(2, 1 << (num_tokens - 1).bit_length())
+
+
+def allocate_pages(model: DenseModel, num_blocks: int) -> list[KVPages]:
+    """Key/value pages of every decoder layer, in the model's dtype."""
+    return [
+        KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
+        for a in model.spec.attention
+    ]
+
+
+class DenseRank:
+    """Runs steps. Not thread-safe: torch is called from one thread."""
+
+    def __init__(
+        self, *, model: DenseModel, pages: list[KVPages], experts: ExpertsFn, exact: bool
+    ) -> None:
+        self.model = model
+        self._pages = pages
+        self.experts = experts  # replaced when another view is adopted
+        self._exact = exact
+        self._native = native_available()
+
+    def run(self, plan: StepPlan) -> list[SliceResult]:
+        """Compute one step; one result per slice, in order.
+
+        Raises:
+            ClusterError: a shard did not answer; nothing of the step counts, it may be repeated.
+        """
+        num_rows = padded_rows(plan.num_tokens, exact=self._exact, native=self._native)
+        context = StepContext(
+            plan=build_plan(
+                [s.start for s in plan.slices],
+                [s.num_tokens for s in plan.slices],
+                [s.block_table for s in plan.slices],
+                num_rows,
+            ),
+            pages=self._pages,
+            experts=self.experts,
+        )
+        inputs = step_inputs(plan, num_rows)
+        logits_RV = self.model.run(context, inputs.input_ids_T, inputs.rows_R)
+        return slice_results(plan, logits_RV, inputs.num_sampled)
+
+
+def step_inputs(plan: StepPlan, num_rows: int) -> StepInputs:
+    """Flatten a plan's slices into token rows and name the rows that want logits."""
+    token_ids: list[int] = []
+    sampled_rows: list[int] = []
+    prompt_rows: list[int] = []
+    for part in plan.slices:
+        first = len(token_ids)
+        token_ids.extend(part.token_ids)
+        prompt_rows.extend(range(first, first + part.num_prompt_logprobs))
+        if part.sample:
+            sampled_rows.append(len(token_ids) - 1)
+    assert len(token_ids) == plan.num_tokens, f"{len(token_ids)} tokens, not {plan.num_tokens}"
+    token_ids.extend([0] * (num_rows - len(token_ids)))
+    return StepInputs(
+        input_ids_T=torch.tensor(token_ids, dtype=torch.int64),
+        rows_R=torch.tensor(sampled_rows + prompt_rows, dtype=torch.int64),
+        num_sampled=len(sampled_rows),
+    )
+
+
+def slice_results(plan: StepPlan, logits_RV: Tensor, num_sampled: int) -> list[SliceResult]:
+    """Sample, and look up prompt log-probabilities, slice by slice.
+
+    A row's result depends on that row alone (`kernels.sampling`), so order does not matter.
+    """
+    wanted = [part for part in plan.slices if part.sample]
+    sampled = sample(logits_RV[:num_sampled], [_row_params(part) for part in wanted])
+    failed = frozenset(sampled.failed_rows)
+    row, prompt_row = 0, num_sampled
+    results = []
+    for part in plan.slices:
+        count = part.num_prompt_logprobs
+        prompt_logprobs = []
+        if count:
+            first = part.start + 1  # row i of the slice predicts position start + i + 1
+            target_ids = part.prompt_ids[first : first + count]
+            rows_CV = logits_RV[prompt_row : prompt_row + count]
+            found = raw_logprobs(rows_CV, target_ids, part.params.prompt_logprobs or 0)
+            prompt_logprobs = [
+                _message(token_id, entry) for token_id, entry in zip(target_ids, found, strict=True)
+            ]
+            prompt_row += count
+        if not part.sample:
+            results.append(SliceResult(prompt_logprobs=prompt_logprobs))
+            continue
+        token_id, entry, broken = sampled.token_ids[row], sampled.logprobs[row], row in failed
+        row += 1
+        if broken:
+            results.append(SliceResult(error="logits are not finite: nothing can be sampled"))
+            continue
+        results.append(
+            SliceResult(
+                token_id=token_id,
+                logprobs=None if entry is None else _message(token_id, entry),
+                prompt_logprobs=prompt_logprobs,
+            )
+        )
+    return results
+
+
+def _row_params(part: Slice) -> RowParams:
+    params = part.params
+    has_penalty = (
+        params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or params.repetition_penalty != 1.0
+    )
+    return RowParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias,
+        masked_ids=tuple(part.sequence.stop_ids) if part.num_outputs < params.min_tokens else (),
+        prompt_ids=part.prompt_ids if has_penalty else (),
+        output_ids=part.output_ids if has_penalty else (),
+        seed=params.seed,
+        position=part.position,
+        num_logprobs=params.logprobs,
+    )
+
+
+def _message(token_id: int, entry: RowLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_ids=entry.top_ids,
+        top_logprobs=entry.top_logprobs,
+    )

@@ -1,0 +1,153 @@
+"""Which executor runs the decoder layers: eager at once, compiled once that costs nobody a wait.
+
+    no compiler, or "eager"        eager for good
+    artefacts cached (a marker)    compiled before the engine serves: a few seconds of tracing
+    "compiled", nothing cached     the same, but the compiler runs first (tens of seconds)
+    "auto", nothing cached         eager; a child process of low priority fills the cache meanwhile;
+                                   the engine switches at a moment when no request runs
+
+The switch never happens under a running request, in either numerics: eager and compiled bfloat16
+round in different places, so a request belongs to the executor that it started with. Artefacts are
+kept in `REMORA_CACHE_DIR` (default `~/.cache/remora`) between starts.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+
+from remora.actors.dense_model import DenseModel
+from remora.actors.model_spec import ModelSpec
+from remora.actors.warm import warm_up
+from remora.kernels.fingerprint import kernel_fingerprint
+
+logger = logging.getLogger(__name__)
+
+Wish = Literal["auto", "eager", "compiled"]
+Phase = Literal["eager", "warming", "compiled"]
+
+
+def cache_dir() -> Path:
+    """Where compiled artefacts live between starts."""
+    return Path(os.environ.get("REMORA_CACHE_DIR", Path.home() / ".cache" / "remora"))
+
+
+def use_cache() -> None:
+    """Point torch's compiler at our cache; before anything is compiled in this process."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+
+
+def has_compiler() -> bool:
+    """Whether torch can build C++ here."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
+def artefact_key(spec: ModelSpec, dtype: torch.dtype, *, exact: bool) -> str:
+    """What compiled artefacts depend on, as 32 hex digits."""
+    config = spec.config.to_dict()
+    facts = json.dumps(
+        [config, str(dtype), exact, kernel_fingerprint(), transformers.__version__],
+        sort_keys=True,
+        default=str,
+    )
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+
+class Executor:
+    """Owns the choice for one engine; used from the engine's thread only."""
+
+    def __init__(self, model: DenseModel, *, wish: Wish, exact: bool) -> None:
+        self._model = model
+        self._exact = exact
+        self._child: subprocess.Popen[bytes] | None = None
+        self._marker = cache_dir() / "compiled" / artefact_key(model.spec, model.dtype, exact=exact)
+        self.phase: Phase = "eager"
+        if wish == "eager":
+            return
+        if not has_compiler():
+            logger.warning("no C++ compiler found: layers run in eager mode for good")
+        elif wish == "compiled" or self._marker.exists():
+            self._switch()
+        else:
+            self._child = self._spawn()
+            self.phase = "warming"
+
+    @property
+    def name(self) -> str:
+        """`eager` or `compiled`: what runs now, as stats and fingerprints say it."""
+        return "compiled" if self.phase == "compiled" else "eager"
+
+    def call_when_compiled(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, from another thread, when the compiling child has ended."""
+        child = self._child
+        if child is None:
+            return
+
+        def wait() -> None:
+            child.wait()
+            wake()
+
+        threading.Thread(target=wait, name="remora-compile-watch", daemon=True).start()
+
+    def when_idle(self) -> bool:
+        """Called while no request runs; switches if the artefacts are ready. True if it did."""
+        if self._child is None or self._child.poll() is None:
+            return False
+        status, self._child = self._child.returncode, None
+        if status != 0:
+            logger.warning(
+                "compiling beside the engine failed (status %d): eager for good; its log is %s",
+                status,
+                self._log_path(),
+            )
+            self.phase = "eager"
+            return False
+        self._switch()
+        return True
+
+    def close(self) -> None:
+        """End the compiling child, if one runs."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def _switch(self) -> None:
+        use_cache()
+        self._model.compile()
+        warm_up(self._model, exact=self._exact)
+        self._marker.parent.mkdir(parents=True, exist_ok=True)
+        self._marker.touch()
+        self.phase = "compiled"
+        logger.info("layers are compiled")
+
+    def _log_path(self) -> Path:
+        return cache_dir() / "compiled" / f"{self._marker.name}.log"
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        use_cache()
+        self._log_path().parent.mkdir(parents=True, exist_ok=True)
+        order = json.dumps(
+            {
+                "model": self._model.spec.path,
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "exact": self._exact,
+            }
+        )
+        with self._log_path().open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", "from remora.actors.warm import main; main()", order],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.PIPE,  # the child ends when this end closes
+            )

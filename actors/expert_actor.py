@@ -1,0 +1,159 @@
+"""The process of one expert shard: loads its slots, then answers dispatches from its own thread.
+
+Ray's threads only start, ask and stop it. Loading, torch and the socket loop live in one thread of
+ours, so no call of Ray's event loop ever stands between a request and its rows, and torch is called
+from one thread. Order among waiting calls (few rows first) is the frame server's.
+"""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+
+from remora.actors.launch import (
+    Launch,
+    Progress,
+    advertised_ip,
+    host_label,
+    member_of,
+    take_threads,
+)
+from remora.actors.manifest import Manifest
+from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.shard_model import ShardExperts, build_shard
+from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
+from remora.comm.server import FrameServer
+from remora.comm.view import Member
+
+logger = logging.getLogger(__name__)
+
+
+class ShardLaunch(Launch, frozen=True, kw_only=True):
+    """What an expert shard is told: decoder layer -> logical experts in slot order."""
+
+    experts_by_layer: dict[int, tuple[int, ...]]
+
+
+class ExpertActor:
+    """One expert shard. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
+
+    def __init__(self, launch: ShardLaunch) -> None:
+        self._launch = launch
+        self._progress = Progress(phase="starting")
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._server: FrameServer | None = None
+        self._shard: ShardExperts | None = None
+        self._calls_served = 0
+        self._compute_s = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"remora-{launch.uid}", daemon=True)
+
+    def start(self) -> Member:
+        """Load, listen, and say where. Returns when the shard can serve.
+
+        Raises:
+            WeightsError, UnsupportedModelError, ConfigError: as loading found them.
+            OSError: the address cannot be bound.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._server is not None
+        return member_of(self._launch, "shard", self._server.endpoint(host_label()))
+
+    def progress(self) -> Progress:
+        """How far loading has come."""
+        return self._progress
+
+    def manifest(self) -> Manifest:
+        """Digests of the experts held; only after `start`."""
+        assert self._shard is not None, "asked for the manifest before start returned"
+        return self._shard.manifest
+
+    def status(self) -> dict[str, Any]:
+        """What `remora status` shows of this shard."""
+        shard = self._shard
+        return {
+            "alive": self._thread.is_alive(),
+            "phase": self._progress.phase,
+            "incarnation": self._launch.incarnation,
+            "weights_bytes": shard.nbytes if shard else 0,
+            "experts_per_layer": [len(shard.experts_of(i)) for i in shard.layers] if shard else [],
+            "calls_served": self._calls_served,
+            "compute_s": self._compute_s,
+            "peers": len(self._server.connections) if self._server else 0,
+        }
+
+    def stop(self) -> None:
+        """Stop answering and close every socket; returns when the thread has ended."""
+        if self._server is not None:
+            self._server.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- the shard's own thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._server = self._load_and_listen()
+        except BaseException as failure:
+            self._failure = failure
+            return
+        finally:
+            self._started.set()
+        self._server.run()
+
+    def _load_and_listen(self) -> FrameServer:
+        launch = self._launch
+        take_threads(launch.num_threads)
+        spec = inspect_model(launch.model)
+        self._shard = build_shard(
+            launch.model,
+            spec,
+            launch.experts_by_layer,
+            dtype=resolve_dtype(spec, launch.dtype),
+            exact=launch.exact,
+            progress=self._note_progress,
+        )
+        service = ExpertService(self._compute, incarnation=launch.incarnation)
+        server = FrameServer(
+            host_ip=launch.bind_ip,
+            token=launch.token,
+            on_frame=service.on_frame,
+            unix=launch.use_unix,
+            incarnation=launch.incarnation,
+            advertise_ip=advertised_ip(launch.bind_ip),
+        )
+        self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
+        logger.info("%s holds %d bytes of experts", launch.uid, self._shard.nbytes)
+        return server
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
+
+    def _compute(self, call: ExpertCall) -> torch.Tensor:
+        """Answer one dispatch.
+
+        Raises:
+            NotMineError: for experts that are held elsewhere; the requester looks again.
+        """
+        shard = self._shard
+        assert shard is not None
+        started = time.perf_counter()
+        missing = shard.not_mine(call.layer, call.pair_expert_P)
+        if missing:
+            raise NotMineError(missing)
+        rows = shard.forward(
+            call.layer,
+            call.rows_ND,
+            call.pair_row_P.long(),
+            call.pair_expert_P.long(),
+            call.pair_weight_P,
+            "presummed" if call.presummed else "ordered",
+        )
+        self._calls_served += 1
+        self._compute_s += time.perf_counter() - started
+        return rows

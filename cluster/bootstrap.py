@@ -1,0 +1,165 @@
+"""Create or adopt a deployment, idempotently: what `build`, ingresses and the CLI call.
+
+The coordinator is a detached named actor, so whoever comes first creates it and everybody after
+adopts it: an application upgrade keeps the data plane, an explicit `stop_cluster` tears it down.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
+from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator import Coordinator
+from remora.comm.errors import ClusterError, ConfigError, RemoraError
+from remora.comm.view import Member, View
+
+PROGRESS_EVERY_S = 0.2
+COORDINATOR_THREADS = 8  # deploy, stop, and readers beside them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterHandle:
+    """A living deployment as seen from an ingress or the CLI."""
+
+    name: str
+    token: bytes
+    coordinator: Any  # ray actor handle of `Coordinator`
+
+    def view(self) -> View:
+        """The committed view. Raises ClusterError when nothing serves."""
+        view: View = _call(self.coordinator.view.remote())
+        return view
+
+    def dense_members(self) -> list[Member]:
+        """The dense groups' first ranks: where ingresses connect."""
+        return [member for member in self.view().members if member.role == "dense"]
+
+
+def neutral_runtime_env() -> dict[str, Any]:
+    """A runtime environment whose working directory is empty.
+
+    Ray puts the driver's working directory on every worker's import path; from a checkout that
+    would let `import kernels` (which transformers probes for) find our room.
+    """
+    empty = Path(tempfile.gettempdir()) / "remora-empty"
+    empty.mkdir(exist_ok=True)
+    return {"working_dir": str(empty)}
+
+
+def ensure_cluster(
+    config: RemoraConfig, on_progress: Callable[[dict[str, Progress]], None] | None = None
+) -> ClusterHandle:
+    """Bring the deployment up, or adopt the one that runs under the same name.
+
+    Args:
+        config: what to serve. An existing deployment must have been started with the same model.
+        on_progress: called a few times a second while actors load.
+
+    Raises:
+        ConfigError: another model is served under this name, or the token file is unusable.
+        RemoraError: the model, a weight file or an actor failed.
+    """
+    actor = (
+        ray.remote(Coordinator)
+        .options(
+            name=coordinator_name(config.name),
+            namespace=RAY_NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=0,
+            max_concurrency=COORDINATOR_THREADS,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
+        )
+        .remote(config.model_dump(mode="json"), _token_of(config))
+    )
+    running = RemoraConfig.model_validate(_call(actor.config.remote()))
+    if running.model != config.model:
+        raise ConfigError(
+            f"deployment {config.name!r} already serves {running.model!r}, not {config.model!r}: "
+            "choose another --name, or stop it first (remora stop)"
+        )
+    pending = actor.deploy.remote()
+    try:
+        while True:
+            done, _ = ray.wait([pending], timeout=PROGRESS_EVERY_S if on_progress else None)
+            if done:
+                break
+            if on_progress:
+                on_progress(_call(actor.progress.remote()))
+        _call(pending)
+    except RemoraError:
+        ray.kill(actor, no_restart=True)
+        raise
+    return _handle(config.name, actor)
+
+
+def find_cluster(name: str) -> ClusterHandle | None:
+    """The deployment of that name in the connected Ray cluster, or None."""
+    try:
+        actor = ray.get_actor(coordinator_name(name), namespace=RAY_NAMESPACE)
+    except ValueError:
+        return None
+    return _handle(name, actor)
+
+
+def cluster_status(name: str) -> dict[str, Any]:
+    """Phase, members and what they say of themselves.
+
+    Raises:
+        ClusterError: no deployment of that name.
+    """
+    status: dict[str, Any] = _call(_found(name).coordinator.status.remote())
+    return status
+
+
+def stop_cluster(name: str) -> None:
+    """Stop a deployment's actors and its coordinator; the Ray cluster itself stays.
+
+    Raises:
+        ClusterError: no deployment of that name.
+    """
+    handle = _found(name)
+    _call(handle.coordinator.stop.remote())
+    ray.kill(handle.coordinator, no_restart=True)
+
+
+def _found(name: str) -> ClusterHandle:
+    handle = find_cluster(name)
+    if handle is None:
+        raise ClusterError(f"there is no deployment {name!r} in this Ray cluster")
+    return handle
+
+
+def _handle(name: str, actor: Any) -> ClusterHandle:
+    return ClusterHandle(name=name, token=_call(actor.credentials.remote()), coordinator=actor)
+
+
+def _token_of(config: RemoraConfig) -> bytes | None:
+    path = config.security.token_file
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_bytes().strip()
+    except OSError as unreadable:
+        raise ConfigError(f"security.token_file {path}: {unreadable.strerror}") from unreadable
+    if len(token) < 16:
+        raise ConfigError(f"security.token_file {path}: {len(token)} bytes, at least 16 are needed")
+    return token
+
+
+def _call(reference: Any) -> Any:
+    """`ray.get` that raises our own error when an actor raised one."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as failure:
+        if isinstance(failure.cause, RemoraError):
+            raise failure.cause from None
+        raise
+    except ray.exceptions.RayActorError as died:
+        raise ClusterError(f"the coordinator died: {str(died).splitlines()[0]}") from died

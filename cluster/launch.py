@@ -1,0 +1,108 @@
+"""From a deployment's configuration to what each data-plane actor is told and how Ray places it."""
+
+import os
+from typing import Any
+
+from remora.actors.dense_actor import DenseLaunch
+from remora.actors.expert_actor import ShardLaunch
+from remora.actors.launch import RAY_NAMESPACE, thread_environment
+from remora.actors.model_spec import ModelSpec, resolve_dtype
+from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
+from remora.comm.errors import ConfigError
+from remora.comm.view import Placement
+
+ACTOR_THREADS = 4  # start, progress, status and stop answer beside each other
+
+FIRST_INCARNATION = 1
+
+
+def dense_threads(config: RemoraConfig) -> int:
+    """Threads of one dense rank: all cores, since it and its shards take turns on them."""
+    return config.dense.threads or max(1, (os.cpu_count() or 1) // config.dense.groups)
+
+
+def shard_threads(config: RemoraConfig) -> int:
+    """Threads of one shard: the cores shared out, since the shards of a host run at once."""
+    return config.experts.threads or max(1, (os.cpu_count() or 1) // config.experts.shards)
+
+
+def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: bytes) -> ShardLaunch:
+    """What shard `uid` is told: which experts it holds, and how to serve them."""
+    return ShardLaunch(
+        **_common(config, uid, token),
+        num_threads=shard_threads(config),
+        experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
+    )
+
+
+def dense_launch(config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes) -> DenseLaunch:
+    """What dense rank `uid` is told; the view comes later, when the shards are up.
+
+    Raises:
+        ConfigError: `max_model_len` beyond the model's, or no room for one such sequence.
+    """
+    dense = config.dense
+    max_model_len = dense.max_model_len or spec.max_positions
+    if max_model_len > spec.max_positions:
+        raise ConfigError(
+            f"dense.max_model_len = {max_model_len}: {config.model} knows positions up to "
+            f"{spec.max_positions}"
+        )
+    num_kv_blocks = dense.num_kv_blocks(
+        bytes_per_token=spec.kv_bytes_per_token(resolve_dtype(spec, config.dtype)),
+        max_model_len=max_model_len,
+    )
+    return DenseLaunch(
+        **_common(config, uid, token),
+        num_threads=dense_threads(config),
+        executor=config.executor,
+        num_kv_blocks=num_kv_blocks,
+        max_num_seqs=dense.max_num_seqs,
+        max_tokens_per_step=dense.max_tokens_per_step,
+        max_model_len=max_model_len,
+        max_waiting=dense.max_waiting,
+        prefix_caching=dense.prefix_caching,
+        call_timeout_s=config.experts.call_timeout_s,
+    )
+
+
+def shard_options(config: RemoraConfig) -> dict[str, Any]:
+    """Ray options of an expert shard."""
+    return _options(config.experts, shard_threads(config))
+
+
+def dense_options(config: RemoraConfig) -> dict[str, Any]:
+    """Ray options of a dense rank."""
+    return _options(config.dense, dense_threads(config))
+
+
+def _common(config: RemoraConfig, uid: str, token: bytes) -> dict[str, Any]:
+    return {
+        "deployment": config.name,
+        "uid": uid,
+        "incarnation": FIRST_INCARNATION,
+        "model": config.model,
+        "dtype": config.dtype,
+        "exact": config.numerics == "exact",
+        "token": token,
+        "bind_ip": config.bind_address,
+        "use_unix": config.experts.transport == "auto",
+    }
+
+
+def _options(placed: DenseConfig | ExpertsConfig, num_threads: int) -> dict[str, Any]:
+    """Detached, never restarted by Ray: a supervisor starts a new incarnation instead."""
+    options: dict[str, Any] = {
+        "namespace": RAY_NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "max_concurrency": ACTOR_THREADS,
+        "num_cpus": placed.num_cpus,
+        "num_gpus": placed.num_gpus,
+        "runtime_env": {"env_vars": thread_environment(num_threads)},
+    }
+    if placed.resources:
+        options["resources"] = placed.resources
+    if placed.labels:
+        options["label_selector"] = placed.labels
+    return options
