@@ -285,7 +285,9 @@ class Connection:
         pack_header(frame, 0, length=length, **header_fields)
         return self.transmit(frame, len(frame), header_fields["num_rows"])
 
-    def transmit(self, frame: bytes | memoryview, counted_bytes: int, num_rows: int) -> bool:
+    def transmit(
+        self, frame: bytes | bytearray | memoryview, counted_bytes: int, num_rows: int
+    ) -> bool:
         """Sends or queues encoded bytes and counts them. Result as `send`."""
         with self._lock:
             return self._transmit_locked(memoryview(frame), counted_bytes, num_rows)

@@ -15,17 +15,17 @@ S shards, C calls.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.comm import plan
 from remora.comm.accounting import TrafficCounters
 from remora.comm.arena import DTYPE_CODES, Memory
+from remora.comm.call import Call
+from remora.comm.dispatch_handle import Dispatch
 from remora.comm.errors import (
     ClusterError,
     DeadlineError,
@@ -33,8 +33,8 @@ from remora.comm.errors import (
     FrameError,
     PeerLostError,
 )
-from remora.comm.peer import Call
 from remora.comm.peers import PeerSet
+from remora.comm.replicas import remove_replica, replica_tables
 from remora.comm.view import View
 from remora.comm.wire import (
     HEADER_BYTES,
@@ -49,32 +49,6 @@ log = logging.getLogger(__name__)
 
 RETRIES_MAX: Final = 3
 Combine = Literal["ordered", "presummed"]
-
-
-@dataclass(slots=True, kw_only=True)
-class Dispatch:
-    """Rows that left a dense rank for the shards their tokens chose; `combine` consumes it."""
-
-    epoch: int  # placement they were routed under
-    layer: int  # decoder-layer index
-    num_tokens: int  # rows of hidden_TD that are real
-    hidden_TD: Tensor  # kept for retries
-    index_TK: NDArray[np.int64]
-    weight_TK: NDArray[np.float32]
-    call_TK: NDArray[np.int32]  # call of each pair, or PENDING, SKIPPED
-    row_TK: NDArray[np.int32]  # its row in that call
-    pos_TK: NDArray[np.int32]  # its pair position in that call
-    call_shard_C: NDArray[np.int32]
-    call_rows_C: NDArray[np.int32]
-    call_pairs_C: NDArray[np.int32]
-    reply_address_C: NDArray[np.int64]
-    num_calls: int = 0  # laid out
-    num_sent: int = 0  # of those, sent: the rest waits for credits
-    waiting: list[tuple[int, Call]] = field(default_factory=list)
-    failed: list[int] = field(default_factory=list)  # calls whose pairs need another shard
-    answered: list[tuple[int, Call]] = field(default_factory=list)  # their rows lie in regions
-    spilled: list[Memory] = field(default_factory=list)  # rows copied out to free credits
-    error: ClusterError | None = None  # why the last of `failed` failed
 
 
 class Dispatcher:
@@ -112,6 +86,7 @@ class Dispatcher:
         self._deadline_s = deadline_s
         self._refresh_view = refresh_view
         self._rows_per_call_max = rows_per_call_max
+        plan.warm()
         self.set_view(view)
 
     @property
@@ -136,7 +111,7 @@ class Dispatcher:
         self._local_S = np.array([hosts.get(uid) == own for uid in self._uids], np.uint8)
         self._suspects: set[str] = set()
         self._note_usable()
-        self._tables = _replica_tables(view, self._uids)
+        self._tables = replica_tables(view, self._uids)
 
     def moe(
         self,
@@ -186,13 +161,7 @@ class Dispatcher:
             hidden_TD=hidden_TD.contiguous(),
             index_TK=index_TK.contiguous().numpy(),
             weight_TK=weights_TK.contiguous().numpy(),
-            call_TK=plan_3TK[0],
-            row_TK=plan_3TK[1],
-            pos_TK=plan_3TK[2],
-            call_shard_C=_NO_INT32,
-            call_rows_C=_NO_INT32,
-            call_pairs_C=_NO_INT32,
-            reply_address_C=_NO_INT64,
+            plan_3TK=plan_3TK,
         )
         if num_tokens:
             self._plan(sent)
@@ -218,11 +187,7 @@ class Dispatcher:
             )  # fmt: skip
             return out_TD
         finally:
-            for _, call in sent.waiting + sent.answered:
-                call.release()
-            sent.waiting.clear()
-            sent.answered.clear()
-            sent.spilled.clear()
+            sent.release()
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -248,15 +213,13 @@ class Dispatcher:
         rows_max = self._rows_max(sent)
         num_shards = len(self._uids)
         bound = sent.num_calls + num_shards + sent.call_TK.size // rows_max
-        sent.call_shard_C = _grown(sent.call_shard_C, bound)
-        sent.call_rows_C = _grown(sent.call_rows_C, bound)
-        sent.call_pairs_C = _grown(sent.call_pairs_C, bound)
-        sent.reply_address_C = _grown(sent.reply_address_C, bound)
-        sent.num_calls = plan.lay_out(
+        sent.reserve_calls(bound)
+        num_calls: int = plan.lay_out(
             sent.index_TK, sent.num_tokens, table_ER.shape[0], num_shards, rows_max,
             sent.num_calls, shard_TK, sent.call_TK, sent.row_TK, sent.pos_TK,
             sent.call_shard_C, sent.call_rows_C, sent.call_pairs_C,
         )  # fmt: skip
+        sent.num_calls = num_calls
         sent.epoch = self._view.epoch
 
     def _rows_max(self, sent: Dispatch) -> int:
@@ -265,7 +228,7 @@ class Dispatcher:
         row_bytes = hidden_TD.shape[1] * hidden_TD.element_size()
         back = 1 if self._presummed else top_k
         per_row = row_bytes * (1 + back) + PAIR_BYTES * top_k
-        fitting = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // per_row
+        fitting: int = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // per_row
         return max(1, min(self._rows_per_call_max, fitting))
 
     def _send(self, sent: Dispatch) -> None:
@@ -362,7 +325,7 @@ class Dispatcher:
             call.release()
             shard = int(sent.call_shard_C[c])
             for expert in experts:
-                _remove_replica(self._tables[sent.layer], expert, shard)
+                remove_replica(self._tables[sent.layer], expert, shard)
             sent.failed.append(c)
             sent.error = PeerLostError(
                 f"{call.peer.uid} does not hold experts {experts[:16]} of layer {sent.layer}, "
@@ -419,34 +382,3 @@ class Dispatcher:
     def _note_usable(self) -> None:
         live = set(self._peers.live_uids) - self._suspects
         self._usable_S = np.array([uid in live for uid in self._uids], np.uint8)
-
-
-_NO_INT32: Final = np.zeros(0, np.int32)
-_NO_INT64: Final = np.zeros(0, np.int64)
-
-
-def _grown(old: NDArray[Any], size: int) -> NDArray[Any]:
-    new = np.zeros(size, old.dtype)
-    new[: len(old)] = old[:size]
-    return new
-
-
-def _replica_tables(view: View, uids: list[str]) -> dict[int, NDArray[np.int16]]:
-    """Per decoder layer `[E, R]`: indices into `uids` that hold each expert, padded with -1."""
-    tables: dict[int, NDArray[np.int16]] = {}
-    for index, layer in enumerate(view.placement.moe_layers):
-        holders: list[list[int]] = [[] for _ in range(view.placement.num_experts)]
-        for shard, uid in enumerate(uids):
-            for expert in view.placement.slots[uid][index]:
-                holders[expert].append(shard)
-        table_ER = np.full((len(holders), max(1, *map(len, holders))), -1, np.int16)
-        for expert, shards in enumerate(holders):
-            table_ER[expert, : len(shards)] = shards
-        tables[layer] = table_ER
-    return tables
-
-
-def _remove_replica(table_ER: NDArray[np.int16], expert: int, shard: int) -> None:
-    held = [s for s in table_ER[expert].tolist() if s >= 0 and s != shard]
-    table_ER[expert] = -1
-    table_ER[expert, : len(held)] = held

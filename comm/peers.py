@@ -16,8 +16,9 @@ from typing import Final
 
 from remora.comm.accounting import TrafficCounters
 from remora.comm.auth import check_token
+from remora.comm.call import Call
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
-from remora.comm.peer import Call, Peer, PeerLimits
+from remora.comm.peer import Peer, PeerLimits
 from remora.comm.view import Member, View
 from remora.comm.wire import Kind
 

@@ -16,73 +16,45 @@ from typing import Any, Final
 import numba
 import numpy as np
 import torch
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+
+from remora.comm.addresses import (
+    as_float32,
+    as_int32,
+    as_uint16,
+    bits_of_float32,
+    carray,
+    copy_bytes,
+    float32_of_bits,
+)
 
 TOP_K_MAX: Final = 16
 PENDING: Final = -1  # a pair that no call has taken yet
 SKIPPED: Final = -2  # a pair whose expert index was negative: it contributes nothing
 
-_jit = numba.njit(cache=True, nogil=True, boundscheck=False)
+_jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
 
-def _pointer(element: Any) -> Any:
-    """An intrinsic that makes an address a typed pointer, for `numba.carray`."""
-
-    @intrinsic
-    def as_pointer(typing_context: Any, address: Any) -> Any:
-        signature = types.CPointer(element)(types.int64)
-
-        def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(sig.return_type))
-
-        return signature, generate
-
-    return as_pointer
-
-
-_as_bytes = _pointer(types.uint8)
-_as_int32 = _pointer(types.int32)
-_as_uint16 = _pointer(types.uint16)
-_as_float32 = _pointer(types.float32)
-
-
-@intrinsic
-def _copy_bytes(typing_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
-    """memcpy between addresses."""
-    signature = types.void(types.int64, types.int64, types.int64)
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        pointer = context.get_value_type(types.CPointer(types.uint8))
-        target_at = builder.inttoptr(arguments[0], pointer)
-        source_at = builder.inttoptr(arguments[1], pointer)
-        cgutils.raw_memcpy(builder, target_at, source_at, arguments[2], 1)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def _bits_as_float32(typing_context: Any, bits: Any) -> Any:
-    signature = types.float32(types.uint32)
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return signature, generate
-
-
-@intrinsic
-def _float32_as_bits(typing_context: Any, value: Any) -> Any:
-    signature = types.uint32(types.float32)
-
-    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return signature, generate
+@_jit
+def _best(candidates, cover_S, remaining, local_S, load_S):  # type: ignore[no-untyped-def]
+    """The shard that comes next: local before remote, most covered, least load, lowest index."""
+    best = -1
+    best_score = 0
+    for s in candidates:
+        bits = cover_S[s] & remaining
+        score = 0
+        while bits:
+            bits &= bits - 1
+            score += 1
+        if score == 0:
+            continue
+        score += local_S[s] * (TOP_K_MAX + 1)
+        tie = score == best_score and best >= 0
+        lighter = tie and (load_S[s] < load_S[best] or (load_S[s] == load_S[best] and s < best))
+        if score > best_score or lighter:
+            best, best_score = s, score
+    return best
 
 
 @_jit
@@ -133,27 +105,7 @@ def choose(index_TK, num_tokens, replicas_ER, local_S, usable_S, shard_TK, call_
                 return e
             remaining |= 1 << k
         while remaining:
-            best = -1
-            best_score = 0
-            for c in range(num_candidates):
-                s = candidates[c]
-                bits = cover_S[s] & remaining
-                score = 0
-                while bits:
-                    bits &= bits - 1
-                    score += 1
-                if score == 0:
-                    continue
-                score += local_S[s] * (TOP_K_MAX + 1)
-                if (
-                    best < 0
-                    or score > best_score
-                    or (
-                        score == best_score
-                        and (load_S[s] < load_S[best] or (load_S[s] == load_S[best] and s < best))
-                    )
-                ):
-                    best, best_score = s, score
+            best = _best(candidates[:num_candidates], cover_S, remaining, local_S, load_S)
             for k in range(top_k):
                 if cover_S[best] & remaining & (1 << k):
                     shard_TK[t, k] = best
@@ -240,9 +192,9 @@ def pack(index_TK, weight_TK, num_tokens, hidden_address, row_bytes, first_call,
             num_pairs = call_pairs_C[c]
             row = row_TK[t, k]
             pairs = body + ((call_rows_C[c] * row_bytes + 3) & ~3)
-            row_P = numba.carray(_as_int32(pairs), num_pairs)
-            expert_P = numba.carray(_as_int32(pairs + 4 * num_pairs), num_pairs)
-            weight_P = numba.carray(_as_float32(pairs + 8 * num_pairs), num_pairs)
+            row_P = carray(as_int32(pairs), num_pairs)
+            expert_P = carray(as_int32(pairs + 4 * num_pairs), num_pairs)
+            weight_P = carray(as_float32(pairs + 8 * num_pairs), num_pairs)
             at = pos_TK[t, k]
             row_P[at] = row
             expert_P[at] = index_TK[t, k]
@@ -253,7 +205,7 @@ def pack(index_TK, weight_TK, num_tokens, hidden_address, row_bytes, first_call,
                     first = False
                     break
             if first:
-                _copy_bytes(
+                copy_bytes(
                     body + np.int64(row) * row_bytes, hidden_address + t * row_bytes, row_bytes
                 )
 
@@ -289,18 +241,18 @@ def combine(weight_TK, num_tokens, width, is_bfloat16, presummed, call_TK, row_T
                 source = reply_address_C[c] + np.int64(pos_TK[t, k]) * row_bytes
                 weight = weight_TK[t, k]
             if is_bfloat16:
-                bits_D = numba.carray(_as_uint16(source), width)
+                bits_D = carray(as_uint16(source), width)
                 for d in range(width):
-                    sum_D[d] += weight * _bits_as_float32(np.uint32(bits_D[d]) << np.uint32(16))
+                    sum_D[d] += weight * float32_of_bits(np.uint32(bits_D[d]) << np.uint32(16))
             else:
-                row_D = numba.carray(_as_float32(source), width)
+                row_D = carray(as_float32(source), width)
                 for d in range(width):
                     sum_D[d] += weight * row_D[d]
         target = out_address + t * row_bytes
         if is_bfloat16:
-            out_bits_D = numba.carray(_as_uint16(target), width)
+            out_bits_D = carray(as_uint16(target), width)
             for d in range(width):
-                bits = _float32_as_bits(sum_D[d])
+                bits = bits_of_float32(sum_D[d])
                 rounded = (
                     bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
                 ) >> np.uint32(16)
@@ -308,9 +260,22 @@ def combine(weight_TK, num_tokens, width, is_bfloat16, presummed, call_TK, row_T
                     rounded = (bits >> np.uint32(16)) | np.uint32(0x40)  # NaN stays NaN
                 out_bits_D[d] = np.uint16(rounded)
         else:
-            out_D = numba.carray(_as_float32(target), width)
+            out_D = carray(as_float32(target), width)
             for d in range(width):
                 out_D[d] = sum_D[d]
+
+
+def warm() -> None:
+    """Compiles everything above (5 s once on a machine, 0.2 s from numba's cache afterwards)."""
+    none_T1 = np.zeros((0, 1), np.int64)
+    none32_T1 = np.zeros((0, 1), np.int32)
+    weight_T1 = np.zeros((0, 1), np.float32)
+    flag_S = np.zeros(1, np.uint8)
+    call_C, address_C = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    choose(none_T1, 0, np.zeros((1, 1), np.int16), flag_S, flag_S, none32_T1, none32_T1)
+    lay_out(none_T1, 0, 1, 1, 1, 0, none32_T1, none32_T1, none32_T1, none32_T1, call_C, call_C, call_C)  # fmt: skip  # noqa: E501
+    pack(none_T1, weight_T1, 0, 0, 2, 0, 0, none32_T1, none32_T1, none32_T1, call_C, call_C, address_C)  # fmt: skip  # noqa: E501
+    combine(weight_T1, 0, 1, True, True, none32_T1, none32_T1, none32_T1, address_C, 0, 0)
 
 
 def choose_naive(

@@ -1,0 +1,64 @@
+"""`Dispatch`: what has left a dense rank and is not combined yet.
+
+Shape suffixes: T tokens (padding included), K top-k, D model width, C calls.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remora.comm.arena import Memory
+from remora.comm.call import Call
+from remora.comm.errors import ClusterError
+
+
+def _no_calls() -> NDArray[np.int32]:
+    return np.zeros(0, np.int32)
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatch:
+    """Rows leaving one dense rank for the shards their tokens chose; `combine` consumes it."""
+
+    epoch: int  # placement they were routed under
+    layer: int  # decoder-layer index
+    num_tokens: int  # rows of hidden_TD that are real
+    hidden_TD: Tensor  # kept for retries
+    index_TK: NDArray[np.int64]
+    weight_TK: NDArray[np.float32]
+    plan_3TK: NDArray[np.int32]  # the three below
+    call_TK: NDArray[np.int32] = field(init=False)  # call of each pair, or PENDING, SKIPPED
+    row_TK: NDArray[np.int32] = field(init=False)  # its row in that call
+    pos_TK: NDArray[np.int32] = field(init=False)  # its pair position in that call
+    call_shard_C: NDArray[np.int32] = field(default_factory=_no_calls)
+    call_rows_C: NDArray[np.int32] = field(default_factory=_no_calls)
+    call_pairs_C: NDArray[np.int32] = field(default_factory=_no_calls)
+    reply_address_C: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_calls: int = 0  # laid out; <= C
+    num_sent: int = 0  # of those, sent: the rest waits for credits
+    waiting: list[tuple[int, Call]] = field(default_factory=list)
+    answered: list[tuple[int, Call]] = field(default_factory=list)  # their rows lie in regions
+    spilled: list[Memory] = field(default_factory=list)  # rows copied out to free credits
+    failed: list[int] = field(default_factory=list)  # calls whose pairs need another shard
+    error: ClusterError | None = None  # why the last of `failed` failed
+
+    def __post_init__(self) -> None:
+        self.call_TK, self.row_TK, self.pos_TK = self.plan_3TK
+
+    def reserve_calls(self, num_calls_max: int) -> None:
+        """Makes the arrays over C long enough; keeps what they hold."""
+        for name in ("call_shard_C", "call_rows_C", "call_pairs_C", "reply_address_C"):
+            old = getattr(self, name)
+            new = np.zeros(num_calls_max, old.dtype)
+            new[: self.num_calls] = old[: self.num_calls]
+            setattr(self, name, new)
+
+    def release(self) -> None:
+        """Gives every region back; calls under way are given up."""
+        for _, call in self.waiting + self.answered:
+            call.release()
+        self.waiting.clear()
+        self.answered.clear()
+        self.spilled.clear()
