@@ -106,7 +106,6 @@ class HttpConfig(_Section):
     admin_keys_file: Path | None = None  # also $REMORA_ADMIN_KEYS
     ingress_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     body_bytes_max: Annotated[int, Field(ge=1024, le=1 << 30)] = 8 << 20
-    json_depth_max: Annotated[int, Field(ge=4, le=512)] = 64
     batch_max: Annotated[int, Field(ge=1, le=1 << 16)] = 2048  # prompts in one request
     n_max: Annotated[int, Field(ge=1, le=4096)] = 128
     logprobs_max: Annotated[int, Field(ge=0, le=1024)] = 20
@@ -124,7 +123,6 @@ class RayConfig(_Section):
     """The Ray cluster underneath."""
 
     address: str | None = None  # None: $RAY_ADDRESS, or a cluster of its own on this machine
-    namespace: str = "remora"
     num_cpus: Positive | None = None  # of an own local cluster; None: what the machine has
     object_store_mib: Annotated[int, Field(ge=80, le=1 << 20)] = 100  # of an own local cluster
 
@@ -145,6 +143,16 @@ class RemoraConfig(_Section):
     http: HttpConfig = HttpConfig()
     security: SecurityConfig = SecurityConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _queues_fit(self) -> "RemoraConfig":
+        admitted = self.http.queue_max * self.http.ingress_replicas
+        if admitted > self.dense.max_waiting * self.dense.groups:
+            raise ValueError(
+                f"http.queue_max x ingress_replicas = {admitted} is above dense.max_waiting x"
+                f" groups = {self.dense.max_waiting * self.dense.groups}: what is admitted must fit"
+            )
+        return self
 
     @property
     def combine(self) -> Literal["ordered", "presummed"]:
@@ -192,7 +200,7 @@ def load_config(
     """Reads a YAML file and/or a preset of `remora.manifests`; `overrides` are dotted keys.
 
     Later wins: preset, file, overrides. A relative `model` of a file is relative to that file when
-    it names a directory there.
+    it names a directory there; any directory is made absolute.
 
     Raises:
         ConfigError: no such file or preset, not a YAML mapping, or as `parse_config`.
@@ -216,7 +224,10 @@ def load_config(
         data = _merged(data, content)
     for key, value in (overrides or {}).items():
         _set_dotted(data, key, value)
-    return parse_config(data, source=label)
+    config = parse_config(data, source=label)
+    if Path(config.model).is_dir():  # actors run in other working directories
+        config = config.model_copy(update={"model": str(Path(config.model).resolve())})
+    return config
 
 
 def preset_names() -> list[str]:

@@ -1,0 +1,112 @@
+"""Prometheus metrics of one ingress: names `remora_*`, base units, bounded labels, own registry.
+
+Our own `/metrics` because Ray rebuilds histograms from bucket midpoints, which moves their sums.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from remora.comm.messages import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("remora_requests_running", "Sequences in the engine's batch", lambda s: s.num_running),
+    ("remora_requests_waiting", "Sequences queued in the engine", lambda s: s.num_waiting),
+    (
+        "remora_kv_cache_usage_ratio",
+        "KV pages in use, 0 to 1",
+        lambda s: s.kv_blocks_used / max(1, s.kv_blocks_total),
+    ),
+    ("remora_view_epoch", "Epoch of the placement in use", lambda s: s.epoch),
+)
+_TOTALS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    (
+        "remora_prefix_cache_hits",
+        "Prompt tokens taken from the prefix cache",
+        lambda s: s.prefix_hit_tokens_total,
+    ),
+    (
+        "remora_preemptions",
+        "Sequences that gave their pages back",
+        lambda s: s.preemptions_total,
+    ),
+    ("remora_engine_steps", "Steps of the dense group", lambda s: s.steps_total),
+)
+
+
+class IngressMetrics:
+    """Everything one ingress counts.
+
+    Args:
+        stats: dense group uid -> its newest gauges; read at every scrape.
+    """
+
+    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        self.registry = CollectorRegistry()
+        reg = self.registry
+        self.ttft_s = Histogram(
+            "remora_time_to_first_token_seconds",
+            "Acceptance of a request to its first token",
+            buckets=_TTFT_S,
+            registry=reg,
+        )
+        self.inter_token_s = Histogram(
+            "remora_inter_token_latency_seconds",
+            "Between two outputs of one sequence",
+            buckets=_TOKEN_S,
+            registry=reg,
+        )
+        self.duration_s = Histogram(
+            "remora_request_duration_seconds",
+            "Acceptance of a request to its end",
+            buckets=_REQUEST_S,
+            registry=reg,
+        )
+        self.prompt_tokens = Counter("remora_prompt_tokens", "Prompt tokens accepted", registry=reg)
+        self.generation_tokens = Counter(
+            "remora_generation_tokens", "Tokens generated", registry=reg
+        )
+        self.finished = Counter(
+            "remora_requests_finished", "Sequences by how they ended", ["reason"], registry=reg
+        )
+        self.http = Counter(
+            "remora_http_responses",
+            "Responses by route and status",
+            ["route", "status"],
+            registry=reg,
+        )
+        self.rejected = Counter("remora_requests_rejected", "Requests answered 429", registry=reg)
+        self.admitted = Gauge(
+            "remora_ingress_sequences", "Sequences admitted and not ended", registry=reg
+        )
+        reg.register(_EngineCollector(stats))
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text, value in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["group"])
+            for uid, group in stats.items():
+                gauge.add_metric([uid], value(group))
+            yield gauge
+        for name, text, value in _TOTALS:
+            total = CounterMetricFamily(name, text, labels=["group"])
+            for uid, group in stats.items():
+                total.add_metric([uid], value(group))
+            yield total
