@@ -110,7 +110,7 @@ class Checkpoint:
         return tensor
 
     def _read_into(self, tensor: Tensor, name: str, file: Path, offset: int, nbytes: int) -> None:
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < nbytes:
             try:

@@ -1,58 +1,24 @@
-"""The dense side of a model: everything but the routed experts, out of `transformers`' own classes.
+"""The dense side of a model: everything but the routed experts, out of `transformers`' classes.
 
-The model is built on the meta device and filled layer by layer; `nn.Linear` weights are packed for
-the kernels as they arrive, so the peak is what the process owns and one layer. Experts modules lose
-their parameters and answer through the `remora` experts interface, attention goes to the pages.
-Legend: T token rows of a step (padding included), R rows that logits are wanted for, V vocabulary.
+Experts answer through the `remora` experts interface and attention goes to the pages, so the
+model's own `forward` runs a step over flattened rows of many sequences. How a model is brought to
+that is in `dense_surgery.py`. Legend: T token rows of a step (padding included), R rows that logits
+are wanted for, D model width, V vocabulary.
 """
 
-import ast
 import copy
-import functools
-import inspect
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from remora.actors import attention_op, model_build, model_probe, row_linear_patch
+from remora.actors import attention_op, dense_surgery, model_build, model_probe, row_linear_patch
 from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.dense_surgery import CursorLayer
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import StepContext, steps
 from remora.actors.weights import Progress, WeightPlan
-from remora.comm.errors import WeightsError
-from remora.kernels.linear import DTYPES, PackedLinear
-
-
-class CursorLayer(nn.Module):
-    """A decoder layer that first moves the step's layer cursor, outside whatever is compiled.
-
-    `call` is what runs: the layer itself, or a compiled form of it that all layers of one kind
-    share (`DenseModel.compile`).
-    """
-
-    def __init__(self, layer: nn.Module, index: int, engine_id: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.index = index
-        self.engine_id = engine_id
-        self.call: Callable[..., Any] = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own."""
-        steps.current(self.engine_id).layer = self.index
-        return self.call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Models read attributes of their layers (`attention_type`): pass them on."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
 
 class DenseModel:
@@ -92,7 +58,7 @@ class DenseModel:
         Returns:
             [T, D] in the served dtype, after the last norm.
         """
-        with torch.no_grad():
+        with torch.inference_mode():
             output = self._base(
                 input_ids=token_ids_T[None],
                 position_ids=positions_T[None],
@@ -104,7 +70,7 @@ class DenseModel:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """The model's own head over rows of `hidden`: scaling and soft caps included. [R, V]"""
-        with torch.no_grad():
+        with torch.inference_mode():
             logits_RV: Tensor = self._head(inputs_embeds=hidden_RD[None]).logits[0]
         return logits_RV
 
@@ -129,12 +95,12 @@ class DenseModel:
             for kind in kinds
         }
         for layer in self.layers:
-            layer.call = functools.partial(compiled[type(layer.layer)], layer.layer)
+            layer.compiled = compiled[type(layer.layer)]
 
     def use_eager(self) -> None:
         """Run layers as they are."""
         for layer in self.layers:
-            layer.call = layer.layer
+            layer.compiled = None
 
 
 class _Given(nn.Module):
@@ -179,12 +145,14 @@ def build_dense(
         WeightsError: naming file and tensor.
     """
     model, called, sites = _prepare(spec, dtype, exact=exact)
-    owned = _owned(model, [site.name for site in sites])
+    owned = dense_surgery.owned_names(model, [site.name for site in sites])
     with Checkpoint.open(path) as checkpoint:
         plan = WeightPlan(model, checkpoint, dtype)
         plan.check_complete(owned)
-        _drop_experts(sites)
-        _fill(model, plan, owned, _Packer(model, called, exact=exact), progress)
+        dense_surgery.drop_experts(sites)
+        dense_surgery.fill(
+            model, plan, owned, dense_surgery.Packer(model, called, exact=exact), progress
+        )
     return _finish(model, spec, dtype, max_positions)
 
 
@@ -194,40 +162,17 @@ def build_hollow(spec: ModelSpec, *, dtype: torch.dtype, exact: bool) -> DenseMo
     For a compiler, which must see everything but the values: a layer is packed only while it runs.
     """
     model, called, sites = _prepare(spec, dtype, exact=exact)
-    _drop_experts(sites)
+    dense_surgery.drop_experts(sites)
     for name, meta in model.state_dict().items():
         if meta.is_meta:
-            _assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
+            dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     prefix = model_build.decoder_layers(model)[0]
     dense = _finish(model, spec, dtype, None)
     for wrapped in dense.layers:
         start = f"{prefix}.{wrapped.index}."
         paths = [path.removeprefix(start) for path in called if path.startswith(start)]
-        _pack_while_running(wrapped, paths, exact=exact)
+        dense_surgery.pack_while_running(wrapped, paths, exact=exact)
     return dense
-
-
-def _pack_while_running(wrapped: CursorLayer, paths: list[str], *, exact: bool) -> None:
-    plain: dict[str, nn.Linear] = {}
-
-    def put(path: str, module: nn.Module) -> None:
-        parent, _, child = path.rpartition(".")
-        setattr(wrapped.layer.get_submodule(parent), child, module)
-
-    def pack(*_: Any) -> None:
-        for path in paths:
-            module = wrapped.layer.get_submodule(path)
-            if type(module) is nn.Linear and module.weight.dtype in DTYPES:
-                plain[path] = module
-                put(path, PackedLinear.pack(module.weight, module.bias, exact=exact))
-
-    def unpack(*_: Any) -> None:
-        for path, module in plain.items():
-            put(path, module)
-        plain.clear()
-
-    wrapped.register_forward_pre_hook(pack)
-    wrapped.register_forward_hook(unpack)
 
 
 def _prepare(
@@ -246,168 +191,6 @@ def _finish(
     model: Any, spec: ModelSpec, dtype: torch.dtype, max_positions: int | None
 ) -> DenseModel:
     engine_id = steps.new_engine_id(spec.attention)
-    _point_config(model, engine_id)
-    _pin_rotary(model, max_positions or spec.max_positions)
-    return DenseModel(model, spec, dtype, _wrap_layers(model, engine_id))
-
-
-def _owned(model: Any, experts: list[str]) -> list[str]:
-    """Parameters and persistent buffers outside the experts modules, in the model's own order."""
-    prefixes = tuple(f"{name}." for name in experts)
-    return [name for name in model.state_dict() if not name.startswith(prefixes)]
-
-
-def _drop_experts(sites: tuple[model_build.ExpertsSite, ...]) -> None:
-    for site in sites:
-        for module in site.module.modules():
-            for name in list(module._parameters):
-                del module._parameters[name]
-
-
-class DenseLinear(PackedLinear):
-    """A packed linear whose `weight` still tells shape and dtype, which models ask for.
-
-    It is on the meta device: a model that computes with it fails instead of going wrong.
-    """
-
-    def __init__(self, packed: Tensor, bias_O: Tensor | None, **sizes: Any) -> None:
-        super().__init__(packed, bias_O, **sizes)
-        shape = (self.out_features, self.in_features)
-        self.weight = torch.empty(shape, dtype=packed.dtype, device="meta")
-
-
-class _Packer:
-    """Replaces `nn.Linear` modules by `PackedLinear` once their tensors are there.
-
-    Only modules whose `forward` the probe saw running: where a model reads `linear.weight` itself,
-    the weight must stay.
-    """
-
-    def __init__(self, model: Any, called: set[str], *, exact: bool) -> None:
-        self._model = model
-        self._called = called
-        self._exact = exact
-
-    def filled(self, name: str) -> None:
-        """The parameter or buffer `name` has been loaded."""
-        path = name.rpartition(".")[0]
-        module = self._model.get_submodule(path)
-        if type(module) is not nn.Linear or path not in self._called:
-            return
-        tensors = [module.weight, *([] if module.bias is None else [module.bias])]
-        if any(t.is_meta or t.dtype not in DTYPES for t in tensors):
-            return
-        packed = DenseLinear.pack(module.weight, module.bias, exact=self._exact)
-        parent, _, child = path.rpartition(".")
-        setattr(self._model.get_submodule(parent), child, packed)
-
-
-def _fill(
-    model: Any,
-    plan: WeightPlan,
-    owned: list[str],
-    packer: _Packer,
-    progress: Progress | None,
-) -> None:
-    """Load `owned` tensor by tensor; a tensor that the checkpoint holds once is shared."""
-    total, done = plan.nbytes(owned), 0
-    shared = {name: source for name in owned if (source := plan.source_of(name)) is not None}
-    kept = {name: Tensor() for name in shared.values()}
-    waiting = [name for name in owned if name not in shared]
-    loaded: set[str] = set()
-    for name in waiting:
-        if name in loaded:
-            continue
-        for target, tensor in plan.load(name).items():
-            if target in kept:
-                kept[target] = tensor
-            _assign(model, target, tensor)
-            packer.filled(target)
-            loaded.add(target)
-        done += plan.nbytes([name])
-        if progress is not None:
-            progress(done, total)
-    for name, source in shared.items():
-        _assign(model, name, kept[source])
-        packer.filled(name)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    left += [name for name, tensor in model.named_buffers() if tensor.is_meta]
-    if left:
-        raise WeightsError(f"{model.config.model_type}: nothing gave {sorted(left)}")
-
-
-def _assign(model: Any, name: str, tensor: Tensor) -> None:
-    """Put a loaded tensor where the meta one was."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _point_config(model: Any, engine_id: int) -> None:
-    """Every config that a module looks at names our implementations and this engine."""
-    configs = [model.config, model.config.get_text_config()]
-    configs += [m.config for m in model.modules() if hasattr(m, "config")]
-    for config in configs:
-        config._attn_implementation = attention_op.IMPLEMENTATION
-        config._experts_implementation = attention_op.IMPLEMENTATION
-        setattr(config, attention_op.ENGINE_ATTRIBUTE, engine_id)
-
-
-def _pin_rotary(model: Any, max_positions: int) -> None:
-    """Take the batch out of rotary embeddings that look at the largest position of a step.
-
-    Dynamic kinds (`dynamic`, `longrope`) change their frequencies with it, so a request's tokens
-    would depend on its neighbours. A row at the last position that will ever be served goes along
-    and is thrown away: the choice is then the same in every step.
-    """
-    for module in model.modules():
-        if "Rotary" not in type(module).__name__:
-            continue
-        kinds = getattr(module, "rope_type", None)
-        names = kinds.values() if isinstance(kinds, dict) else [kinds]
-        if any("dynamic" in str(name) or name == "longrope" for name in names):
-            module.forward = _with_last_position(module.forward, max_positions)
-
-
-def _with_last_position(forward: Callable[..., Any], max_positions: int) -> Callable[..., Any]:
-    def run(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        last = position_ids.new_full((*position_ids.shape[:-1], 1), max_positions - 1)
-        result = forward(x, torch.cat([position_ids, last], dim=-1), *args, **kwargs)
-        return pytree.tree_map(lambda value: value[..., :-1, :], result)
-
-    return run
-
-
-def _wrap_layers(model: Any, engine_id: int) -> list[CursorLayer]:
-    name, layers = model_build.decoder_layers(model)
-    for module in layers.modules():
-        # A number that differs between equal layers would make each of them compile anew.
-        if hasattr(module, "layer_idx") and _only_names_cache(type(module)):
-            module.layer_idx = 0
-    wrapped = [CursorLayer(layer, index, engine_id) for index, layer in enumerate(layers)]
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList(wrapped))
-    return wrapped
-
-
-@functools.cache
-def _only_names_cache(kind: type) -> bool:
-    """Whether a class uses `layer_idx`, after construction, only to name its part of the cache."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    for function in (node for node in functions if node.name != "__init__"):
-        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-        naming = {
-            id(argument)
-            for call in calls
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "update"
-            for argument in call.args
-        }
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and node.attr == "layer_idx":
-                if id(node) not in naming:
-                    return False
-    return True
+    dense_surgery.point_config(model, engine_id)
+    dense_surgery.pin_rotary(model, max_positions or spec.max_positions)
+    return DenseModel(model, spec, dtype, dense_surgery.wrap_layers(model, engine_id))

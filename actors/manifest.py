@@ -81,6 +81,6 @@ def digest_expert(layer: int, expert: int, tensors: Mapping[str, Tensor]) -> Exp
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hasher.update(tensor.view(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.view(-1).view(torch.uint8).numpy().data)
         nbytes += tensor.nbytes
     return ExpertDigest(layer=layer, expert=expert, digest=hasher.hexdigest(), nbytes=nbytes)

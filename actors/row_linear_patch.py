@@ -6,6 +6,8 @@ they all end in is replaced for the life of the process. Only 2-D weights of our
 are diverted; anything else goes to torch's own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,20 +15,21 @@ from torch.nn import functional as F
 from remora.kernels import native
 from remora.kernels.linear import DTYPES, in_row_tiles
 
-_original = F.linear
+torch_linear: Callable[..., Tensor] = F.linear  # torch's own, as it was at import
 
 
 def _row_independent(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Drop-in for `F.linear`: same arguments, same shapes."""
     if weight.dim() != 2 or input.dtype != weight.dtype or weight.dtype not in DTYPES:
-        return _original(input, weight, bias)
+        return torch_linear(input, weight, bias)
     if weight.device.type != "cpu" or input.device.type != "cpu":
-        return _original(input, weight, bias)
+        return torch_linear(input, weight, bias)
     if native.native_available():
         out: Tensor = torch.ops.remora.row_linear(input, weight, bias)
         return out
-    flat = in_row_tiles(lambda tile: _original(tile, weight, bias), input.flatten(0, -2))
-    return flat.unflatten(0, input.shape[:-1])
+    flat: Tensor = in_row_tiles(lambda tile: torch_linear(tile, weight, bias), input.flatten(0, -2))
+    tiled: Tensor = flat.unflatten(0, input.shape[:-1])
+    return tiled
 
 
 def install(*, exact: bool) -> None:
@@ -37,4 +40,4 @@ def install(*, exact: bool) -> None:
 
 def uninstall() -> None:
     """Give torch its own function back (tests)."""
-    F.linear = _original
+    F.linear = torch_linear

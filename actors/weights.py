@@ -170,7 +170,8 @@ class WeightPlan:
 
     def expert_nbytes(self, target: str) -> int:
         """Checkpoint bytes of one expert of `target`."""
-        return self.nbytes([target]) // self._shapes[target][0]
+        num_experts: int = self._shapes[target][0]
+        return self.nbytes([target]) // num_experts
 
     def _convert(
         self, group: _Group, locate: Callable[[str], tuple[str, int | None]]

@@ -1,0 +1,237 @@
+"""What is done to a `transformers` model so that it can serve: filled, packed, wrapped, pinned.
+
+The model comes on the meta device and is filled tensor by tensor; `nn.Linear` weights are packed
+for the kernels as they arrive, so the peak is what the process owns and one tensor more.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from remora.actors import attention_op, model_build
+from remora.actors.step_context import steps
+from remora.actors.weights import Progress, WeightPlan
+from remora.comm.errors import WeightsError
+from remora.kernels.linear import DTYPES, PackedLinear
+
+
+class CursorLayer(nn.Module):
+    """A decoder layer that first moves the step's layer cursor, outside whatever is compiled.
+
+    `compiled`, where it is set, runs in place of the layer and takes it as its first argument:
+    the compiled `forward` that all layers of one class share (`DenseModel.compile`).
+    """
+
+    def __init__(self, layer: nn.Module, index: int, engine_id: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.index = index
+        self.engine_id = engine_id
+        self.compiled: Callable[..., Any] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own."""
+        steps.current(self.engine_id).layer = self.index
+        if self.compiled is not None:
+            return self.compiled(self.layer, *args, **kwargs)
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read attributes of their layers (`attention_type`): pass them on."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+def owned_names(model: Any, experts: list[str]) -> list[str]:
+    """Parameters and persistent buffers outside the experts modules, in the model's own order."""
+    prefixes = tuple(f"{name}." for name in experts)
+    return [name for name in model.state_dict() if not name.startswith(prefixes)]
+
+
+def drop_experts(sites: tuple[model_build.ExpertsSite, ...]) -> None:
+    for site in sites:
+        for module in site.module.modules():
+            for name in list(module._parameters):
+                del module._parameters[name]
+
+
+class DenseLinear(PackedLinear):
+    """A packed linear whose `weight` still tells shape and dtype, which models ask for.
+
+    It is on the meta device: a model that computes with it fails instead of going wrong.
+    """
+
+    def __init__(self, packed: Tensor, bias_O: Tensor | None, **sizes: Any) -> None:
+        super().__init__(packed, bias_O, **sizes)
+        shape = (self.out_features, self.in_features)
+        self.weight = torch.empty(shape, dtype=packed.dtype, device="meta")
+
+
+class Packer:
+    """Replaces `nn.Linear` modules by `PackedLinear` once their tensors are there.
+
+    Only modules whose `forward` the probe saw running: where a model reads `linear.weight` itself,
+    the weight must stay.
+    """
+
+    def __init__(self, model: Any, called: set[str], *, exact: bool) -> None:
+        self._model = model
+        self._called = called
+        self._exact = exact
+
+    def filled(self, name: str) -> None:
+        """The parameter or buffer `name` has been loaded."""
+        path = name.rpartition(".")[0]
+        module = self._model.get_submodule(path)
+        if type(module) is not nn.Linear or path not in self._called:
+            return
+        tensors = [module.weight, *([] if module.bias is None else [module.bias])]
+        if any(t.is_meta or t.dtype not in DTYPES for t in tensors):
+            return
+        packed = DenseLinear.pack(module.weight, module.bias, exact=self._exact)
+        parent, _, child = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, packed)
+
+
+def fill(
+    model: Any,
+    plan: WeightPlan,
+    owned: list[str],
+    packer: Packer,
+    progress: Progress | None,
+) -> None:
+    """Load `owned` tensor by tensor; a tensor that the checkpoint holds once is shared."""
+    total, done = plan.nbytes(owned), 0
+    shared = {name: source for name in owned if (source := plan.source_of(name)) is not None}
+    kept = {name: Tensor() for name in shared.values()}
+    waiting = [name for name in owned if name not in shared]
+    loaded: set[str] = set()
+    for name in waiting:
+        if name in loaded:
+            continue
+        for target, tensor in plan.load(name).items():
+            if target in kept:
+                kept[target] = tensor
+            assign(model, target, tensor)
+            packer.filled(target)
+            loaded.add(target)
+        done += plan.nbytes([name])
+        if progress is not None:
+            progress(done, total)
+    for name, source in shared.items():
+        assign(model, name, kept[source])
+        packer.filled(name)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    left += [name for name, tensor in model.named_buffers() if tensor.is_meta]
+    if left:
+        raise WeightsError(f"{model.config.model_type}: nothing gave {sorted(left)}")
+
+
+def assign(model: Any, name: str, tensor: Tensor) -> None:
+    """Put a loaded tensor where the meta one was."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def pack_while_running(wrapped: CursorLayer, paths: list[str], *, exact: bool) -> None:
+    """Pack the linears at `paths` of a layer for each of its passes only (`build_hollow`)."""
+    plain: dict[str, nn.Linear] = {}
+
+    def put(path: str, module: nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(wrapped.layer.get_submodule(parent), child, module)
+
+    def pack(*_: Any) -> None:
+        for path in paths:
+            module = wrapped.layer.get_submodule(path)
+            if type(module) is nn.Linear and module.weight.dtype in DTYPES:
+                plain[path] = module
+                put(path, DenseLinear.pack(module.weight, module.bias, exact=exact))
+
+    def unpack(*_: Any) -> None:
+        for path, module in plain.items():
+            put(path, module)
+        plain.clear()
+
+    wrapped.register_forward_pre_hook(pack)
+    wrapped.register_forward_hook(unpack)
+
+
+def point_config(model: Any, engine_id: int) -> None:
+    """Every config that a module looks at names our implementations and this engine."""
+    configs = [model.config, model.config.get_text_config()]
+    configs += [m.config for m in model.modules() if hasattr(m, "config")]
+    for config in configs:
+        config._attn_implementation = attention_op.IMPLEMENTATION
+        config._experts_implementation = attention_op.IMPLEMENTATION
+        setattr(config, attention_op.ENGINE_ATTRIBUTE, engine_id)
+
+
+def pin_rotary(model: Any, max_positions: int) -> None:
+    """Take the batch out of rotary embeddings that look at the largest position of a step.
+
+    Dynamic kinds (`dynamic`, `longrope`) change their frequencies with it, so a request's tokens
+    would depend on its neighbours. A row at the last position that will ever be served goes along
+    and is thrown away: the choice is then the same in every step.
+    """
+    for module in model.modules():
+        if "Rotary" not in type(module).__name__:
+            continue
+        kinds = getattr(module, "rope_type", None)
+        names = kinds.values() if isinstance(kinds, dict) else [kinds]
+        if any("dynamic" in str(name) or name == "longrope" for name in names):
+            module.forward = _with_last_position(module.forward, max_positions)
+
+
+def _with_last_position(forward: Callable[..., Any], max_positions: int) -> Callable[..., Any]:
+    def run(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), max_positions - 1)
+        result = forward(x, torch.cat([position_ids, last], dim=-1), *args, **kwargs)
+        return pytree.tree_map(lambda value: value[..., :-1, :], result)
+
+    return run
+
+
+def wrap_layers(model: Any, engine_id: int) -> list[CursorLayer]:
+    name, layers = model_build.decoder_layers(model)
+    for module in layers.modules():
+        # A number that differs between equal layers would make each of them compile anew.
+        if hasattr(module, "layer_idx") and _only_names_cache(cast(Hashable, type(module))):
+            cast(Any, module).layer_idx = 0
+    wrapped = [CursorLayer(layer, index, engine_id) for index, layer in enumerate(layers)]
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList(wrapped))
+    return wrapped
+
+
+@functools.cache
+def _only_names_cache(kind: Any) -> bool:
+    """Whether a class uses `layer_idx`, after construction, only to name its part of the cache."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for function in (node for node in functions if node.name != "__init__"):
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        naming = {
+            id(argument)
+            for call in calls
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "update"
+            for argument in call.args
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and node.attr == "layer_idx":
+                if id(node) not in naming:
+                    return False
+    return True
