@@ -222,7 +222,10 @@ class Scheduler:
         return None
 
     def _withdraw(self, draft: _Draft, victim: Sequence) -> None:
-        """Takes a sequence out of the step being planned, if it is in it."""
+        """Takes a sequence out of the step being planned, if it is in it.
+
+        Its keys stay in the draft: at worst somebody waits a step for a block that does not come.
+        """
         kept = [piece for piece in draft.slices if piece.sequence is not victim]
         draft.num_tokens_left += sum(len(piece.token_ids) for piece in draft.slices)
         draft.num_tokens_left -= sum(len(piece.token_ids) for piece in kept)
@@ -244,7 +247,6 @@ class Scheduler:
         self.blocks.release(sequence.block_table)
         sequence.block_table = []  # a new list: a step in flight may still read the old one
         sequence.num_computed = 0
-        sequence.num_published = 0
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` with the broken equation and the sequence's story."""
