@@ -134,7 +134,7 @@ class ChatFormat:
                         out.append(start + text + b'},"logprobs":null,"finish_reason":null}' + tail)
                 else:
                     out.append(self._head + to_json(self._text_choice(piece)) + tail)
-            if piece.choice.finish_reason is not None:
+            if piece.is_last:
                 finish = _choice(index, {})
                 finish["finish_reason"] = piece.choice.finish_reason
                 finish["stop_reason"] = piece.choice.stop_reason

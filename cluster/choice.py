@@ -31,6 +31,7 @@ class Piece:
     text: str
     tokens: list[TokenInfo]  # with logprobs only
     token_ids: list[int]
+    is_last: bool  # not `choice.finish_reason`: a later piece may have set that already
 
 
 class Choice:
@@ -99,7 +100,7 @@ class Choice:
             return None
         tokens, self._held_tokens = self._held_tokens, []
         token_ids, self._held_ids = self._held_ids, []
-        return Piece(self, text, tokens, token_ids)
+        return Piece(self, text, tokens, token_ids, self.finish_reason is not None)
 
     def _decode(self, output: SequenceOutput) -> str:
         text = ""

@@ -118,7 +118,7 @@ class CompletionFormat:
                         out.append(start + text + b',"logprobs":null,"finish_reason":null}' + tail)
                 else:
                     out.append(self._head + to_json(self._text_chunk(piece)) + tail)
-            if piece.choice.finish_reason is not None:
+            if piece.is_last:
                 out.append(self._head + to_json(self._finish_chunk(piece)) + tail)
         return b"".join(out)
 

@@ -60,7 +60,9 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
         }
         if path in _STREAMED:
             content = operation["responses"]["200"]["content"]
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {
+                "schema": {"description": "Events of JSON chunks; the last one is [DONE]"}
+            }
     components = document["components"]
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     app.openapi_schema = document
