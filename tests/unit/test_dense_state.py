@@ -120,6 +120,25 @@ def test_answers_that_do_not_fit_the_step(
         state.handle(StepDone(plan.step_id, results))
 
 
+def test_an_error_of_one_slice_ends_that_request_alone() -> None:
+    state, runner = DenseState(LIMITS), FakeRunner(LIMITS)
+    for name in ("a", "bb", "a" * 9):
+        arrive(state, name, "web", max_tokens=2)
+    plan = planned(state)
+    results = runner.run(plan)
+    results[0] = SliceResult(error="logits are not finite")
+    (emit,) = state.handle(StepDone(plan.step_id, results))
+    first, *others = emit.outputs.outputs
+    assert (first.finish_reason, first.error) == ("error", "logits are not finite")
+    assert first.token_ids == []
+    assert [output.error for output in others] == [None, None]
+    state.check_integrity()
+    arrive(state, "c", "web", max_tokens=1)  # the prompt of "a": its block must not be shareable
+    plan = planned(state)
+    assert [(piece.request_id, piece.start) for piece in plan.slices][-1] == ("c", 0)
+    runner.run(plan)
+
+
 def test_without_prefix_caching_nothing_is_shared() -> None:
     limits = replace(LIMITS, prefix_caching=False)
     state, runner = DenseState(limits), FakeRunner(limits)
