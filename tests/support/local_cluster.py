@@ -1,0 +1,149 @@
+"""The real data plane without Ray: shards and dense ranks as threads of this process.
+
+Actors, sockets, handshakes, state machines and kernels are the product's own; only Ray's part
+(who starts which process where) is left out. `tests/live` covers that part.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remora.actors.dense_actor import DenseActor, DenseLaunch
+from remora.actors.expert_actor import ExpertActor, ShardLaunch
+from remora.actors.model_spec import inspect_model
+from remora.comm.aio import connect_async
+from remora.comm.messages import (
+    SamplingParams,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+    decode_to_ingress,
+    encode,
+)
+from remora.comm.view import Member, View, contiguous_placement
+
+TOKEN = b"a token for the tests, 32 bytes."
+LIMITS: dict[str, Any] = dict(
+    executor="eager",
+    num_kv_blocks=256,
+    max_num_seqs=64,
+    max_tokens_per_step=512,
+    max_model_len=256,
+    max_waiting=1024,
+    prefix_caching=True,
+    call_timeout_s=30.0,
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a test."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+
+
+@dataclass
+class Answer:
+    """Everything that came back for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[SequenceOutput] = field(default_factory=list)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[-1].finish_reason if self.outputs else None
+
+
+class LocalCluster:
+    """`num_shards` shards of one checkpoint that any number of dense ranks may use."""
+
+    def __init__(self, model: Path, *, num_shards: int, dtype: str, exact: bool) -> None:
+        self.spec = inspect_model(model)
+        self._common = dict(
+            deployment="test",
+            incarnation=1,
+            model=str(model),
+            dtype=dtype,
+            exact=exact,
+            token=TOKEN,
+            num_threads=1,
+        )
+        uids = tuple(f"shard-{i}" for i in range(num_shards))
+        placement = contiguous_placement(
+            num_experts=self.spec.num_experts, moe_layers=self.spec.moe_layers, shard_uids=uids
+        )
+        self.shards = [
+            ExpertActor(
+                ShardLaunch(
+                    uid=uid,
+                    experts_by_layer=dict(
+                        zip(placement.moe_layers, placement.slots[uid], strict=True)
+                    ),
+                    **self._common,
+                )
+            )
+            for uid in uids
+        ]
+        members = tuple(shard.start() for shard in self.shards)
+        self.view = View(epoch=1, members=members, placement=placement)
+
+    @contextlib.contextmanager
+    def dense(self, **limits: Any) -> Iterator["DenseClient"]:
+        """A dense rank over the shards, ready to be asked."""
+        launch = DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
+        actor = DenseActor(launch)
+        member = actor.start()
+        try:
+            actor.adopt_view(self.view)
+            yield DenseClient(actor, member)
+        finally:
+            actor.stop()
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.stop()
+
+
+class DenseClient:
+    """Asks one dense rank over its socket, as an ingress does."""
+
+    def __init__(self, actor: DenseActor, member: Member) -> None:
+        self.actor = actor
+        self.member = member
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
+        """All of `asks` at once; their answers in order."""
+        return asyncio.run(self._ask(asks))
+
+    async def _ask(self, asks: Sequence[Ask]) -> list[Answer]:
+        connection = await connect_async(
+            self.member.endpoint, TOKEN, self.member.endpoint.host, name="test"
+        )
+        answers = {f"request-{i}": Answer() for i in range(len(asks))}
+        for request_id, ask in zip(answers, asks, strict=True):
+            submit = Submit(
+                request_id=request_id,
+                prompt_ids=list(ask.prompt_ids),
+                params=ask.params,
+                priority=ask.priority,
+            )
+            connection.send(encode(submit))
+        waiting = set(answers)
+        async for payload in connection:
+            message = decode_to_ingress(payload)
+            assert isinstance(message, StepOutputs)
+            for output in message.outputs:
+                answer = answers[output.request_id]
+                answer.token_ids += output.token_ids
+                answer.outputs.append(output)
+                if output.finish_reason is not None:
+                    waiting.remove(output.request_id)
+            if not waiting:
+                break
+        await connection.close()
+        return list(answers.values())
