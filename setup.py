@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 
 
 def kernel_extensions() -> list[Extension]:
-    """The one extension of the project, or nothing (and a line saying why) where it cannot be built."""
+    """The one extension of the project, or nothing and a line saying why it cannot be built."""
     if os.environ.get("REMORA_NO_KERNELS") == "1":
         print("remora: REMORA_NO_KERNELS=1, building without C++ kernels")
         return []

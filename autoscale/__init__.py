@@ -1,1 +1,1 @@
-"""Pure decisions about capacity. Empty until the elasticity issue: no ray, torch, clock or chance."""
+"""Pure decisions about capacity; empty until elasticity comes. No ray, torch, clock or chance."""
