@@ -58,6 +58,7 @@ def owned_names(model: Any, experts: list[str]) -> list[str]:
 
 
 def drop_experts(sites: tuple[model_build.ExpertsSite, ...]) -> None:
+    """Takes the experts' parameters out of the model: the shards hold them."""
     for site in sites:
         for module in site.module.modules():
             for name in list(module._parameters):
@@ -206,6 +207,7 @@ def _with_last_position(forward: Callable[..., Any], max_positions: int) -> Call
 
 
 def wrap_layers(model: Any, engine_id: int) -> list[CursorLayer]:
+    """Puts every decoder layer into a `CursorLayer`, in the model too; returns them in order."""
     name, layers = model_build.decoder_layers(model)
     for module in layers.modules():
         # A number that differs between equal layers would make each of them compile anew.
