@@ -26,6 +26,11 @@ from remora.comm.wire import (
 
 RECEIVE_BYTES = 128 << 10  # first size of a connection's receive memory; grows to the frame bound
 
+# plain ints: an enum's operators cost a microsecond a frame
+_ARENA = int(Flag.ARENA)
+_CHECKED = int(Flag.CHECKED)
+_DISPATCH = int(Kind.DISPATCH)
+
 
 class Frame(NamedTuple):
     """One received frame; its body is valid until the handler returns (copy what must outlive)."""
@@ -187,7 +192,7 @@ class Connection:
         if available < total:
             self._make_room(total)
             return
-        if start and header.kind == Kind.DISPATCH:  # rows must lie aligned for their tensor view
+        if start and header.kind == _DISPATCH:  # rows must lie aligned for their tensor view
             self._compact(self._rx)
             start = 0
         self.head = self._frame(header, start)
@@ -197,9 +202,9 @@ class Connection:
         counters.received_frames += 1
         counters.received_bytes += HEADER_BYTES + header.length
         counters.received_rows += header.num_rows
-        if not header.flags & Flag.ARENA:
+        if not header.flags & _ARENA:
             frame = Frame(header, self._rx, start + HEADER_BYTES)
-            if header.flags & Flag.CHECKED:
+            if header.flags & _CHECKED:
                 check_body(header, frame.body)
             return frame
         counters.arena_bytes += header.length
@@ -275,15 +280,31 @@ class Connection:
             )
             return self._transmit_locked(memoryview(frame), len(frame), 0)
 
-    def send_packed(self, frame: memoryview, header_fields: dict[str, int]) -> bool:
-        """Sends a frame whose body is already at `frame[64:]`; writes its header. Copies only
-        what the socket does not take at once. Result as `send`."""
-        length = len(frame) - HEADER_BYTES
+    def send_combined(
+        self, request: Header, frame: memoryview, num_rows: int, epoch: int, incarnation: int
+    ) -> bool:
+        """Answers `request` with the rows at `frame[64:]`; writes the header. Copies only what
+        the socket does not take at once. Result as `send`."""
+        flags = body_crc = 0
         if self._checked:
-            header_fields["body_crc"] = crc32(frame[HEADER_BYTES:])
-            header_fields["flags"] = header_fields.get("flags", 0) | Flag.CHECKED
-        pack_header(frame, 0, length=length, **header_fields)
-        return self.transmit(frame, len(frame), header_fields["num_rows"])
+            flags, body_crc = _CHECKED, crc32(frame[HEADER_BYTES:])
+        pack_header(
+            frame, 0, Kind.COMBINED, flags, request.layer, len(frame) - HEADER_BYTES, num_rows, 0,
+            request.width, request.dtype, 0, epoch, incarnation, request.sequence, 0, 0, body_crc,
+        )  # fmt: skip
+        return self.transmit(frame, len(frame), num_rows)
+
+    def send_combined_arena(
+        self, request: Header, length: int, num_rows: int, epoch: int, incarnation: int
+    ) -> bool:
+        """Says that `length` bytes of rows are where `request` wanted them. Result as `send`."""
+        frame = bytearray(HEADER_BYTES)
+        pack_header(
+            frame, 0, Kind.COMBINED, _ARENA, request.layer, length, num_rows, 0, request.width,
+            request.dtype, request.region, epoch, incarnation, request.sequence, 0,
+            request.reply_offset, 0,
+        )  # fmt: skip
+        return self.transmit(frame, HEADER_BYTES + length, num_rows)
 
     def transmit(
         self, frame: bytes | bytearray | memoryview, counted_bytes: int, num_rows: int

@@ -41,13 +41,15 @@ from remora.comm.wire import (
     PAIR_BYTES,
     Flag,
     Kind,
-    combined_rows,
     dispatch_bytes,
 )
 
 log = logging.getLogger(__name__)
 
 RETRIES_MAX: Final = 3
+_DISPATCH: Final = int(Kind.DISPATCH)
+_NOT_MINE: Final = int(Kind.NOT_MINE)
+_PRESUMMED: Final = int(Flag.PRESUMMED)
 Combine = Literal["ordered", "presummed"]
 
 
@@ -159,6 +161,8 @@ class Dispatcher:
             layer=layer,
             num_tokens=num_tokens,
             hidden_TD=hidden_TD.contiguous(),
+            width=hidden_TD.shape[1],
+            row_bytes=hidden_TD.shape[1] * hidden_TD.element_size(),
             index_TK=index_TK.contiguous().numpy(),
             weight_TK=weights_TK.contiguous().numpy(),
             plan_3TK=plan_3TK,
@@ -224,8 +228,7 @@ class Dispatcher:
 
     def _rows_max(self, sent: Dispatch) -> int:
         """Rows of a call: at most `rows_per_call_max`, and request and answer fit a region."""
-        hidden_TD, top_k = sent.hidden_TD, sent.call_TK.shape[1]
-        row_bytes = hidden_TD.shape[1] * hidden_TD.element_size()
+        row_bytes, top_k = sent.row_bytes, sent.call_TK.shape[1]
         back = 1 if self._presummed else top_k
         per_row = row_bytes * (1 + back) + PAIR_BYTES * top_k
         fitting: int = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // per_row
@@ -235,8 +238,7 @@ class Dispatcher:
         """Packs and sends calls from `num_sent` on, as far as the peers' credits go."""
         first = sent.num_sent
         hidden_TD = sent.hidden_TD
-        width = hidden_TD.shape[1]
-        row_bytes = width * hidden_TD.element_size()
+        width, row_bytes = sent.width, sent.row_bytes
         shards = sent.call_shard_C[first : sent.num_calls].tolist()
         rows = sent.call_rows_C[first : sent.num_calls].tolist()
         pairs = sent.call_pairs_C[first : sent.num_calls].tolist()
@@ -268,12 +270,12 @@ class Dispatcher:
             first, sent.num_sent, sent.call_TK, sent.row_TK, sent.pos_TK,
             sent.call_rows_C, sent.call_pairs_C, body_address_C,
         )  # fmt: skip
-        flags = int(Flag.PRESUMMED) if self._presummed else 0
+        flags = _PRESUMMED if self._presummed else 0
         dtype = DTYPE_CODES[hidden_TD.dtype]
         for c, call, num_rows, num_pairs in begun:
             self._peers.start(
-                call, flags=flags, deadline_s=self._deadline_s, epoch=sent.epoch,
-                layer=sent.layer, num_rows=num_rows, num_pairs=num_pairs, width=width, dtype=dtype,
+                call, _DISPATCH, flags, self._deadline_s, sent.epoch, sent.layer,
+                num_rows, num_pairs, width, dtype,
             )  # fmt: skip
             sent.waiting.append((c, call))
 
@@ -319,7 +321,7 @@ class Dispatcher:
             return
         reply = call.reply
         assert reply is not None, f"call {c} has neither answer nor error"
-        if reply.kind == Kind.NOT_MINE:
+        if reply.kind == _NOT_MINE:
             call.peer.counters.not_mine += 1
             experts = np.frombuffer(call.reply_body, "<i4").tolist()
             call.release()
@@ -332,10 +334,8 @@ class Dispatcher:
                 f"view {sent.epoch} says it does"
             )
             return
-        rows, pairs = int(sent.call_rows_C[c]), int(sent.call_pairs_C[c])
-        num_back = combined_rows(rows, pairs, presummed=self._presummed)
-        hidden_TD = sent.hidden_TD
-        num_bytes = num_back * hidden_TD.shape[1] * hidden_TD.element_size()
+        num_back = int((sent.call_rows_C if self._presummed else sent.call_pairs_C)[c])
+        num_bytes = num_back * sent.row_bytes
         if (reply.num_rows, reply.length) != (num_back, num_bytes):
             call.release()
             raise FrameError(

@@ -13,9 +13,8 @@ from remora.comm.arena import Memory
 from remora.comm.call import Call
 from remora.comm.errors import ClusterError
 
-
-def _no_calls() -> NDArray[np.int32]:
-    return np.zeros(0, np.int32)
+_NO_CALLS_C = np.zeros(0, np.int32)
+_NO_ADDRESSES_C = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,16 +25,18 @@ class Dispatch:
     layer: int  # decoder-layer index
     num_tokens: int  # rows of hidden_TD that are real
     hidden_TD: Tensor  # kept for retries
+    width: int  # D
+    row_bytes: int
     index_TK: NDArray[np.int64]
     weight_TK: NDArray[np.float32]
     plan_3TK: NDArray[np.int32]  # the three below
     call_TK: NDArray[np.int32] = field(init=False)  # call of each pair, or PENDING, SKIPPED
     row_TK: NDArray[np.int32] = field(init=False)  # its row in that call
     pos_TK: NDArray[np.int32] = field(init=False)  # its pair position in that call
-    call_shard_C: NDArray[np.int32] = field(default_factory=_no_calls)
-    call_rows_C: NDArray[np.int32] = field(default_factory=_no_calls)
-    call_pairs_C: NDArray[np.int32] = field(default_factory=_no_calls)
-    reply_address_C: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    call_shard_C: NDArray[np.int32] = field(default_factory=lambda: _NO_CALLS_C)
+    call_rows_C: NDArray[np.int32] = field(default_factory=lambda: _NO_CALLS_C)
+    call_pairs_C: NDArray[np.int32] = field(default_factory=lambda: _NO_CALLS_C)
+    reply_address_C: NDArray[np.int64] = field(default_factory=lambda: _NO_ADDRESSES_C)
     num_calls: int = 0  # laid out; <= C
     num_sent: int = 0  # of those, sent: the rest waits for credits
     waiting: list[tuple[int, Call]] = field(default_factory=list)
@@ -49,11 +50,16 @@ class Dispatch:
 
     def reserve_calls(self, num_calls_max: int) -> None:
         """Makes the arrays over C long enough; keeps what they hold."""
-        for name in ("call_shard_C", "call_rows_C", "call_pairs_C", "reply_address_C"):
-            old = getattr(self, name)
-            new = np.zeros(num_calls_max, old.dtype)
-            new[: self.num_calls] = old[: self.num_calls]
-            setattr(self, name, new)
+        count = self.num_calls
+        call_3C = np.zeros((3, num_calls_max), np.int32)
+        address_C = np.zeros(num_calls_max, np.int64)
+        if count:
+            call_3C[0, :count] = self.call_shard_C[:count]
+            call_3C[1, :count] = self.call_rows_C[:count]
+            call_3C[2, :count] = self.call_pairs_C[:count]
+            address_C[:count] = self.reply_address_C[:count]
+        self.call_shard_C, self.call_rows_C, self.call_pairs_C = call_3C
+        self.reply_address_C = address_C
 
     def release(self) -> None:
         """Gives every region back; calls under way are given up."""

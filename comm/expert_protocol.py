@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from remora.comm.arena import DTYPE_CODES, Memory
+from remora.comm import plan
+from remora.comm.arena import Memory
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.wire import (
@@ -27,7 +27,6 @@ from remora.comm.wire import (
     Kind,
     combined_rows,
     dispatch_bytes,
-    pack_header,
     pairs_offset,
 )
 
@@ -84,6 +83,7 @@ class ExpertService:
         self.incarnation = incarnation
         self.epoch = epoch
         self._scratch = Memory.anonymous(1 << 20)
+        plan.warm()
 
     def on_frame(self, connection: Connection, frame: Frame) -> None:
         """Handler of a `FrameServer`. Raises FrameError for what no requester of ours sends."""
@@ -125,10 +125,8 @@ class ExpertService:
         pairs = offset + pairs_offset(num_rows, row_bytes)
         arena, reply_at = self._reply_place(connection, header, num_back * row_bytes)
         row_P = memory.int32(pairs, num_pairs)
-        if num_pairs:
-            low, high = torch.aminmax(row_P)
-            if low.item() < 0 or high.item() >= num_rows:
-                raise BadCallError(f"pair rows {low.item()}..{high.item()} of {num_rows} rows")
+        if not plan.pairs_fit(memory.address + pairs, num_pairs, num_rows):
+            raise BadCallError(f"pair rows {row_P.min()}..{row_P.max()} of {num_rows} rows")
         call = ExpertCall(
             header.epoch,
             header.layer,
@@ -162,32 +160,14 @@ class ExpertService:
     def _combined(
         self, connection: Connection, header: Header, arena: Memory | None, out: Tensor
     ) -> None:
-        fields = {
-            "kind": int(Kind.COMBINED),
-            "layer": header.layer,
-            "num_rows": out.shape[0],
-            "width": header.width,
-            "dtype": DTYPE_CODES[out.dtype],
-            "epoch": self.epoch,
-            "incarnation": self.incarnation,
-            "sequence": header.sequence,
-        }
         connection.outstanding -= 1
-        length = out.shape[0] * header.width * ITEM_BYTES[header.dtype]
+        num_rows = out.shape[0]
+        length = num_rows * header.width * ITEM_BYTES[header.dtype]
         if arena is None:
-            connection.send_packed(self._scratch.view[: HEADER_BYTES + length], fields)
-            return
-        frame = bytearray(HEADER_BYTES)
-        pack_header(
-            frame,
-            0,
-            flags=Flag.ARENA,
-            length=length,
-            region=header.region,
-            reply_offset=header.reply_offset,
-            **fields,
-        )
-        connection.transmit(frame, HEADER_BYTES + length, out.shape[0])
+            frame = self._scratch.view[: HEADER_BYTES + length]
+            connection.send_combined(header, frame, num_rows, self.epoch, self.incarnation)
+        else:
+            connection.send_combined_arena(header, length, num_rows, self.epoch, self.incarnation)
 
     def _error(self, connection: Connection, header: Header, code: int, text: str) -> None:
         body = text.encode()[:ERROR_TEXT_BYTES_MAX]

@@ -33,6 +33,10 @@ from remora.comm.wire import (
 )
 
 RECEIVE_BYTES: Final = 256 << 10
+# plain ints: an enum's operators cost a microsecond a frame
+_ARENA: Final = int(Flag.ARENA)
+_CHECKED: Final = int(Flag.CHECKED)
+_COMBINED: Final = int(Kind.COMBINED)
 
 
 class PeerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,9 +125,8 @@ class Peer:
         assert len(self._free) <= self.grants.num_regions, f"{self.uid}: region freed twice"
 
     def send(
-        self, call: Call, *, kind: int = Kind.DISPATCH, flags: int = 0, deadline_us: int = 0,
-        epoch: int = 0, layer: int = 0, num_rows: int = 0, num_pairs: int = 0, width: int = 0,
-        dtype: int = 0,
+        self, call: Call, kind: int, flags: int, deadline_us: int, epoch: int, layer: int,
+        num_rows: int, num_pairs: int, width: int, dtype: int,
     ) -> bool:  # fmt: skip
         """Sends `call`; True when the socket took all of it, else wait for it to be writable.
 
@@ -144,20 +147,18 @@ class Peer:
             and largest >= self.limits.arena_bytes_min
         ):
             assert call.region is not None
-            flags |= Flag.ARENA
+            flags |= _ARENA
             region = call.region
             reply_offset = call.reply_start - call.start
             self.counters.arena_bytes += length
         else:
             end += length
             if self._checked:
-                flags |= Flag.CHECKED
+                flags |= _CHECKED
                 body_crc = crc32(call.body)
         pack_header(
-            view, call.start, kind=kind, flags=flags, layer=layer, length=length,
-            num_rows=num_rows, num_pairs=num_pairs, width=width, dtype=dtype, region=region,
-            epoch=epoch, incarnation=self.member.incarnation, sequence=call.sequence,
-            deadline_us=deadline_us, reply_offset=reply_offset, body_crc=body_crc,
+            view, call.start, kind, flags, layer, length, num_rows, num_pairs, width, dtype, region,
+            epoch, self.member.incarnation, call.sequence, deadline_us, reply_offset, body_crc,
         )  # fmt: skip
         counters = self.counters
         counters.sent_frames += 1
@@ -227,7 +228,7 @@ class Peer:
             call = self.in_flight.get(header.sequence)
             assert call is not None, "the sink's call was forgotten"
             try:
-                if header.flags & Flag.CHECKED:
+                if header.flags & _CHECKED:
                     start = call.reply_start
                     check_body(header, call.memory.view[start : start + header.length])
             except FrameError as error:
@@ -263,21 +264,23 @@ class Peer:
 
     def _match(self, header: Header) -> Call | None:
         """The call that a frame answers; None (counted) when it is stale. Raises FrameError."""
+        kind, length, num_rows = header.kind, header.length, header.num_rows
         counters = self.counters
         counters.received_frames += 1
-        counters.received_bytes += HEADER_BYTES + header.length
-        counters.received_rows += header.num_rows if header.kind == Kind.COMBINED else 0
+        counters.received_bytes += HEADER_BYTES + length
         call = self.in_flight.get(header.sequence)
         if call is None or header.incarnation != self.member.incarnation:
             counters.stale_replies += 1
             return None
-        limit = ERROR_TEXT_BYTES_MAX if header.kind == Kind.ERROR else call.reply_bytes
-        if header.length > limit:
-            raise FrameError(
-                f"answer {header.sequence} has {header.length} bytes, allowed are {limit}"
-            )
-        if header.flags & Flag.ARENA:
-            counters.arena_bytes += header.length
+        if kind == _COMBINED:
+            counters.received_rows += num_rows
+        elif kind not in (Kind.NOT_MINE, Kind.ERROR, Kind.PONG):
+            raise FrameError(f"frame kind {kind} is no answer")
+        limit = ERROR_TEXT_BYTES_MAX if kind == Kind.ERROR else call.reply_bytes
+        if length > limit:
+            raise FrameError(f"answer {header.sequence} has {length} bytes, allowed are {limit}")
+        if header.flags & _ARENA:
+            counters.arena_bytes += length
             if call.memory is not self.memory or header.region != call.region:
                 raise FrameError(f"answer {header.sequence} lies in region {header.region}")
         return call
@@ -286,13 +289,11 @@ class Peer:
         call = self._match(header)
         if call is None:
             return
-        if header.flags & Flag.CHECKED:
+        if header.flags & _CHECKED:
             check_body(header, body)
         if header.kind == Kind.ERROR:
             call.error = _as_error(self.uid, header, bytes(body))
-        elif header.kind not in (Kind.COMBINED, Kind.NOT_MINE, Kind.PONG):
-            raise FrameError(f"frame kind {header.kind} is no answer")
-        elif not header.flags & Flag.ARENA:
+        elif not header.flags & _ARENA:
             call.memory.view[call.reply_start : call.reply_start + len(body)] = body
         self._finish(call, header)
 

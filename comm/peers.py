@@ -126,18 +126,17 @@ class PeerSet:
     # -- calls -------------------------------------------------------------------------------
 
     def start(
-        self, call: Call, *, kind: int = Kind.DISPATCH, flags: int = 0, deadline_s: float = 0.0,
+        self, call: Call, kind: int = Kind.DISPATCH, flags: int = 0, deadline_s: float = 0.0,
         epoch: int = 0, layer: int = 0, num_rows: int = 0, num_pairs: int = 0, width: int = 0,
         dtype: int = 0,
     ) -> None:  # fmt: skip
         """Sends one call without waiting; a lost peer shows as `call.error` in `finish`."""
         peer = call.peer
+        deadline_us = min(int(deadline_s * 1e6), DEADLINE_US_MAX)
         try:
             if not peer.send(
-                call, kind=kind, flags=flags, epoch=epoch, layer=layer, num_rows=num_rows,
-                num_pairs=num_pairs, width=width, dtype=dtype,
-                deadline_us=min(int(deadline_s * 1e6), DEADLINE_US_MAX),
-            ):  # fmt: skip
+                call, kind, flags, deadline_us, epoch, layer, num_rows, num_pairs, width, dtype
+            ):
                 self._epoll.modify(peer.fd, select.EPOLLIN | select.EPOLLOUT)
         except PeerLostError as error:
             call.error = error
