@@ -51,6 +51,8 @@ class GroupedWeights:
             else (num_outputs, num_inputs)
         )
         self.packed = torch.zeros(num_slots, *shape, dtype=dtype)
+        if self.is_native:
+            torch.ops.remora.advise_huge_pages(self.packed)
         self.bias_SO = torch.zeros(num_slots, num_outputs, dtype=dtype) if has_bias else None
 
     @property

@@ -28,7 +28,7 @@ def in_row_tiles(function: Callable[[Tensor], Tensor], x_TK: Tensor) -> Tensor:
     num_rows = x_TK.shape[0]
     if num_rows == 0:
         return function(x_TK)
-    padded = F.pad(x_TK, (0, 0, 0, -num_rows % ROW_TILE))
+    padded = F.pad(x_TK, (0, 0, 0, -num_rows % ROW_TILE)).contiguous()  # strides choose a BLAS path
     tiles = [function(tile) for tile in torch.split(padded, ROW_TILE)]
     return torch.cat(tiles)[:num_rows]
 
@@ -148,6 +148,7 @@ class PackedLinear(nn.Module):
             packed = torch.empty(
                 packed_numel(num_outputs, num_inputs, weight.dtype), dtype=weight.dtype
             )
+            torch.ops.remora.advise_huge_pages(packed)
             pack_into(packed, weight)
         else:
             packed = weight.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
 """Rows to slots and back: sorting routed pairs, gathering rows, combining expert outputs.
 
 Shapes: T tokens, K top-k, N pairs (token, expert) or rows, M rows of a source, D model width, S
-slots. A row's result depends on that row's own inputs only. Sums accumulate in float32, in the order
-written down here, and are rounded once. Index -1 means "nothing here": such a term is skipped.
+slots. A row's result depends on that row's own inputs only. Sums accumulate in float32, in the
+order written down here, and are rounded once. Index -1 means "nothing here": the term is skipped.
 """
 
 from typing import NamedTuple
