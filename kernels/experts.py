@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remora.kernels import native
-from remora.kernels.linear import DTYPES, pack_into, packed_numel, torch_linear, unpack
+from remora.kernels.linear import (
+    DTYPES,
+    in_row_tiles,
+    pack_into,
+    packed_numel,
+    torch_linear,
+    unpack,
+)
 
 
 def silu_and_mul(gate_up_NU: Tensor) -> Tensor:
@@ -25,6 +32,11 @@ def silu_and_mul(gate_up_NU: Tensor) -> Tensor:
     if native.native_available():
         out: Tensor = torch.ops.remora.silu_and_mul(gate_up_NU)
         return out
+    flat_NU = gate_up_NU.reshape(-1, gate_up_NU.shape[-1])
+    return in_row_tiles(_torch_silu_and_mul, flat_NU).view(*gate_up_NU.shape[:-1], -1)
+
+
+def _torch_silu_and_mul(gate_up_NU: Tensor) -> Tensor:
     gate_NI, up_NI = gate_up_NU.float().chunk(2, dim=-1)
     return (F.silu(gate_NI) * up_NI).to(gate_up_NU.dtype)
 
