@@ -1,5 +1,6 @@
 """What holds for every test: which are live, and that the others start no cluster."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,12 @@ def no_cluster_by_accident(
 
         monkeypatch.setattr(ray, "init", refuse)
     yield
+
+
+@pytest.fixture(autouse=True)
+def torch_has_its_own_linear() -> Iterator[None]:
+    """A dense model diverts `F.linear` for the life of its process; a test process lives on."""
+    yield
+    patch = sys.modules.get("remora.actors.row_linear_patch")
+    if patch is not None:
+        patch.uninstall()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remora.actors import row_linear_patch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_model import CombineMode, ShardExperts, build_shard
@@ -161,9 +162,13 @@ class LocalEngine:
 
 
 def reference_model(path: Path, dtype: torch.dtype) -> Any:
-    """`transformers`' own model of a checkpoint, with eager attention and eager experts."""
+    """`transformers`' own model of a checkpoint: eager attention, eager experts, torch's linear.
+
+    Use it before a dense model is built in this process, which diverts `F.linear` from then on.
+    """
     from transformers import AutoModelForCausalLM
 
+    row_linear_patch.uninstall()
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     ).eval()
