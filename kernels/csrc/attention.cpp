@@ -49,7 +49,7 @@ struct Row {
 struct Tile {
   int words;         // of a key or query
   int width;         // value lanes, a multiple of 16
-  int32_t* q_RW;     // packed queries
+  int32_t* q_WR;     // packed queries: groups of ROWS_MAX rows, word by word
   float* max_R;      // running maximum
   float* sum_R16;    // running sum, by lane
   float* acc_RV;     // running output
@@ -98,14 +98,19 @@ constexpr int64_t SERIAL_PRODUCTS = 1'000'000;  // below: waking a thread costs 
 
 using RunTile = bool (*)(const Rules&, const Pages&, const int32_t*, const Tile&, const Row*, int, int);
 
+struct Kernel {
+  RunTile run_tile;
+  int64_t rows_max;  // of a group
+};
+
 template <class Word>
-RunTile choose(int level) {
+Kernel choose(int level) {
 #if defined(__x86_64__)
-  if (level == 3) return avx512bf16::run_tile<Word>;
-  if (level == 2) return avx512::run_tile<Word>;
-  if (level == 1) return avx2::run_tile<Word>;
+  if (level == 3) return {avx512bf16::run_tile<Word>, avx512bf16::ROWS_MAX};
+  if (level == 2) return {avx512::run_tile<Word>, avx512::ROWS_MAX};
+  if (level == 1) return {avx2::run_tile<Word>, avx2::ROWS_MAX};
 #endif
-  return portable::run_tile<Word>;
+  return {portable::run_tile<Word>, portable::ROWS_MAX};
 }
 
 int64_t first_visible(const Rules& rules, int64_t position) {
@@ -132,7 +137,7 @@ struct Scratch {
 struct Call {
   Rules rules;
   Pages pages;
-  RunTile run_tile;
+  Kernel kernel;
   const char* q;
   char* out;
   const float* sinks;  // nullptr: none
@@ -147,6 +152,7 @@ struct Call {
 bool run_item(const Call& call, const Item& item) {
   static thread_local Scratch scratch;
   static thread_local std::vector<Row> rows;
+  static thread_local std::vector<int32_t> query;
   const int num_rows = static_cast<int>(item.num_tokens * call.group);
   const size_t padded = (num_rows + 15) / 16 * 16;
   const size_t word_room = (padded * call.words + 15) / 16 * 16;
@@ -158,11 +164,12 @@ bool run_item(const Call& call, const Item& item) {
   tile.sum_R16 = memory;
   tile.acc_RV = tile.sum_R16 + padded * 16;
   tile.edge_2V = reinterpret_cast<int32_t*>(tile.acc_RV + padded * call.width);
-  tile.q_RW = tile.edge_2V + 2 * call.width;
-  tile.max_R = reinterpret_cast<float*>(tile.q_RW + word_room);
+  tile.q_WR = tile.edge_2V + 2 * call.width;
+  tile.max_R = reinterpret_cast<float*>(tile.q_WR + word_room);
   std::memset(tile.sum_R16, 0, sizeof(float) * padded * 16);
   std::memset(tile.acc_RV, 0, sizeof(float) * padded * call.width);
   rows.resize(num_rows);
+  query.resize(call.words);
   const int64_t sequence_row = call.query_start[item.sequence];
   for (int r = 0; r < num_rows; ++r) {
     const int64_t token_row = item.first_row + r / call.group;
@@ -170,15 +177,18 @@ bool run_item(const Call& call, const Item& item) {
     const int64_t position = call.start[item.sequence] + token_row - sequence_row;
     rows[r] = Row{position, first_visible(call.rules, position),
                   call.out + token_row * call.out_row_bytes + head * call.out_head_bytes};
-    int32_t* q = tile.q_RW + static_cast<int64_t>(r) * call.words;
-    q[call.words - 1] = 0;
-    std::memcpy(q, call.q + token_row * call.q_row_bytes + head * call.q_head_bytes,
+    query[call.words - 1] = 0;
+    std::memcpy(query.data(), call.q + token_row * call.q_row_bytes + head * call.q_head_bytes,
                 call.k_dim * call.element_bytes);
+    const int64_t group = r - r % call.kernel.rows_max;
+    const int64_t stride = std::min<int64_t>(call.kernel.rows_max, num_rows - group);
+    int32_t* packed = tile.q_WR + group * call.words + r - group;
+    for (int w = 0; w < call.words; ++w) packed[w * stride] = query[w];
     tile.max_R[r] = call.sinks ? call.sinks[head] : -INFINITY;
     if (call.sinks) tile.sum_R16[r * 16] = 1.0f;  // exp(sink - running maximum)
   }
-  return call.run_tile(call.rules, call.pages, call.table + item.sequence * call.table_width, tile,
-                       rows.data(), num_rows, item.head);
+  return call.kernel.run_tile(call.rules, call.pages, call.table + item.sequence * call.table_width, tile,
+                              rows.data(), num_rows, item.head);
 }
 
 // Tiles of every sequence and key/value head, longest contexts first.
@@ -249,7 +259,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   call.rules = Rules{static_cast<float>(scale), static_cast<float>(soft_cap), window, chunk};
   call.element_bytes = q.element_size();
   const int level = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(remora::isa()), isa_max));
-  call.run_tile = elements == 2 ? choose<WordBF16>(level) : choose<WordF32>(level);
+  call.kernel = elements == 2 ? choose<WordBF16>(level) : choose<WordF32>(level);
   call.q = static_cast<const char*>(q.const_data_ptr());
   call.q_row_bytes = q.stride(0) * call.element_bytes;
   call.q_head_bytes = q.stride(1) * call.element_bytes;
