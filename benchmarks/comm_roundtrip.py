@@ -3,9 +3,9 @@
     python benchmarks/comm_roundtrip.py [--rounds 3000]
 
 Two echo shards in processes of their own (they answer the rows they got), one requester: `--tokens`
-rows of `--width` bfloat16, top-8 of 64 experts, half of them on each shard. The bare twin sends the same number of bytes to two
-processes over Unix sockets with one send and one receive each: no frames, no plan, no tensors.
-Alternating blocks; medians in microseconds.
+rows of `--width` bfloat16, top-8 of 64 experts, half of them on each shard. The bare twin sends the
+same rows to two processes over Unix sockets with one send and one receive each: no frames, no
+plan, no tensors. Alternating blocks; medians in microseconds.
 """
 
 import argparse
