@@ -151,35 +151,35 @@ class Watch:
             if known is mask:
                 return self._window_of(rule)
         raise self.refuse(
-            "a mask of its own reaches attention (sparse, chunked or prefix attention); causal "
-            "and sliding-window attention are served"
+            "a mask of its own making reaches attention (sparse attention?); causal and "
+            "sliding-window attention are served"
         )
 
     def _window_of(self, rule: Callable[..., Any]) -> int | None:
         """The sliding window of a mask rule, None where it is plainly causal.
 
-        The rule is asked about every distance from a few far positions: a chunked mask gives a
-        different reach from each, a prefix or block mask lets a token see the future.
+        The reach is read off a far position; then the rule must be that window, no more and no
+        less, at others: chunked, prefix, block and sparse masks are not.
         """
-        reach: set[int] = set()
-        zero = torch.zeros((), dtype=torch.int64)
-        for position in (FAR - 1, FAR - 7, FAR // 2 + 3, FAR // 2):
-            keys = torch.arange(FAR)
-            try:
-                allowed = torch.as_tensor(rule(zero, zero, torch.tensor(position), keys))
-            except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+        keys = torch.arange(FAR)
+        reach = int(self._allowed(rule, FAR - 1, keys).sum())
+        for position in (FAR - 1, FAR - 7, FAR // 2 + 3, FAR // 2, 5, 0):
+            window = (keys <= position) & (keys > position - reach)
+            if not torch.equal(self._allowed(rule, position, keys), window):
                 raise self.refuse(
-                    f"its attention mask depends on more than positions: {error}"
-                ) from error
-            allowed = allowed.expand(FAR)
-            length = int(allowed.sum())
-            if not bool(allowed[position - length + 1 : position + 1].all()):
-                raise self.refuse("an attention mask that is neither causal nor a sliding window")
-            reach.add(-1 if length == position + 1 else length)
-        if len(reach) > 1:
-            raise self.refuse(f"chunked attention (reach {sorted(reach)}) is not served")
-        (length,) = reach
-        return None if length < 0 else length
+                    "its attention mask is neither causal nor a sliding window (chunked, prefix "
+                    "or sparse attention is not served)"
+                )
+        return None if reach == FAR else reach
+
+    def _allowed(self, rule: Callable[..., Any], position: int, keys: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=torch.int64)
+        try:
+            allowed = torch.as_tensor(rule(zero, zero, torch.tensor(position), keys))
+            return allowed.to("cpu", torch.bool).expand(keys.shape)
+        except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+            reason = f"its attention mask depends on more than positions: {error}"
+            raise self.refuse(reason) from error
 
 
 class ProbeCache:
