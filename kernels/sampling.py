@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_TOP_P_FIRST = 256  # candidates sorted at first for top-p; eight times as many when they fall short
+# Top-p sorts only weights above a floor (the best weighs 1); the next floor when they fall short.
+_TOP_P_FLOORS = (2.0**-3, 2.0**-6, 2.0**-10, 2.0**-15, 0.0)
 _CDF_BLOCK = 512  # weights of one block of the two-level inverse CDF
 
 
@@ -219,19 +220,20 @@ def _sample_row(logits_V: NDArray[np.float32], row: RowParams) -> int | None:
 
 
 def _nucleus(weights_C: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """Ascending indices of the smallest set of largest weights that reaches `top_p` of the sum."""
+    """Indices of the smallest set of largest weights that reaches `top_p` of the sum, ascending."""
     target = top_p * float(weights_C.sum(dtype=np.float64))
-    size = weights_C.size
-    count = min(_TOP_P_FIRST, size)
-    while True:
-        # All equals of the smallest are candidates, so that ties go by id and not by `partition`.
-        limit = np.partition(weights_C, size - count)[size - count]
-        candidates = np.flatnonzero(weights_C >= limit)
-        order = candidates[np.argsort(-weights_C[candidates], kind="stable")]
-        running = np.cumsum(weights_C[order], dtype=np.float64)
-        if running[-1] >= target or count == size:
-            return np.sort(order[: int(np.searchsorted(running, target, side="left")) + 1])
-        count = min(count * 8, size)
+    for floor in _TOP_P_FLOORS:
+        candidates = weights_C if floor == 0.0 else weights_C[weights_C >= np.float32(floor)]
+        ordered = np.sort(candidates)[::-1]
+        running = np.cumsum(ordered, dtype=np.float64)
+        if running[-1] >= target:
+            break
+    num_kept = min(int(np.searchsorted(running, target, side="left")) + 1, ordered.size)
+    limit = ordered[num_kept - 1]
+    kept_C = weights_C > limit
+    num_equal = num_kept - int(np.count_nonzero(kept_C))
+    kept_C[np.flatnonzero(weights_C == limit)[:num_equal]] = True
+    return np.flatnonzero(kept_C)
 
 
 def _inverse_cdf(weights_C: NDArray[np.float32], u: float) -> int:
