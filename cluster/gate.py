@@ -67,7 +67,8 @@ class Gate:
             await send(message)
 
         try:
-            self._check_keys(scope["path"], headers.get(b"authorization"))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            self._check_keys(path, headers.get(b"authorization"))
         except RequestError as refusal:
             await error_response(refusal)(scope, receive, send_first)
         else:

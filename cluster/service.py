@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from pydantic import BaseModel
@@ -113,7 +113,7 @@ def make_service(
     )
 
 
-def fingerprint_of(config: RemoraConfig, extra: dict[str, Any]) -> str:
+def fingerprint_of(config: RemoraConfig) -> str:
     """`system_fingerprint`: changes when answers may, with the model or the numerics."""
-    data = [config.model_id, config.numerics, config.dtype, sorted(extra.items())]
+    data = [config.model_id, config.numerics, config.dtype, config.executor]
     return "fp_" + hashlib.blake2b(msgspec.json.encode(data), digest_size=6).hexdigest()

@@ -1,0 +1,142 @@
+"""The command `remora`: serve, status, stop, plan. One configuration path, `--json` everywhere.
+
+Exit statuses: 0 done; 1 the cluster failed; 2 what was asked for cannot be (configuration, model,
+weights), or the command line; 3 there is no such deployment.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
+from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
+
+OK, FAILED, USAGE, MISSING = 0, 1, 2, 3
+
+# flag -> key of the configuration, type, help
+_FLAGS: tuple[tuple[str, str, type, str], ...] = (
+    ("--name", "name", str, "name of the deployment"),
+    ("--served-model-name", "served_model_name", str, "what clients say in `model`"),
+    ("--dtype", "dtype", str, "auto, float32 or bfloat16"),
+    ("--numerics", "numerics", str, "fast or exact"),
+    ("--dense-groups", "dense.groups", int, "dense groups"),
+    ("--shards", "experts.shards", int, "expert shards"),
+    ("--max-model-len", "dense.max_model_len", int, "tokens of the longest sequence"),
+    ("--max-num-seqs", "dense.max_num_seqs", int, "sequences in one step"),
+    ("--kv-cache-tokens", "dense.kv_cache_tokens", int, "tokens that one group's KV pages hold"),
+    ("--host", "http.host", str, "address to listen on"),
+    ("--port", "http.port", int, "port to listen on; 0: one that is free"),
+    ("--api-keys-file", "http.api_keys_file", str, "accepted API keys, one a line"),
+    ("--ray-address", "ray.address", str, "an existing Ray cluster, instead of one of our own"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        status: int = options.run(options)
+    except UserError as error:
+        return _fail(options, error, USAGE)
+    except (ClusterError, RemoraError) as error:
+        return _fail(options, error, FAILED)
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def config_of(options: argparse.Namespace) -> RemoraConfig:
+    """The configuration that the command line describes. Raises ConfigError."""
+    overrides = {}
+    if options.model is not None:
+        overrides["model"] = options.model
+    for _, key, _, _ in _FLAGS:
+        value = getattr(options, key, None)
+        if value is not None:
+            overrides[key] = value
+    if options.eager:
+        overrides["executor"] = "eager"
+    overrides.update(parse_override(text) for text in options.set)
+    if options.model is None and options.config is None and options.preset is None:
+        raise ConfigError(
+            "nothing to serve: give a MODEL, --config FILE or --preset"
+            f" ({', '.join(preset_names())})"
+        )
+    return load_config(options.config, preset=options.preset, overrides=overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remora", description="Serve Mixture-of-Experts language models over expert shards."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="bring a model up and serve it until Ctrl-C")
+    _add_config(serve)
+    serve.set_defaults(run=_serve)
+    plan = commands.add_parser("plan", help="placement, memory and bytes, without a cluster")
+    _add_config(plan)
+    plan.set_defaults(run=_plan)
+    for name, run, text in (
+        ("status", _status, "what a deployment is doing"),
+        ("stop", _stop, "take a deployment down"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
+        command.add_argument("--ray-address", help="Ray cluster that it runs in")
+        command.add_argument("--json", action="store_true", help="machine-readable output")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="checkpoint directory or hub id")
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration")
+    parser.add_argument("--preset", help=f"one of: {', '.join(preset_names())}")
+    for flag, key, kind, text in _FLAGS:
+        parser.add_argument(flag, dest=key, type=kind, help=text, default=None)
+    parser.add_argument("--eager", action="store_true", help="never compile (executor: eager)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = config_of(options)
+    from remora.cluster.serve_command import run_serve  # Ray and torch, only where needed
+
+    return run_serve(config, as_json=options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = config_of(options)
+    from remora.cluster.memory_plan import plan_deployment, plan_text
+    from remora.cluster.model_source import local_checkpoint
+
+    config = config.model_copy(update={"model": local_checkpoint(config.model)})
+    plan = plan_deployment(config)
+    print(json.dumps(plan) if options.json else plan_text(plan))
+    return OK
+
+
+def _status(options: argparse.Namespace) -> int:
+    from remora.cluster.manage_command import run_status
+
+    return run_status(options.name, options.ray_address, as_json=options.json)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from remora.cluster.manage_command import run_stop
+
+    return run_stop(options.name, options.ray_address, as_json=options.json)
+
+
+def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
+    if getattr(options, "json", False):
+        fields: dict[str, Any] = {"error": {"type": type(error).__name__, "message": str(error)}}
+        print(json.dumps(fields))
+    else:
+        print(f"remora: {error}", file=sys.stderr)
+    return status

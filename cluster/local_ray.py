@@ -1,0 +1,178 @@
+"""A Ray cluster of our own on this machine, which lives as long as its `remora serve`.
+
+Its session (sockets, logs) is a private temporary directory that goes with it, so two instances
+share nothing. Serve runs with direct ingress when there is one ingress replica: the replica listens
+on the port itself and no proxy stands in the stream (see `cluster/app.py` for what that saves).
+"""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from remora.cluster.bootstrap import neutral_runtime_env
+from remora.cluster.config import RemoraConfig
+from remora.comm.errors import ClusterError, ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """What is written down of a running `remora serve`, so that `status` and `stop` find it."""
+
+    name: str
+    pid: int  # of `remora serve`
+    ray_address: str
+    url: str
+    model: str
+
+
+def instances_dir() -> Path:
+    """Where running instances of this user are written down; private."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path(base) / f"remora-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise ConfigError(f"{path} belongs to somebody else: set XDG_RUNTIME_DIR")
+    return path
+
+
+def find_instance(name: str) -> Instance | None:
+    """The running instance of that name; one whose process is gone is forgotten."""
+    path = instances_dir() / f"{name}.json"
+    try:
+        instance = Instance(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # half written by a process that was killed
+        path.unlink(missing_ok=True)
+        return None
+    if not _is_remora(instance.pid):
+        path.unlink(missing_ok=True)
+        return None
+    return instance
+
+
+def instance_names() -> list[str]:
+    """Names of the instances that run."""
+    names = sorted(path.stem for path in instances_dir().glob("*.json"))
+    return [name for name in names if find_instance(name) is not None]
+
+
+@contextmanager
+def written_down(instance: Instance) -> Iterator[None]:
+    """Keep an instance findable while the block runs."""
+    path = instances_dir() / f"{instance.name}.json"
+    path.write_text(json.dumps(asdict(instance)))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_free(config: RemoraConfig) -> RemoraConfig:
+    """The configuration with a port that is free.
+
+    Raises:
+        ConfigError: an instance of this name runs, or the port is taken.
+    """
+    running = find_instance(config.name)
+    if running is not None:
+        raise ConfigError(
+            f"{config.name!r} is running already (process {running.pid}, {running.url}, model"
+            f" {running.model}): choose another --name and --port, or `remora stop {config.name}`"
+        )
+    port = _usable_port(config.http.host, config.http.port)
+    return config.model_copy(update={"http": config.http.model_copy(update={"port": port})})
+
+
+@contextmanager
+def own_ray(config: RemoraConfig) -> Iterator[str]:
+    """A Ray cluster of this machine for one deployment; yields its address.
+
+    Raises:
+        ClusterError: Ray does not start.
+    """
+    # Unix sockets lie in the session; their paths may have 107 bytes, so the name is short.
+    session = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
+    saved = dict(os.environ)
+    os.environ.update(serve_environment(config))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.ray.num_cpus or _num_cpus(config),
+            object_store_memory=config.ray.object_store_mib << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env=neutral_runtime_env(),
+            _temp_dir=session,
+        )
+        yield str(ray.get_runtime_context().gcs_address)
+    except (ConnectionError, TimeoutError) as error:
+        raise ClusterError(f"Ray does not start: {error}") from error
+    finally:
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(saved)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def serve_environment(config: RemoraConfig) -> dict[str, str]:
+    """Environment that Ray's processes must start with for the cheapest way out of Serve."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    if config.http.ingress_replicas == 1:
+        environment |= {
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.http.port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(config.http.port + 1),
+        }
+    return environment
+
+
+def proxy_port(config: RemoraConfig) -> int:
+    """Where Serve's own proxy listens: elsewhere when the replica has the port."""
+    if config.http.ingress_replicas == 1:
+        return _usable_port(config.http.host, 0)
+    return config.http.port
+
+
+def _num_cpus(config: RemoraConfig) -> int:
+    """Logical CPUs: the machine's, or what the actors ask for if that is more."""
+    dense, experts = config.dense, config.experts
+    asked = dense.groups * dense.num_cpus + experts.shards * experts.num_cpus
+    return max(os.cpu_count() or 1, int(asked + 0.999))
+
+
+def _usable_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host} port {port} cannot be used ({error.strerror}): choose another with --port"
+                " (0: one that is free)"
+            ) from None
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def _is_remora(pid: int) -> bool:
+    try:
+        command: Any = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"remora" in command

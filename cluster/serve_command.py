@@ -1,0 +1,188 @@
+"""`remora serve`: bring everything up, say it is ready, wait for a signal, take it down."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from remora.actors.launch import Progress as Loading
+from remora.cluster.app import application
+from remora.cluster.bootstrap import (
+    ensure_cluster,
+    find_cluster,
+    neutral_runtime_env,
+    stop_cluster,
+)
+from remora.cluster.config import RemoraConfig
+from remora.cluster.local_ray import Instance, check_free, own_ray, proxy_port, written_down
+from remora.cluster.model_source import local_checkpoint
+from remora.comm.errors import ClusterError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop(BaseException):
+    """A signal asked us to end. Not an `Exception`: nothing on the way may take it for one."""
+
+
+def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; whatever came up is taken down again.
+
+    Raises:
+        RemoraError: it cannot be served; nothing is left behind.
+    """
+    config = config.model_copy(update={"model": local_checkpoint(config.model)})
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        try:
+            _install_signals()
+            url = _bring_up(config, stack, console)
+            _announce(config, url, as_json)
+            threading.Event().wait()
+        except Stop:
+            if not as_json:
+                console.print("stopping ...")
+        finally:
+            _ignore_signals()  # a second Ctrl-C must not leave half of it behind
+    return 0
+
+
+def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
+    """Start Ray or connect to it, the data plane, Serve. Returns the base URL."""
+    own = config.ray.address is None
+    if own:
+        config = check_free(config)
+        address = stack.enter_context(own_ray(config))
+    else:
+        address = str(config.ray.address)
+        ray.init(address=address, runtime_env=neutral_runtime_env(), log_to_driver=False)
+        stack.callback(ray.shutdown)
+        if find_cluster(config.name) is not None:
+            console.print(f"adopting the deployment {config.name!r} that runs in {address}")
+    _install_signals()  # ray.init has put its own in place
+    stack.callback(_stop_data_plane, config.name)
+    with _progress(console) as report:
+        ensure_cluster(config, report)
+    url = _start_serve(config, own, stack, console)
+    instance = Instance(
+        name=config.name, pid=os.getpid(), ray_address=address, url=url, model=config.model_id
+    )
+    stack.enter_context(written_down(instance))
+    return url
+
+
+def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Console) -> str:
+    http = config.http
+    port = proxy_port(config) if own else http.port
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": http.host, "port": port},  # ignored where Serve runs already
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    url, prefix = f"http://{_for_url(http.host)}:{http.port}", "/"
+    if not own:
+        client = _get_global_client()
+        assert client is not None, "Serve was started above"
+        url = str(client.root_url)
+        if set(serve.status().applications) - {config.name}:
+            prefix = f"/{config.name}"
+        console.print(f"sharing the Serve instance at {url}, under {prefix}")
+    stack.callback(_delete_app, config.name)
+    serve.run(application(config), name=config.name, route_prefix=prefix)
+    return url.rstrip("/") + prefix.rstrip("/")
+
+
+def _delete_app(name: str) -> None:
+    try:
+        serve.delete(name)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        print(f"remora: Serve did not delete {name}: {error}", file=sys.stderr)
+
+
+def _stop_data_plane(name: str) -> None:
+    try:
+        if find_cluster(name) is not None:
+            stop_cluster(name)
+    except (ClusterError, ray.exceptions.RayError) as error:
+        print(f"remora: the data plane did not stop by itself: {error}", file=sys.stderr)
+
+
+def _announce(config: RemoraConfig, url: str, as_json: bool) -> None:
+    if as_json:
+        fields = {
+            "event": "ready",
+            "name": config.name,
+            "url": f"{url}/v1",
+            "model": config.model_id,
+            "numerics": config.numerics,
+            "dense_groups": config.dense.groups,
+            "expert_shards": config.experts.shards,
+        }
+        print(json.dumps(fields), flush=True)
+        return
+    body = {
+        "model": config.model_id,
+        "messages": [{"role": "user", "content": "Tell me about the sea."}],
+        "max_tokens": 64,
+        "stream": True,
+    }
+    key = " -H 'Authorization: Bearer <key>'" if config.http.api_keys_file else ""
+    print(
+        f"\nRemora serves {config.model_id} at {url}/v1 ({config.numerics} numerics,"
+        f" {config.dense.groups} dense group(s), {config.experts.shards} expert shard(s)). Try:\n\n"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f"    -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops everything.",
+        flush=True,
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[dict[str, Loading]], None]]:
+    """A progress bar for each process that loads; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def report(loading: dict[str, Loading]) -> None:
+            for uid, state in sorted(loading.items()):
+                if uid not in tasks:
+                    tasks[uid] = progress.add_task(uid, total=None)
+                progress.update(
+                    tasks[uid],
+                    description=f"{uid} {state.phase}",
+                    completed=state.bytes_done,
+                    total=state.bytes_total or None,
+                )
+
+        yield report
+
+
+def _raise_stop(signum: int, frame: FrameType | None) -> None:
+    raise Stop
+
+
+def _install_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, _raise_stop)
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _for_url(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
