@@ -23,7 +23,7 @@ class Call:
 
     __slots__ = (
         "abandoned", "body_bytes", "error", "memory", "peer", "region", "reply", "reply_bytes",
-        "reply_start", "sequence", "start",
+        "reply_start", "sequence", "shared", "start",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +37,7 @@ class Call:
         self.reply_bytes = reply
         self.reply_start = start + align64(HEADER_BYTES + body)
         self.sequence = 0
+        self.shared = False  # sent through the arena: the answer may come there too
         self.reply: Header | None = None
         self.error: ClusterError | None = None
         self.abandoned = False

@@ -148,6 +148,7 @@ class Peer:
         ):
             assert call.region is not None
             flags |= _ARENA
+            call.shared = True
             region = call.region
             reply_offset = call.reply_start - call.start
             self.counters.arena_bytes += length
@@ -281,8 +282,9 @@ class Peer:
             raise FrameError(f"answer {header.sequence} has {length} bytes, allowed are {limit}")
         if header.flags & _ARENA:
             counters.arena_bytes += length
-            if call.memory is not self.memory or header.region != call.region:
-                raise FrameError(f"answer {header.sequence} lies in region {header.region}")
+            place = (header.region, header.reply_offset)
+            if not call.shared or place != (call.region, call.reply_start - call.start):
+                raise FrameError(f"answer {header.sequence} lies at {place} of the arena")
         return call
 
     def _take(self, header: Header, body: memoryview) -> None:
