@@ -3,6 +3,7 @@
 Without a compiler the wheel is still complete: `remora.kernels` then serves through torch, slower.
 """
 
+import glob
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ def kernel_extensions() -> list[Extension]:
                 for name in os.listdir(os.path.join(os.path.dirname(__file__), "kernels", "csrc"))
                 if name.endswith(".cpp")
             ),
+            depends=sorted(glob.glob(os.path.join("kernels", "csrc", "*.h"))),
             include_dirs=cpp_extension.include_paths(),
             library_dirs=library_dirs,
             libraries=["c10", "torch", "torch_cpu"],

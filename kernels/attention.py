@@ -17,13 +17,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.kernels.attention_torch import BLOCK_SIZE, Rules, attention_torch, write_torch
 from remora.kernels.native import native_available
 
-BLOCK_SIZE = 16  # keys of a block: one 64-byte vector of 32-bit words
+__all__ = [
+    "BLOCK_SIZE",
+    "PAD_SLOT",
+    "AttentionPlan",
+    "KVPages",
+    "build_plan",
+    "paged_attention",
+    "write_kv",
+]
+
 PAD_SLOT = -1  # slot of a padding row: nothing is written
 
 _ISA_MAX = 3  # of the C++ path: avx512_bf16; tests lower it down to 0, portable
-_CHUNK = 128  # keys per online-softmax step of the torch path
 _WORD_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 
 
@@ -206,7 +215,7 @@ def write_kv(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tenso
             _dense_rows(k_TJd), _dense_rows(v_TJd), pages.k_NJWBE, pages.v_NJPDE, slot_mapping_T
         )
     else:
-        _write_torch(pages, k_TJd, v_TJd, slot_mapping_T)
+        write_torch(pages, k_TJd, v_TJd, slot_mapping_T)
 
 
 def paged_attention(
@@ -243,7 +252,7 @@ def paged_attention(
         raise ValueError(f"block {plan.block_id_max} of {pages.num_blocks}")
     if sinks_H is not None and tuple(sinks_H.shape) != (num_heads,):
         raise ValueError(f"sinks {tuple(sinks_H.shape)}: expected ({num_heads},)")
-    rules = _Rules(
+    rules = Rules(
         scale=scale,
         window=sliding_window or 0,
         chunk=attention_chunk or 0,
@@ -251,21 +260,7 @@ def paged_attention(
     )
     if native_available():
         return _attention_native(q_THd, pages, plan, rules, sinks_H)
-    return _attention_torch(q_THd, pages, plan, rules, sinks_H)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rules:
-    """What a row sees and how scores are shaped; 0 switches a rule off."""
-
-    scale: float
-    window: int
-    chunk: int
-    soft_cap: float
-
-    def first_visible(self, position: int) -> int:
-        first = max(0, position - self.window + 1) if self.window else 0
-        return max(first, position // self.chunk * self.chunk) if self.chunk else first
+    return attention_torch(q_THd, pages, plan, rules, sinks_H)
 
 
 def _dense_rows(x_THd: Tensor) -> Tensor:
@@ -276,7 +271,7 @@ def _attention_native(
     q_THd: Tensor,
     pages: KVPages,
     plan: AttentionPlan,
-    rules: _Rules,
+    rules: Rules,
     sinks_H: Tensor | None,
 ) -> Tensor:
     out_THd: Tensor = torch.ops.remora.paged_attention(
@@ -297,100 +292,18 @@ def _attention_native(
     return out_THd
 
 
-def _write_torch(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tensor) -> None:
-    rows = torch.nonzero(slot_mapping_T >= 0).squeeze(1)
-    slots = slot_mapping_T[rows]
-    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-    if slots.numel() and int(block.max()) >= pages.num_blocks:
-        raise ValueError(f"block {int(block.max())} of {pages.num_blocks}")
-    words, e = pages.k_NJWBE.shape[2], pages.k_NJWBE.shape[4]
-    k = torch.zeros((rows.numel(), pages.num_kv_heads, words * e), dtype=pages.dtype)
-    k[:, :, : pages.k_dim] = k_TJd[rows]
-    pages.k_NJWBE[block, :, :, offset, :] = k.view(-1, pages.num_kv_heads, words, e)
-    pages.v_NJPDE[block, :, offset // e, : pages.v_dim, offset % e] = v_TJd[rows]
-
-
-def _attention_torch(
-    q_THd: Tensor, pages: KVPages, plan: AttentionPlan, rules: _Rules, sinks_H: Tensor | None
+def _fake_paged_attention(
+    q_THd: Tensor, k_NJWBE: Tensor, v_NJPDE: Tensor, v_dim: int, *rest: object
 ) -> Tensor:
-    """The path without a compiler: slow, but as row-independent as the C++ one.
-
-    Sixteen positions that share a block are computed together, each always in the row of its own
-    offset and in products of one fixed shape, whether or not the others are in the step.
-    """
-    out_THd = q_THd.new_zeros((plan.num_rows, q_THd.shape[1], pages.v_dim))
-    starts, firsts = plan.start_S.tolist(), plan.query_start_S1.tolist()
-    for s, start in enumerate(starts):
-        end = start + firsts[s + 1] - firsts[s]
-        row_of_position = firsts[s] - start
-        for tile in range(start - start % BLOCK_SIZE, end, BLOCK_SIZE):
-            low, high = max(start, tile), min(end, tile + BLOCK_SIZE)
-            rows = slice(low + row_of_position, high + row_of_position)
-            q_BHd = torch.zeros((BLOCK_SIZE, *q_THd.shape[1:]))
-            q_BHd[low - tile : high - tile] = q_THd[rows].float()
-            o_BHd = _tile_torch(
-                q_BHd, pages, plan.block_table_SM[s], tile, (low, high), rules, sinks_H
-            )
-            out_THd[rows] = o_BHd[low - tile : high - tile].to(out_THd.dtype)
-    return out_THd
+    return q_THd.new_empty((q_THd.shape[0], q_THd.shape[1], v_dim))
 
 
-def _tile_torch(
-    q_BHd: Tensor,
-    pages: KVPages,
-    table_M: Tensor,
-    tile: int,
-    present: tuple[int, int],
-    rules: _Rules,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    """Attention of positions tile..tile+15 -> float32 [16, H, v_dim]; `present`: the real rows."""
-    num_heads, j = q_BHd.shape[1], pages.num_kv_heads
-    q_BJGd = q_BHd.view(BLOCK_SIZE, j, -1, pages.k_dim)
-    q_JRd = q_BJGd.permute(1, 2, 0, 3).reshape(j, -1, pages.k_dim)
-    position_R = torch.arange(tile, tile + BLOCK_SIZE).repeat(num_heads // j)
-    first_B = [rules.first_visible(tile + b) for b in range(BLOCK_SIZE)]
-    first_R = torch.tensor(first_B).repeat(num_heads // j)
-    shape = (j, q_JRd.shape[1], 1)
-    if sinks_H is None:
-        max_JR1, sum_JR1 = torch.full(shape, -torch.inf), torch.zeros(shape)
-    else:
-        max_JR1 = sinks_H.float().reshape(j, -1, 1).repeat_interleave(BLOCK_SIZE, 1)
-        sum_JR1 = torch.ones(shape)
-    out_JRd = torch.zeros((j, q_JRd.shape[1], pages.v_dim))
-    low, high = first_B[present[0] - tile], present[1]
-    for key in range(low - low % _CHUNK, high, _CHUNK):
-        k_JCd, v_JCd, position_C = _gather_chunk(pages, table_M, key, (low, high))
-        score_JRC = torch.bmm(q_JRd, k_JCd.transpose(1, 2)) * rules.scale
-        if rules.soft_cap:
-            score_JRC = torch.tanh(score_JRC / rules.soft_cap) * rules.soft_cap
-        hidden_RC = (position_C > position_R[:, None]) | (position_C < first_R[:, None])
-        score_JRC = score_JRC.masked_fill(hidden_RC, -torch.inf)
-        new_max_JR1 = torch.maximum(max_JR1, score_JRC.amax(2, keepdim=True))
-        shift_JR1 = new_max_JR1.masked_fill(new_max_JR1 == -torch.inf, 0.0)  # nothing seen yet
-        p_JRC = torch.exp(score_JRC - shift_JR1)
-        decay_JR1 = torch.exp(max_JR1 - shift_JR1)
-        sum_JR1 = sum_JR1 * decay_JR1 + p_JRC.sum(2, keepdim=True)
-        out_JRd = out_JRd * decay_JR1 + torch.bmm(p_JRC, v_JCd)
-        max_JR1 = new_max_JR1
-    out_JGBd = (out_JRd / sum_JR1).view(j, -1, BLOCK_SIZE, pages.v_dim)
-    return out_JGBd.permute(2, 0, 1, 3).flatten(1, 2)
+def _fake_write_kv(
+    k_TJd: Tensor, v_TJd: Tensor, k_NJWBE: Tensor, v_NJPDE: Tensor, slot_mapping_T: Tensor
+) -> None:
+    return None
 
 
-def _gather_chunk(
-    pages: KVPages, table_M: Tensor, key: int, valid: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys [J, C, k_dim], values [J, C, v_dim] (float32) and positions [C] of the chunk at `key`.
-
-    Keys outside `valid` are zeros: a page's stale bytes may be NaN, and 0 * NaN is NaN.
-    """
-    first = key // BLOCK_SIZE
-    index = torch.arange(first, first + _CHUNK // BLOCK_SIZE).clamp(max=table_M.numel() - 1)
-    blocks = table_M[index].long().clamp(min=0)
-    k = pages.k_NJWBE[blocks].permute(1, 0, 3, 2, 4)  # [J, blocks, 16, W, E]
-    v = pages.v_NJPDE[blocks].permute(1, 0, 2, 4, 3)  # [J, blocks, 16/E, E, D]
-    k_JCd = k.reshape(pages.num_kv_heads, _CHUNK, -1)[:, :, : pages.k_dim].float()
-    v_JCd = v.reshape(pages.num_kv_heads, _CHUNK, -1)[:, :, : pages.v_dim].float()
-    position_C = torch.arange(key, key + _CHUNK)
-    stale_C1 = ((position_C < valid[0]) | (position_C >= valid[1]))[:, None]
-    return k_JCd.masked_fill(stale_C1, 0.0), v_JCd.masked_fill(stale_C1, 0.0), position_C
+if native_available():
+    torch.library.register_fake("remora::paged_attention", _fake_paged_attention)
+    torch.library.register_fake("remora::write_kv", _fake_write_kv)

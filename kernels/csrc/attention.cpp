@@ -18,8 +18,6 @@
 #include <immintrin.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // 64-byte vectors never cross a function that is not inlined
-
 namespace remora_attention {
 
 struct WordF32 {
@@ -212,6 +210,25 @@ std::vector<Item> make_items(const Call& call, int64_t num_sequences, int64_t* n
   return items;
 }
 
+// Every tile once, by whichever thread comes first. False: a block id was out of range.
+bool run_items(const Call& call, int64_t num_sequences) {
+  int64_t num_products = 0;
+  const std::vector<Item> items = make_items(call, num_sequences, &num_products);
+  const int64_t num_items = static_cast<int64_t>(items.size());
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> good{true};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < num_items; i = next++)
+      if (!run_item(call, items[i])) good = false;
+  };
+  const int64_t num_workers = std::min<int64_t>(at::get_num_threads(), num_items);
+  if (num_products < SERIAL_PRODUCTS || num_workers < 2)
+    work(0, 1);
+  else
+    at::parallel_for(0, num_workers, 1, work);
+  return good;
+}
+
 Pages open_pages(const at::Tensor& k_pages, const at::Tensor& v_pages, int64_t v_dim) {
   TORCH_CHECK_VALUE(k_pages.dim() == 5 && v_pages.dim() == 5 && k_pages.is_contiguous() &&
                   v_pages.is_contiguous() && k_pages.scalar_type() == v_pages.scalar_type(),
@@ -235,17 +252,13 @@ Pages open_pages(const at::Tensor& k_pages, const at::Tensor& v_pages, int64_t v
   return pages;
 }
 
-at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
-                           int64_t v_dim, const at::Tensor& query_start, const at::Tensor& start,
-                           const at::Tensor& table, double scale, int64_t window, int64_t chunk,
-                           double soft_cap, const std::optional<at::Tensor>& sinks,
-                           int64_t isa_max) {
-  Call call{};
-  call.pages = open_pages(k_pages, v_pages, v_dim);
+void check_attention(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& query_start,
+                     const at::Tensor& start, const at::Tensor& table,
+                     const std::optional<at::Tensor>& sinks) {
   const int64_t elements = k_pages.size(4), num_sequences = start.size(0);
   TORCH_CHECK_VALUE(q.dim() == 3 && q.scalar_type() == k_pages.scalar_type() && q.stride(2) == 1,
               "queries must be [T, H, d] with contiguous rows, in the pages' dtype");
-  TORCH_CHECK_VALUE(q.size(1) % call.pages.num_heads == 0 && q.size(2) <= k_pages.size(2) * elements &&
+  TORCH_CHECK_VALUE(q.size(1) % k_pages.size(1) == 0 && q.size(2) <= k_pages.size(2) * elements &&
                   q.size(2) > (k_pages.size(2) - 1) * elements,
               "queries do not fit the pages: ", q.sizes(), " and ", k_pages.sizes());
   for (const at::Tensor* x : {&query_start, &start, &table})
@@ -256,6 +269,26 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   TORCH_CHECK_VALUE(!sinks || (sinks->scalar_type() == at::kFloat && sinks->is_contiguous() &&
                          sinks->numel() == q.size(1)),
               "sinks must be float32 [H]");
+  const int32_t *rows = query_start.const_data_ptr<int32_t>(),
+                *starts = start.const_data_ptr<int32_t>();
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    const int64_t count = rows[s + 1] - rows[s];
+    TORCH_CHECK_VALUE(rows[s] >= 0 && count >= 0 && starts[s] >= 0 &&
+                    rows[s + 1] <= q.size(0) &&
+                    starts[s] + count <= table.size(1) * 16,
+                "plan out of range at sequence ", s);
+  }
+}
+
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
+                           int64_t v_dim, const at::Tensor& query_start, const at::Tensor& start,
+                           const at::Tensor& table, double scale, int64_t window, int64_t chunk,
+                           double soft_cap, const std::optional<at::Tensor>& sinks,
+                           int64_t isa_max) {
+  Call call{};
+  call.pages = open_pages(k_pages, v_pages, v_dim);
+  check_attention(q, k_pages, query_start, start, table, sinks);
+  const int64_t elements = k_pages.size(4), num_sequences = start.size(0);
   call.rules = Rules{static_cast<float>(scale), static_cast<float>(soft_cap), window, chunk};
   call.element_bytes = q.element_size();
   const int level = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(remora::isa()), isa_max));
@@ -273,13 +306,6 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   call.start = start.const_data_ptr<int32_t>();
   call.table = table.const_data_ptr<int32_t>();
   call.table_width = table.size(1);
-  for (int64_t s = 0; s < num_sequences; ++s) {
-    const int64_t count = call.query_start[s + 1] - call.query_start[s];
-    TORCH_CHECK_VALUE(call.query_start[s] >= 0 && count >= 0 && call.start[s] >= 0 &&
-                    call.query_start[s + 1] <= q.size(0) &&
-                    call.start[s] + count <= call.table_width * 16,
-                "plan out of range at sequence ", s);
-  }
   const int64_t num_tokens = num_sequences ? call.query_start[num_sequences] : 0;
   at::Tensor out = at::empty({q.size(0), q.size(1), v_dim}, q.options());
   call.out = static_cast<char*>(out.data_ptr());
@@ -287,21 +313,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   call.out_row_bytes = q.size(1) * call.out_head_bytes;
   std::memset(call.out + num_tokens * call.out_row_bytes, 0,
               (q.size(0) - num_tokens) * call.out_row_bytes);
-  int64_t num_products = 0;
-  const std::vector<Item> items = make_items(call, num_sequences, &num_products);
-  const int64_t num_items = static_cast<int64_t>(items.size());
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> good{true};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < num_items; i = next++)
-      if (!run_item(call, items[i])) good = false;
-  };
-  const int64_t num_workers = std::min<int64_t>(at::get_num_threads(), num_items);
-  if (num_products < SERIAL_PRODUCTS || num_workers < 2)
-    work(0, 1);
-  else
-    at::parallel_for(0, num_workers, 1, work);
-  TORCH_CHECK_VALUE(good, "a block id is outside the ", call.pages.num_blocks, " blocks of the pages");
+  TORCH_CHECK_VALUE(run_items(call, num_sequences), "a block id is outside the ",
+                    call.pages.num_blocks, " blocks of the pages");
   return out;
 }
 

@@ -302,3 +302,25 @@ def test_refuses_what_does_not_fit() -> None:
         paged_attention(torch.zeros(1, 4, 8, dtype=torch.bfloat16), pages, plan, scale=1.0)
     with pytest.raises(ValueError, match="the pages take"):
         write_kv(pages, kv[:, :1], kv, plan.slot_mapping_T)
+
+
+def test_ops_can_be_traced(path: str) -> None:
+    """Their schemas say what they write, and their fake versions give the real shapes."""
+    if path != native_isa():
+        pytest.skip("ops of the C++ path, once")
+    pages = KVPages.allocate(2, 2, 8, 8, torch.float32)
+    plan = build_plan([0], [5], [[1]], 6)
+    kv = torch.ones(6, 2, 8)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.remora.write_kv.default,
+        (kv, kv, pages.k_NJWBE, pages.v_NJPDE, plan.slot_mapping_T),
+        test_utils=checks,
+    )
+    kv_and_plan = (pages.k_NJWBE, pages.v_NJPDE, 8, plan.query_start_S1, plan.start_S)
+    rules = (plan.block_table_SM, 0.5, 0, 0, 0.0, None, 3)
+    torch.library.opcheck(
+        torch.ops.remora.paged_attention.default,
+        (torch.ones(6, 4, 8), *kv_and_plan, *rules),
+        test_utils=checks,
+    )
