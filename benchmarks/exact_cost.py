@@ -22,6 +22,7 @@ With one thread the figures are CPU time of that thread, which a busy machine di
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import common
 import torch
@@ -171,7 +172,7 @@ def measure_layers(num_layers: int, batches: list[int], rounds: int) -> tuple[li
             for way in ways:
                 way[name]()
 
-        cases = {name: (lambda name=name: all_layers(name)) for name in WAYS}
+        cases = {name: partial(all_layers, name) for name in WAYS}
         times = common.alternate(cases, rounds=rounds, sample_s=0.15)
         row: dict[str, str | int | float | bool | Spread] = {"layer of rows": batch}
         for name in WAYS:
@@ -203,9 +204,9 @@ def measure_executors(batches: list[int], rounds: int) -> list[Row]:
                 for layer in layers:
                     forward(layer, x, p)
 
-            cases: dict[str, Callable[[], object]] = {
-                "eager": lambda run=run: run(DenseLayer.forward),
-                "compiled": lambda run=run: run(compiled),
+            cases = {
+                "eager": partial(run, DenseLayer.forward),
+                "compiled": partial(run, compiled),
             }
             times = common.alternate(cases, rounds=rounds, sample_s=0.1)
             micro = {k: Spread.of([t / len(layers) * 1e6 for t in v]) for k, v in times.items()}
@@ -216,6 +217,10 @@ def measure_executors(batches: list[int], rounds: int) -> list[Row]:
                     "compiled us": micro["compiled"],
                     "eager rows alone": row_bits_hold(layers[0], DenseLayer.forward, batch),
                     "compiled rows alone": row_bits_hold(layers[0], compiled, batch),
+                    "same bits": torch.equal(
+                        DenseLayer.forward(layers[0], x, positions),
+                        compiled(layers[0], x, positions),
+                    ),
                 }
             )
     return rows

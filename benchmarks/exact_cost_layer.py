@@ -29,7 +29,7 @@ def _(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
 @torch.library.custom_op("remora_bench::experts", mutates_args=())
 def experts(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Stands for dispatch and combine: [T, D] -> [T, D]."""
-    return hidden_TD * weights_TK[:, :1]
+    return torch.mul(hidden_TD, weights_TK[:, :1])
 
 
 @experts.register_fake
@@ -41,7 +41,7 @@ def random_weight(num_outputs: int, num_inputs: int, *, seed: int) -> Tensor:
     """A bfloat16 weight that keeps the scale of its input."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_outputs, num_inputs, generator=generator)
-    return (weight / num_inputs**0.5).bfloat16()
+    return weight.div(num_inputs**0.5).bfloat16()
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -68,11 +68,12 @@ class DenseLayer(nn.Module):
         self.k = PackedLinear.pack(random_weight(kv_size, HIDDEN, seed=seed + 100))
         self.v = PackedLinear.pack(random_weight(kv_size, HIDDEN, seed=seed + 200))
         self.o = PackedLinear.pack(random_weight(HIDDEN, HIDDEN, seed=seed + 300))
-        self.router: Tensor
-        self.register_buffer("router", random_weight(NUM_EXPERTS, HIDDEN, seed=seed + 400))
-        for name, size in (("in", HIDDEN), ("post", HIDDEN), ("q", HEAD_DIM), ("k", HEAD_DIM)):
-            self.register_buffer(f"{name}_norm", torch.rand(size).bfloat16() + 0.5)
-        self.register_buffer("frequency", 1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+        self.router = nn.Buffer(random_weight(NUM_EXPERTS, HIDDEN, seed=seed + 400))
+        self.in_norm = nn.Buffer(torch.rand(HIDDEN).bfloat16() + 0.5)
+        self.post_norm = nn.Buffer(torch.rand(HIDDEN).bfloat16() + 0.5)
+        self.q_norm = nn.Buffer(torch.rand(HEAD_DIM).bfloat16() + 0.5)
+        self.k_norm = nn.Buffer(torch.rand(HEAD_DIM).bfloat16() + 0.5)
+        self.frequency = nn.Buffer(1e4 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
 
     def forward(self, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -88,7 +89,7 @@ class DenseLayer(nn.Module):
         scores_TE = F.softmax(row_linear(h_TD, self.router).float(), dim=-1)
         weights_TK, index_TK = scores_TE.topk(TOP_K, dim=-1)
         weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
-        return x_TD + experts(h_TD, index_TK, weights_TK)
+        return torch.add(x_TD, experts(h_TD, index_TK, weights_TK))
 
 
 def row_bits_hold(layer: DenseLayer, forward: Callable[..., Tensor], num_rows: int) -> bool:

@@ -48,7 +48,7 @@ def moves(op: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> boo
 
 
 def row_dependent_ops() -> list[Row]:
-    """Per operation and number of threads: the widths at which rows' bits move (float32, bfloat16)."""
+    """Per operation, number of threads and dtype: the widths at which rows' bits move."""
     before = torch.get_num_threads()
     rows: list[Row] = []
     for name, op in OPS.items():
