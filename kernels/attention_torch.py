@@ -28,11 +28,13 @@ class Rules:
     soft_cap: float
 
     def first_visible(self, position: int) -> int:
+        """The first key that a row at `position` sees."""
         first = max(0, position - self.window + 1) if self.window else 0
         return max(first, position // self.chunk * self.chunk) if self.chunk else first
 
 
 def write_torch(pages: "KVPages", k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tensor) -> None:
+    """`write_kv`, its arguments already checked. Raises ValueError for slots beyond the pages."""
     rows = torch.nonzero(slot_mapping_T >= 0).squeeze(1)
     slots = slot_mapping_T[rows]
     block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
@@ -48,7 +50,7 @@ def write_torch(pages: "KVPages", k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: 
 def attention_torch(
     q_THd: Tensor, pages: "KVPages", plan: "AttentionPlan", rules: Rules, sinks_H: Tensor | None
 ) -> Tensor:
-    """The path without a compiler: slow, but as row-independent as the C++ one.
+    """`paged_attention`, its arguments already checked -> [T, H, v_dim].
 
     Sixteen positions that share a block are computed together, each always in the row of its own
     offset and in products of one fixed shape, whether or not the others are in the step.
