@@ -23,7 +23,7 @@ class LinkCounters:
     received_rows: int = 0
     arena_bytes: int = 0  # of sent and received bytes: those that lay in shared memory
     late_replies: int = 0  # answers to calls given up; dropped
-    stale_replies: int = 0  # answers to no call, duplicates, or of another incarnation; dropped
+    stale_replies: int = 0  # duplicates, answers to no call or of another incarnation; dropped
     not_mine: int = 0
     deadlines: int = 0
     losses: int = 0  # connections lost

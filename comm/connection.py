@@ -93,6 +93,7 @@ class Connection:
         self._out_bytes = 0
         self._control_sent = 0
         self._control_received = 0
+        self._last_call = 0
         self._rx = Memory.anonymous(0)
         self._rx_start = 0
         self._rx_end = 0
@@ -233,6 +234,15 @@ class Connection:
             self.head = None
         else:
             self.next_head()
+
+    def is_new_call(self, sequence: int) -> bool:
+        """False for a call that came before: done twice, it would write into a region that the
+        requester may be using for something else by now."""
+        if sequence <= self._last_call:
+            self.counters.stale_replies += 1
+            return False
+        self._last_call = sequence
+        return True
 
     def check_control_sequence(self, sequence: int) -> bool:
         """True for the next control frame, False for a duplicate. Raises FrameError for a gap."""

@@ -168,8 +168,12 @@ class Dispatcher:
             plan_3TK=plan_3TK,
         )
         if num_tokens:
-            self._plan(sent)
-            self._send(sent)
+            try:
+                self._plan(sent)
+                self._send(sent)
+            except BaseException:
+                sent.release()
+                raise
         return sent
 
     def combine(self, sent: Dispatch) -> Tensor:
@@ -243,7 +247,7 @@ class Dispatcher:
         rows = sent.call_rows_C[first : sent.num_calls].tolist()
         pairs = sent.call_pairs_C[first : sent.num_calls].tolist()
         body_address_C = np.zeros(sent.num_calls, np.int64)
-        begun: list[tuple[int, Call, int, int]] = []
+        begun: list[tuple[Call, int, int]] = []
         for c, (shard, num_rows, num_pairs) in enumerate(
             zip(shards, rows, pairs, strict=True), first
         ):
@@ -260,7 +264,8 @@ class Dispatcher:
                 sent.num_sent = c
                 break
             body_address_C[c] = call.body_address
-            begun.append((c, call, num_rows, num_pairs))
+            begun.append((call, num_rows, num_pairs))
+            sent.waiting.append((c, call))
         else:
             sent.num_sent = sent.num_calls
         if not begun:
@@ -272,12 +277,11 @@ class Dispatcher:
         )  # fmt: skip
         flags = _PRESUMMED if self._presummed else 0
         dtype = DTYPE_CODES[hidden_TD.dtype]
-        for c, call, num_rows, num_pairs in begun:
+        for call, num_rows, num_pairs in begun:
             self._peers.start(
                 call, _DISPATCH, flags, self._deadline_s, sent.epoch, sent.layer,
                 num_rows, num_pairs, width, dtype,
             )  # fmt: skip
-            sent.waiting.append((c, call))
 
     def _collect(self, sent: Dispatch) -> None:
         """Until every pair has an answer: wait, send what had no credit, retry what failed."""
@@ -292,12 +296,7 @@ class Dispatcher:
                 self._spill(sent)
                 self._send(sent)
                 if not sent.waiting and sent.num_sent < sent.num_calls:
-                    self._peers.drain()  # every credit is with calls given up earlier
-                    self._send(sent)
-                    if not sent.waiting and sent.num_sent < sent.num_calls:
-                        uid = self._uids[sent.call_shard_C[sent.num_sent]]
-                        self._fail(sent, sent.num_sent, DeadlineError(f"{uid} holds every credit"))
-                        sent.num_sent += 1
+                    self._regain_credits(sent)
                 continue
             if not sent.failed:
                 return
@@ -310,6 +309,20 @@ class Dispatcher:
             self._refresh()
             self._plan(sent)
             self._send(sent)
+
+    def _regain_credits(self, sent: Dispatch) -> None:
+        """The next call's peer has no credit although we hold none: late answers may give some
+        back; else the connection is dropped, and a new one starts with all of them."""
+        uid = self._uids[sent.call_shard_C[sent.num_sent]]
+        self._peers.drain()
+        if uid not in self._peers.live_uids or self._peers.peer(uid).has_credit:
+            return
+        if self._peers.peer(uid).has_live_calls:  # of another `Dispatch`: ours to wait for
+            self._fail(sent, sent.num_sent, DeadlineError(f"{uid}: another dispatch has it all"))
+            sent.num_sent += 1
+            return
+        log.warning("%s: every credit is with calls given up; connecting again", uid)
+        self._peers.disconnect(uid)
 
     def _take(self, sent: Dispatch, c: int, call: Call) -> None:
         """Books the outcome of one call. Raises ClusterError when the shard failed on it."""

@@ -185,6 +185,16 @@ class Peer:
         return False
 
     @property
+    def has_credit(self) -> bool:
+        """A call could begin now."""
+        return bool(self._free)
+
+    @property
+    def has_live_calls(self) -> bool:
+        """Calls that somebody still waits for are under way."""
+        return any(not call.abandoned for call in self.in_flight.values())
+
+    @property
     def has_backlog(self) -> bool:
         """Bytes wait for the socket to be writable."""
         return self._out is not None

@@ -189,6 +189,8 @@ def pack(index_TK, weight_TK, num_tokens, hidden_address, row_bytes, first_call,
             if c < first_call or c >= end_call:
                 continue
             body = body_address_C[c]
+            if body == 0:  # its peer was lost before it could be begun
+                continue
             num_pairs = call_pairs_C[c]
             row = row_TK[t, k]
             pairs = body + ((call_rows_C[c] * row_bytes + 3) & ~3)

@@ -113,7 +113,7 @@ class FrameServer:
         self._stopping = False
         self._running = False
         self._closed = False
-        self._wake_lock = threading.Lock()
+        self._wake_lock = threading.RLock()  # re-entrant: a signal handler may call `stop`
         self._thread: threading.Thread | None = None
 
     def endpoint(self, host_label: str) -> Endpoint:
@@ -311,6 +311,8 @@ class FrameServer:
             return
         if header.kind == Kind.DISPATCH:
             assert connection.grants is not None
+            if not connection.is_new_call(header.sequence):
+                return
             if connection.outstanding >= connection.grants.num_regions:
                 raise FrameError(f"{connection.outstanding} calls under way: credits used up")
             connection.outstanding += 1

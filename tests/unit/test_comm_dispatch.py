@@ -331,6 +331,44 @@ def test_no_replica_at_all_is_named_at_once(peers: PeerSet) -> None:
             dispatcher.moe(0, hidden_TD, torch.tensor([[15]]), weights_TK, 1)
 
 
+def test_credits_lost_with_late_calls_come_back_by_connecting_again() -> None:
+    """Frames that vanish (they do not on real streams) must not use up a peer for ever."""
+    peers = PeerSet(token=TOKEN, self_host="a", limits=PeerLimits(num_regions=2))
+    with shards(num_shards=1, hosts="a") as rig:
+        link = FaultyLink(
+            rig.view.members[0].endpoint, self_host="a", seed=1,
+            to_server=Faults(drop=1.0, skip_frames=1),
+        )  # fmt: skip
+        faulty = Member(
+            uid="shard-0", incarnation=1, role="shard", endpoint=link.endpoint("a"), actor_name="-"
+        )
+        view = View(epoch=1, members=(faulty,), placement=rig.view.placement)
+        dispatcher = Dispatcher(view=view, peers=peers, combine="ordered", deadline_s=0.02)
+        batch = random_batch(4)
+        answered = 0
+        for epoch in range(2, 9):
+            dispatcher.set_view(View(epoch=epoch, members=view.members, placement=view.placement))
+            try:
+                got = dispatcher.moe(0, *batch, 4)
+            except DeadlineError:
+                continue
+            answered += 1
+            assert torch.equal(got, at_home(*batch, 4, 0))
+        assert answered == 3  # 1 answered, 2 credits lost, connected again, ...
+        peers.close()
+        link.close()
+
+
+def test_a_peer_found_lost_between_two_dispatches(peers: PeerSet) -> None:
+    with shards(placement=everywhere("shard-0", "shard-1")) as rig:
+        dispatcher = Dispatcher(view=rig.view, peers=peers, combine="ordered")
+        batch = random_batch(40)
+        peers.disconnect("shard-0")
+        assert torch.equal(dispatcher.moe(0, *batch, 40), at_home(*batch, 40, 0))
+        peers.peer("shard-1").lose("cut by the test")
+        assert torch.equal(dispatcher.moe(0, *batch, 40), at_home(*batch, 40, 0))
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("host", ["a", "b"])
 def test_faults_on_the_wire_never_change_a_result(seed: int, host: str) -> None:
@@ -338,7 +376,7 @@ def test_faults_on_the_wire_never_change_a_result(seed: int, host: str) -> None:
     print(f"seed {seed}")
     flip = 0.0 if host == "a" else 0.05
     faults = Faults(drop=0.03, duplicate=0.1, cut=0.05, flip=flip, delay=0.05, delay_ms=2.0)
-    peers = PeerSet(token=TOKEN, self_host="a")
+    peers = PeerSet(token=TOKEN, self_host="a", limits=PeerLimits(arena_bytes_min=0))
     with shards(hosts=host, placement=everywhere("shard-0", "shard-1")) as rig:
         link = FaultyLink(
             rig.view.members[0].endpoint, self_host="a", seed=seed,

@@ -253,9 +253,11 @@ def test_credits_are_enforced() -> None:
     with serving(lambda c, f: None) as (server, lost):
         peers, peer = connect(server, "a", num_regions=2)
         assert [peer.begin(8, 8) is None for _ in range(3)] == [False, False, True]
-        peer.sock.sendall(b"".join(encode_frame(kind=Kind.DISPATCH, sequence=i) for i in range(3)))
+        peer.sock.sendall(
+            b"".join(encode_frame(kind=Kind.DISPATCH, sequence=i) for i in (1, 1, 2, 3))
+        )
         connection = lost.get(timeout=WAIT_S)
-        assert connection.outstanding == 2
+        assert connection.outstanding == 2 and connection.counters.stale_replies == 1
         assert connection.close_reason == "2 calls under way: credits used up"
         peers.close()
 
