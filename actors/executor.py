@@ -103,7 +103,7 @@ class Executor:
         """Called while no request runs; switches if the artefacts are ready. True if it did."""
         if self._child is None or self._child.poll() is None:
             return False
-        status, self._child = self._child.returncode, None
+        status = self._end_child()
         if status != 0:
             logger.warning(
                 "compiling beside the engine failed (status %d): eager for good; its log is %s",
@@ -119,8 +119,14 @@ class Executor:
         """End the compiling child, if one runs."""
         if self._child is not None:
             self._child.kill()
-            self._child.wait()
+            self._end_child()
+
+    def _end_child(self) -> int:
+        """Wait for the child, close the pipe it watched; its exit status."""
+        assert self._child is not None
+        with self._child as child:  # closes the pipe, waits
             self._child = None
+        return child.returncode
 
     def _switch(self) -> None:
         use_cache()

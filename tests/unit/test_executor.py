@@ -1,0 +1,118 @@
+"""Compiled layers: one compilation for equal layers, the same promise, kept artefacts, fallbacks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import VOCAB, make_checkpoint
+from support.local_cluster import Ask, LocalCluster
+
+from remora.actors import executor as executor_module
+from remora.actors.dense_model import build_dense
+from remora.actors.executor import Executor
+from remora.actors.launch import take_threads
+from remora.actors.model_spec import inspect_model
+from remora.comm.messages import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "mixtral")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the module, so that the compiler runs once for each question asked of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setenv("REMORA_CACHE_DIR", str(directory))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory / "inductor"))
+        take_threads(1)  # compiled code is guarded by it, and other tests left theirs
+        yield directory
+
+
+def asks() -> list[Ask]:
+    return [
+        Ask(
+            tuple((i * 97 + j * j * 13 + j) % VOCAB for j in range(3 + (i * 11) % 70)),
+            SamplingParams(max_tokens=10, temperature=0.8, seed=i, ignore_eos=True),
+        )
+        for i in range(16)
+    ]
+
+
+def test_exact_holds_for_compiled_layers_too(model: Path) -> None:
+    cluster = LocalCluster(model, num_shards=2, dtype="bfloat16", exact=True)
+    try:
+        with cluster.dense(executor="compiled", prefix_caching=False) as alone:
+            assert alone.actor.status()["executor"] == "compiled"
+            expected = [alone.ask([ask])[0].token_ids for ask in asks()]
+        with cluster.dense(
+            executor="compiled", max_num_seqs=8, max_tokens_per_step=40, num_kv_blocks=24
+        ) as crowded:
+            answers = crowded.ask(asks())
+    finally:
+        cluster.close()
+    assert [a.token_ids for a in answers] == expected
+
+
+def test_equal_layers_share_a_compilation_and_no_step_compiles_again(model: Path) -> None:
+    spec = inspect_model(model)
+    dense = build_dense(model, spec, dtype=torch.float32, exact=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    chosen = Executor(dense, wish="compiled", exact=False)
+    assert chosen.name == "compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "all layers are alike"
+
+
+def test_what_was_compiled_once_is_compiled_before_serving(model: Path) -> None:
+    spec = inspect_model(model)
+    dense = build_dense(model, spec, dtype=torch.float32, exact=False)
+    assert Executor(dense, wish="compiled", exact=False).phase == "compiled"
+    assert Executor(dense, wish="auto", exact=False).phase == "compiled", "its marker is there"
+    other = Executor(dense, wish="auto", exact=True)
+    assert other.phase == "warming", "another question"
+    other.close()
+
+
+def test_auto_serves_eagerly_and_switches_only_when_told_that_nothing_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMORA_CACHE_DIR", str(tmp_path))
+    spec = inspect_model(model)
+    dense = build_dense(model, spec, dtype=torch.float32, exact=False)
+    chosen = Executor(dense, wish="auto", exact=False)
+    assert (chosen.phase, chosen.name) == ("warming", "eager")
+    assert chosen._child is not None
+    assert chosen._child.wait(timeout=300) == 0, (tmp_path / "compiled").glob("*.log")
+    assert chosen.name == "eager", "not before it is told that no request runs"
+    assert chosen.when_idle()
+    assert chosen.name == "compiled"
+    assert not chosen.when_idle(), "once"
+
+
+def test_closing_ends_the_compiling_child(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMORA_CACHE_DIR", str(tmp_path))
+    spec = inspect_model(model)
+    chosen = Executor(
+        build_dense(model, spec, dtype=torch.float32, exact=True), wish="auto", exact=True
+    )
+    child = chosen._child
+    assert child is not None and child.poll() is None
+    chosen.close()
+    assert child.returncode is not None
+
+
+def test_without_a_compiler_layers_stay_eager(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(executor_module, "has_compiler", lambda: False)
+    spec = inspect_model(model)
+    dense = build_dense(model, spec, dtype=torch.float32, exact=False)
+    chosen = Executor(dense, wish="compiled", exact=False)
+    assert chosen.name == "eager"
+    assert "no C++ compiler" in caplog.text
