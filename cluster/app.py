@@ -97,7 +97,7 @@ class IngressReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor for the application it is to serve."""
-        return build_app(self._service)
+        return build_app(self._service, echo_request_id=False)
 
     async def complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """A whole answer for another Serve application.

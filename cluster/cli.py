@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
+from remora.cluster.instances import missing, use_token, which_instance
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
-OK, FAILED, USAGE, MISSING = 0, 1, 2, 3
+OK, FAILED, USAGE = 0, 1, 2
 
 # flag -> key of the configuration, type, help
 _FLAGS: tuple[tuple[str, str, type, str], ...] = (
@@ -78,15 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="placement, memory and bytes, without a cluster")
     _add_config(plan)
     plan.set_defaults(run=_plan)
-    for name, run, text in (
-        ("status", _status, "what a deployment is doing"),
-        ("stop", _stop, "take a deployment down"),
+    for name, text in (
+        ("status", "what a deployment is doing"),
+        ("stop", "take a deployment down"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
         command.add_argument("--ray-address", help="Ray cluster that it runs in")
         command.add_argument("--json", action="store_true", help="machine-readable output")
-        command.set_defaults(run=run)
+        command.set_defaults(run=_manage, command=name)
     return parser
 
 
@@ -121,16 +122,20 @@ def _plan(options: argparse.Namespace) -> int:
     return OK
 
 
-def _status(options: argparse.Namespace) -> int:
-    from remora.cluster.manage_command import run_status
+def _manage(options: argparse.Namespace) -> int:
+    name, instance = options.name, None
+    if options.ray_address is None:
+        name, instance = which_instance(options.name)
+        if name is None:
+            return missing("no deployment runs on this machine", options.json)
+    elif name is None:
+        raise ConfigError("with --ray-address the NAME of the deployment is needed")
+    if instance is not None:
+        use_token(instance)
+    from remora.cluster import manage_command  # imports Ray: the token must be in place
 
-    return run_status(options.name, options.ray_address, as_json=options.json)
-
-
-def _stop(options: argparse.Namespace) -> int:
-    from remora.cluster.manage_command import run_stop
-
-    return run_stop(options.name, options.ray_address, as_json=options.json)
+    run = manage_command.run_stop if options.command == "stop" else manage_command.run_status
+    return run(name, instance, options.ray_address, as_json=options.json)
 
 
 def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:

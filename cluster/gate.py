@@ -33,9 +33,16 @@ class Keys:
 
 
 class Gate:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, metrics: IngressMetrics) -> None:
+    Args:
+        echo_request_id: False where the server does it already (Ray Serve).
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, metrics: IngressMetrics, echo_request_id: bool = True
+    ) -> None:
+        self._echo = echo_request_id
         self._app = app
         self._keys = keys
         self._metrics = metrics
@@ -62,8 +69,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                kept = [h for h in message.get("headers", ()) if h[0].lower() != b"x-request-id"]
-                message["headers"] = [*kept, echoed]
+                if self._echo:
+                    message["headers"] = [*message.get("headers", ()), echoed]
             await send(message)
 
         try:

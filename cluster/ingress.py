@@ -40,9 +40,14 @@ _BODY_ERRORS = (400, 401, 404, 413, 415)
 _RUN_ERRORS = (*_BODY_ERRORS, 429, 500, 503, 504)
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application over one service."""
-    gate = Middleware(Gate, keys=service.keys, metrics=service.serving.metrics)
+def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
+    """The application over one service; `echo_request_id` as in `Gate`."""
+    gate = Middleware(
+        Gate,
+        keys=service.keys,
+        metrics=service.serving.metrics,
+        echo_request_id=echo_request_id,
+    )
     app = FastAPI(
         title="Remora",
         version="0.1.0",

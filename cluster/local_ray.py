@@ -5,76 +5,21 @@ share nothing. Serve runs with direct ingress when there is one ingress replica:
 on the port itself and no proxy stands in the stream (see `cluster/app.py` for what that saves).
 """
 
-import json
+import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import ray
 
 from remora.cluster.bootstrap import neutral_runtime_env
 from remora.cluster.config import RemoraConfig
+from remora.cluster.instances import TOKEN_ENV, find_instance
 from remora.comm.errors import ClusterError, ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instance:
-    """What is written down of a running `remora serve`, so that `status` and `stop` find it."""
-
-    name: str
-    pid: int  # of `remora serve`
-    ray_address: str
-    url: str
-    model: str
-
-
-def instances_dir() -> Path:
-    """Where running instances of this user are written down; private."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    path = Path(base) / f"remora-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
-        raise ConfigError(f"{path} belongs to somebody else: set XDG_RUNTIME_DIR")
-    return path
-
-
-def find_instance(name: str) -> Instance | None:
-    """The running instance of that name; one whose process is gone is forgotten."""
-    path = instances_dir() / f"{name}.json"
-    try:
-        instance = Instance(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):  # half written by a process that was killed
-        path.unlink(missing_ok=True)
-        return None
-    if not _is_remora(instance.pid):
-        path.unlink(missing_ok=True)
-        return None
-    return instance
-
-
-def instance_names() -> list[str]:
-    """Names of the instances that run."""
-    names = sorted(path.stem for path in instances_dir().glob("*.json"))
-    return [name for name in names if find_instance(name) is not None]
-
-
-@contextmanager
-def written_down(instance: Instance) -> Iterator[None]:
-    """Keep an instance findable while the block runs."""
-    path = instances_dir() / f"{instance.name}.json"
-    path.write_text(json.dumps(asdict(instance)))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def check_free(config: RemoraConfig) -> RemoraConfig:
@@ -97,6 +42,9 @@ def check_free(config: RemoraConfig) -> RemoraConfig:
 def own_ray(config: RemoraConfig) -> Iterator[str]:
     """A Ray cluster of this machine for one deployment; yields its address.
 
+    Ray's own processes listen on every address (Ray turns a loopback address into the host's), so
+    they get a token of this cluster's own.
+
     Raises:
         ClusterError: Ray does not start.
     """
@@ -104,6 +52,8 @@ def own_ray(config: RemoraConfig) -> Iterator[str]:
     session = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
     saved = dict(os.environ)
     os.environ.update(serve_environment(config))
+    os.environ[TOKEN_ENV] = secrets.token_hex(32)
+    quiet_ray()
     try:
         ray.init(
             address="local",
@@ -123,6 +73,13 @@ def own_ray(config: RemoraConfig) -> Iterator[str]:
         os.environ.clear()
         os.environ.update(saved)
         shutil.rmtree(session, ignore_errors=True)
+
+
+def quiet_ray() -> None:
+    """Ray's own notes (token, Serve's steps) are not for the users of our command line."""
+    for name in ("ray._private.authentication", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 
 def serve_environment(config: RemoraConfig) -> dict[str, str]:
@@ -168,11 +125,3 @@ def _usable_port(host: str, port: int) -> int:
             ) from None
         chosen: int = probe.getsockname()[1]
         return chosen
-
-
-def _is_remora(pid: int) -> bool:
-    try:
-        command: Any = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"remora" in command

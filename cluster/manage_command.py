@@ -4,7 +4,6 @@ import json
 import os
 import select
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,21 +11,21 @@ from typing import Any
 import ray
 
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
-from remora.cluster.local_ray import Instance, find_instance, instance_names
-from remora.comm.errors import ClusterError, ConfigError
+from remora.cluster.instances import Instance, missing
+from remora.cluster.local_ray import quiet_ray
+from remora.comm.errors import ClusterError
 
 STOP_WITHIN_S = 60.0
-OK, MISSING = 0, 3
+OK = 0
 
 
-def run_status(name: str | None, ray_address: str | None, *, as_json: bool) -> int:
+def run_status(
+    name: str, instance: Instance | None, ray_address: str | None, *, as_json: bool
+) -> int:
     """Print what a deployment is doing. Returns the exit status: 3 when there is none."""
-    name, instance = _which(name, ray_address)
-    if name is None:
-        return _missing("no deployment runs on this machine", as_json)
     with _connected(instance.ray_address if instance else ray_address) as found:
         if not found or find_cluster(name) is None:
-            return _missing(f"there is no deployment {name!r}", as_json)
+            return missing(f"there is no deployment {name!r}", as_json)
         status = cluster_status(name)
     if instance is not None:
         status["url"] = instance.url
@@ -34,21 +33,20 @@ def run_status(name: str | None, ray_address: str | None, *, as_json: bool) -> i
     return OK
 
 
-def run_stop(name: str | None, ray_address: str | None, *, as_json: bool) -> int:
+def run_stop(
+    name: str, instance: Instance | None, ray_address: str | None, *, as_json: bool
+) -> int:
     """Take a deployment down. Returns the exit status: 3 when there is none.
 
     Raises:
         ClusterError: it did not end.
     """
-    name, instance = _which(name, ray_address)
-    if name is None:
-        return _missing("no deployment runs on this machine", as_json)
     if instance is not None:
         _end_process(instance)
     else:
         with _connected(ray_address) as found:
             if not found or find_cluster(name) is None:
-                return _missing(f"there is no deployment {name!r}", as_json)
+                return missing(f"there is no deployment {name!r}", as_json)
             stop_cluster(name)
     print(json.dumps({"stopped": name}) if as_json else f"stopped {name}")
     return OK
@@ -68,22 +66,10 @@ def status_text(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _which(name: str | None, ray_address: str | None) -> tuple[str | None, Instance | None]:
-    if ray_address is not None:
-        if name is None:
-            raise ConfigError("with --ray-address the NAME of the deployment is needed")
-        return name, None
-    if name is None:
-        names = instance_names()
-        if len(names) > 1:
-            raise ConfigError(f"several deployments run: {', '.join(names)}; say which")
-        name = names[0] if names else None
-    return name, find_instance(name) if name is not None else None
-
-
 @contextmanager
 def _connected(address: str | None) -> Iterator[bool]:
     """Connect to a Ray cluster; False when there is none to connect to."""
+    quiet_ray()
     try:
         ray.init(
             address=address or os.environ.get("RAY_ADDRESS", "auto"),
@@ -116,11 +102,3 @@ def _end_process(instance: Instance) -> None:
             )
     finally:
         os.close(handle)
-
-
-def _missing(message: str, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"error": {"type": "NotFound", "message": message}}))
-    else:
-        print(f"remora: {message}", file=sys.stderr)
-    return MISSING

@@ -25,15 +25,12 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
-from remora.cluster.local_ray import Instance, check_free, own_ray, proxy_port, written_down
+from remora.cluster.instances import TOKEN_ENV, Instance, written_down
+from remora.cluster.local_ray import check_free, own_ray, proxy_port, quiet_ray
 from remora.cluster.model_source import local_checkpoint
 from remora.comm.errors import ClusterError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stop(BaseException):
-    """A signal asked us to end. Not an `Exception`: nothing on the way may take it for one."""
 
 
 def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
@@ -50,7 +47,7 @@ def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
             url = _bring_up(config, stack, console)
             _announce(config, url, as_json)
             threading.Event().wait()
-        except Stop:
+        except KeyboardInterrupt:
             if not as_json:
                 console.print("stopping ...")
         finally:
@@ -66,17 +63,24 @@ def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
         address = stack.enter_context(own_ray(config))
     else:
         address = str(config.ray.address)
+        quiet_ray()
         ray.init(address=address, runtime_env=neutral_runtime_env(), log_to_driver=False)
         stack.callback(ray.shutdown)
         if find_cluster(config.name) is not None:
             console.print(f"adopting the deployment {config.name!r} that runs in {address}")
     _install_signals()  # ray.init has put its own in place
-    stack.callback(_stop_data_plane, config.name)
+    if not own:  # a Ray cluster of our own ends with everything that is in it
+        stack.callback(_stop_data_plane, config.name)
     with _progress(console) as report:
         ensure_cluster(config, report)
     url = _start_serve(config, own, stack, console)
     instance = Instance(
-        name=config.name, pid=os.getpid(), ray_address=address, url=url, model=config.model_id
+        name=config.name,
+        pid=os.getpid(),
+        ray_address=address,
+        ray_token=os.environ[TOKEN_ENV] if own else None,
+        url=url,
+        model=config.model_id,
     )
     stack.enter_context(written_down(instance))
     return url
@@ -98,7 +102,7 @@ def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Con
         if set(serve.status().applications) - {config.name}:
             prefix = f"/{config.name}"
         console.print(f"sharing the Serve instance at {url}, under {prefix}")
-    stack.callback(_delete_app, config.name)
+        stack.callback(_delete_app, config.name)
     serve.run(application(config), name=config.name, route_prefix=prefix)
     return url.rstrip("/") + prefix.rstrip("/")
 
@@ -169,7 +173,7 @@ def _progress(console: Console) -> Iterator[Callable[[dict[str, Loading]], None]
 
 
 def _raise_stop(signum: int, frame: FrameType | None) -> None:
-    raise Stop
+    raise KeyboardInterrupt  # what Ray's own waiting lets through; any other one it mangles
 
 
 def _install_signals() -> None:

@@ -1,0 +1,113 @@
+"""Which `remora serve` processes run on this machine, written down so that others find them.
+
+Imports no Ray: how to authenticate with a Ray cluster must be in the environment before that.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from remora.comm.errors import ConfigError
+
+TOKEN_ENV = "RAY_AUTH_TOKEN"
+MODE_ENV = "RAY_AUTH_MODE"
+MISSING = 3  # exit status: there is no such deployment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """What is written down of a running `remora serve`, so that `status` and `stop` find it."""
+
+    name: str
+    pid: int  # of `remora serve`
+    ray_address: str
+    ray_token: str | None  # of a Ray cluster of our own; the file is readable by its user alone
+    url: str
+    model: str
+
+
+def instances_dir() -> Path:
+    """Where running instances of this user are written down; private."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path(base) / f"remora-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise ConfigError(f"{path} belongs to somebody else: set XDG_RUNTIME_DIR")
+    return path
+
+
+def find_instance(name: str) -> Instance | None:
+    """The running instance of that name; one whose process is gone is forgotten."""
+    path = instances_dir() / f"{name}.json"
+    try:
+        instance = Instance(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # half written by a process that was killed
+        path.unlink(missing_ok=True)
+        return None
+    if not _is_remora(instance.pid):
+        path.unlink(missing_ok=True)
+        return None
+    return instance
+
+
+def instance_names() -> list[str]:
+    """Names of the instances that run."""
+    names = sorted(path.stem for path in instances_dir().glob("*.json"))
+    return [name for name in names if find_instance(name) is not None]
+
+
+def which_instance(name: str | None) -> tuple[str | None, Instance | None]:
+    """The instance of that name, or the only one; a name that is none of ours comes back alone.
+
+    Raises:
+        ConfigError: several run and none was named.
+    """
+    if name is None:
+        names = instance_names()
+        if len(names) > 1:
+            raise ConfigError(f"several deployments run: {', '.join(names)}; say which")
+        name = names[0] if names else None
+    return name, find_instance(name) if name is not None else None
+
+
+@contextmanager
+def written_down(instance: Instance) -> Iterator[None]:
+    """Keep an instance findable while the block runs."""
+    path = instances_dir() / f"{instance.name}.json"
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(asdict(instance)))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def use_token(instance: Instance) -> None:
+    """Put an instance's Ray token into the environment. Before `ray` is imported: it looks once."""
+    if instance.ray_token is not None:
+        os.environ[TOKEN_ENV] = instance.ray_token
+        os.environ[MODE_ENV] = "token"
+
+
+def _is_remora(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"remora" in command
+
+
+def missing(message: str, as_json: bool) -> int:
+    """Say that there is no such deployment; returns the exit status."""
+    if as_json:
+        print(json.dumps({"error": {"type": "NotFound", "message": message}}))
+    else:
+        print(f"remora: {message}", file=sys.stderr)
+    return MISSING
