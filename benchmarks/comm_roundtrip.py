@@ -16,8 +16,11 @@ import select
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
+from typing import Any
 
+CONTEXT = multiprocessing.get_context("fork")
 TOKEN = b"benchmark-token-of-32-bytes....."
 
 
@@ -54,7 +57,7 @@ def echo_shard(pipe: Pipe, unix: bool) -> None:
     server.run()
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--tokens", type=int, default=8)
@@ -62,31 +65,49 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--ordered", action="store_true")
     parser.add_argument("--tcp", action="store_true")
-    parser.add_argument("--arena-bytes-min", type=int, default=None)
+    parser.add_argument("--arena-bytes-min", type=int, default=16 << 10)
     parser.add_argument("--spin-us", type=float, default=0.0)
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    rounds = 300 if arguments.quick else arguments.rounds
-    context = multiprocessing.get_context("fork")
-    num_bytes = arguments.tokens * arguments.width * 2
-    bare: list[socket.socket] = []
-    processes = []
-    for _ in range(arguments.shards):
+    return parser.parse_args()
+
+
+def start_bare(count: int, num_bytes: int, processes: list[Any]) -> Callable[[], None]:
+    """Starts the bare twin and returns one round of it."""
+    bare: dict[int, socket.socket] = {}
+    poller = select.epoll()
+    for _ in range(count):
         ours, theirs = socket.socketpair()
-        processes.append(context.Process(target=bare_echo, args=(theirs, num_bytes), daemon=True))
+        processes.append(CONTEXT.Process(target=bare_echo, args=(theirs, num_bytes), daemon=True))
         processes[-1].start()
         theirs.close()
-        bare.append(ours)
+        bare[ours.fileno()] = ours
+        poller.register(ours.fileno(), select.EPOLLIN)
+    payload = bytes(num_bytes)
+    inbox = memoryview(bytearray(num_bytes))
+
+    def run() -> None:
+        for sock in bare.values():
+            sock.sendall(payload)
+        pending = len(bare) * num_bytes
+        while pending:
+            for fd, _ in poller.poll():
+                pending -= bare[fd].recv_into(inbox)
+
+    return run
+
+
+def start_ours(arguments: argparse.Namespace, processes: list[Any]) -> Callable[[], None]:
+    """Starts the echo shards and returns one round of dispatch and combine over them."""
     endpoints = []
     for _ in range(arguments.shards):
-        near, far = context.Pipe()
+        near, far = CONTEXT.Pipe()
         processes.append(
-            context.Process(target=echo_shard, args=(far, not arguments.tcp), daemon=True)
+            CONTEXT.Process(target=echo_shard, args=(far, not arguments.tcp), daemon=True)
         )
         processes[-1].start()
         endpoints.append(near.recv())
 
-    import torch
+    import torch  # after the forks: torch's threads do not survive one
 
     torch.set_num_threads(1)
     from remora.comm.dispatch import Dispatcher
@@ -100,10 +121,12 @@ def main() -> None:
         for uid, endpoint in zip(uids, endpoints, strict=True)
     )
     placement = contiguous_placement(num_experts=64, moe_layers=(0,), shard_uids=uids)
-    limits = PeerLimits()
-    if arguments.arena_bytes_min is not None:
-        limits = PeerLimits(arena_bytes_min=arguments.arena_bytes_min)
-    peers = PeerSet(token=TOKEN, self_host="here", limits=limits, spin_s=arguments.spin_us * 1e-6)
+    peers = PeerSet(
+        token=TOKEN,
+        self_host="here",
+        limits=PeerLimits(arena_bytes_min=arguments.arena_bytes_min),
+        spin_s=arguments.spin_us * 1e-6,
+    )
     dispatcher = Dispatcher(
         view=View(epoch=1, members=members, placement=placement),
         peers=peers,
@@ -114,30 +137,26 @@ def main() -> None:
     index_TK = torch.stack([torch.randperm(64)[:8] for _ in range(arguments.tokens)])
     weights_TK = torch.rand(arguments.tokens, 8)
 
-    def run_ours() -> None:
+    def run() -> None:
         dispatcher.moe(0, hidden_TD, index_TK, weights_TK, arguments.tokens)
 
-    payload = bytes(num_bytes)
-    inbox = memoryview(bytearray(num_bytes))
-    poller = select.epoll()
-    by_fd = {sock.fileno(): sock for sock in bare}
-    for fd in by_fd:
-        poller.register(fd, select.EPOLLIN)
+    return run
 
-    def run_bare() -> None:
-        for sock in bare:
-            sock.sendall(payload)
-        pending = len(bare) * num_bytes
-        while pending:
-            for fd, _ in poller.poll():
-                pending -= by_fd[fd].recv_into(inbox)
 
-    figures: dict[str, list[float]] = {"ours": [], "bare": []}
+def main() -> None:
+    arguments = parse_arguments()
+    rounds = 300 if arguments.quick else arguments.rounds
+    processes: list[Any] = []
+    runs = {
+        "bare": start_bare(arguments.shards, arguments.tokens * arguments.width * 2, processes),
+        "ours": start_ours(arguments, processes),
+    }
+    figures: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(10):
-        for name, function in (("ours", run_ours), ("bare", run_bare)):
+        for name, run in runs.items():
             for _ in range(rounds // 10):
                 start = time.perf_counter()
-                function()
+                run()
                 figures[name].append((time.perf_counter() - start) * 1e6)
     result = {
         f"{name}_{label}_us": round(value, 1)
@@ -150,7 +169,6 @@ def main() -> None:
     }
     result["load"] = round(os.getloadavg()[0], 1)
     print(json.dumps(vars(arguments) | result))
-    peers.close()
     for process in processes:
         process.terminate()
         process.join()

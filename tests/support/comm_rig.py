@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remora.comm import plan
 from remora.comm.connection import Connection, Frame
+from remora.comm.dispatch import Combine
 from remora.comm.expert_protocol import ExpertCall, ExpertService
 from remora.comm.server import FrameServer
 from remora.comm.view import Endpoint, Member, Placement, View, contiguous_placement
@@ -140,3 +142,34 @@ def at_end(sock: socket.socket) -> bool:
     except ConnectionResetError:
         pass
     return True
+
+
+EVERYTHING = tuple(range(16))
+
+
+def at_home(
+    hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int, layer: int
+) -> Tensor:
+    """What `moe` must give: every expert computed here, summed in top-k order."""
+    rows_TKD = torch.stack(
+        [expert_output(hidden_TD, index_TK[:, k], layer) for k in range(index_TK.shape[1])], 1
+    )
+    weights_TK = weights_TK.float() * (index_TK >= 0)
+    out_TD = plan.combine_naive(rows_TKD, weights_TK)
+    out_TD[num_tokens:] = 0
+    return out_TD
+
+
+def everywhere(*uids: str) -> Placement:
+    """Every shard holds every expert."""
+    return Placement(
+        num_experts=16, moe_layers=(0, 2), slots={uid: (EVERYTHING,) * 2 for uid in uids}
+    )
+
+
+def close_enough(got: Tensor, expected: Tensor, mode: Combine) -> bool:
+    """Ordered is equal to the last bit. Presummed rounds once per shard and once at the end."""
+    if mode == "ordered":
+        return torch.equal(got, expected)
+    step = 2.0**-7 if got.dtype is torch.bfloat16 else 2.0**-22
+    return torch.allclose(got.float(), expected.float(), rtol=step, atol=step * 4)

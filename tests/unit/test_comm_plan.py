@@ -50,7 +50,7 @@ def run_choose(
     return missing, shard_TK, call_TK
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems())
 def test_choice_equals_the_slow_twin(
     problem: tuple[np.ndarray, list[list[int]], set[int]],
@@ -91,7 +91,7 @@ def test_an_expert_without_a_usable_holder_is_named(
     assert found == missing
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(), st.integers(1, 5), st.integers(1, 9))
 def test_layout_and_packed_bodies(
     problem: tuple[np.ndarray, list[list[int]], set[int]], rows_max: int, row_bytes: int
