@@ -4,11 +4,24 @@ Without a compiler the wheel is still complete: `remora.kernels` then serves thr
 """
 
 import glob
+import hashlib
 import os
 import platform
 import shutil
 
 from setuptools import Extension, setup
+
+CSRC = os.path.join("kernels", "csrc")
+
+
+def source_hash() -> str:
+    """Of the kernels' sources, for the numeric fingerprint; as `kernels/native.py` does it."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(os.listdir(CSRC)):
+        if name.endswith((".cpp", ".h")):
+            with open(os.path.join(CSRC, name), "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()
 
 
 def kernel_extensions() -> list[Extension]:
@@ -47,6 +60,7 @@ def kernel_extensions() -> list[Extension]:
                 "-Wno-psabi",
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                 "-DTORCH_EXTENSION_NAME=_C",
+                f'-DREMORA_SOURCE_HASH="{source_hash()}"',
             ],
             extra_link_args=["-fopenmp", *(f"-Wl,-rpath,{d}" for d in library_dirs)],
             language="c++",

@@ -4,10 +4,12 @@
 `avx512_bf16`) lowers what the C++ kernels choose from the machine; it never raises it.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -26,7 +28,19 @@ def _load() -> str:
     except ImportError as error:  # built for another torch or another libstdc++
         logger.warning("remora.kernels._C does not load, serving through torch: %s", error)
         return f"torch (the C++ kernels do not load: {error})"
+    built, here = str(torch.ops.remora.source_hash()), _source_hash()
+    if built != here:  # an editable install whose checkout moved on
+        logger.warning("C++ kernels built from sources %s, these are %s: make setup", built, here)
     return "native"
+
+
+def _source_hash() -> str:
+    """Of csrc, which the wheel carries too; as `setup.py` does it."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted((Path(__file__).parent / "csrc").iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 _STATUS: Final = _load()
@@ -41,6 +55,11 @@ def native_available() -> bool:
 def native_status() -> str:
     """`native`, or `torch (why)`: for start-up messages."""
     return _STATUS
+
+
+def native_source_hash() -> str:
+    """Hash of the sources of the loaded C++ kernels, or `torch` where they are not used."""
+    return str(torch.ops.remora.source_hash()) if _AVAILABLE else "torch"
 
 
 def native_isa() -> str:

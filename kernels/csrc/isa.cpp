@@ -33,6 +33,13 @@ Isa choose_isa() {
   TORCH_CHECK(false, "REMORA_ISA must be portable, avx2, avx512 or avx512_bf16, got ", limit);
 }
 
+#if !defined(REMORA_SOURCE_HASH)
+#define REMORA_SOURCE_HASH "unknown"
+#endif
+
+// Of the sources this library was built from (setup.py).
+std::string source_hash() { return REMORA_SOURCE_HASH; }
+
 std::string isa_name() { return kNames[static_cast<int>(isa())]; }
 
 }  // namespace
@@ -44,4 +51,7 @@ Isa isa() {
 
 }  // namespace remora
 
-TORCH_LIBRARY_FRAGMENT(remora, m) { m.def("isa() -> str", &remora::isa_name); }
+TORCH_LIBRARY_FRAGMENT(remora, m) {
+  m.def("isa() -> str", &remora::isa_name);
+  m.def("source_hash() -> str", &remora::source_hash);
+}
