@@ -103,8 +103,8 @@ class Engine:
         """CPU time that its living processes have used, seconds."""
         return _cpu_s(self.pids())
 
-    def rss_bytes(self) -> int:
-        """Resident memory of its processes; pages they share are counted once (PSS)."""
+    def pss_bytes(self) -> int:
+        """Resident memory of its processes; pages they share are counted once."""
         return sum(_pss_bytes(pid) for pid in self.pids())
 
     def close(self) -> None:

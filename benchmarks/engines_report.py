@@ -1,6 +1,6 @@
 """Figures of alternating rounds: medians with their spread, ratios within rounds, bars, a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -137,9 +137,16 @@ def disturbance(samples: Samples) -> dict[str, float]:
     }
 
 
-def samples_json(samples: Samples) -> dict[str, Any]:
-    """Every sample, by case and target."""
-    result: dict[str, Any] = {}
-    for (case, target), taken in samples.items():
-        result.setdefault(case, {})[target] = [asdict(s) for s in taken]
-    return result
+def sample_rows(label: str, samples: Samples) -> list[Mapping[str, str | float | Spread]]:
+    """A row for each case and target, for the JSON file."""
+    return [
+        {
+            "checkpoint": label,
+            "case": case,
+            "engine": target,
+            "tokens_per_s": Spread.of([s.tokens_per_s for s in taken]),
+            "first_ms": Spread.of([s.first_ms for s in taken]),
+            "others_share_max": round(max(s.cpu.others for s in taken), 3),
+        }
+        for (case, target), taken in samples.items()
+    ]

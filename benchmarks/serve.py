@@ -16,15 +16,14 @@ one its rows say so.
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import common
+from common import Row
 from engines_measure import (
     Case,
     Sample,
@@ -45,7 +44,7 @@ from engines_report import (
     number,
     peer_bars,
     ratio,
-    samples_json,
+    sample_rows,
     table,
     throughput,
 )
@@ -64,9 +63,7 @@ VLLM_INSTALL = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; see the head of this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 33 new tokens")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser = common.parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         action="append",
@@ -137,22 +134,28 @@ def specs(model: Path, args: argparse.Namespace) -> list[Spec]:
     return result
 
 
-def start_engines(wanted: list[Spec], logs: Path) -> dict[str, Engine]:
-    """Starts what can run, one after the other; says why for the rest."""
+def start_engines(label: str, wanted: list[Spec], logs: Path, rows: list[Row]) -> dict[str, Engine]:
+    """Starts what can run, one after the other; its row says why for the rest."""
     engines: dict[str, Engine] = {}
     for spec in wanted:
-        if spec.missing is not None:
-            print(f"  {spec.name}: absent: {spec.missing}")
-            continue
         begin = time.perf_counter()
         try:
-            engine = Engine(spec, logs / f"{spec.name}.log")
+            if spec.missing is not None:
+                raise EngineError(spec.missing)
+            engine = Engine(spec, logs / f"{label}-{spec.name}.log")
         except EngineError as error:
-            print(f"  {spec.name}: absent: {error}")
+            print(f"  {spec.name}: absent: {error}", flush=True)
+            rows.append({"checkpoint": label, "engine": spec.name, "absent": str(error)})
             continue
-        rss = engine.rss_bytes() / 2**30
-        print(f"  {spec.name}: up in {time.perf_counter() - begin:.1f} s, {rss:.2f} GiB")
-        print(f"    {json.dumps(engine.info)}", flush=True)
+        row: Row = {
+            "checkpoint": label,
+            "engine": spec.name,
+            "start_s": round(time.perf_counter() - begin, 1),
+            "memory_gib": round(engine.pss_bytes() / 2**30, 2),
+            "versions": json.dumps(engine.info),
+        }
+        print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
         engine.hold()
         engines[spec.name] = engine
     return engines
@@ -178,33 +181,35 @@ def targets_of(engines: dict[str, Engine]) -> list[Target]:
     ]
 
 
-def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[list[Bar], Any]:
-    """Everything of one checkpoint: peers, HTTP, exact. Returns its bars and its JSON."""
+def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[list[Row], list[Bar]]:
+    """Everything of one checkpoint: peers, HTTP, exact."""
     model = checkpoint_directory(name)
     label = name if name in SHAPES else model.name
     print(f"{label}: {model}", flush=True)
-    engines = start_engines(specs(model, args), logs)
+    rows: list[Row] = []
     bars: list[Bar] = []
-    out: dict[str, Any] = {"model": str(model)}
-    out["engines"] = {n: {**e.info, "pss_bytes": e.rss_bytes()} for n, e in engines.items()}
+    engines = start_engines(label, specs(model, args), logs, rows)
     try:
         cases = serve_cases(args.batches, args.new_tokens)
         targets = targets_of(engines)
-        samples = run_rounds(f"{label} peers", targets, cases, args, out)
+        samples = run_rounds(f"{label} peers", targets, cases, args)
+        rows += sample_rows(label, samples)
         if "remora" in engines:
             peers = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-tp2"]}
             there = {p: [t for t in ts if t in engines] for p, ts in peers.items()}
             bars += peer_bars(label, samples, cases, {p: ts for p, ts in there.items() if ts})
             for peer in [n for n in engines if n != "remora"]:
                 engines.pop(peer).close()
-            bars += run_own(label, engines["remora"], args, out)
+            some_rows, some_bars = run_own(label, engines["remora"], args)
+            rows += some_rows
+            bars += some_bars
     finally:
         for engine in engines.values():
             engine.close()
-    return bars, out
+    return rows, bars
 
 
-def run_own(label: str, engine: Engine, args: argparse.Namespace, out: dict[str, Any]) -> list[Bar]:
+def run_own(label: str, engine: Engine, args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     """Remora against itself: over HTTP, and in exact numerics."""
     case = decode_case(BIG_BATCH, args.new_tokens)
     targets = [Target(name="remora", engine=engine, arguments={"name": "fast"})]
@@ -214,8 +219,8 @@ def run_own(label: str, engine: Engine, args: argparse.Namespace, out: dict[str,
         engine.ask("deploy", name="exact", numerics="exact")
         targets.append(Target(name="remora-exact", engine=engine, arguments={"name": "exact"}))
     if len(targets) == 1:
-        return []
-    samples = run_rounds(f"{label} own", targets, [case], args, out)
+        return [], []
+    samples = run_rounds(f"{label} own", targets, [case], args)
     bars = []
     if not args.no_http:
         overhead = Spread.of(http_overhead(samples, case))
@@ -235,17 +240,13 @@ def run_own(label: str, engine: Engine, args: argparse.Namespace, out: dict[str,
         bars.append(
             Bar(name=f"{label}_exact_cost_b32", value=cost, unit="ratio", op="<", target=0.25)
         )
-    return bars
+    return sample_rows(f"{label} own", samples), bars
 
 
 def run_rounds(
-    title: str,
-    targets: list[Target],
-    cases: list[Case],
-    args: argparse.Namespace,
-    out: dict[str, Any],
+    title: str, targets: list[Target], cases: list[Case], args: argparse.Namespace
 ) -> Samples:
-    """Warms up, measures, prints the table, files the samples under `title`."""
+    """Warms up, measures, prints the table."""
     warm_up(targets, cases, args.shield)
     samples = measure(
         targets,
@@ -256,7 +257,6 @@ def run_rounds(
         on_sample=report_sample,
     )
     shares = disturbance(samples)
-    out[title] = {"cpu": shares, "samples": samples_json(samples)}
     print(f"\n{title}, median (min..max) of {args.rounds} rounds\n")
     print(table(samples, cases, targets))
     print(
@@ -288,53 +288,19 @@ def overall(bars: list[Bar]) -> list[Bar]:
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on and of."""
-    cpu = next(
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit or None,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_average": os.getloadavg(),
-    }
-
-
 def main() -> None:
     """The command line."""
     args = parse_arguments()
-    facts = machine()
-    print(json.dumps(facts))
     bars: list[Bar] = []
-    checkpoints: dict[str, Any] = {}
+    rows: list[Row] = []
     logs = Path(tempfile.mkdtemp(prefix="remora-bench-"))
     print(f"logs of the engines: {logs}", flush=True)
     for name in args.checkpoint:
-        some, checkpoints[name] = run_checkpoint(name, args, logs)
-        bars += some
+        some_rows, some_bars = run_checkpoint(name, args, logs)
+        rows += some_rows
+        bars += some_bars
     bars += overall(bars)
-    for bar in bars:
-        verdict = {True: "met", False: "MISSED", None: ""}[bar.met]
-        target = f"{bar.op} {bar.target:g}" if bar.target is not None else "no bar"
-        print(f"{bar.name:<40} {bar.value!s:<28} {bar.unit:<6} {target:<8} {verdict}")
-    if args.json:
-        result = {"benchmark": "serve", "argv": sys.argv[1:], "machine": facts}
-        result |= {"bars": {bar.name: bar.as_json() for bar in bars}, "checkpoints": checkpoints}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    common.finish("serve", args, rows, bars)
 
 
 if __name__ == "__main__":

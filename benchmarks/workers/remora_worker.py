@@ -6,11 +6,11 @@ are, such as one in the other numerics.
 """
 
 import asyncio
+import atexit
 import itertools
-import os
-import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 from protocol import Loaded, Prompts, run_worker
@@ -67,21 +67,36 @@ class Remora:
         self._options = options
         self._loop = asyncio.new_event_loop()
         self._clients: dict[str, Client] = {}
+        self._until_the_end = ExitStack()
         self._http: tuple[str, int, str] | None = None
 
-    def start_ray(self) -> None:
-        """A cluster of our own on this machine. Ray lowers its workers' priority; we do not."""
-        os.environ["RAY_worker_niceness"] = "0"
-        import ray
+    def start(self) -> None:
+        """As `remora serve` does: a Ray cluster of its own, the data plane, then Serve."""
+        from remora.cluster.local_ray import check_free, own_ray
 
-        ray.init(
-            address="local",
-            namespace="remora",
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            log_to_driver=False,
-            configure_logging=False,
+        config = check_free(self.config("fast", "fast"))
+        self._until_the_end.enter_context(own_ray(config))
+        self._deploy(config)
+        if self._options["http"]:
+            self._serve(config)
+
+    def _serve(self, config: Any) -> None:
+        from ray import serve
+
+        from remora.cluster.app import application
+        from remora.cluster.local_ray import proxy_port
+
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.http.host, "port": proxy_port(config)},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
+        serve.run(application(config), name=config.name, route_prefix="/")
+        self._http = (config.http.host, config.http.port, config.model_id)
+
+    def close(self) -> None:
+        """Takes everything down."""
+        self._until_the_end.close()
 
     def config(self, name: str, numerics: str) -> Any:
         """The configuration of one deployment."""
@@ -96,17 +111,22 @@ class Remora:
                 "executor": self._options["executor"],
                 "dense": {"num_cpus": 0, "max_num_seqs": 64, **self._options.get("dense", {})},
                 "experts": {"num_cpus": 0, "shards": 2, **self._options.get("experts", {})},
-                "http": {"host": "127.0.0.1", "port": free_port()},
+                "http": {"host": "127.0.0.1", "port": 0},
             },
             source="benchmarks/serve.py",
         )
 
     def deploy(self, name: str, numerics: str) -> dict[str, Any]:
+        """Brings another deployment up in the same Ray cluster."""
+        self._deploy(self.config(name, numerics))
+        return {"deployments": list(self._clients)}
+
+    def _deploy(self, config: Any) -> None:
         """Brings a deployment up and connects to its dense rank."""
         from remora.cluster.bootstrap import ensure_cluster
         from remora.comm.aio import connect_async
 
-        handle = ensure_cluster(self.config(name, numerics))
+        handle = ensure_cluster(config)
         member = handle.dense_members()[0]
         stream = self._loop.run_until_complete(
             connect_async(
@@ -117,8 +137,7 @@ class Remora:
                 incarnation=member.incarnation,
             )
         )
-        self._clients[name] = Client(stream)
-        return {"incarnation": member.incarnation}
+        self._clients[config.name] = Client(stream)
 
     def generate(self, prompts: Prompts, num_new: int, name: str) -> dict[str, float]:
         """At the engine level of deployment `name`."""
@@ -131,23 +150,15 @@ class Remora:
         return self._loop.run_until_complete(stream_all(host, port, model, prompts, num_new))
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def load(options: dict[str, Any]) -> Loaded:
-    """Options: model (directory), executor, dense and experts (sections of the configuration)."""
+    """Options: model (directory), executor, http, dense and experts (sections of the config)."""
     import torch
 
     from remora.kernels.fingerprint import kernel_fingerprint
 
     remora = Remora(options)
-    remora.start_ray()
-    remora.deploy("fast", "fast")
+    remora.start()
+    atexit.register(remora.close)
     info = {"torch": torch.__version__, "kernels": kernel_fingerprint()}
     return info, {
         "generate": remora.generate,
