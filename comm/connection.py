@@ -296,7 +296,7 @@ class Connection:
         """Answers `request` with the rows at `frame[64:]`; writes the header. Copies only what
         the socket does not take at once. Result as `send`."""
         flags = body_crc = 0
-        if self._checked:
+        if request.flags & _CHECKED:  # the requester chose
             flags, body_crc = _CHECKED, crc32(frame[HEADER_BYTES:])
         pack_header(
             frame, 0, Kind.COMBINED, flags, request.layer, len(frame) - HEADER_BYTES, num_rows, 0,
