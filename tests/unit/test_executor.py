@@ -1,4 +1,4 @@
-"""Compiled layers: one compilation for equal layers, the same promise, kept artefacts, fallbacks."""
+"""Compiled layers: one compilation for equal layers, the same promise, kept artefacts, fallback."""
 
 from collections.abc import Iterator
 from pathlib import Path
