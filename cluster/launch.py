@@ -16,14 +16,40 @@ ACTOR_THREADS = 4  # start, progress, status and stop answer beside each other
 FIRST_INCARNATION = 1
 
 
+# Torch cuts elementwise work into one piece a thread; with three or more, a piece can end inside a
+# vector, and the scalar code that finishes it rounds otherwise (measured: gpt_oss, width 1000).
+EXACT_THREADS_MAX = 2
+
+
 def dense_threads(config: RemoraConfig) -> int:
-    """Threads of one dense rank: all cores, since it and its shards take turns on them."""
-    return config.dense.threads or max(1, (os.cpu_count() or 1) // config.dense.groups)
+    """Threads of one dense rank: all cores, since it and its shards take turns on them.
+
+    Raises:
+        ConfigError: more than `exact` numerics can keep its promise with.
+    """
+    return _threads(config, "dense", config.dense.threads, config.dense.groups)
 
 
 def shard_threads(config: RemoraConfig) -> int:
-    """Threads of one shard: the cores shared out, since the shards of a host run at once."""
-    return config.experts.threads or max(1, (os.cpu_count() or 1) // config.experts.shards)
+    """Threads of one shard: the cores shared out, since the shards of a host run at once.
+
+    Raises:
+        ConfigError: more than `exact` numerics can keep its promise with.
+    """
+    return _threads(config, "experts", config.experts.threads, config.experts.shards)
+
+
+def _threads(config: RemoraConfig, section: str, asked: int | None, processes: int) -> int:
+    exact = config.numerics == "exact"
+    if asked is None:
+        shared = max(1, (os.cpu_count() or 1) // processes)
+        return min(shared, EXACT_THREADS_MAX) if exact else shared
+    if exact and asked > EXACT_THREADS_MAX:
+        raise ConfigError(
+            f"{section}.threads = {asked}: exact numerics allow at most {EXACT_THREADS_MAX} "
+            "threads a process on the CPU (add shards or groups instead)"
+        )
+    return asked
 
 
 def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: bytes) -> ShardLaunch:

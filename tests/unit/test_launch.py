@@ -1,0 +1,53 @@
+"""What actors are told: threads shared out, bounds of `exact`, lengths that the model knows."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+
+from remora.actors.model_spec import inspect_model
+from remora.cluster.config import parse_config
+from remora.cluster.launch import dense_launch, dense_options, dense_threads, shard_threads
+from remora.comm.errors import ConfigError
+
+
+def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    config = parse_config({"model": "m", "experts": {"shards": 4}})
+    assert (dense_threads(config), shard_threads(config)) == (16, 4)
+    asked = parse_config({"model": "m", "dense": {"threads": 3}, "experts": {"threads": 5}})
+    assert (dense_threads(asked), shard_threads(asked)) == (3, 5)
+
+
+def test_exact_takes_no_more_threads_than_it_can_promise_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert dense_threads(parse_config({"model": "m", "numerics": "exact"})) == 2
+    asked = parse_config({"model": "m", "numerics": "exact", "experts": {"threads": 3}})
+    with pytest.raises(ConfigError, match=r"experts\.threads = 3: exact numerics allow at most 2"):
+        shard_threads(asked)
+
+
+def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    spec = inspect_model(path)
+    config = parse_config({"model": str(path), "dense": {"max_model_len": 513}})
+    with pytest.raises(ConfigError, match="max_model_len = 513.*up to 512"):
+        dense_launch(config, "dense-0", spec, b"t" * 32)
+    fits = parse_config({"model": str(path), "dense": {"max_model_len": 100}})
+    assert dense_launch(fits, "dense-0", spec, b"t" * 32).max_model_len == 100
+
+
+def test_labels_and_resources_reach_ray() -> None:
+    config = parse_config(
+        {
+            "model": "m",
+            "dense": {"labels": {"role": "dense"}, "resources": {"fast": 0.5}, "num_gpus": 1},
+        }
+    )
+    options = dense_options(config)
+    assert options["label_selector"] == {"role": "dense"}
+    assert (options["resources"], options["num_gpus"]) == ({"fast": 0.5}, 1)
+    assert options["lifetime"] == "detached" and options["max_restarts"] == 0
