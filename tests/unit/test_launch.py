@@ -34,7 +34,7 @@ def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "qwen3_moe")
     spec = inspect_model(path)
     config = parse_config({"model": str(path), "dense": {"max_model_len": 513}})
-    with pytest.raises(ConfigError, match="max_model_len = 513.*up to 512"):
+    with pytest.raises(ConfigError, match=r"max_model_len = 513.*up to 512"):
         dense_launch(config, "dense-0", spec, b"t" * 32)
     fits = parse_config({"model": str(path), "dense": {"max_model_len": 100}})
     assert dense_launch(fits, "dense-0", spec, b"t" * 32).max_model_len == 100
