@@ -152,3 +152,15 @@ def test_the_requester_may_work_between_dispatch_and_combine(peers: PeerSet) -> 
         sent = [dispatcher.dispatch(layer, *batch, 30) for layer in (0, 2)]
         for layer, each in zip((2, 0), reversed(sent), strict=True):
             assert torch.equal(dispatcher.combine(each), at_home(*batch, 30, layer))
+
+
+@MODES
+def test_bodies_between_hosts_without_checksums(mode: Combine) -> None:
+    """The requester chooses; the shard's answers follow it."""
+    limits = PeerLimits(checksums=False)
+    peers = PeerSet(token=TOKEN, self_host="a", limits=limits)
+    with shards(hosts="bb") as rig:
+        dispatcher = Dispatcher(view=rig.view, peers=peers, combine=mode)
+        batch = random_batch(50)
+        assert close_enough(dispatcher.moe(0, *batch, 50), at_home(*batch, 50, 0), mode)
+    peers.close()
