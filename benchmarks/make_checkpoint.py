@@ -231,12 +231,19 @@ def write_checkpoint(out: Path, shape: Shape, *, seed: int, dtype: str = "bfloat
 
 
 def copy_tokenizer(out: Path, vocab_size: int) -> None:
-    """The demo model's byte-level tokenizer, where its ids fit; ids above have no text."""
+    """The demo model's byte-level tokenizer where its ids fit, with made-up words for those above.
+
+    Every id has text, so that a stream of random tokens sends as many pieces as a real one.
+    """
     tokenizer = json.loads((TOKENIZER / "tokenizer.json").read_text())
-    ids = [*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])]
-    if max(ids) < vocab_size:
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(TOKENIZER / name, out / name)
+    vocab = tokenizer["model"]["vocab"]
+    taken = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    if max(taken) >= vocab_size:
+        return
+    vocab |= {f"\u0120word{i}": i for i in range(vocab_size) if i not in taken}  # \u0120: space
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(TOKENIZER / name, out / name)
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 
 def main() -> None:

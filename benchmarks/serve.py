@@ -48,7 +48,7 @@ from engines_report import (
     table,
     throughput,
 )
-from make_checkpoint import SHAPES, write_checkpoint
+from make_checkpoint import SHAPES, copy_tokenizer, write_checkpoint
 
 HERE = Path(__file__).resolve().parent
 WORKERS = HERE / "workers"
@@ -99,7 +99,9 @@ def checkpoint_directory(name: str) -> Path:
     if name not in SHAPES:
         return Path(name).resolve()
     cache = Path(os.environ.get("REMORA_CACHE_DIR", Path.home() / ".cache" / "remora"))
-    return write_checkpoint(cache / "benchmarks" / name, SHAPES[name], seed=0)
+    path = write_checkpoint(cache / "benchmarks" / name, SHAPES[name], seed=0)
+    copy_tokenizer(path, SHAPES[name].vocab_size)  # one of an earlier version may lie there
+    return path
 
 
 def specs(model: Path, args: argparse.Namespace) -> list[Spec]:
