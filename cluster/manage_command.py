@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from remora.cluster.local_ray import quiet_ray
 from remora.comm.errors import ClusterError
 
 STOP_WITHIN_S = 60.0
+CONNECT_WITHIN_S = 5.0
 OK = 0
 
 
@@ -70,6 +72,8 @@ def status_text(status: dict[str, Any]) -> str:
 def _connected(address: str | None) -> Iterator[bool]:
     """Connect to a Ray cluster; False when there is none to connect to."""
     quiet_ray()
+    if address is not None:
+        _check_answers(address)
     try:
         ray.init(
             address=address or os.environ.get("RAY_ADDRESS", "auto"),
@@ -85,6 +89,17 @@ def _connected(address: str | None) -> Iterator[bool]:
         yield True
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises ClusterError when nothing listens at `ip:port`; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():  # "auto", or a URL that Ray understands
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _end_process(instance: Instance) -> None:

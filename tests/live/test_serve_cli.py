@@ -1,0 +1,239 @@
+"""`remora serve` on this machine, a real model behind a real Ray cluster, as a newcomer runs it."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+from support.serving import DEMO_MODEL, demo_tokenizer
+
+REMORA = Path(sys.executable).parent / "remora"
+NAME = f"live-{os.getpid()}"
+START_S = 240.0
+STOP_S = 60.0
+CHAT: Any = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+def start(name: str, cwd: Path, *more: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    """`remora serve --json`; returns when its ready line came."""
+    command = [str(REMORA), "serve", str(DEMO_MODEL), "--preset", "tiny_cpu", "--name", name]
+    with (cwd / "stderr.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--json", "--eager", *more],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(cwd)},
+        )
+    assert process.stdout is not None
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s:
+        ready, _, _ = select.select([process.stdout], [], [], 1.0)
+        line = process.stdout.readline() if ready else ""
+        if line.startswith("{"):
+            fields: dict[str, Any] = json.loads(line)
+            if fields.get("event") == "ready":
+                return process, fields
+            raise AssertionError(fields)
+        if process.poll() is not None:
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    raise AssertionError(f"not ready: {(cwd / 'stderr.txt').read_text()[-4000:]}")
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Signal a `remora serve` and see it end well."""
+    process.send_signal(number)
+    assert process.wait(STOP_S) == 0
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def run(cwd: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """A `remora` command with --json."""
+    done = subprocess.run(
+        [str(REMORA), *arguments, "--json"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(cwd)},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-2000:]
+    return done.returncode, json.loads(lines[-1])
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below `pid`, by /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_text()
+                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    found, todo = set[int](), [pid]
+    while todo:
+        parent = todo.pop()
+        children = {child for child, its in parents.items() if its == parent} - found
+        found |= children
+        todo.extend(children)
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def left_over() -> set[str]:
+    """Shared memory segments and Ray sessions of this machine."""
+    return {str(p) for p in [*Path("/dev/shm").iterdir(), *Path("/tmp").glob("rm-*")]}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def served(home: Path) -> Iterator[dict[str, Any]]:
+    process, fields = start(NAME, home)
+    yield {**fields, "pid": process.pid}
+    end(process, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def client(served: dict[str, Any]) -> Iterator[OpenAI]:
+    with OpenAI(base_url=served["url"], api_key="any", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def test_an_openai_client_gets_all_it_asks_for(client: OpenAI, served: dict[str, Any]) -> None:
+    model = served["model"]
+    whole = client.chat.completions.create(model=model, messages=CHAT, max_tokens=12, temperature=0)
+    assert whole.usage is not None and whole.usage.completion_tokens == 12
+    stream = client.chat.completions.create(
+        model=model, messages=CHAT, max_tokens=12, temperature=0, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == whole.choices[0].message.content
+    scored = client.chat.completions.create(
+        model=model,
+        messages=CHAT,
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert scored.choices[0].logprobs is not None
+    for token in scored.choices[0].logprobs.content or []:
+        assert token.top_logprobs[0].token == token.token  # greedy
+        assert [t.logprob for t in token.top_logprobs] == sorted(
+            (t.logprob for t in token.top_logprobs), reverse=True
+        )
+
+
+def test_seeds_choices_and_batches(client: OpenAI, served: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"model": served["model"], "max_tokens": 8, "seed": 7}
+    several = client.completions.create(prompt="The whale", n=3, **common)
+    texts = [choice.text for choice in several.choices]
+    assert len(set(texts)) > 1
+    again = client.completions.create(prompt="The whale", n=3, **common)
+    assert [choice.text for choice in again.choices] == texts
+    ids = [demo_tokenizer().encode(text) for text in ("The whale", "def main():")]
+    batch = client.completions.create(prompt=ids, **common)
+    assert len(batch.choices) == 2
+    word = texts[0].strip().split()[-1]
+    stopped = client.completions.create(prompt="The whale", stop=[word], **common)
+    assert word not in stopped.choices[0].text and stopped.choices[0].finish_reason == "stop"
+
+
+def test_echo_scores_a_prompt(client: OpenAI, served: dict[str, Any]) -> None:
+    ids = demo_tokenizer().encode("The sea is")
+    answer = client.completions.create(
+        model=served["model"], prompt=[ids], echo=True, logprobs=1, max_tokens=0
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    assert all(value is not None and value < 0 for value in logprobs.token_logprobs[1:])
+
+
+def test_a_cancelled_stream_frees_its_pages(client: OpenAI, served: dict[str, Any]) -> None:
+    stream = client.completions.create(
+        model=served["model"],
+        prompt="The",
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    stream.close()
+    base = served["url"].removesuffix("/v1")
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        metrics = httpx.get(f"{base}/metrics").text
+        running = [x for x in metrics.splitlines() if x.startswith("remora_requests_running{")]
+        if running and all(line.endswith(" 0.0") for line in running):
+            return
+        time.sleep(0.2)  # the gauge is what is waited for; it comes with the next ping
+    raise AssertionError(metrics)
+
+
+def test_status_and_a_second_instance_of_the_name(home: Path, served: dict[str, Any]) -> None:
+    status, fields = run(home, "status")
+    assert status == 0 and fields["phase"] == "serving" and fields["name"] == NAME
+    assert set(fields["members"]) == {"dense-0", "shard-0", "shard-1"}
+    status, fields = run(home, "serve", str(DEMO_MODEL), "--name", NAME, "--port", "0")
+    assert status == 2 and NAME in fields["error"]["message"]
+    port = served["url"].split(":")[2].split("/")[0]
+    status, fields = run(home, "serve", str(DEMO_MODEL), "--name", "other", "--port", port)
+    assert status == 2 and port in fields["error"]["message"]
+    status, _ = run(home, "stop", "nobody", "--ray-address", "127.0.0.1:1")
+    assert status == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_instance_beside_it_leaves_nothing(
+    tmp_path: Path, served: dict[str, Any], number: signal.Signals
+) -> None:
+    before = left_over()
+    process, fields = start(f"{NAME}-b", tmp_path)
+    assert fields["url"] != served["url"]
+    with httpx.Client(timeout=120) as http:
+        for url in (fields["url"], served["url"]):  # both answer
+            answer = http.post(f"{url}/completions", json={"prompt": "x", "max_tokens": 2})
+            assert answer.status_code == 200
+    below = descendants(process.pid)
+    assert below
+    end(process, number)
+    deadline_s = time.monotonic() + 20
+    while any(alive(pid) for pid in below) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not [pid for pid in below if alive(pid)]
+    assert left_over() <= before
+    assert list(tmp_path.glob("remora-*/*.json")) == []
+
+
+def test_a_model_that_is_none_is_told_before_anything_starts(home: Path) -> None:
+    status, fields = run(home, "serve", "/nowhere/model")
+    assert status == 2 and "/nowhere/model" in fields["error"]["message"]
+    status, fields = run(home, "plan", str(DEMO_MODEL), "--shards", "4")
+    assert status == 0 and len(fields["shards"]) == 4
