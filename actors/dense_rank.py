@@ -3,12 +3,15 @@
 Legend: T token rows of the step (padding included), D model width, R rows whose logits are wanted,
 V vocabulary.
 
-Rows are padded for two reasons only. In `exact` numerics torch's elementwise operations must not
-have scalar tails, whose last bits differ from the vector part's, so T is a multiple of `ROW_TILE`.
-In `fast` a compiled layer would be specialised for T = 1, so T is at least 2; and the torch path
-of the kernels (no compiler) builds one oneDNN primitive per row count, so T is one of few buckets.
+Rows are padded for these reasons only. In `exact` numerics torch's transcendental functions must
+not have scalar tails, whose last bits differ from the vector part's: T times every width of the
+model is a multiple of `TAIL_FREE` (`row_quantum`; 1 or 2 rows for real widths; linears
+and attention do not need it, measured in benchmarks/notes/2026-11-21-exact-spike.md). A compiled
+layer would be specialised for T = 1, so T is at least 2. The torch path of the kernels (no
+compiler) builds one oneDNN primitive per row count, so there T is one of few buckets.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +22,11 @@ from remora.actors.dense_model import DenseModel
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.comm.messages import TokenLogprobs
 from remora.kernels.attention import KVPages, build_plan
-from remora.kernels.linear import ROW_TILE
+from remora.kernels.linear import ROW_TILE, PackedLinear
 from remora.kernels.native import native_available
 from remora.kernels.sampling import RowLogprobs, RowParams, raw_logprobs, sample
+
+TAIL_FREE = 64  # values: two vectors of the widest kind, for each of two threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +38,27 @@ class StepInputs:
     num_sampled: int
 
 
-def padded_rows(num_tokens: int, *, exact: bool, native: bool) -> int:
+def row_quantum(model: DenseModel) -> int:
+    """Rows that a step of `exact` numerics is padded to a multiple of.
+
+    The least q such that q rows of any width that the model's layers know have a multiple of
+    TAIL_FREE values: elementwise kernels flatten rows, so a tail belongs to whoever comes last.
+    """
+    widths = {model.spec.hidden_size}
+    for layer in model.layers:
+        for module in layer.modules():
+            if isinstance(module, PackedLinear):
+                widths |= {module.in_features, module.out_features}
+        widths |= {size for p in layer.parameters() if p.dim() == 2 for size in p.shape}
+    return math.lcm(*(TAIL_FREE // math.gcd(TAIL_FREE, width) for width in widths))
+
+
+def padded_rows(num_tokens: int, *, quantum: int, native: bool) -> int:
     """Rows that a step of `num_tokens` tokens is run with; see the head of this file."""
-    if exact:
-        return -(-num_tokens // ROW_TILE) * ROW_TILE
-    if native:
-        return max(2, num_tokens)
-    if num_tokens >= ROW_TILE:
-        return -(-num_tokens // ROW_TILE) * ROW_TILE
-    return max(2, 1 << (num_tokens - 1).bit_length())
+    if not native:
+        bucket = 1 << max(1, (num_tokens - 1).bit_length())
+        num_tokens = bucket if bucket < ROW_TILE else -(-num_tokens // ROW_TILE) * ROW_TILE
+    return max(2, -(-num_tokens // quantum) * quantum)
 
 
 def allocate_pages(model: DenseModel, num_blocks: int) -> list[KVPages]:
@@ -61,7 +78,7 @@ class DenseRank:
         self.model = model
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
-        self._exact = exact
+        self._quantum = row_quantum(model) if exact else 1
         self._native = native_available()
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
@@ -70,7 +87,7 @@ class DenseRank:
         Raises:
             ClusterError: a shard did not answer; nothing of the step counts, it may be repeated.
         """
-        num_rows = padded_rows(plan.num_tokens, exact=self._exact, native=self._native)
+        num_rows = padded_rows(plan.num_tokens, quantum=self._quantum, native=self._native)
         context = StepContext(
             plan=build_plan(
                 [s.start for s in plan.slices],

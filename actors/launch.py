@@ -91,6 +91,11 @@ def thread_environment(num_threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "MKL_NUM_THREADS": str(num_threads),
         "TOKENIZERS_PARALLELISM": "false",
+        # Prefill's activations are megabytes: give them back to the heap, not to the kernel, or
+        # every layer pays for fresh pages (measured: 1.26 -> 0.48 ms a layer of 512 rows).
+        "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+        "MALLOC_TOP_PAD_": str(16 << 20),
         **{
             name: os.environ[name]
             for name in ("REMORA_NO_KERNELS", "REMORA_CACHE_DIR")

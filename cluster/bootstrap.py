@@ -64,7 +64,7 @@ def ensure_cluster(
         ConfigError: another model is served under this name, or the token file is unusable.
         RemoraError: the model, a weight file or an actor failed.
     """
-    actor = (
+    actor: Any = (
         ray.remote(Coordinator)
         .options(
             name=coordinator_name(config.name),
