@@ -5,9 +5,10 @@ and queues; the engine's thread owns torch, the KV pages and the connections to 
 """
 
 import logging
-import threading
+from collections.abc import Callable
 from typing import Any
 
+from remora.actors.actor_thread import ActorThread
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_events import DenseLimits
 from remora.actors.dense_model import DenseModel, build_dense
@@ -54,14 +55,12 @@ class DenseActor:
     def __init__(self, launch: DenseLaunch) -> None:
         self._launch = launch
         self._progress = Progress(phase="starting")
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
         self._server: FrameServer | None = None
         self._engine: DenseEngine | None = None
         self._state: DenseState | None = None
         self._peers: PeerSet | None = None
         self._executor: Executor | None = None
-        self._thread = threading.Thread(target=self._run, name=f"remora-{launch.uid}", daemon=True)
+        self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def start(self) -> Member:
         """Load, listen, and say where. Requests are served once a view has been adopted.
@@ -71,9 +70,6 @@ class DenseActor:
             OSError: the address cannot be bound.
         """
         self._thread.start()
-        self._started.wait()
-        if self._failure is not None:
-            raise self._failure
         assert self._server is not None
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
@@ -104,7 +100,7 @@ class DenseActor:
         stats = self._state.stats() if self._state else None
         peers = self._peers
         return {
-            "alive": self._thread.is_alive(),
+            "alive": self._thread.is_alive,
             "phase": self._progress.phase,
             "incarnation": self._launch.incarnation,
             "why_not_serving": self._engine.why_not_serving if self._engine else "starting",
@@ -124,27 +120,12 @@ class DenseActor:
         """Leave after the step in flight and close every socket; returns when it is done."""
         if self._engine is not None:
             self._engine.stop()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     # -- the rank's own thread ----------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            engine = self._load_and_listen()
-        except BaseException as failure:
-            self._failure = failure
-            return
-        finally:
-            self._started.set()
-        try:
-            engine.run()
-        finally:
-            assert self._server is not None and self._peers is not None
-            self._server.close()
-            self._peers.close()
-
-    def _load_and_listen(self) -> DenseEngine:
+    def _prepare(self) -> Callable[[], None]:
+        """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
@@ -189,7 +170,15 @@ class DenseActor:
         self._server.start(f"remora-{launch.uid}-server")
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of dense weights", launch.uid, model.nbytes)
-        return self._engine
+        return self._serve
+
+    def _serve(self) -> None:
+        assert self._engine is not None and self._server is not None and self._peers is not None
+        try:
+            self._engine.run()
+        finally:
+            self._server.close()
+            self._peers.close()
 
     def _connect(self, rank: DenseRank, view: View) -> None:
         assert self._peers is not None

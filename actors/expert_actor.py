@@ -6,12 +6,13 @@ from one thread. Order among waiting calls (few rows first) is the frame server'
 """
 
 import logging
-import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from remora.actors.actor_thread import ActorThread
 from remora.actors.launch import (
     Launch,
     Progress,
@@ -42,13 +43,11 @@ class ExpertActor:
     def __init__(self, launch: ShardLaunch) -> None:
         self._launch = launch
         self._progress = Progress(phase="starting")
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
         self._server: FrameServer | None = None
         self._shard: ShardExperts | None = None
         self._calls_served = 0
         self._compute_s = 0.0
-        self._thread = threading.Thread(target=self._run, name=f"remora-{launch.uid}", daemon=True)
+        self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def start(self) -> Member:
         """Load, listen, and say where. Returns when the shard can serve.
@@ -58,9 +57,6 @@ class ExpertActor:
             OSError: the address cannot be bound.
         """
         self._thread.start()
-        self._started.wait()
-        if self._failure is not None:
-            raise self._failure
         assert self._server is not None
         return member_of(self._launch, "shard", self._server.endpoint(host_label()))
 
@@ -77,7 +73,7 @@ class ExpertActor:
         """What `remora status` shows of this shard."""
         shard = self._shard
         return {
-            "alive": self._thread.is_alive(),
+            "alive": self._thread.is_alive,
             "phase": self._progress.phase,
             "incarnation": self._launch.incarnation,
             "weights_bytes": shard.nbytes if shard else 0,
@@ -91,22 +87,12 @@ class ExpertActor:
         """Stop answering and close every socket; returns when the thread has ended."""
         if self._server is not None:
             self._server.stop()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     # -- the shard's own thread ---------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            self._server = self._load_and_listen()
-        except BaseException as failure:
-            self._failure = failure
-            return
-        finally:
-            self._started.set()
-        self._server.run()
-
-    def _load_and_listen(self) -> FrameServer:
+    def _prepare(self) -> Callable[[], None]:
+        """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
@@ -119,7 +105,7 @@ class ExpertActor:
             progress=self._note_progress,
         )
         service = ExpertService(self._compute, incarnation=launch.incarnation)
-        server = FrameServer(
+        self._server = FrameServer(
             host_ip=launch.bind_ip,
             token=launch.token,
             on_frame=service.on_frame,
@@ -129,7 +115,7 @@ class ExpertActor:
         )
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of experts", launch.uid, self._shard.nbytes)
-        return server
+        return self._server.run
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
