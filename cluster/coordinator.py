@@ -8,6 +8,7 @@ Every data-plane actor is detached and named by incarnation, so that it outlives
 `remora/<deployment>/shard-0#1`.
 """
 
+import functools
 import logging
 import secrets
 import threading
@@ -20,6 +21,7 @@ import ray
 from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ExpertActor, ShardLaunch
 from remora.actors.launch import Progress, actor_name
+from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import dense_launch, dense_options, shard_launch, shard_options
@@ -46,6 +48,7 @@ class Coordinator:
         self._phase: Phase = "new"
         self._error: str | None = None
         self._view: View | None = None
+        self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
         self._names: dict[str, str] = {}
         self._started_unix_s = time.time()
@@ -72,6 +75,17 @@ class Coordinator:
                     f"deployment {self._config.name!r} is {self._phase}: there is no view"
                 )
             return self._view
+
+    def manifest(self) -> Manifest:
+        """blake3 digests of every expert as it was loaded: what later copies are checked against.
+
+        Raises:
+            ClusterError: nothing is loaded yet.
+        """
+        with self._lock:
+            if self._manifest is None:
+                raise ClusterError(f"deployment {self._config.name!r} has no manifest yet")
+            return self._manifest
 
     def status(self) -> dict[str, Any]:
         """Phase, members and their own accounts of themselves; plain data for the CLI."""
@@ -160,6 +174,11 @@ class Coordinator:
             self._create(DenseActor, uid, launch_dense, dense_options(config))
         with ThreadPoolExecutor(len(shard_uids) + len(dense_uids)) as pool:
             members = list(pool.map(self._start_one, (*shard_uids, *dense_uids)))
+        manifest = self._manifest_of(shard_uids)
+        missing = len(spec.moe_layers) * spec.num_experts - len(manifest.experts)
+        assert missing == 0, f"{missing} experts of the placement have no digest"
+        with self._lock:
+            self._manifest = manifest
         view = View(epoch=1, members=tuple(members), placement=placement)
         for uid in dense_uids:
             _get(self._handles[uid].adopt_view.remote(view))
@@ -180,6 +199,12 @@ class Coordinator:
     def _start_one(self, uid: str) -> Member:
         member: Member = _get(self._handles[uid].start.remote())
         return member
+
+    def _manifest_of(self, shard_uids: tuple[str, ...]) -> Manifest:
+        """Digests of every expert held anywhere; replicas with different bytes are an error."""
+        held = [_get(self._handles[uid].manifest.remote()) for uid in shard_uids]
+        whole: Manifest = functools.reduce(Manifest.merge, held)
+        return whole
 
     def _tear_down(self) -> None:
         with self._lock:

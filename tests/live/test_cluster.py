@@ -14,6 +14,7 @@ from support.checkpoints import make_checkpoint
 from support.local_engine import reference_model
 
 from remora.actors.launch import RAY_NAMESPACE
+from remora.actors.model_spec import inspect_model
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
@@ -151,6 +152,11 @@ def test_ensure_adopts_what_runs_and_refuses_another_model(raylets: Cluster, mod
     try:
         second = ensure_cluster(config(model, "adopted"))
         assert second.view().view_hash == first.view().view_hash
+        manifest = ray.get(second.coordinator.manifest.remote())
+        spec = inspect_model(model)
+        assert set(manifest.by_expert()) == {
+            (layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)
+        }
         assert second.token == first.token
         with pytest.raises(ConfigError, match="already serves"):
             ensure_cluster(config(model.parent, "adopted"))
