@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from engines_process import SHIELD_NICE, CpuMeter, CpuShares, Engine
+from engines_process import CpuMeter, CpuShares, Engine
 
 PROMPT_TOKENS = 32
 PREFILL_TOKENS = 512
@@ -130,7 +130,7 @@ def measure(
     """Alternating rounds over resident engines; see the head of this file.
 
     Args:
-        shield: give the measured engine's scheduling groups weight (root only).
+        shield: make the measured engine real-time (root only).
         seed: of the prompts; another seed gives other prompts.
         on_sample: told of each sample as it is taken.
     """
@@ -163,8 +163,8 @@ class _Alone:
             other.hold()
         self._engine.release()
         if self._shield:
-            self._engine.shield(SHIELD_NICE)
+            self._engine.shield(True)
 
     def __exit__(self, *failure: object) -> None:
         if self._shield:
-            self._engine.shield(0)
+            self._engine.shield(False)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
-SHIELD_NICE = -15  # of a measured engine's scheduling groups with --shield
 STOP_WITHIN_S = 60.0
 
 
@@ -89,11 +88,18 @@ class Engine:
             _signal_all(self.pids(), signal.SIGCONT)
             self._held = False
 
-    def shield(self, nice: int) -> None:
-        """Set the weight of its scheduling groups (Linux autogroups; needs root)."""
+    def shield(self, on: bool) -> None:
+        """Make all its threads real-time (round robin, lowest priority), or ordinary again.
+
+        A waiting thread of an ordinary process gets its core back up to a time slice late on a busy
+        machine, so an engine of several processes suffers more from others than one that spins.
+        Needs root; others are left 5 % of the cores meanwhile (sched_rt_runtime_us).
+        """
+        policy, priority = (os.SCHED_RR, 1) if on else (os.SCHED_OTHER, 0)
         for pid in self.pids():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+            for thread in _listed(Path(f"/proc/{pid}/task")):
+                with suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
     def pids(self) -> list[int]:
         """The worker and all that descends from it."""
@@ -188,6 +194,13 @@ def _tree(root: int) -> list[int]:
     for pid in found:
         found.extend(children.get(pid, ()))
     return found
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _stat(pid: int) -> list[str]:

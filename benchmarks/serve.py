@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shield",
         action="store_true",
-        help="give the measured engine scheduling weight over what else runs here (root)",
+        help="make the measured engine real-time, for a machine that is not quiet (root)",
     )
     args = parser.parse_args()
     args.checkpoint = args.checkpoint or ["tiny", "small"]
