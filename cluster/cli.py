@@ -36,7 +36,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         status: int = options.run(options)
     except UserError as error:
@@ -68,11 +68,12 @@ def config_of(options: argparse.Namespace) -> RemoraConfig:
     return load_config(options.config, preset=options.preset, overrides=overrides)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
         prog="remora", description="Serve Mixture-of-Experts language models over expert shards."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="bring a model up and serve it until Ctrl-C")
     _add_config(serve)
     serve.set_defaults(run=_serve)
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--ray-address", help="Ray cluster that it runs in")
         command.add_argument("--json", action="store_true", help="machine-readable output")
         command.set_defaults(run=_manage, command=name)
-    return parser
+    return top
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,118 @@
+"""The command line without a cluster: configuration, exit statuses, plan, what is written down."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from support.serving import DEMO_MODEL
+
+from remora.cluster.cli import config_of, main
+from remora.cluster.cli import parser as cli_parser
+from remora.cluster.config import ConfigError
+from remora.cluster.instances import (
+    Instance,
+    find_instance,
+    instance_names,
+    instances_dir,
+    which_instance,
+    written_down,
+)
+from remora.cluster.security import KeyRing, load_keys
+
+
+def test_flags_and_set_override_the_preset() -> None:
+    options = cli_parser().parse_args(
+        [
+            *("serve", "--preset", "tiny_cpu", "--shards", "4", "--port", "0", "--eager"),
+            *("--set", "dense.groups=2", "--set", "experts.labels={zone: a}", str(DEMO_MODEL)),
+        ]
+    )
+    config = config_of(options)
+    assert (config.experts.shards, config.dense.groups, config.http.port) == (4, 2, 0)
+    assert config.executor == "eager" and config.experts.labels == {"zone": "a"}
+    assert config.model == str(DEMO_MODEL.resolve())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["serve"], "nothing to serve"),
+        (["serve", "m", "--set", "dense.gruops=1"], "did you mean groups"),
+        (["serve", "m", "--set", "novalue"], "KEY=VALUE"),
+        (["serve", "m", "--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["serve", "m", "--preset", "huge"], "tiny_cpu"),
+        (["serve", "m", "--shards", "0"], "experts.shards"),
+        (["plan", "/no/such/model"], "/no/such/model"),
+        (["plan", str(DEMO_MODEL), "--shards", "33"], "32 experts"),
+        (["plan", str(DEMO_MODEL), "--kv-cache-tokens", "64"], "max_model_len"),
+        (["status", "--ray-address", "127.0.0.1:1"], "NAME"),
+    ],
+)
+def test_what_cannot_be_is_status_2_and_says_so(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
+) -> None:
+    assert main([*arguments, "--json"]) == 2
+    assert word in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert main(arguments) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_status_without_any_is_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    for command in ("status", "stop"):
+        assert main([command]) == 3
+        assert "no deployment" in capsys.readouterr().err
+
+
+def test_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(DEMO_MODEL), "--shards", "3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    total = plan["dense"]["weights_bytes"]
+    total += sum(shard["weights_bytes"] for shard in plan["shards"].values())
+    assert total == 2 * plan["parameters"]  # bfloat16
+    one = plan["decode_step"][0]
+    assert 1 <= one["row_copies_per_token_and_layer"] <= 3
+    assert main(["plan", str(DEMO_MODEL), "--numerics", "exact"]) == 0
+    assert "ordered" in capsys.readouterr().out
+
+
+def test_instances_are_private_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    common = {"ray_address": "a:1", "ray_token": "t", "url": "u", "model": "m"}
+    mine = Instance(name="one", pid=os.getpid(), **common)
+    monkeypatch.setattr("remora.cluster.instances._is_remora", lambda pid: pid == os.getpid())
+    with written_down(mine):
+        path = instances_dir() / "one.json"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(instances_dir().stat().st_mode) == 0o700
+        assert which_instance(None) == ("one", mine)
+        with written_down(Instance(name="gone", pid=2**22 + 1, **common)):
+            assert instance_names() == ["one"]  # the other's process is no more
+        with written_down(Instance(name="two", pid=os.getpid(), **common)):
+            with pytest.raises(ConfigError, match="one, two"):
+                which_instance(None)
+    assert find_instance("one") is None
+    path.write_text("{half")
+    assert find_instance("one") is None and not path.exists()
+
+
+def test_keys_come_from_files_and_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOME_KEYS", " a , b,")
+    path = tmp_path / "keys"
+    path.write_text("# ours\nc\n\n")
+    ring = load_keys(path, "SOME_KEYS")
+    assert all(ring.accepts(key) for key in "abc") and not ring.accepts("d")
+    assert KeyRing([]).is_open and not ring.is_open
+    path.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        load_keys(path, "SOME_KEYS")
+    with pytest.raises(ConfigError, match="keys file"):
+        load_keys(tmp_path / "none", "SOME_KEYS")
