@@ -60,6 +60,7 @@ class DenseActor:
         self._state: DenseState | None = None
         self._peers: PeerSet | None = None
         self._executor: Executor | None = None
+        self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def start(self) -> Member:
@@ -91,7 +92,7 @@ class DenseActor:
         launch, executor = self._launch, self._executor
         return (
             f"mode={'exact' if launch.exact else 'fast'} "
-            f"executor={executor.name if executor else '?'} dtype={launch.dtype} "
+            f"executor={executor.name if executor else '?'} dtype={self._dtype} "
             f"threads={launch.num_threads} tp=1 {kernel_fingerprint()}"
         )
 
@@ -129,10 +130,12 @@ class DenseActor:
         launch = self._launch
         take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
+        dtype = resolve_dtype(spec, launch.dtype)
+        self._dtype = str(dtype).removeprefix("torch.")
         model = build_dense(
             launch.model,
             spec,
-            dtype=resolve_dtype(spec, launch.dtype),
+            dtype=dtype,
             exact=launch.exact,
             max_positions=launch.max_model_len,
             progress=self._note_progress,
