@@ -227,3 +227,14 @@ def test_seeds_are_derived_and_in_range() -> None:
     for seed in (-1, 2**64 - 1, -(2**63), 0):
         assert all(0 <= sequence_seed(seed, choice) < 2**63 for choice in range(3))
     assert sequence_seed(None, 0) != sequence_seed(None, 0)
+
+
+def test_a_stop_string_aborts_the_sequence_in_the_engine() -> None:
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        body = {**LONG, "stop": [" a remora"]}
+        answer = await client.post(C, json=body)
+        assert answer.json()["choices"][0]["text"] == STORY[: STORY.index(" a remora")]
+        await until(lambda: engine.submitted[0].request_id in engine.aborted)
+
+    with make_engine(pace_s=0.02) as engine:  # 200 tokens would take 4 s: it is far from its end
+        run(check, engine)
