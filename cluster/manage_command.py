@@ -63,9 +63,37 @@ def status_text(status: dict[str, Any]) -> str:
     if status.get("error"):
         lines.append(f"  error: {status['error']}")
     for uid, member in sorted(status["members"].items()):
-        facts = ", ".join(f"{key} {value}" for key, value in member.items())
-        lines.append(f"  {uid}: {facts}")
+        lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}")
     return "\n".join(lines)
+
+
+def _state(member: dict[str, Any]) -> str:
+    """One word for one member."""
+    if not member["alive"]:
+        return "dead"
+    return "degraded" if member.get("why_not_serving") else str(member["phase"])
+
+
+def _facts(member: dict[str, Any]) -> str:
+    """What an operator looks for first in one member, by its role."""
+    if not member["alive"]:
+        return str(member.get("error", ""))
+    if member.get("why_not_serving"):
+        return str(member["why_not_serving"])
+    if "calls_served" in member:
+        counts = member["experts_per_layer"]
+        experts = f"{min(counts, default=0)}-{max(counts, default=0)}"
+        return (
+            f"{experts} experts in each of {len(counts)} layers"
+            f" ({member['weights_bytes'] / 2**20:.1f} MiB), {member['calls_served']} calls,"
+            f" {member['compute_s']:.1f} s computing, {member['peers']} peers"
+        )
+    return (
+        f"{member['executor']}, {member['num_running']} running, {member['num_waiting']} waiting,"
+        f" KV {member['kv_blocks_used']} of {member['kv_blocks_total']} blocks,"
+        f" {member['steps_total']} steps in {member['step_s']:.1f} s,"
+        f" {member['preemptions_total']} preemptions"
+    )
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""What `remora status` prints for people."""
+
+from typing import Any
+
+from remora.cluster.manage_command import status_text
+
+SHARD: dict[str, Any] = {
+    "alive": True,
+    "phase": "ready",
+    "incarnation": 1,
+    "weights_bytes": 12 << 20,
+    "experts_per_layer": [16, 17],
+    "calls_served": 153,
+    "compute_s": 0.5,
+    "peers": 1,
+}
+DENSE: dict[str, Any] = {
+    "alive": True,
+    "phase": "ready",
+    "incarnation": 1,
+    "why_not_serving": None,
+    "fingerprint": "mode=fast",
+    "step_s": 2.0,
+    "num_running": 3,
+    "num_waiting": 4,
+    "kv_blocks_used": 5,
+    "kv_blocks_total": 64,
+    "steps_total": 20,
+    "preemptions_total": 1,
+    "executor": "compiled",
+    "shards_connected": ["shard-0"],
+}
+
+
+def text(**members: dict[str, Any]) -> str:
+    status = {
+        "name": "demo",
+        "phase": "serving",
+        "model": "/models/demo",
+        "numerics": "fast",
+        "epoch": 1,
+        "members": {uid.replace("_", "-"): member for uid, member in members.items()},
+    }
+    return status_text(status)
+
+
+def test_each_member_has_a_line_of_its_role() -> None:
+    lines = text(shard_0=SHARD, dense_0=DENSE).splitlines()
+    assert lines[-2].split()[:3] == ["dense-0", "ready", "compiled,"]
+    assert "3 running, 4 waiting, KV 5 of 64 blocks" in lines[-2]
+    assert lines[-1].split()[:2] == ["shard-0", "ready"]
+    assert "16-17 experts in each of 2 layers (12.0 MiB), 153 calls" in lines[-1]
+
+
+def test_what_is_wrong_comes_first() -> None:
+    dead = {"alive": False, "error": "The actor died"}
+    stuck = DENSE | {"why_not_serving": "shard-1 cannot be reached"}
+    lines = text(shard_1=dead, dense_0=stuck).splitlines()
+    assert lines[-2].split(maxsplit=2) == ["dense-0", "degraded", "shard-1 cannot be reached"]
+    assert lines[-1].split(maxsplit=2) == ["shard-1", "dead", "The actor died"]
