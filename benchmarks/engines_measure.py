@@ -2,8 +2,8 @@
 
 A round takes every case in turn and, within a case, every engine; the order of the engines rotates
 with the rounds. Prompts are random and new for each sample (no prefix cache helps), and the same
-for all engines of a round and case. Ratios are taken within a round, so that what changes on the
-machine between rounds falls out of them.
+for all engines of a round and case, but for two ways into one engine. Ratios are taken within a
+round, so that what changes on the machine between rounds falls out of them.
 """
 
 import random
@@ -139,7 +139,7 @@ def measure(
         for case in cases:
             turn = number % len(targets)
             for target in [*targets[turn:], *targets[:turn]]:
-                rng = random.Random(f"{seed} {number} {case.name}")
+                rng = random.Random(f"{seed} {number} {case.name} {target.op}")
                 with _Alone(target, targets, shield):
                     meter = CpuMeter(target.engine, [t.engine for t in targets])
                     tokens_per_s, first_ms = sample(target, case, rng)
