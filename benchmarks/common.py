@@ -123,7 +123,7 @@ def finish(
     """Prints the table and the bars; writes the JSON file where one is asked for."""
     print(table(rows))
     for bar in bars:
-        verdict = {True: "met", False: "MISSED", None: ""}[bar.met]
+        verdict = {True: "holds", False: "MISSED", None: ""}[bar.holds]
         target = f"{bar.op} {bar.target:g}" if bar.target is not None else "no bar"
         print(f"{bar.name:<40} {bar.value!s:<28} {bar.unit:<6} {target:<8} {verdict}")
     if args.json:
@@ -132,7 +132,7 @@ def finish(
             "commit": commit(),
             "hardware": hardware(),
             "rows": [{k: _plain(v) for k, v in row.items()} for row in rows],
-            "bars": {bar.name: bar.as_json() for bar in bars},
+            "bars": [bar.as_json() for bar in bars],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Figures of alternating rounds: medians with their spread, ratios within rounds, bars, a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -38,7 +38,7 @@ class Bar:
     target: float | None = None
 
     @property
-    def met(self) -> bool | None:
+    def holds(self) -> bool | None:
         """Whether the median meets the target; None without one."""
         if self.target is None:
             return None
@@ -48,10 +48,17 @@ class Bar:
         return self.value.median < self.target
 
     def as_json(self) -> dict[str, Any]:
-        """Flat: value, min, max, unit, op, target, met."""
-        spread = asdict(self.value)
-        facts = {"unit": self.unit, "op": self.op, "target": self.target, "met": self.met}
-        return {"value": spread.pop("median"), **spread, **facts}
+        """name, value, target, op, holds; and unit, min and max over the rounds."""
+        return {
+            "name": self.name,
+            "value": self.value.median,
+            "target": self.target,
+            "op": self.op,
+            "holds": self.holds,
+            "unit": self.unit,
+            "min": self.value.min,
+            "max": self.value.max,
+        }
 
 
 def number(value: float) -> str:
