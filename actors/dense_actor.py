@@ -60,6 +60,8 @@ class DenseActor:
         self._state: DenseState | None = None
         self._peers: PeerSet | None = None
         self._executor: Executor | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._stopping = False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
@@ -119,7 +121,8 @@ class DenseActor:
 
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
-        if self._engine is not None:
+        self._stopping = True
+        if self._engine is not None:  # else `_serve` sees that it is not wanted any more
             self._engine.stop()
         self._thread.join()
 
@@ -178,6 +181,8 @@ class DenseActor:
     def _serve(self) -> None:
         assert self._engine is not None and self._server is not None and self._peers is not None
         try:
+            if self._stopping:
+                self._engine.stop()
             self._engine.run()
         finally:
             self._server.close()
@@ -185,12 +190,16 @@ class DenseActor:
 
     def _connect(self, rank: DenseRank, view: View) -> None:
         assert self._peers is not None
+        if self._dispatcher is not None:
+            for uid in self._dispatcher.suspects:  # a shard that hangs does not shake hands
+                self._peers.disconnect(uid)
         dispatcher = Dispatcher(
             view=view,
             peers=self._peers,
             combine="ordered" if self._launch.exact else "presummed",
             deadline_s=self._launch.call_timeout_s,
         )
+        self._dispatcher = dispatcher
         missing = sorted(set(view.placement.slots) - set(self._peers.live_uids))
         if missing:
             raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")

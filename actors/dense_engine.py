@@ -12,6 +12,7 @@ engine waits for the inbox. Nothing here knows Ray.
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -42,6 +43,7 @@ from remora.comm.wire import Kind
 logger = logging.getLogger(__name__)
 
 RECONNECT_EVERY_S = 1.0  # at least this long between attempts to reach a lost shard
+INBOX_MAX = 1 << 16  # messages that wait for the end of a step; over it their senders are cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class DenseEngine:
         self._executor = executor
         self._connect = connect
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._ending = threading.Lock()  # nobody may start to wait for a loop that has ended
+        self._ended = False
         self._connections: dict[int, Connection] = {}
         self._view: View | None = None
         self._why_not: str | None = "no view yet: shards are still loading"
@@ -101,7 +105,9 @@ class DenseEngine:
     # -- any thread ---------------------------------------------------------------------------
 
     def on_frame(self, connection: Connection, frame: Frame) -> None:
-        """Queue one control message. Raises FrameError for anything else."""
+        """Queue one control message. Raises FrameError for anything else, and for a flood."""
+        if self._inbox.qsize() >= INBOX_MAX:
+            raise FrameError(f"{INBOX_MAX} messages wait for the dense rank: no more are taken")
         if frame.header.kind != Kind.CONTROL:
             raise FrameError(f"frame kind {frame.header.kind} sent to a dense rank")
         try:
@@ -118,7 +124,8 @@ class DenseEngine:
         """Use `view` from the next step on; returns when it is in use.
 
         Raises:
-            ClusterError: a shard of the view cannot be reached; the old view stays.
+            ClusterError: a shard of the view cannot be reached (the old view stays), or the engine
+                has stopped.
         """
         self._do(lambda: self._adopt(view))
 
@@ -137,16 +144,32 @@ class DenseEngine:
         """The loop; returns after `stop`."""
         self._executor.call_when_compiled(lambda: self._inbox.put(_Do(lambda: None, Future())))
         self._note_status()
-        while self._take_inbox():
-            plan = self._state.next_step()
-            if plan is not None:
-                self._carry_out(self._state.handle(self._run_step(plan)))
-        self._executor.close()
+        try:
+            while self._take_inbox():
+                plan = self._state.next_step()
+                if plan is not None:
+                    self._carry_out(self._state.handle(self._run_step(plan)))
+        finally:
+            self._end()
 
     def _do(self, action: Callable[[], None]) -> None:
         done: Future[None] = Future()
-        self._inbox.put(_Do(action, done))
+        with self._ending:
+            if self._ended:
+                raise ClusterError("this dense rank has stopped")
+            self._inbox.put(_Do(action, done))
         done.result()
+
+    def _end(self) -> None:
+        """Let go of whoever waits for the loop, and of the compiling child."""
+        with self._ending:
+            self._ended = True
+        self._why_not = "this dense rank has stopped"
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, _Do):
+                item.done.set_exception(ClusterError(self._why_not))
+        self._executor.close()
 
     def _take_inbox(self) -> bool:
         """Handle everything that has arrived; wait for something while idle. False: stop."""
@@ -176,6 +199,7 @@ class DenseEngine:
             case Abort(request_id):
                 self._handle(AbortRequested(request_id, connection.id))
             case Ping(nonce):
+                self._look_again()
                 pong = Pong(
                     nonce=nonce,
                     stats=self._state.stats(),
@@ -191,7 +215,8 @@ class DenseEngine:
                 self._reconnect()
             results = self._rank.run(plan)
         except ClusterError as failure:
-            logger.error("step %d failed: %s", plan.step_id, failure)
+            if self._why_not is None:  # said once, not for every request that comes meanwhile
+                logger.error("step %d failed: %s", plan.step_id, failure)
             self._why_not = str(failure)
             return StepFailed(plan.step_id, str(failure))
         except Exception as failure:  # a fault of ours: its requests end, the engine goes on
@@ -205,8 +230,19 @@ class DenseEngine:
         """Try the shards of the view again, not more often than RECONNECT_EVERY_S."""
         if self._view is None or time.monotonic() < self._reconnect_at_s:
             raise ClusterError(self._why_not or "not serving")
-        self._reconnect_at_s = time.monotonic() + RECONNECT_EVERY_S
-        self._adopt(self._view)
+        try:
+            self._adopt(self._view)
+        finally:
+            self._reconnect_at_s = time.monotonic() + RECONNECT_EVERY_S
+        logger.warning("every shard of view %d is connected again", self._view.epoch)
+
+    def _look_again(self) -> None:
+        """Whether shards that were lost are back: an ingress that is not ready gets no requests."""
+        if self._why_not is not None and self._view is not None:
+            try:
+                self._reconnect()
+            except ClusterError as failure:
+                self._why_not = str(failure)
 
     def _adopt(self, view: View) -> None:
         self._connect(view)

@@ -47,6 +47,7 @@ class ExpertActor:
         self._shard: ShardExperts | None = None
         self._calls_served = 0
         self._compute_s = 0.0
+        self._stopping = False
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def start(self) -> Member:
@@ -85,7 +86,8 @@ class ExpertActor:
 
     def stop(self) -> None:
         """Stop answering and close every socket; returns when the thread has ended."""
-        if self._server is not None:
+        self._stopping = True
+        if self._server is not None:  # else `_serve` sees that it is not wanted any more
             self._server.stop()
         self._thread.join()
 
@@ -115,7 +117,13 @@ class ExpertActor:
         )
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of experts", launch.uid, self._shard.nbytes)
-        return self._server.run
+        return self._serve
+
+    def _serve(self) -> None:
+        assert self._server is not None
+        if self._stopping:
+            self._server.stop()
+        self._server.run()
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)

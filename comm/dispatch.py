@@ -111,7 +111,7 @@ class Dispatcher:
         hosts = {m.uid: m.endpoint.host for m in view.members}
         own = self._peers.self_host
         self._local_S = np.array([hosts.get(uid) == own for uid in self._uids], np.uint8)
-        self._suspects: set[str] = set()
+        self.suspects: set[str] = set()  # late, or of another life: until the next view
         self._note_usable()
         self._tables = replica_tables(view, self._uids)
 
@@ -363,7 +363,7 @@ class Dispatcher:
         shard = int(sent.call_shard_C[c])
         self._usable_S[shard] = 0
         if not isinstance(error, PeerLostError):
-            self._suspects.add(self._uids[shard])
+            self.suspects.add(self._uids[shard])
         sent.failed.append(c)
         sent.error = error
         log.warning("layer %d: %s", sent.layer, error)
@@ -393,5 +393,5 @@ class Dispatcher:
         return bool((self._usable_S != before).any())
 
     def _note_usable(self) -> None:
-        live = set(self._peers.live_uids) - self._suspects
+        live = set(self._peers.live_uids) - self.suspects
         self._usable_S = np.array([uid in live for uid in self._uids], np.uint8)

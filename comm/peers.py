@@ -113,8 +113,8 @@ class PeerSet:
 
     @property
     def live_uids(self) -> list[str]:
-        """Peers whose connection is open, sorted."""
-        return sorted(uid for uid, peer in self._peers.items() if peer.error is None)
+        """Peers whose connection is open, sorted. The one thing that any thread may ask."""
+        return sorted(uid for uid, peer in list(self._peers.items()) if peer.error is None)
 
     def close(self) -> None:
         """Closes every connection and frees every arena. Idempotent."""

@@ -92,11 +92,14 @@ class LocalCluster:
         members = tuple(shard.start() for shard in self.shards)
         self.view = View(epoch=1, members=members, placement=placement)
 
+    def launch(self, **limits: Any) -> DenseLaunch:
+        """What a dense rank over the shards is told."""
+        return DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
+
     @contextlib.contextmanager
     def dense(self, **limits: Any) -> Iterator["DenseClient"]:
         """A dense rank over the shards, ready to be asked."""
-        launch = DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
-        actor = DenseActor(launch)
+        actor = DenseActor(self.launch(**limits))
         member = actor.start()
         try:
             actor.adopt_view(self.view)
