@@ -25,8 +25,8 @@ class ActorThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it prepares or serves."""
-        return self._thread.is_alive()
+        """Whether it is still to start, prepares or serves."""
+        return self._thread.ident is None or self._thread.is_alive()
 
     def join(self) -> None:
         """Wait until it has ended; at once if it never started."""

@@ -5,6 +5,7 @@ Imports no Ray: how to authenticate with a Ray cluster must be in the environmen
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,8 +28,9 @@ class Instance:
     pid: int  # of `remora serve`
     ray_address: str
     ray_token: str | None  # of a Ray cluster of our own; the file is readable by its user alone
-    url: str
+    url: str | None  # None: not ready yet
     model: str
+    session: str | None = None  # directory of a Ray cluster of our own
 
 
 def instances_dir() -> Path:
@@ -42,7 +44,7 @@ def instances_dir() -> Path:
 
 
 def find_instance(name: str) -> Instance | None:
-    """The running instance of that name; one whose process is gone is forgotten."""
+    """The running instance of that name; one whose process is gone is cleared away."""
     path = instances_dir() / f"{name}.json"
     try:
         instance = Instance(**json.loads(path.read_text()))
@@ -52,7 +54,7 @@ def find_instance(name: str) -> Instance | None:
         path.unlink(missing_ok=True)
         return None
     if not _is_remora(instance.pid):
-        path.unlink(missing_ok=True)
+        _clear_away(instance, path)
         return None
     return instance
 
@@ -80,13 +82,20 @@ def which_instance(name: str | None) -> tuple[str | None, Instance | None]:
 @contextmanager
 def written_down(instance: Instance) -> Iterator[None]:
     """Keep an instance findable while the block runs."""
-    path = instances_dir() / f"{instance.name}.json"
-    path.touch(mode=0o600)
-    path.write_text(json.dumps(asdict(instance)))
+    write_down(instance)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        (instances_dir() / f"{instance.name}.json").unlink(missing_ok=True)
+
+
+def write_down(instance: Instance) -> None:
+    """Write an instance down, over what was known of it: readers see the old or the new, whole."""
+    path = instances_dir() / f"{instance.name}.json"
+    half = path.with_suffix(f".{os.getpid()}")
+    half.touch(mode=0o600)
+    half.write_text(json.dumps(asdict(instance)))
+    half.replace(path)
 
 
 def use_token(instance: Instance) -> None:
@@ -94,6 +103,13 @@ def use_token(instance: Instance) -> None:
     if instance.ray_token is not None:
         os.environ[TOKEN_ENV] = instance.ray_token
         os.environ[MODE_ENV] = "token"
+
+
+def _clear_away(instance: Instance, path: Path) -> None:
+    """Forget an instance that was killed. Its Ray ends by itself, but leaves its directory."""
+    path.unlink(missing_ok=True)
+    if instance.session is not None:
+        shutil.rmtree(instance.session, ignore_errors=True)
 
 
 def _is_remora(pid: int) -> bool:

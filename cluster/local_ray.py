@@ -18,7 +18,7 @@ import ray
 
 from remora.cluster.bootstrap import neutral_runtime_env
 from remora.cluster.config import RemoraConfig
-from remora.cluster.instances import TOKEN_ENV, find_instance
+from remora.cluster.instances import TOKEN_ENV, find_instance, instance_names
 from remora.comm.errors import ClusterError, ConfigError
 
 
@@ -28,19 +28,21 @@ def check_free(config: RemoraConfig) -> RemoraConfig:
     Raises:
         ConfigError: an instance of this name runs, or the port is taken.
     """
+    instance_names()  # clears away what killed ones have left
     running = find_instance(config.name)
     if running is not None:
         raise ConfigError(
-            f"{config.name!r} is running already (process {running.pid}, {running.url}, model"
-            f" {running.model}): choose another --name and --port, or `remora stop {config.name}`"
+            f"{config.name!r} is running already (process {running.pid},"
+            f" {running.url or 'starting'}, model {running.model}): choose another --name and"
+            f" --port, or `remora stop {config.name}`"
         )
     port = _usable_port(config.http.host, config.http.port)
     return config.model_copy(update={"http": config.http.model_copy(update={"port": port})})
 
 
 @contextmanager
-def own_ray(config: RemoraConfig) -> Iterator[str]:
-    """A Ray cluster of this machine for one deployment; yields its address.
+def own_ray(config: RemoraConfig) -> Iterator[tuple[str, str]]:
+    """A Ray cluster of this machine for one deployment; yields its address and its directory.
 
     Ray's own processes listen on every address (Ray turns a loopback address into the host's), so
     they get a token of this cluster's own.
@@ -65,7 +67,7 @@ def own_ray(config: RemoraConfig) -> Iterator[str]:
             runtime_env=neutral_runtime_env(),
             _temp_dir=session,
         )
-        yield str(ray.get_runtime_context().gcs_address)
+        yield str(ray.get_runtime_context().gcs_address), session
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"Ray does not start: {error}") from error
     finally:

@@ -5,14 +5,16 @@ import os
 import select
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
-from remora.cluster.instances import Instance, missing
+from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
 from remora.comm.errors import ClusterError
 
@@ -26,10 +28,13 @@ def run_status(
 ) -> int:
     """Print what a deployment is doing. Returns the exit status: 3 when there is none."""
     with _connected(instance.ray_address if instance else ray_address) as found:
-        if not found or find_cluster(name) is None:
-            return missing(f"there is no deployment {name!r}", as_json)
-        status = cluster_status(name)
-    if instance is not None:
+        if found and find_cluster(name) is not None:
+            status = cluster_status(name)
+        elif instance is not None:
+            status = _not_there_yet(instance)
+        else:
+            return missing(_nothing_of(name), as_json)
+    if instance is not None and instance.url is not None:
         status["url"] = instance.url
     print(json.dumps(status, default=str) if as_json else status_text(status))
     return OK
@@ -48,22 +53,42 @@ def run_stop(
     else:
         with _connected(ray_address) as found:
             if not found or find_cluster(name) is None:
-                return missing(f"there is no deployment {name!r}", as_json)
+                return missing(_nothing_of(name), as_json)
             stop_cluster(name)
     print(json.dumps({"stopped": name}) if as_json else f"stopped {name}")
     return OK
 
 
+def _nothing_of(name: str) -> str:
+    names = instance_names()
+    here = f"; running on this machine: {', '.join(names)}" if names else ""
+    return f"there is no deployment {name!r}{here} (in another Ray cluster: --ray-address)"
+
+
+def _not_there_yet(instance: Instance) -> dict[str, Any]:
+    """The status of a `remora serve` that has not made its coordinator yet."""
+    return {
+        "name": instance.name,
+        "model": instance.model,
+        "numerics": None,
+        "phase": "starting",
+        "error": None,
+        "epoch": None,
+        "members": {},
+    }
+
+
 def status_text(status: dict[str, Any]) -> str:
     """The status for people."""
     lines = [f"{status['name']}: {status['phase']}, model {status['model']}"]
-    lines.append(f"  numerics {status['numerics']}, epoch {status['epoch']}")
+    if status["epoch"] is not None:
+        lines.append(f"  numerics {status['numerics']}, epoch {status['epoch']}")
     if "url" in status:
         lines.append(f"  {status['url']}/v1")
     if status.get("error"):
         lines.append(f"  error: {status['error']}")
     for uid, member in sorted(status["members"].items()):
-        lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}")
+        lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}".rstrip())
     return "\n".join(lines)
 
 
@@ -71,13 +96,16 @@ def _state(member: dict[str, Any]) -> str:
     """One word for one member."""
     if not member["alive"]:
         return "dead"
-    return "degraded" if member.get("why_not_serving") else str(member["phase"])
+    degraded = member["phase"] == "ready" and member.get("why_not_serving")
+    return "degraded" if degraded else str(member["phase"])
 
 
 def _facts(member: dict[str, Any]) -> str:
     """What an operator looks for first in one member, by its role."""
     if not member["alive"]:
         return str(member.get("error", ""))
+    if member["phase"] != "ready":
+        return ""
     if member.get("why_not_serving"):
         return str(member["why_not_serving"])
     if "calls_served" in member:
@@ -88,8 +116,10 @@ def _facts(member: dict[str, Any]) -> str:
             f" ({member['weights_bytes'] / 2**20:.1f} MiB), {member['calls_served']} calls,"
             f" {member['compute_s']:.1f} s computing, {member['peers']} peers"
         )
+    why = f" ({member['why_eager']})" if member.get("why_eager") else ""
     return (
-        f"{member['executor']}, {member['num_running']} running, {member['num_waiting']} waiting,"
+        f"{member['executor']}{why}, {member['num_running']} running,"
+        f" {member['num_waiting']} waiting,"
         f" KV {member['kv_blocks_used']} of {member['kv_blocks_total']} blocks,"
         f" {member['steps_total']} steps in {member['step_s']:.1f} s,"
         f" {member['preemptions_total']} preemptions"
@@ -100,23 +130,39 @@ def _facts(member: dict[str, Any]) -> str:
 def _connected(address: str | None) -> Iterator[bool]:
     """Connect to a Ray cluster; False when there is none to connect to."""
     quiet_ray()
-    if address is not None:
-        _check_answers(address)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        address = _started_by_ray_start()
+        if address is None:
+            yield False
+            return
+    _check_answers(address)
     try:
         ray.init(
-            address=address or os.environ.get("RAY_ADDRESS", "auto"),
+            address=address,
             log_to_driver=False,
             configure_logging=False,
         )
     except ConnectionError as error:
-        if address is not None:
-            raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
-        yield False
-        return
+        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
     try:
         yield True
     finally:
         ray.shutdown()
+
+
+def _started_by_ray_start() -> str | None:
+    """The cluster that `ray start` last started here, where Ray writes it down, if it answers.
+
+    Ray's own "auto" would also try the private clusters of other instances, for half a minute.
+    """
+    folder = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    try:
+        address = (Path(folder) / "ray" / "ray_current_cluster").read_text().strip()
+        _check_answers(address)
+    except (OSError, ClusterError):
+        return None
+    return address
 
 
 def _check_answers(address: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import ray
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from remora.actors.launch import Progress as Loading
+from remora.actors.tokenizer import Tokenizer
 from remora.cluster.app import application
 from remora.cluster.bootstrap import (
     ensure_cluster,
@@ -25,9 +27,10 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
-from remora.cluster.instances import TOKEN_ENV, Instance, written_down
+from remora.cluster.instances import TOKEN_ENV, Instance, write_down, written_down
 from remora.cluster.local_ray import check_free, own_ray, proxy_port, quiet_ray
 from remora.cluster.model_source import local_checkpoint
+from remora.cluster.security import ADMIN_KEYS_ENV, API_KEYS_ENV, load_keys
 from remora.comm.errors import ClusterError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -40,6 +43,7 @@ def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
         RemoraError: it cannot be served; nothing is left behind.
     """
     config = config.model_copy(update={"model": local_checkpoint(config.model)})
+    _check_ingress(config)
     console = Console(stderr=True)
     with ExitStack() as stack:
         try:
@@ -55,12 +59,24 @@ def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
     return 0
 
 
+def _check_ingress(config: RemoraConfig) -> None:
+    """What an ingress needs is there: Serve would start it again and again to find out.
+
+    Raises:
+        RemoraError: a keys file or the tokenizer cannot be used.
+    """
+    load_keys(config.http.api_keys_file, API_KEYS_ENV)
+    load_keys(config.http.admin_keys_file, ADMIN_KEYS_ENV)
+    Tokenizer(config.model)
+
+
 def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
     """Start Ray or connect to it, the data plane, Serve. Returns the base URL."""
     own = config.ray.address is None
+    session = None
     if own:
         config = check_free(config)
-        address = stack.enter_context(own_ray(config))
+        address, session = stack.enter_context(own_ray(config))
     else:
         address = str(config.ray.address)
         quiet_ray()
@@ -69,20 +85,22 @@ def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
         if find_cluster(config.name) is not None:
             console.print(f"adopting the deployment {config.name!r} that runs in {address}")
     _install_signals()  # ray.init has put its own in place
-    if not own:  # a Ray cluster of our own ends with everything that is in it
-        stack.callback(_stop_data_plane, config.name)
-    with _progress(console) as report:
-        ensure_cluster(config, report)
-    url = _start_serve(config, own, stack, console)
     instance = Instance(
         name=config.name,
         pid=os.getpid(),
         ray_address=address,
         ray_token=os.environ[TOKEN_ENV] if own else None,
-        url=url,
+        url=None,
         model=config.model_id,
+        session=session,
     )
     stack.enter_context(written_down(instance))
+    if not own:  # a Ray cluster of our own ends with everything that is in it
+        stack.callback(_stop_data_plane, config.name)
+    with _progress(console) as report:
+        ensure_cluster(config, report)
+    url = _start_serve(config, own, stack, console)
+    write_down(replace(instance, url=url))
     return url
 
 
@@ -103,8 +121,21 @@ def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Con
             prefix = f"/{config.name}"
         console.print(f"sharing the Serve instance at {url}, under {prefix}")
         stack.callback(_delete_app, config.name)
-    serve.run(application(config), name=config.name, route_prefix=prefix)
+    try:
+        serve.run(application(config), name=config.name, route_prefix=prefix)
+    except RuntimeError as error:  # Serve's own, after several attempts
+        raise ClusterError(f"the ingress does not start: {_why_not(config.name)}") from error
     return url.rstrip("/") + prefix.rstrip("/")
+
+
+def _why_not(name: str) -> str:
+    """What Serve says of an application that failed: its replicas' own words come last."""
+    found = serve.status().applications.get(name)
+    if found is None:
+        return "Serve does not know it"
+    messages = [found.message, *(d.message for d in found.deployments.values())]
+    lines = [line for message in messages for line in message.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else str(found.status)
 
 
 def _delete_app(name: str) -> None:

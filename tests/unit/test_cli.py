@@ -68,6 +68,23 @@ def test_status_without_any_is_3(
         assert "no deployment" in capsys.readouterr().err
 
 
+def test_a_name_that_is_none_of_ours_is_told_with_those_that_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("remora.cluster.instances._is_remora", lambda pid: pid == os.getpid())
+    one = Instance(
+        name="one", pid=os.getpid(), ray_address="a:1", ray_token="t", url="u", model="m"
+    )
+    with written_down(one):
+        for command in ("status", "stop"):
+            assert main([command, "nope"]) == 3
+            message = capsys.readouterr().err
+            assert "'nope'" in message and "one" in message and "--ray-address" in message
+
+
 def test_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(DEMO_MODEL), "--shards", "3", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -92,8 +109,11 @@ def test_instances_are_private_and_forgotten(
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(instances_dir().stat().st_mode) == 0o700
         assert which_instance(None) == ("one", mine)
-        with written_down(Instance(name="gone", pid=2**22 + 1, **common)):
-            assert instance_names() == ["one"]  # the other's process is no more
+        session = tmp_path / "session"
+        session.mkdir()
+        with written_down(Instance(name="gone", pid=2**22 + 1, session=str(session), **common)):
+            assert instance_names() == ["one"]  # the other was killed
+            assert not session.exists()
         with written_down(Instance(name="two", pid=os.getpid(), **common)):
             with pytest.raises(ConfigError, match="one, two"):
                 which_instance(None)

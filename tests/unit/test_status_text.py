@@ -48,6 +48,8 @@ def test_each_member_has_a_line_of_its_role() -> None:
     lines = text(shard_0=SHARD, dense_0=DENSE).splitlines()
     assert lines[-2].split()[:3] == ["dense-0", "ready", "compiled,"]
     assert "3 running, 4 waiting, KV 5 of 64 blocks" in lines[-2]
+    eager = DENSE | {"executor": "eager", "why_eager": "no C++ compiler found"}
+    assert "eager (no C++ compiler found), 3 running" in text(dense_0=eager)
     assert lines[-1].split()[:2] == ["shard-0", "ready"]
     assert "16-17 experts in each of 2 layers (12.0 MiB), 153 calls" in lines[-1]
 
@@ -58,3 +60,14 @@ def test_what_is_wrong_comes_first() -> None:
     lines = text(shard_1=dead, dense_0=stuck).splitlines()
     assert lines[-2].split(maxsplit=2) == ["dense-0", "degraded", "shard-1 cannot be reached"]
     assert lines[-1].split(maxsplit=2) == ["shard-1", "dead", "The actor died"]
+
+
+def test_what_starts_is_neither_dead_nor_degraded() -> None:
+    loads = SHARD | {"phase": "loading", "calls_served": 0}
+    stuck = DENSE | {"phase": "compiling", "why_not_serving": "starting"}
+    lines = text(shard_1={"alive": True, "phase": "starting"}, shard_0=loads, dense_0=stuck)
+    assert [line.split() for line in lines.splitlines()[-3:]] == [
+        ["dense-0", "compiling"],
+        ["shard-0", "loading"],
+        ["shard-1", "starting"],
+    ]
