@@ -116,6 +116,7 @@ class DenseActor:
             "steps_total": stats.steps_total if stats else 0,
             "preemptions_total": stats.preemptions_total if stats else 0,
             "executor": stats.executor if stats else "eager",
+            "why_eager": self._executor.why_eager if self._executor else None,
             "shards_connected": peers.live_uids if peers else [],
         }
 

@@ -70,17 +70,20 @@ class Executor:
         self._model = model
         self._exact = exact
         self._child: subprocess.Popen[bytes] | None = None
-        self._marker = cache_dir() / "compiled" / artefact_key(model.spec, model.dtype, exact=exact)
         self.phase: Phase = "eager"
+        self.why_eager: str | None = None  # why nothing will be compiled, for people
         if wish == "eager":
+            self.why_eager = "asked for"
             return
         if not has_compiler():
-            logger.warning("no C++ compiler found: layers run in eager mode for good")
-        elif wish == "compiled" or self._marker.exists():
+            self._stay_eager("no C++ compiler found")
+            return
+        key = artefact_key(model.spec, model.dtype, exact=exact)
+        self._marker = cache_dir() / "compiled" / key
+        if wish == "compiled" or self._marker.exists():
             self._switch()
         else:
-            self._child = self._spawn()
-            self.phase = "warming"
+            self._warm()
 
     @property
     def name(self) -> str:
@@ -100,18 +103,13 @@ class Executor:
         threading.Thread(target=wait, name="remora-compile-watch", daemon=True).start()
 
     def when_idle(self) -> bool:
-        """Called while no request runs; switches if the artefacts are ready. True if it did."""
+        """Called while no request runs: switches if the artefacts are ready. True if it changed."""
         if self._child is None or self._child.poll() is None:
             return False
         status = self._end_child()
         if status != 0:
-            logger.warning(
-                "compiling beside the engine failed (status %d): eager for good; its log is %s",
-                status,
-                self._log_path(),
-            )
-            self.phase = "eager"
-            return False
+            self._stay_eager(f"compiling failed with status {status}, see {self._log_path()}")
+            return True
         self._switch()
         return True
 
@@ -129,13 +127,39 @@ class Executor:
         return child.returncode
 
     def _switch(self) -> None:
+        """Compile, or stay eager where that fails: a full disk must not keep a model from serving.
+
+        The compiler wraps whatever stopped it (no space, no permission, a broken g++) in errors of
+        many kinds, so any failure of the warm-up counts as its own once eager layers pass it.
+        """
         use_cache()
-        self._model.compile()
-        warm_up(self._model, exact=self._exact)
-        self._marker.parent.mkdir(parents=True, exist_ok=True)
-        self._marker.touch()
+        try:
+            self._model.compile()
+            warm_up(self._model, exact=self._exact)
+        except Exception as failure:
+            self._model.use_eager()
+            warm_up(self._model, exact=self._exact)
+            self._stay_eager(f"compiling failed: {_first_line(failure)}")
+            return
         self.phase = "compiled"
         logger.info("layers are compiled")
+        try:
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            self._marker.touch()
+        except OSError as failure:  # it only saves the next start some work
+            logger.warning("compiled artefacts cannot be kept: %s", failure)
+
+    def _warm(self) -> None:
+        try:
+            self._child = self._spawn()
+        except OSError as failure:
+            self._stay_eager(f"the cache cannot be written: {failure}")
+        else:
+            self.phase = "warming"
+
+    def _stay_eager(self, why: str) -> None:
+        self.phase, self.why_eager = "eager", why
+        logger.warning("layers run in eager mode for good: %s", why)
 
     def _log_path(self) -> Path:
         return cache_dir() / "compiled" / f"{self._marker.name}.log"
@@ -157,3 +181,8 @@ class Executor:
                 stderr=log,
                 stdin=subprocess.PIPE,  # the child ends when this end closes
             )
+
+
+def _first_line(failure: BaseException) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__

@@ -116,3 +116,24 @@ def test_without_a_compiler_layers_stay_eager(
     chosen = Executor(dense, wish="compiled", exact=False)
     assert chosen.name == "eager"
     assert "no C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("wish", ["auto", "compiled"])
+def test_a_cache_that_cannot_be_written_leaves_layers_eager(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wish: executor_module.Wish,
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory can be made under a file, not even by root")
+    monkeypatch.setenv("REMORA_CACHE_DIR", str(blocked / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(blocked / "cache" / "inductor"))
+    torch._dynamo.reset()
+    dense = build_dense(model, inspect_model(model), dtype=torch.float32, exact=False)
+    chosen = Executor(dense, wish=wish, exact=False)
+    assert (chosen.phase, chosen.name) == ("eager", "eager")
+    assert chosen.why_eager is not None and str(blocked) in chosen.why_eager
+    assert chosen.why_eager in caplog.text
+    assert not chosen.when_idle()
