@@ -44,13 +44,18 @@ def row_quantum(model: DenseModel) -> int:
     The least q such that q rows of any width that the model's layers know have a multiple of
     TAIL_FREE values: elementwise kernels flatten rows, so a tail belongs to whoever comes last.
     """
+    return math.lcm(*(TAIL_FREE // math.gcd(TAIL_FREE, width) for width in layer_widths(model)))
+
+
+def layer_widths(model: DenseModel) -> set[int]:
+    """Widths of rows inside the model's layers, as far as their linears and tables tell."""
     widths = {model.spec.hidden_size}
     for layer in model.layers:
         for module in layer.modules():
             if isinstance(module, PackedLinear):
                 widths |= {module.in_features, module.out_features}
         widths |= {size for p in layer.parameters() if p.dim() == 2 for size in p.shape}
-    return math.lcm(*(TAIL_FREE // math.gcd(TAIL_FREE, width) for width in widths))
+    return widths
 
 
 def padded_rows(num_tokens: int, *, quantum: int, native: bool) -> int:

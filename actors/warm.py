@@ -5,6 +5,7 @@ as the engine will, and so leaves behind exactly the artefacts that the engine t
 a pipe from its parent and ends with it, however the parent ends.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -14,23 +15,38 @@ import torch
 from torch import Tensor
 
 from remora.actors.dense_model import DenseModel, build_hollow
+from remora.actors.dense_rank import layer_widths, row_quantum
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import StepContext
 from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
-from remora.kernels.linear import ROW_TILE
 
 LOWEST_PRIORITY = 19  # niceness of the child that compiles beside a serving engine
 
-# The first row count is what the compiler meets; it must equal no width of any model, or the
-# compiler would take the two for one symbol. The others prove that nothing compiles again.
-FAST_ROWS = (37, 2, 129)
-EXACT_ROWS = (3 * ROW_TILE, ROW_TILE, 5 * ROW_TILE)
+WARM_ROWS = (37, 2, 129)  # at least; a large step, the smallest, and a larger one
+
+
+def warm_rows(model: DenseModel, *, exact: bool) -> list[int]:
+    """Row counts of the warm-up steps, of a kind that the engine will have.
+
+    None of them equals a width of the model, except perhaps the smallest: the compiler would take
+    the two for one symbol and compile anew for every other number of rows, and `exact` steps of
+    just that many rows would run other code than the rest.
+    """
+    quantum = row_quantum(model) if exact else 1
+    widths = layer_widths(model)
+    widths |= {size for a in model.spec.attention for size in (a.k_dim, a.v_dim)}
+    widths |= {k * size for b in model.model.buffers() for size in b.shape for k in (1, 2)}
+    counts = []
+    for at_least in WARM_ROWS:
+        multiples = itertools.count(-(-at_least // quantum) * quantum, quantum)
+        counts.append(next(rows for rows in multiples if rows not in widths or rows == 2))
+    return counts
 
 
 def warm_up(model: DenseModel, *, exact: bool) -> None:
     """Run a few steps that touch no request: pages of their own, experts that answer zeros."""
-    for num_rows in EXACT_ROWS if exact else FAST_ROWS:
+    for num_rows in warm_rows(model, exact=exact):
         num_blocks = -(-num_rows // BLOCK_SIZE)
         plan = build_plan([0], [num_rows], [list(range(num_blocks))], num_rows)
         pages = [

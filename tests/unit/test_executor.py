@@ -51,7 +51,9 @@ def test_exact_holds_for_compiled_layers_too(model: Path) -> None:
         with cluster.dense(
             executor="compiled", max_num_seqs=8, max_tokens_per_step=40, num_kv_blocks=24
         ) as crowded:
+            num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             answers = crowded.ask(asks())
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs > 0
     finally:
         cluster.close()
     assert [a.token_ids for a in answers] == expected
@@ -65,6 +67,16 @@ def test_equal_layers_share_a_compilation_and_no_step_compiles_again(model: Path
     chosen = Executor(dense, wish="compiled", exact=False)
     assert chosen.name == "compiled"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "all layers are alike"
+
+
+def test_widths_of_a_model_are_not_taken_for_row_counts(tmp_path: Path) -> None:
+    """192 is DeepSeek's head, and a usual hidden size of small models; so are 64 and 320."""
+    path = make_checkpoint(tmp_path, "mixtral", hidden_size=192, head_dim=64)
+    dense = build_dense(path, inspect_model(path), dtype=torch.float32, exact=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert Executor(dense, wish="compiled", exact=True).name == "compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_was_compiled_once_is_compiled_before_serving(model: Path) -> None:
