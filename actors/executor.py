@@ -33,6 +33,8 @@ from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
 
+_CACHE_ENV = "TORCHINDUCTOR_CACHE_DIR"
+
 Wish = Literal["auto", "eager", "compiled"]
 Phase = Literal["eager", "warming", "compiled"]
 
@@ -43,8 +45,15 @@ def cache_dir() -> Path:
 
 
 def use_cache() -> None:
-    """Point torch's compiler at our cache; before anything is compiled in this process."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    """Point torch's compiler at our cache; before anything is compiled in this process.
+
+    Importing torch's compiler writes torch's own default into the environment, for children too:
+    that is nobody's wish and gives way, anything else stays.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports the compiler
+
+    if os.environ.get(_CACHE_ENV) in (None, default_cache_dir()):
+        os.environ[_CACHE_ENV] = str(cache_dir() / "inductor")
 
 
 def has_compiler() -> bool:

@@ -1,5 +1,6 @@
 """Compiled layers: one compilation for equal layers, the same promise, kept artefacts, fallback."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from support.checkpoints import VOCAB, make_checkpoint
 from support.local_cluster import Ask, LocalCluster
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from remora.actors import executor as executor_module
 from remora.actors.dense_model import build_dense
@@ -149,3 +151,16 @@ def test_a_cache_that_cannot_be_written_leaves_layers_eager(
     assert chosen.why_eager is not None and str(blocked) in chosen.why_eager
     assert chosen.why_eager in caplog.text
     assert not chosen.when_idle()
+
+
+def test_our_cache_is_used_unless_another_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REMORA_CACHE_DIR", str(tmp_path))
+    for given, wanted in (
+        (default_cache_dir(), str(tmp_path / "inductor")),  # torch puts it there when imported
+        ("/elsewhere", "/elsewhere"),
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        executor_module.use_cache()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == wanted
