@@ -5,8 +5,9 @@
 """
 
 import asyncio
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from remora.actors.tokenizer import Tokenizer
 from remora.cluster.admission import Admission
@@ -37,7 +38,7 @@ class Serving:
     admission: Admission
     metrics: IngressMetrics
     timeout_s: float
-    clock: Callable[[], float] = field(default=lambda: asyncio.get_running_loop().time())
+    clock: Callable[[], float] = time.perf_counter  # uvloop's own counts whole milliseconds
 
 
 class Generation:
