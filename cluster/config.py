@@ -122,7 +122,7 @@ class SecurityConfig(_Section):
 class RayConfig(_Section):
     """The Ray cluster underneath."""
 
-    address: str | None = None  # None: $RAY_ADDRESS, or a cluster of its own on this machine
+    address: str | None = None  # None: a cluster of its own on this machine
     num_cpus: Positive | None = None  # of an own local cluster; None: what the machine has
     object_store_mib: Annotated[int, Field(ge=80, le=1 << 20)] = 100  # of an own local cluster
 
@@ -200,7 +200,7 @@ def load_config(
     """Reads a YAML file and/or a preset of `remora.manifests`; `overrides` are dotted keys.
 
     Later wins: preset, file, overrides. A relative `model` of a file is relative to that file when
-    it names a directory there; any directory is made absolute.
+    it names a directory there; paths are made absolute.
 
     Raises:
         ConfigError: no such file or preset, not a YAML mapping, or as `parse_config`.
@@ -225,9 +225,25 @@ def load_config(
     for key, value in (overrides or {}).items():
         _set_dotted(data, key, value)
     config = parse_config(data, source=label)
-    if Path(config.model).is_dir():  # actors run in other working directories
-        config = config.model_copy(update={"model": str(Path(config.model).resolve())})
-    return config
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
+    """Relative paths are the caller's; actors run in other working directories."""
+
+    def absolute(section: _Section, names: tuple[str, ...]) -> dict[str, Any]:
+        paths = {name: getattr(section, name) for name in names}
+        return {name: path.expanduser().resolve() for name, path in paths.items() if path}
+
+    http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
+    security = absolute(config.security, ("token_file",))
+    update: dict[str, Any] = {
+        "http": config.http.model_copy(update=http),
+        "security": config.security.model_copy(update=security),
+    }
+    if Path(config.model).is_dir():
+        update["model"] = str(Path(config.model).resolve())
+    return config.model_copy(update=update)
 
 
 def preset_names() -> list[str]:

@@ -93,6 +93,15 @@ def test_overrides() -> None:
         load_config(overrides={"model": "m", "model.x": 1})
 
 
+def test_relative_paths_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = {"http.api_keys_file": "keys", "security.token_file": "~/token", "model": "m"}
+    config = load_config(overrides=overrides)
+    assert config.http.api_keys_file == tmp_path / "keys" and config.http.admin_keys_file is None
+    assert config.security.token_file == Path.home() / "token"
+    assert config.model == "m", "a hub id stays one"
+
+
 def test_frozen() -> None:
     config = RemoraConfig(model="m")
     with pytest.raises(ValidationError):
