@@ -8,11 +8,14 @@ on the port itself and no proxy stands in the stream (see `cluster/app.py` for w
 import logging
 import os
 import secrets
+import select
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -20,6 +23,10 @@ from remora.cluster.bootstrap import neutral_runtime_env
 from remora.cluster.config import RemoraConfig
 from remora.cluster.instances import TOKEN_ENV, find_instance, instance_names
 from remora.comm.errors import ClusterError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+ENDS_WITHIN_S = 10.0  # Ray's processes, once they are told to
 
 
 def check_free(config: RemoraConfig) -> RemoraConfig:
@@ -71,10 +78,47 @@ def own_ray(config: RemoraConfig) -> Iterator[tuple[str, str]]:
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"Ray does not start: {error}") from error
     finally:
+        below = _descendants(os.getpid())
         ray.shutdown()
+        _wait_for_end(below, ENDS_WITHIN_S)  # else one may still write into what is removed next
         os.environ.clear()
         os.environ.update(saved)
         shutil.rmtree(session, ignore_errors=True)
+
+
+def _descendants(pid: int) -> set[int]:
+    """Processes below `pid`, as far as they can be seen now."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += below
+    return found
+
+
+def _wait_for_end(pids: set[int], timeout_s: float) -> None:
+    """Return when all of `pids` have ended; say which have not after `timeout_s`."""
+    until = time.monotonic() + timeout_s
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            ended, _, _ = select.select([handle], [], [], max(0.0, until - time.monotonic()))
+        finally:
+            os.close(handle)
+        if not ended:
+            logger.warning("process %d of Ray did not end within %.0f s", pid, timeout_s)
 
 
 def quiet_ray() -> None:
