@@ -14,12 +14,16 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
 from remora.cluster.config import RemoraConfig
-from remora.cluster.coordinator import Coordinator
+from remora.cluster.coordinator import OVER, Coordinator
 from remora.comm.errors import ClusterError, ConfigError, RemoraError
 from remora.comm.view import Member, View
 
 PROGRESS_EVERY_S = 0.2
-COORDINATOR_THREADS = 8  # deploy, stop, and readers beside them
+COORDINATOR_THREADS = 8  # stop, and readers beside it
+DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
+ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
+# What cannot change under a data plane that runs; the rest is the ingresses' own.
+DATA_PLANE = ("dtype", "numerics", "executor", "bind_address", "dense", "experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,34 +61,17 @@ def ensure_cluster(
     """Bring the deployment up, or adopt the one that runs under the same name.
 
     Args:
-        config: what to serve. An existing deployment must have been started with the same model.
+        config: what to serve. An existing deployment must run with the same `DATA_PLANE` keys.
         on_progress: called a few times a second while actors load.
 
     Raises:
-        ConfigError: another model is served under this name, or the token file is unusable.
-        RemoraError: the model, a weight file or an actor failed.
+        ConfigError: the one that runs serves something else, or the token file is unusable.
+        RemoraError: the model, a weight file or an actor failed, or it took longer than
+            `start_timeout_s`; nothing is left behind.
     """
-    actor: Any = (
-        ray.remote(Coordinator)
-        .options(
-            name=coordinator_name(config.name),
-            namespace=RAY_NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=0,
-            max_concurrency=COORDINATOR_THREADS,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
-        )
-        .remote(config.model_dump(mode="json"), _token_of(config))
-    )
-    running = RemoraConfig.model_validate(_call(actor.config.remote()))
-    if running.model != config.model:
-        raise ConfigError(
-            f"deployment {config.name!r} already serves {running.model!r}, not {config.model!r}: "
-            "choose another --name, or stop it first (remora stop)"
-        )
-    pending = actor.deploy.remote()
+    actor = _coordinator(config)
+    _check_same(RemoraConfig.model_validate(_call(actor.config.remote())), config)
+    pending = actor.deploy.options(concurrency_group=DEPLOY).remote()
     try:
         while True:
             done, _ = ray.wait([pending], timeout=PROGRESS_EVERY_S if on_progress else None)
@@ -94,9 +81,69 @@ def ensure_cluster(
                 on_progress(_call(actor.progress.remote()))
         _call(pending)
     except RemoraError:
-        ray.kill(actor, no_restart=True)
+        _remove_if_over(actor)
         raise
     return _handle(config.name, actor)
+
+
+def _coordinator(config: RemoraConfig) -> Any:
+    """The deployment's coordinator, made if there is none that may yet serve."""
+    remote: Any = ray.remote  # its overloads know no groups of a class given later
+    make = remote(concurrency_groups={DEPLOY: 1})(Coordinator).options(
+        name=coordinator_name(config.name),
+        namespace=RAY_NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=0,
+        max_concurrency=COORDINATOR_THREADS,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
+    )
+    token = _token_of(config)
+    for _ in range(ADOPTIONS_MAX):
+        actor: Any = make.remote(config.model_dump(mode="json"), token)
+        if not _remove_if_over(actor):
+            return actor
+    raise ClusterError(f"deployment {config.name!r} is being stopped; try again")
+
+
+def _remove_if_over(actor: Any) -> bool:
+    """Remove a coordinator that has nothing up and will not; True when it is gone.
+
+    Only such a one may go: what it had up would outlive it.
+    """
+    try:
+        if ray.get(actor.phase.remote()) not in OVER:
+            return False
+    except ray.exceptions.RayActorError:  # somebody else was faster
+        return True
+    ray.kill(actor, no_restart=True)
+    return True
+
+
+def _check_same(running: RemoraConfig, config: RemoraConfig) -> None:
+    """Raises ConfigError when `running` is not what `config` asks of the data plane."""
+    if running.model != config.model:
+        raise ConfigError(
+            f"deployment {config.name!r} already serves {running.model!r}, not {config.model!r}: "
+            "choose another --name, or stop it first (remora stop)"
+        )
+    before, now = running.model_dump(mode="json"), config.model_dump(mode="json")
+    for key in DATA_PLANE:
+        if before[key] != now[key]:
+            was, wanted = _difference(before[key], now[key])
+            raise ConfigError(
+                f"deployment {config.name!r} already runs with {key} {was}, not {wanted}: choose "
+                f"another --name, or stop it first (remora stop {config.name})"
+            )
+
+
+def _difference(was: Any, wanted: Any) -> tuple[Any, Any]:
+    """The part in which two values of one configuration key differ."""
+    if not isinstance(was, dict):
+        return was, wanted
+    keys = [key for key in was if was[key] != wanted[key]]
+    return {key: was[key] for key in keys}, {key: wanted[key] for key in keys}
 
 
 def find_cluster(name: str) -> ClusterHandle | None:

@@ -5,7 +5,8 @@ dense ranks and ingresses read, tells who lives, and takes everything down; elas
 write-ahead log, supervision of incarnations) grows here with its own issue.
 
 Every data-plane actor is detached and named by incarnation, so that it outlives its creator:
-`remora/<deployment>/shard-0#1`.
+`remora/<deployment>/shard-0#1`. A coordinator brings its deployment up once: after a failure or a
+stop it has nothing up and is of no more use; whoever asks next removes it and makes another.
 """
 
 import functools
@@ -13,7 +14,6 @@ import logging
 import secrets
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import ray
@@ -24,13 +24,31 @@ from remora.actors.launch import Progress, actor_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model
 from remora.cluster.config import RemoraConfig
-from remora.cluster.launch import dense_launch, dense_options, shard_launch, shard_options
+from remora.cluster.launch import (
+    dense_launch,
+    dense_options,
+    placement_of,
+    shard_launch,
+    shard_options,
+)
+from remora.cluster.members import (
+    LateError,
+    all_answers,
+    answers_within,
+    asked_of_ray,
+    why_late,
+)
 from remora.comm.errors import ClusterError, RemoraError
-from remora.comm.view import Member, View, contiguous_placement
+from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["new", "starting", "serving", "failed", "stopped"]
+OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
+STATUS_S = 5.0  # for all members to tell how they are
+PROGRESS_S = 1.0
+STOP_S = 10.0  # for all members of a role to stop by themselves
+_UNANSWERED = (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
 
 
 class Coordinator:
@@ -46,11 +64,12 @@ class Coordinator:
         self._lock = threading.Lock()
         self._deploying = threading.Lock()
         self._phase: Phase = "new"
-        self._error: str | None = None
+        self._failure: RemoraError | None = None  # why it is over
+        self._stopping = False
         self._view: View | None = None
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
-        self._names: dict[str, str] = {}
+        self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
 
     # ---- what ingresses and operators read ----
@@ -62,6 +81,11 @@ class Coordinator:
     def config(self) -> dict[str, Any]:
         """The configuration this deployment runs, as plain data."""
         return self._config.model_dump(mode="json")
+
+    def phase(self) -> Phase:
+        """Where this deployment stands."""
+        with self._lock:
+            return self._phase
 
     def view(self) -> View:
         """The committed view.
@@ -90,20 +114,24 @@ class Coordinator:
     def status(self) -> dict[str, Any]:
         """Phase, members and their own accounts of themselves; plain data for the CLI."""
         with self._lock:
-            phase, error, view = self._phase, self._error, self._view
+            phase, failure, view = self._phase, self._failure, self._view
             handles = dict(self._handles)
         members = {}
-        for uid, handle in handles.items():
-            try:
-                members[uid] = ray.get(handle.status.remote(), timeout=5)
-            except ray.exceptions.RayError as broken:
-                members[uid] = {"alive": False, "error": str(broken).splitlines()[0]}
+        pending = {uid: handle.status.remote() for uid, handle in handles.items()}
+        for uid, answer in answers_within(pending, STATUS_S).items():
+            if isinstance(answer, _UNANSWERED):
+                waits = phase == "starting"  # for a place, or for its imports
+                members[uid] = {"alive": waits, "phase": phase, "error": "it does not answer"}
+            elif isinstance(answer, Exception):
+                members[uid] = {"alive": False, "error": str(answer).splitlines()[0]}
+            else:
+                members[uid] = answer
         return {
             "name": self._config.name,
             "model": self._config.model,
             "numerics": self._config.numerics,
             "phase": phase,
-            "error": error,
+            "error": str(failure) if failure else None,
             "epoch": view.epoch if view else None,
             "view_hash": view.view_hash if view else None,
             "uptime_s": time.time() - self._started_unix_s,
@@ -115,73 +143,94 @@ class Coordinator:
         with self._lock:
             handles = dict(self._handles)
         report = {}
-        for uid, handle in handles.items():
-            try:
-                report[uid] = ray.get(handle.progress.remote(), timeout=5)
-            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
-                report[uid] = Progress(phase="starting", bytes_done=0, bytes_total=0)
-            except ray.exceptions.ActorDiedError as died:
-                report[uid] = Progress(
-                    phase=f"died: {str(died).splitlines()[0]}", bytes_done=0, bytes_total=0
-                )
+        pending = {uid: handle.progress.remote() for uid, handle in handles.items()}
+        for uid, answer in answers_within(pending, PROGRESS_S).items():
+            if isinstance(answer, _UNANSWERED):
+                answer = Progress(phase="starting")
+            elif isinstance(answer, Exception):
+                answer = Progress(phase=f"died: {str(answer).splitlines()[0]}")
+            report[uid] = answer
         return report
 
     # ---- up and down ----
 
     def deploy(self) -> View:
-        """Create, load, connect, publish. Idempotent: asking again returns the view.
+        """Create, load, connect, publish. Asking again returns the view, or the same failure.
 
         Raises:
-            RemoraError: the model, a weight file or an actor failed; nothing is left half up.
+            RemoraError: the model, a weight file or an actor failed, not all had started within
+                `start_timeout_s`, or somebody stopped it meanwhile; nothing is left half up.
         """
         with self._deploying:
             with self._lock:
                 if self._phase == "serving":
                     assert self._view is not None
                     return self._view
-                self._phase, self._error = "starting", None
+                if self._failure is not None:
+                    raise self._failure
+                self._phase = "starting"
             try:
-                view = self._bring_up()
+                view = self._bring_up(time.monotonic() + self._config.start_timeout_s)
             except BaseException as failure:
-                self._tear_down()
-                with self._lock:
-                    self._phase, self._error = "failed", str(failure)
-                raise
+                self._kill()
+                if not isinstance(failure, RemoraError):
+                    logger.exception("deployment %s failed", self._config.name)
+                raise self._over("failed", failure) from failure
             with self._lock:
                 self._view, self._phase = view, "serving"
             return view
 
     def stop(self) -> None:
-        """Stop every data-plane actor. The caller removes the coordinator itself afterwards."""
+        """Stop every data-plane actor, also while they start, for good. The caller removes the
+        coordinator itself afterwards."""
+        with self._lock:
+            self._stopping = True
+            if self._phase == "starting":  # `deploy` sees them die, and ends
+                for handle in self._handles.values():
+                    ray.kill(handle, no_restart=True)
         with self._deploying:
-            self._tear_down()
-            with self._lock:
-                self._phase, self._view = "stopped", None
+            self._stop_members()
+            self._kill()
+            self._over("stopped", ClusterError(self._stopped()))
 
-    def _bring_up(self) -> View:
+    def _stopped(self) -> str:
+        return f"deployment {self._config.name!r} has been stopped"
+
+    def _over(self, phase: Phase, failure: BaseException) -> RemoraError:
+        """Note why nothing is up any more; returns what to raise."""
+        with self._lock:
+            if self._stopping:
+                failure = ClusterError(self._stopped())
+            elif not isinstance(failure, RemoraError):
+                failure = ClusterError(f"{type(failure).__name__}: {failure}")
+            self._phase, self._view, self._failure = phase, None, failure
+        return failure
+
+    def _bring_up(self, until_s: float) -> View:
         config = self._config
         spec = inspect_model(config.model)
-        shard_uids = tuple(f"shard-{i}" for i in range(config.experts.shards))
+        placement = placement_of(config, spec)
+        shard_uids = tuple(placement.slots)
         dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
-        placement = contiguous_placement(
-            num_experts=spec.num_experts, moe_layers=spec.moe_layers, shard_uids=shard_uids
-        )
         for uid in shard_uids:
             launch = shard_launch(config, uid, placement, self._token)
             self._create(ExpertActor, uid, launch, shard_options(config))
         for uid in dense_uids:
             launch_dense = dense_launch(config, uid, spec, self._token)
             self._create(DenseActor, uid, launch_dense, dense_options(config))
-        with ThreadPoolExecutor(len(shard_uids) + len(dense_uids)) as pool:
-            members = list(pool.map(self._start_one, (*shard_uids, *dense_uids)))
-        manifest = self._manifest_of(shard_uids)
-        missing = len(spec.moe_layers) * spec.num_experts - len(manifest.experts)
-        assert missing == 0, f"{missing} experts of the placement have no digest"
-        with self._lock:
-            self._manifest = manifest
-        view = View(epoch=1, members=tuple(members), placement=placement)
-        for uid in dense_uids:
-            _get(self._handles[uid].adopt_view.remote(view))
+        try:
+            handles = self._handles
+            started = all_answers({u: h.start.remote() for u, h in handles.items()}, until_s)
+        except LateError as late:
+            missing = {uid: self._handles[uid] for uid in late.uids}
+            raise ClusterError(
+                f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
+                f" {why_late(missing, self._asked)}"
+            ) from late
+        self._keep_manifest(shard_uids, len(spec.moe_layers) * spec.num_experts, until_s)
+        view = View(epoch=1, members=tuple(started.values()), placement=placement)
+        adopting = {uid: self._handles[uid].adopt_view.remote(view) for uid in dense_uids}
+        all_answers(adopting, until_s)
         return view
 
     def _create(
@@ -194,38 +243,29 @@ class Coordinator:
         name = actor_name(self._config.name, uid, launch.incarnation)
         handle = ray.remote(actor_class).options(name=name, **options).remote(launch)
         with self._lock:
-            self._handles[uid], self._names[uid] = handle, name
+            self._handles[uid], self._asked[uid] = handle, asked_of_ray(options)
+            if self._stopping:  # after `stop` had looked whom to kill
+                raise ClusterError(self._stopped())
 
-    def _start_one(self, uid: str) -> Member:
-        member: Member = _get(self._handles[uid].start.remote())
-        return member
-
-    def _manifest_of(self, shard_uids: tuple[str, ...]) -> Manifest:
+    def _keep_manifest(self, shard_uids: tuple[str, ...], count: int, until_s: float) -> None:
         """Digests of every expert held anywhere; replicas with different bytes are an error."""
-        held = [_get(self._handles[uid].manifest.remote()) for uid in shard_uids]
-        whole: Manifest = functools.reduce(Manifest.merge, held)
-        return whole
+        pending = {uid: self._handles[uid].manifest.remote() for uid in shard_uids}
+        whole: Manifest = functools.reduce(Manifest.merge, all_answers(pending, until_s).values())
+        assert len(whole.experts) == count, f"{len(whole.experts)} digests != {count} experts"
+        with self._lock:
+            self._manifest = whole
 
-    def _tear_down(self) -> None:
+    def _stop_members(self) -> None:
+        """Ask all to stop. Dense ranks first: one whose shards vanish would report a fault."""
+        for role in ("dense-", "shard-"):
+            pending = {u: h.stop.remote() for u, h in self._handles.items() if u.startswith(role)}
+            for uid, answer in answers_within(pending, STOP_S).items():
+                if isinstance(answer, Exception):
+                    reason = str(answer).splitlines()[0]
+                    logger.warning("%s did not stop by itself: %s", uid, reason)
+
+    def _kill(self) -> None:
         with self._lock:
             handles, self._handles = dict(self._handles), {}
-        # Dense ranks first: a rank whose shards vanish would report a fault that is none.
-        for uid in sorted(handles):
-            try:
-                ray.get(handles[uid].stop.remote(), timeout=10)
-            except ray.exceptions.RayError as broken:
-                logger.warning("%s did not stop by itself: %s", uid, str(broken).splitlines()[0])
-            ray.kill(handles[uid], no_restart=True)
-
-
-def _get(reference: Any) -> Any:
-    """`ray.get` that raises our own error when an actor raised one, and names a dead actor."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as failure:
-        cause = failure.cause
-        if isinstance(cause, RemoraError):
-            raise cause from None
-        raise
-    except ray.exceptions.ActorDiedError as died:
-        raise ClusterError(f"an actor died while starting: {died}") from died
+        for handle in handles.values():
+            ray.kill(handle, no_restart=True)

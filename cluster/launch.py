@@ -9,7 +9,7 @@ from remora.actors.launch import RAY_NAMESPACE, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
 from remora.comm.errors import ConfigError
-from remora.comm.view import Placement
+from remora.comm.view import Placement, contiguous_placement
 
 ACTOR_THREADS = 4  # start, progress, status and stop answer beside each other
 
@@ -50,6 +50,24 @@ def _threads(config: RemoraConfig, section: str, asked: int | None, processes: i
             "threads a process on the CPU (add shards or groups instead)"
         )
     return asked
+
+
+def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
+    """Which shard holds what: every layer's experts in equal contiguous runs.
+
+    Raises:
+        ConfigError: more shards than experts.
+    """
+    shards = config.experts.shards
+    if shards > spec.num_experts:
+        raise ConfigError(
+            f"experts.shards = {shards}: the model has {spec.num_experts} experts a layer"
+        )
+    return contiguous_placement(
+        num_experts=spec.num_experts,
+        moe_layers=spec.moe_layers,
+        shard_uids=tuple(f"shard-{index}" for index in range(shards)),
+    )
 
 
 def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: bytes) -> ShardLaunch:

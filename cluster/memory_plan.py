@@ -10,8 +10,7 @@ from typing import Any
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.cluster.config import RemoraConfig
-from remora.comm.errors import ConfigError
-from remora.comm.view import contiguous_placement
+from remora.cluster.launch import placement_of
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
 
 BATCHES = (1, 8, 32)  # decoding sequences that the traffic is estimated for
@@ -26,16 +25,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     """
     spec = inspect_model(config.model)
     dtype = resolve_dtype(spec, config.dtype)
-    shards = config.experts.shards
-    if shards > spec.num_experts:
-        raise ConfigError(
-            f"experts.shards = {shards}: the model has {spec.num_experts} experts a layer"
-        )
-    placement = contiguous_placement(
-        num_experts=spec.num_experts,
-        moe_layers=spec.moe_layers,
-        shard_uids=tuple(f"shard-{index}" for index in range(shards)),
-    )
+    placement = placement_of(config, spec)
     expert_nbytes = spec.expert_nbytes(dtype)
     num_experts = len(spec.moe_layers) * spec.num_experts
     with Checkpoint.open(config.model) as checkpoint:

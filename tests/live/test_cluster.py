@@ -2,7 +2,9 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from support.local_engine import reference_model
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.actors.model_spec import inspect_model
+from remora.cluster import bootstrap
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
@@ -25,7 +28,7 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig, parse_config
 from remora.comm.aio import connect_async
-from remora.comm.errors import ConfigError, UnsupportedModelError, WeightsError
+from remora.comm.errors import ClusterError, ConfigError, UnsupportedModelError, WeightsError
 from remora.comm.messages import (
     Ping,
     Pong,
@@ -160,6 +163,11 @@ def test_ensure_adopts_what_runs_and_refuses_another_model(raylets: Cluster, mod
         assert second.token == first.token
         with pytest.raises(ConfigError, match="already serves"):
             ensure_cluster(config(model.parent, "adopted"))
+        fast = config(model, "adopted").model_copy(update={"numerics": "fast"})
+        with pytest.raises(ConfigError, match="already runs with numerics exact, not fast"):
+            ensure_cluster(fast)
+        with pytest.raises(ConfigError, match=r"with experts \{'shards': 2\}, not \{'shards': 1"):
+            ensure_cluster(config(model, "adopted", experts={"shards": 1}))
         assert generate(second).token_ids == reference_tokens(model), "it still serves"
     finally:
         stop_cluster("adopted")
@@ -186,6 +194,91 @@ def test_bad_weights_fail_the_start_by_name_and_leave_nothing(
     with pytest.raises(WeightsError, match=victim.name):
         ensure_cluster(config(broken, "broken"))
     assert alive_actors("broken") == []
+
+
+def test_what_finds_no_place_fails_in_time_and_says_what_it_asked_for(
+    raylets: Cluster, model: Path
+) -> None:
+    asked = config(model, "placeless", experts={"num_gpus": 3, "labels": {"remora/role": "x"}})
+    with pytest.raises(ClusterError) as caught:
+        ensure_cluster(asked.model_copy(update={"start_timeout_s": 15.0}))
+    message = str(caught.value)
+    assert "start_timeout_s = 15" in message
+    assert "shard-0, shard-1 found no place (each asks for 0.5 CPU, 3 GPU" in message
+    assert "remora/role=x" in message and "2 node(s) of 2 CPU, 1 GPU" in message
+    assert find_cluster("placeless") is None
+    assert alive_actors("placeless") == []
+
+
+def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
+    asked = config(model, "halted", experts={"num_gpus": 3})
+    starting = threading.Event()
+    num_callers = bootstrap.COORDINATOR_THREADS + 2  # ingresses that wait for the same start
+    with ThreadPoolExecutor(num_callers) as pool:
+        starts = [
+            pool.submit(ensure_cluster, asked, lambda loading: loading and starting.set())
+            for _ in range(num_callers)
+        ]
+        assert starting.wait(60)
+        stop_cluster("halted")
+        for start in starts:
+            with pytest.raises(ClusterError, match=r"has been stopped|coordinator died"):
+                start.result(timeout=60)
+    assert find_cluster("halted") is None
+    assert alive_actors("halted") == []
+
+
+def test_two_callers_share_a_failure_and_the_name_is_free_again(
+    raylets: Cluster, model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    victim = sorted(broken.glob("*.safetensors"))[3]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-100])
+    asked = config(broken, "shared")
+    with ThreadPoolExecutor(2) as pool:
+        failures = [pool.submit(ensure_cluster, asked).exception(timeout=120) for _ in range(2)]
+    assert all(isinstance(f, WeightsError | ClusterError) for f in failures), failures
+    assert alive_actors("shared") == []
+    victim.write_bytes(whole)
+    handle = ensure_cluster(asked)
+    try:
+        assert generate(handle).finish_reason == "length"
+    finally:
+        stop_cluster("shared")
+
+
+def test_a_failed_coordinator_that_was_left_behind_is_replaced(
+    raylets: Cluster, model: Path, tmp_path: Path
+) -> None:
+    """Its maker may die before it could remove it."""
+    asked = config(model, "left")
+    bad = asked.model_copy(update={"model": str(tmp_path)})
+    left = bootstrap._coordinator(bad)
+    with pytest.raises(ray.exceptions.RayTaskError):
+        ray.get(left.deploy.remote())
+    assert ray.get(left.status.remote())["phase"] == "failed"
+    handle = ensure_cluster(asked)
+    try:
+        assert generate(handle).finish_reason == "length"
+    finally:
+        stop_cluster("left")
+
+
+def test_an_address_that_cannot_be_bound_is_told_with_the_actor(
+    raylets: Cluster, model: Path
+) -> None:
+    asked = config(model, "unbound").model_copy(update={"bind_address": "192.0.2.1"})
+    with pytest.raises(ClusterError, match=r"(shard|dense)-\d failed: OSError.*assign requested"):
+        ensure_cluster(asked)
+    assert alive_actors("unbound") == []
+
+
+def test_more_shards_than_experts_are_refused(raylets: Cluster, model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"experts\.shards = 100: the model has"):
+        ensure_cluster(config(model, "many", experts={"shards": 100}))
+    assert alive_actors("many") == []
 
 
 def test_an_unservable_architecture_is_refused_at_start(raylets: Cluster, tmp_path: Path) -> None:
