@@ -4,11 +4,8 @@ import json
 import os
 import select
 import signal
-import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,10 +13,10 @@ import ray
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
+from remora.cluster.ray_address import connect, started_by_ray_start
 from remora.comm.errors import ClusterError
 
 STOP_WITHIN_S = 60.0
-CONNECT_WITHIN_S = 5.0
 OK = 0
 
 
@@ -132,48 +129,15 @@ def _connected(address: str | None) -> Iterator[bool]:
     quiet_ray()
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        address = _started_by_ray_start()
+        address = started_by_ray_start()
         if address is None:
             yield False
             return
-    _check_answers(address)
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    except ConnectionError as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
+    connect(address)
     try:
         yield True
     finally:
         ray.shutdown()
-
-
-def _started_by_ray_start() -> str | None:
-    """The cluster that `ray start` last started here, where Ray writes it down, if it answers.
-
-    Ray's own "auto" would also try the private clusters of other instances, for half a minute.
-    """
-    folder = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-    try:
-        address = (Path(folder) / "ray" / "ray_current_cluster").read_text().strip()
-        _check_answers(address)
-    except (OSError, ClusterError):
-        return None
-    return address
-
-
-def _check_answers(address: str) -> None:
-    """Raises ClusterError when nothing listens at `ip:port`; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():  # "auto", or a URL that Ray understands
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_WITHIN_S).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _end_process(instance: Instance) -> None:

@@ -30,6 +30,7 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.instances import TOKEN_ENV, Instance, write_down, written_down
 from remora.cluster.local_ray import check_free, own_ray, proxy_port, quiet_ray
 from remora.cluster.model_source import local_checkpoint
+from remora.cluster.ray_address import connect
 from remora.cluster.security import ADMIN_KEYS_ENV, API_KEYS_ENV, load_keys
 from remora.comm.errors import ClusterError
 
@@ -80,7 +81,7 @@ def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
     else:
         address = str(config.ray.address)
         quiet_ray()
-        ray.init(address=address, runtime_env=neutral_runtime_env(), log_to_driver=False)
+        connect(address, runtime_env=neutral_runtime_env())
         stack.callback(ray.shutdown)
         if find_cluster(config.name) is not None:
             console.print(f"adopting the deployment {config.name!r} that runs in {address}")
