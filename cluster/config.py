@@ -46,7 +46,7 @@ class DenseConfig(_Placed):
     max_model_len: Positive | None = None  # tokens, prompt + output; None: the model's own
     kv_cache_tokens: Positive | None = None  # at most one of these two;
     kv_cache_gib: Annotated[float, Field(gt=0, le=1 << 20, allow_inf_nan=False)] | None = None
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens in one KV page
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens in one KV page; only 16 today
     prefix_caching: bool = True
     max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 4096  # sequences queued in one group
 
@@ -54,6 +54,8 @@ class DenseConfig(_Placed):
     def _consistent(self) -> "DenseConfig":
         if self.tensor_parallel != 1:
             raise ValueError(f"tensor_parallel = {self.tensor_parallel}: only 1 is supported yet")
+        if self.block_size != 16:
+            raise ValueError(f"block_size = {self.block_size}: only 16 is supported yet")
         if self.kv_cache_tokens is not None and self.kv_cache_gib is not None:
             raise ValueError("kv_cache_tokens and kv_cache_gib are both set: one is allowed")
         if self.max_tokens_per_step < self.max_num_seqs:
