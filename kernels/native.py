@@ -17,21 +17,22 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def _load() -> str:
-    """Loads `remora.kernels._C`, which registers the `remora::` ops; returns how that went."""
+def _load() -> bool:
+    """Loads `remora.kernels._C`, which registers the `remora::` ops; whether it is there."""
     if os.environ.get("REMORA_NO_KERNELS") == "1":
-        return "torch (REMORA_NO_KERNELS=1)"
+        return False
     if importlib.util.find_spec("remora.kernels._C") is None:
-        return "torch (the C++ kernels were not built)"
+        logger.warning("the C++ kernels were not built (make setup), serving through torch")
+        return False
     try:
         importlib.import_module("remora.kernels._C")
     except ImportError as error:  # built for another torch or another libstdc++
         logger.warning("remora.kernels._C does not load, serving through torch: %s", error)
-        return f"torch (the C++ kernels do not load: {error})"
+        return False
     built, here = str(torch.ops.remora.source_hash()), _source_hash()
     if built != here:  # an editable install whose checkout moved on
         logger.warning("C++ kernels built from sources %s, these are %s: make setup", built, here)
-    return "native"
+    return True
 
 
 def _source_hash() -> str:
@@ -43,18 +44,12 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-_STATUS: Final = _load()
-_AVAILABLE: Final = _STATUS == "native"
+_AVAILABLE: Final = _load()
 
 
 def native_available() -> bool:
     """Whether the C++ kernels are loaded (decided once, when this module is imported)."""
     return _AVAILABLE
-
-
-def native_status() -> str:
-    """`native`, or `torch (why)`: for start-up messages."""
-    return _STATUS
 
 
 def native_source_hash() -> str:
