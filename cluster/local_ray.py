@@ -13,7 +13,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def own_ray(config: RemoraConfig) -> Iterator[tuple[str, str]]:
 
     Raises:
         ClusterError: Ray does not start.
+        ConfigError: the actors ask for more than this machine has.
     """
     # Unix sockets lie in the session; their paths may have 107 bytes, so the name is short.
     session = tempfile.mkdtemp(prefix="rm-", dir="/tmp")
@@ -63,6 +65,20 @@ def own_ray(config: RemoraConfig) -> Iterator[tuple[str, str]]:
     os.environ.update(serve_environment(config))
     os.environ[TOKEN_ENV] = secrets.token_hex(32)
     quiet_ray()
+    try:
+        _start_ray(config, session)
+        check_room(config, ray.cluster_resources())
+        yield str(ray.get_runtime_context().gcs_address), session
+    finally:
+        below = _descendants(os.getpid())
+        ray.shutdown()
+        _wait_for_end(below, ENDS_WITHIN_S)  # else one may still write into what is removed next
+        os.environ.clear()
+        os.environ.update(saved)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _start_ray(config: RemoraConfig, session: str) -> None:
     try:
         ray.init(
             address="local",
@@ -74,16 +90,35 @@ def own_ray(config: RemoraConfig) -> Iterator[tuple[str, str]]:
             runtime_env=neutral_runtime_env(),
             _temp_dir=session,
         )
-        yield str(ray.get_runtime_context().gcs_address), session
     except (ConnectionError, TimeoutError) as error:
         raise ClusterError(f"Ray does not start: {error}") from error
-    finally:
-        below = _descendants(os.getpid())
-        ray.shutdown()
-        _wait_for_end(below, ENDS_WITHIN_S)  # else one may still write into what is removed next
-        os.environ.clear()
-        os.environ.update(saved)
-        shutil.rmtree(session, ignore_errors=True)
+
+
+def check_room(config: RemoraConfig, has: Mapping[str, float]) -> None:
+    """Whether all actors find a place; nobody adds nodes to a Ray cluster of our own.
+
+    Args:
+        has: amounts of the machine, by Ray's names.
+
+    Raises:
+        ConfigError: naming what there is too little of.
+    """
+    asked: defaultdict[str, float] = defaultdict(float)
+    for count, placed in (
+        (config.dense.groups, config.dense),
+        (config.experts.shards, config.experts),
+    ):
+        amounts = {"CPU": placed.num_cpus, "GPU": placed.num_gpus, **placed.resources}
+        for name, amount in amounts.items():
+            asked[name] += count * amount
+    for name, amount in asked.items():
+        if amount > has.get(name, 0) + 1e-6:
+            raise ConfigError(
+                f"{config.dense.groups} dense group(s) and {config.experts.shards} expert shard(s)"
+                f" ask for {amount:g} {name} of Ray, this machine has {has.get(name, 0):g}: lower"
+                " what dense.* or experts.* ask for (num_cpus, num_gpus, resources), or name a"
+                " larger Ray cluster (ray.address)"
+            )
 
 
 def _descendants(pid: int) -> set[int]:

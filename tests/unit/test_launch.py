@@ -9,6 +9,7 @@ from support.checkpoints import make_checkpoint
 from remora.actors.model_spec import inspect_model
 from remora.cluster.config import parse_config
 from remora.cluster.launch import dense_launch, dense_options, dense_threads, shard_threads
+from remora.cluster.local_ray import check_room
 from remora.comm.errors import ConfigError
 
 
@@ -38,6 +39,20 @@ def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
         dense_launch(config, "dense-0", spec, b"t" * 32)
     fits = parse_config({"model": str(path), "dense": {"max_model_len": 100}})
     assert dense_launch(fits, "dense-0", spec, b"t" * 32).max_model_len == 100
+
+
+def test_an_own_ray_cluster_is_asked_for_no_more_than_the_machine_has() -> None:
+    """Nobody would ever give those actors a place."""
+    config = parse_config({"model": "m", "experts": {"shards": 3, "num_cpus": 0.5}})
+    check_room(config, {"CPU": 2.5})
+    with pytest.raises(ConfigError, match=r"ask for 2\.5 CPU of Ray, this machine has 2"):
+        check_room(config, {"CPU": 2})
+    gpus = parse_config({"model": "m", "experts": {"num_gpus": 1}})
+    with pytest.raises(ConfigError, match=r"2 GPU of Ray, this machine has 0.*num_gpus"):
+        check_room(gpus, {"CPU": 64})
+    other = parse_config({"model": "m", "dense": {"resources": {"fast": 0.5}}})
+    with pytest.raises(ConfigError, match=r"0\.5 fast"):
+        check_room(other, {"CPU": 64})
 
 
 def test_labels_and_resources_reach_ray() -> None:
