@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray import serve
 
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
@@ -51,9 +52,17 @@ def run_stop(
         with _connected(ray_address) as found:
             if not found or find_cluster(name) is None:
                 return missing(_nothing_of(name), as_json)
-            stop_cluster(name)
+            _delete_application(name)
+            if find_cluster(name) is not None:  # else its ingress took it down
+                stop_cluster(name)
     print(json.dumps({"stopped": name}) if as_json else f"stopped {name}")
     return OK
+
+
+def _delete_application(name: str) -> None:
+    """The ingress goes first: without its data plane it would answer 503 for good."""
+    if name in serve.status().applications:
+        serve.delete(name)
 
 
 def _nothing_of(name: str) -> str:
