@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray import serve
 
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
@@ -61,6 +60,8 @@ def run_stop(
 
 def _delete_application(name: str) -> None:
     """The ingress goes first: without its data plane it would answer 503 for good."""
+    from ray import serve  # slow, and only needed here
+
     if name in serve.status().applications:
         serve.delete(name)
 

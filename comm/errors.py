@@ -14,6 +14,9 @@
          |- DeadlineError         a peer did not answer within its deadline
          '- FencedError           an answer or a call of an older incarnation or epoch
 
+All of them survive pickling, fields included: Ray carries them from actors to callers. Pickle makes
+one from its message alone and then restores its fields, so every other argument has a default.
+
 Broken invariants are not in the tree: they `assert` and print the equation with its numbers.
 """
 
@@ -69,7 +72,7 @@ class RequestError(UserError):
 class OverloadedError(RequestError):
     """The bounded queue is full: 429 with `Retry-After`."""
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message, status=429, code="overloaded", type="overloaded_error")
         self.retry_after_s = retry_after_s
 
