@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -125,7 +126,10 @@ class Executor:
     def close(self) -> None:
         """End the compiling child, if one runs."""
         if self._child is not None:
-            self._child.kill()
+            if self._child.poll() is None:
+                # The whole group: its g++ would go on for seconds. SIGTERM, upon which g++ removes
+                # what it has half written into the cache.
+                os.killpg(self._child.pid, signal.SIGTERM)
             self._end_child()
 
     def _end_child(self) -> int:
@@ -189,6 +193,7 @@ class Executor:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.PIPE,  # the child ends when this end closes
+                start_new_session=True,  # it ends with all that it has started
             )
 
 

@@ -1,6 +1,8 @@
 """Compiled layers: one compilation for equal layers, the same promise, kept artefacts, fallback."""
 
 import os
+import select
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,38 @@ def test_closing_ends_the_compiling_child(
     assert child is not None and child.poll() is None
     chosen.close()
     assert child.returncode is not None
+
+
+@pytest.mark.parametrize("how", ["close", "parent dies"])
+def test_what_the_compiling_child_has_started_ends_with_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A g++ takes many seconds at its priority."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    script = tmp_path / "python"
+    watch = "from remora.actors.warm import _end_with_parent as end; end()"
+    script.write_text(
+        f"#!/bin/sh\nsleep 600 &\necho $! > {started}\nexec {sys.executable} -c '{watch}'\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setenv("REMORA_CACHE_DIR", str(tmp_path))
+    dense = build_dense(model, inspect_model(model), dtype=torch.float32, exact=False)
+    chosen = Executor(dense, wish="auto", exact=False)
+    child = chosen._child
+    assert child is not None and child.stdin is not None
+    grandchild = os.pidfd_open(int(started.read_text()))
+    try:
+        if how == "close":
+            chosen.close()
+        else:
+            child.stdin.close()
+        ended, _, _ = select.select([grandchild], [], [], 60)
+        assert ended
+    finally:
+        os.close(grandchild)
+        chosen.close()
 
 
 def test_without_a_compiler_layers_stay_eager(
