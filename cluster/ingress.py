@@ -7,6 +7,7 @@ and every refusal has the one error body.
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -64,6 +65,10 @@ def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     _add_models(app, service)
     _add_tokenizer(app, service)
     _add_operations(app, service)
+    openapi_of(app)  # it tells of no HEAD
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            route.methods.add("HEAD")  # load balancers probe with it; the server drops the body
     return app
 
 

@@ -125,9 +125,10 @@ def resolve_max_tokens(
         raise RequestError("the prompt is empty: at least one token is needed", param="prompt")
     if room < 0 or (room == 0 and asked != 0) or (asked is not None and asked > room):
         wanted = f" and {asked} were asked for in {param}" if asked is not None else ""
+        lower = f" or lower {param}" if room > 0 else ""
         raise RequestError(
             f"this model's maximum context length is {model.max_model_len} tokens, but the prompt"
-            f" has {num_prompt}{wanted}: shorten the prompt or lower {param}",
+            f" has {num_prompt}{wanted}: shorten the prompt{lower}",
             param="prompt" if asked is None else param,
             code="context_length_exceeded",
         )

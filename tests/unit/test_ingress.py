@@ -110,6 +110,18 @@ def test_an_error_in_a_stream_is_an_event_and_other_groups_go_on() -> None:
         run(check, first, second)
 
 
+def test_load_balancers_may_probe_with_head() -> None:
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        for path in ("/health", "/ready", "/v1/models"):
+            assert (await client.head(path)).status_code == 200
+        assert (await client.head(C)).status_code == 405
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        assert not any("head" in operations for operations in paths.values())
+
+    with make_engine() as engine:
+        run(check, engine)
+
+
 def test_ready_says_why_not() -> None:
     async def check(client: httpx.AsyncClient, service: Service) -> None:
         engine.serving = False
