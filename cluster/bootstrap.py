@@ -4,7 +4,6 @@ The coordinator is a detached named actor, so whoever comes first creates it and
 adopts it: an application upgrade keeps the data plane, an explicit `stop_cluster` tears it down.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
+from remora.cluster.instances import instances_dir
 from remora.comm.errors import ClusterError, ConfigError, RemoraError
 from remora.comm.view import Member, View
 
@@ -50,7 +50,7 @@ def neutral_runtime_env() -> dict[str, Any]:
     Ray puts the driver's working directory on every worker's import path; from a checkout that
     would let `import kernels` (which transformers probes for) find our room.
     """
-    empty = Path(tempfile.gettempdir()) / "remora-empty"
+    empty = instances_dir() / "empty"  # private: what lies in it is on every worker's path
     empty.mkdir(exist_ok=True)
     return {"working_dir": str(empty)}
 
