@@ -39,7 +39,7 @@ from remora.cluster.members import (
     why_late,
 )
 from remora.comm.errors import ClusterError, RemoraError
-from remora.comm.view import View
+from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
 
@@ -219,18 +219,28 @@ class Coordinator:
             launch_dense = dense_launch(config, uid, spec, self._token)
             self._create(DenseActor, uid, launch_dense, dense_options(config))
         try:
-            handles = self._handles
-            started = all_answers({u: h.start.remote() for u, h in handles.items()}, until_s)
+            return self._connect(shard_uids, dense_uids, placement, until_s)
         except LateError as late:
             missing = {uid: self._handles[uid] for uid in late.uids}
             raise ClusterError(
                 f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
                 f" {why_late(missing, self._asked)}"
             ) from late
-        self._keep_manifest(shard_uids, len(spec.moe_layers) * spec.num_experts, until_s)
+
+    def _connect(
+        self,
+        shard_uids: tuple[str, ...],
+        dense_uids: tuple[str, ...],
+        placement: Placement,
+        until_s: float,
+    ) -> View:
+        """Have every actor load, check what the shards hold, and tell the dense ranks."""
+        handles = self._handles
+        started = all_answers({uid: h.start.remote() for uid, h in handles.items()}, until_s)
+        num_experts = len(placement.moe_layers) * placement.num_experts
+        self._keep_manifest(shard_uids, num_experts, until_s)
         view = View(epoch=1, members=tuple(started.values()), placement=placement)
-        adopting = {uid: self._handles[uid].adopt_view.remote(view) for uid in dense_uids}
-        all_answers(adopting, until_s)
+        all_answers({uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}, until_s)
         return view
 
     def _create(
