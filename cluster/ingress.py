@@ -67,7 +67,7 @@ def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     _add_operations(app, service)
     openapi_of(app)  # it tells of no HEAD
     for route in app.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")  # load balancers probe with it; the server drops the body
     return app
 
