@@ -6,7 +6,6 @@ depend on the number of shards, on the checkpoint's layout or on how kernels pac
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -68,10 +67,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 )
         both = mine | theirs
         return Manifest(dtype=self.dtype, experts=tuple(both[key] for key in sorted(both)))
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_bytes(self.to_json())
 
 
 def digest_expert(layer: int, expert: int, tensors: Mapping[str, Tensor]) -> ExpertDigest:
