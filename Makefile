@@ -84,5 +84,5 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 
 $(BUILT): $(DEPENDENCIES) setup.py $(KERNEL_SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
-	@$(BIN)/python -P -c 'from remora.kernels.native import native_status; print("kernels:", native_status())'
+	@$(BIN)/python -P -c 'from remora.kernels.native import native_isa; print("kernels:", native_isa())'
 	@touch $@

@@ -210,3 +210,6 @@ def _call(reference: Any) -> Any:
         raise
     except ray.exceptions.RayActorError as died:
         raise ClusterError(f"the coordinator died: {str(died).splitlines()[0]}") from died
+    except ray.exceptions.RayError as failure:  # it found no place, or Ray itself is in trouble
+        reason = str(failure).splitlines()[0]
+        raise ClusterError(f"the coordinator cannot be asked: {reason}") from failure

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
