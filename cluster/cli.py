@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="remora", description="Serve Mixture-of-Experts language models over expert shards."
     )
+    top.add_argument("--version", action="version", version=f"remora {version('remora')}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="bring a model up and serve it until Ctrl-C")
     _add_config(serve)
