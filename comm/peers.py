@@ -152,7 +152,6 @@ class PeerSet:
         until = time.monotonic() + deadline_s
         spin_until = time.monotonic() + self.spin_s if self.spin_s else 0.0
         poll = self._epoll.poll
-        by_fd = self._by_fd
         while pending > 0:
             if spin_until:
                 events = poll(0)
@@ -164,16 +163,7 @@ class PeerSet:
                 if not events and time.monotonic() >= until:
                     break
             for fd, event in events:
-                peer = by_fd[fd]
-                try:
-                    if event & select.EPOLLOUT:
-                        peer.on_writable()
-                        if not peer.has_backlog:
-                            self._epoll.modify(fd, select.EPOLLIN)
-                    if event & ~select.EPOLLOUT:
-                        peer.on_readable()
-                except PeerLostError:
-                    self._forget(peer)
+                self._on_event(fd, event)
             pending = _num_pending(calls)
         for call in calls:
             if call.reply is None and call.error is None:
@@ -199,16 +189,20 @@ class PeerSet:
     def drain(self) -> None:
         """Takes what has arrived without waiting: late answers give their regions back."""
         for fd, event in self._epoll.poll(0):
-            peer = self._by_fd[fd]
-            try:
-                if event & select.EPOLLOUT:
-                    peer.on_writable()
-                    if not peer.has_backlog:
-                        self._epoll.modify(fd, select.EPOLLIN)
-                if event & ~select.EPOLLOUT:
-                    peer.on_readable()
-            except PeerLostError:
-                self._forget(peer)
+            self._on_event(fd, event)
+
+    def _on_event(self, fd: int, event: int) -> None:
+        """Writes what a socket takes now, takes what it has; a lost peer leaves the poll set."""
+        peer = self._by_fd[fd]
+        try:
+            if event & select.EPOLLOUT:
+                peer.on_writable()
+                if not peer.has_backlog:
+                    self._epoll.modify(fd, select.EPOLLIN)
+            if event & ~select.EPOLLOUT:
+                peer.on_readable()
+        except PeerLostError:
+            self._forget(peer)
 
     def _drop(self, peer: Peer, reason: str) -> None:
         if peer.error is None:

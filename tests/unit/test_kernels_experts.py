@@ -1,7 +1,5 @@
 """Experts in slots: grouped linears against one expert at a time, loading, exporting, the gate."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,26 +10,6 @@ from remora.kernels.experts import PackedExperts, silu_and_mul
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_native = pytest.mark.skipif(not native.native_available(), reason="C++ kernels not built")
-
-
-@pytest.fixture(params=["native", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both paths: C++ kernels, and torch as where there is no compiler."""
-    name: str = request.param
-    if name == "native" and not native.native_available():
-        pytest.skip("C++ kernels not built")
-    if name == "torch":
-        monkeypatch.setattr(native, "native_available", lambda: False)
-    return name
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One and two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random_expert(experts: PackedExperts, seed: int) -> dict[str, Tensor]:

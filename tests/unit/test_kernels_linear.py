@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,26 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1), (16, 2), (17, 3), (64, 64), (33, 47), (80, 129), (100, 512), (200, 96)]  # O, K
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 needs_native = pytest.mark.skipif(not native.native_available(), reason="C++ kernels not built")
-
-
-@pytest.fixture(params=["native", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both paths: C++ kernels, and torch as where there is no compiler."""
-    name: str = request.param
-    if name == "native" and not native.native_available():
-        pytest.skip("C++ kernels not built")
-    if name == "torch":
-        monkeypatch.setattr(native, "native_available", lambda: False)
-    return name
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One and two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

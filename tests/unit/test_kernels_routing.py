@@ -13,17 +13,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 needs_native = pytest.mark.skipif(not native.native_available(), reason="C++ kernels not built")
 
 
-@pytest.fixture(params=["native", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both paths: C++ kernels, and torch as where there is no compiler."""
-    name: str = request.param
-    if name == "native" and not native.native_available():
-        pytest.skip("C++ kernels not built")
-    if name == "torch":
-        monkeypatch.setattr(native, "native_available", lambda: False)
-    return name
-
-
 def rows_of(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Random rows; row and column decide the value."""
     return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(5)).to(dtype)
