@@ -39,6 +39,11 @@ def kernel_extensions() -> list[Extension]:
         print("remora: torch is not importable here (use --no-build-isolation): no C++ kernels")
         return []
     library_dirs = cpp_extension.library_paths()
+    # A header, not a flag: a changed kernel must not make the other files compile anew.
+    generated = os.path.join("build", "generated")
+    os.makedirs(generated, exist_ok=True)
+    with open(os.path.join(generated, "source_hash.h"), "w") as file:
+        file.write(f'#define REMORA_SOURCE_HASH "{source_hash()}"\n')
     return [
         Extension(
             "remora.kernels._C",
@@ -48,7 +53,7 @@ def kernel_extensions() -> list[Extension]:
                 if name.endswith(".cpp")
             ),
             depends=sorted(glob.glob(os.path.join("kernels", "csrc", "*.h"))),
-            include_dirs=cpp_extension.include_paths(),
+            include_dirs=[generated, *cpp_extension.include_paths()],
             library_dirs=library_dirs,
             libraries=["c10", "torch", "torch_cpu"],
             extra_compile_args=[
@@ -60,7 +65,6 @@ def kernel_extensions() -> list[Extension]:
                 "-Wno-psabi",
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
                 "-DTORCH_EXTENSION_NAME=_C",
-                f'-DREMORA_SOURCE_HASH="{source_hash()}"',
             ],
             extra_link_args=["-fopenmp", *(f"-Wl,-rpath,{d}" for d in library_dirs)],
             language="c++",

@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include "source_hash.h"  // written by setup.py
+
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,10 +34,6 @@ Isa choose_isa() {
   }
   TORCH_CHECK(false, "REMORA_ISA must be portable, avx2, avx512 or avx512_bf16, got ", limit);
 }
-
-#if !defined(REMORA_SOURCE_HASH)
-#define REMORA_SOURCE_HASH "unknown"
-#endif
 
 // Of the sources this library was built from (setup.py).
 std::string source_hash() { return REMORA_SOURCE_HASH; }
