@@ -1,6 +1,5 @@
 // Ops over packed and ordinary weights: packed_linear, grouped_linear, row_linear. See panel.h for
 // the layout and for why a row's result depends on that row only.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -12,12 +11,16 @@
 #include <vector>
 
 #include "panel.h"
+#include "team.h"
 
 namespace remora {
 namespace {
 
 constexpr int64_t kRowBlock = 240;        // rows of one task: 40 tiles of 6 over weights kept in L2
-constexpr int64_t kSerialCost = 1 << 19;  // bytes; below this (about 12 us) a second thread costs more
+// Bytes below which a second thread costs more than it brings: with helpers awake, and asleep.
+constexpr int64_t kSerialCost = 1 << 18;
+constexpr int64_t kSerialCostAsleep = 1 << 19;
+constexpr int64_t kDotRowBlock = 8;       // rows of one task of row_linear: two tiles
 constexpr int64_t kMacsPerByte = 6;       // of one core: multiply-adds in the time of one byte streamed
 
 bool is_bfloat16(const at::Tensor& x) {
@@ -76,6 +79,13 @@ void run_task(const Shape& shape, const Segment& segment, const Task& task, Pane
   kernel(call);
 }
 
+// Threads that a call of this cost (bytes streamed) is worth, at most `num_tasks`.
+int workers_for(int64_t cost, int64_t num_tasks) {
+  if (num_tasks <= 1 || cost < kSerialCost) return 1;
+  if (cost < kSerialCostAsleep && !team_is_awake()) return 1;
+  return static_cast<int>(std::min<int64_t>(team_size(), num_tasks));
+}
+
 // Threads take the next task when they are free: which one computes an element changes no bit.
 void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
   std::vector<Task> tasks;
@@ -94,17 +104,12 @@ void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
                         shape.element_size();
   const PanelKernel kernel = panel_kernel(shape.bfloat16);
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
+  const auto work = [&](int) {
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
       run_task(shape, segments[tasks[i].segment], tasks[i], kernel);
     }
   };
-  const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_tasks);
-  if (num_threads <= 1 || bytes + macs / kMacsPerByte < kSerialCost) {
-    work(0, 1);
-  } else {
-    at::parallel_for(0, num_threads, 1, work);
-  }
+  team_run(workers_for(bytes + macs / kMacsPerByte, num_tasks), work);
 }
 
 // The rows as [N, padded_inputs] with unit stride inside a row; copies only where it must.
@@ -206,13 +211,18 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
   const int64_t size = bfloat16 ? 2 : 4;
   const RowKernel kernel = row_kernel(bfloat16);
   char* out_bytes = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t num_rows = rows.size(0);
   const int64_t cost_per_row = std::max<int64_t>(1, num_inputs * num_outputs / kMacsPerByte);
-  const int64_t grain = std::max<int64_t>(4, kSerialCost / cost_per_row);
-  at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
-    kernel({byte_pointer(rows) + begin * rows.stride(0) * size, rows.stride(0), end - begin,
-            byte_pointer(weights), weights.stride(0), num_outputs, num_inputs,
-            bias.has_value() ? byte_pointer(*bias) : nullptr, out_bytes + begin * num_outputs * size,
-            num_outputs});
+  const int64_t num_blocks = (num_rows + kDotRowBlock - 1) / kDotRowBlock;
+  std::atomic<int64_t> next{0};
+  team_run(workers_for(num_rows * cost_per_row, num_blocks), [&](int) {
+    for (int64_t i = next.fetch_add(1); i < num_blocks; i = next.fetch_add(1)) {
+      const int64_t begin = i * kDotRowBlock;
+      kernel({byte_pointer(rows) + begin * rows.stride(0) * size, rows.stride(0),
+              std::min(kDotRowBlock, num_rows - begin), byte_pointer(weights), weights.stride(0),
+              num_outputs, num_inputs, bias.has_value() ? byte_pointer(*bias) : nullptr,
+              out_bytes + begin * num_outputs * size, num_outputs});
+    }
   });
   return out;
 }

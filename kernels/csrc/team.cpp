@@ -1,0 +1,259 @@
+// See team.h. Every helper has one word, `state`, which is all that it and the caller share:
+//
+//   idle -> posted (caller) -> running (helper) -> idle (helper)      the way of a task
+//   posted -> idle (caller)                                          taken back, helper came too late
+//   idle -> asleep (helper)                                          after the spin time; posted wakes it
+//   idle -> parked (caller) -> asleep (helper)                       the same at once
+//   running -> awaited (caller) -> idle (helper, who wakes the caller)
+#include "team.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <mutex>
+#include <vector>
+
+#include <pthread.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace remora {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kTeamMax = 256;
+// Longer than the Python between two kernels of a layer, shorter than anyone would notice.
+constexpr std::chrono::microseconds kHelperSpin{40};
+constexpr std::chrono::microseconds kCallerSpin{60};
+
+enum State : uint32_t { kIdle, kPosted, kRunning, kAwaited, kAsleep, kParked };
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// Sleeps while the word has this value; may return early.
+void futex_wait(std::atomic<uint32_t>& word, uint32_t value) {
+#if defined(__linux__)
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr,
+          nullptr, 0);
+#else
+  word.wait(value);
+#endif
+}
+
+void futex_wake(std::atomic<uint32_t>& word) {
+#if defined(__linux__)
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+#else
+  word.notify_one();
+#endif
+}
+
+// Looks at the word until `done`, at most so long; whether it became true.
+template <class Done>
+bool spin(std::chrono::microseconds limit, Done done) {
+  const auto end = Clock::now() + limit;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+  } while (Clock::now() < end);
+  return done();
+}
+
+struct alignas(128) Helper {
+  std::atomic<uint32_t> state{kIdle};
+  int worker = 0;
+  TeamWork work = nullptr;
+  void* context = nullptr;
+  std::exception_ptr error;
+
+  void loop() {
+    while (true) {
+      uint32_t seen = kPosted;
+      if (state.compare_exchange_strong(seen, kRunning, std::memory_order_acquire)) {
+        try {
+          work(context, worker);
+        } catch (...) {
+          error = std::current_exception();
+        }
+        if (state.exchange(kIdle, std::memory_order_acq_rel) == kAwaited) futex_wake(state);
+        continue;
+      }
+      spin(kHelperSpin, [&] { return state.load(std::memory_order_relaxed) != kIdle; });
+      seen = kIdle;
+      if (!state.compare_exchange_strong(seen, kAsleep) && seen == kParked) {
+        state.compare_exchange_strong(seen, kAsleep);
+      }
+      while (state.load() == kAsleep) futex_wait(state, kAsleep);
+    }
+  }
+
+  void post(int as_worker, TeamWork task, void* with) {
+    worker = as_worker;
+    work = task;
+    context = with;
+    if (state.exchange(kPosted, std::memory_order_acq_rel) == kAsleep) futex_wake(state);
+  }
+
+  // Whether the task was taken back before the helper began it.
+  bool take_back() {
+    uint32_t seen = kPosted;
+    return state.compare_exchange_strong(seen, kIdle);
+  }
+
+  void wait() {
+    const auto ended = [&] { return state.load(std::memory_order_acquire) != kRunning; };
+    if (spin(kCallerSpin, ended)) return;
+    uint32_t seen = kRunning;
+    if (!state.compare_exchange_strong(seen, kAwaited)) return;
+    while (state.load(std::memory_order_acquire) == kAwaited) futex_wait(state, kAwaited);
+  }
+};
+
+// Helpers are made when first needed and live as long as the process: those that a smaller team does
+// not need sleep.
+struct Team {
+  std::atomic<bool> busy{false};
+  std::atomic<int> num_helpers{0};
+  Helper helpers[kTeamMax];
+
+  // Helpers there are, at most `wanted`; fewer where the system gives no thread.
+  int grow(int wanted) {
+    while (num_helpers.load() < wanted) {
+      Helper* helper = &helpers[num_helpers.load()];
+      pthread_t thread;
+      const auto body = [](void* self) -> void* {
+        static_cast<Helper*>(self)->loop();
+        return nullptr;
+      };
+      if (pthread_create(&thread, nullptr, body, helper) != 0) break;
+      pthread_detach(thread);
+      num_helpers.fetch_add(1);
+    }
+    return std::min(wanted, num_helpers.load());
+  }
+};
+
+std::atomic<Team*> current{nullptr};
+
+// A forked child has none of its parent's threads: it starts with a team of its own.
+void forget_team() { current.store(new Team); }
+
+Team& team() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    current.store(new Team);  // never freed: helpers may outlive the destructors of statics
+    pthread_atfork(nullptr, nullptr, forget_team);
+  });
+  return *current.load();
+}
+
+void run_alone(int num_workers, TeamWork work, void* context) {
+  for (int worker = 0; worker < num_workers; ++worker) work(context, worker);
+}
+
+}  // namespace
+
+int team_size() {
+  if (at::in_parallel_region()) return 1;
+  return std::min(at::get_num_threads(), kTeamMax);
+}
+
+bool team_is_awake() {
+  Team& self = team();
+  return self.num_helpers.load(std::memory_order_relaxed) > 0 &&
+         self.helpers[0].state.load(std::memory_order_relaxed) == kIdle;
+}
+
+void team_run_raw(int num_workers, TeamWork work, void* context) {
+  if (num_workers <= 1) return run_alone(num_workers, work, context);
+  Team& self = team();
+  if (self.busy.exchange(true, std::memory_order_acquire)) {
+    return run_alone(num_workers, work, context);
+  }
+  const int num_helpers = self.grow(std::min(num_workers, kTeamMax) - 1);
+  for (int i = 0; i < num_helpers; ++i) self.helpers[i].post(i + 1, work, context);
+  std::exception_ptr error;
+  const auto run_one = [&](int worker) {
+    try {
+      work(context, worker);
+    } catch (...) {
+      if (!error) error = std::current_exception();
+    }
+  };
+  run_one(0);
+  for (int worker = num_helpers + 1; worker < num_workers; ++worker) run_one(worker);
+  for (int i = 0; i < num_helpers; ++i) {
+    if (self.helpers[i].take_back()) run_one(i + 1);
+  }
+  for (int i = 0; i < num_helpers; ++i) {
+    self.helpers[i].wait();
+    if (self.helpers[i].error) {
+      if (!error) error = self.helpers[i].error;
+      self.helpers[i].error = nullptr;
+    }
+  }
+  self.busy.store(false, std::memory_order_release);
+  if (error) std::rethrow_exception(error);
+}
+
+void team_park() {
+  Team& self = team();
+  const int num_helpers = self.num_helpers.load(std::memory_order_relaxed);
+  for (int i = 0; i < num_helpers; ++i) {
+    uint32_t seen = kIdle;
+    self.helpers[i].state.compare_exchange_strong(seen, kParked);
+  }
+}
+
+namespace {
+
+// For tests: how often each of `num_workers` was called, and in how many threads; `throw_in` throws.
+std::vector<int64_t> team_probe(int64_t num_workers, int64_t throw_in) {
+  std::vector<int64_t> calls(num_workers + 1, 0);
+  std::mutex mutex;
+  std::vector<pthread_t> threads;
+  team_run(static_cast<int>(num_workers), [&](int worker) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ++calls[worker];
+    const pthread_t here = pthread_self();
+    bool known = false;
+    for (const pthread_t thread : threads) known = known || pthread_equal(thread, here);
+    if (!known) threads.push_back(here);
+    TORCH_CHECK(worker != throw_in, "worker ", worker, " was asked to fail");
+  });
+  calls[num_workers] = static_cast<int64_t>(threads.size());
+  return calls;
+}
+
+int64_t team_park_address() { return reinterpret_cast<int64_t>(&remora_team_park); }
+
+}  // namespace
+}  // namespace remora
+
+extern "C" void remora_team_park() { remora::team_park(); }
+
+TORCH_LIBRARY_FRAGMENT(remora, m) {
+  m.def("team_park() -> ()", &remora::team_park);
+  m.def("team_park_address() -> int", &remora::team_park_address);
+  m.def("team_probe(int num_workers, int throw_in) -> int[]", &remora::team_probe);
+}

@@ -1,0 +1,45 @@
+// A thread team of our own, for kernels of microseconds.
+//
+// OpenMP's idle threads either sleep, and every region costs a wake-up of 5 to 50 microseconds, or
+// spin, and burn the core that another process of this host needs. Here helpers spin a short time
+// after a task, so that the kernels of one layer find them awake, and sleep on a futex then. A
+// helper that has not begun when the caller is done with its own part is not waited for: the caller
+// takes the part back. So a busy machine costs speed, never a stall.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace remora {
+
+using TeamWork = void (*)(void* context, int worker);
+
+// Threads a region of the calling thread may use, itself included: torch's own count.
+int team_size();
+
+// Whether the helpers are awake: a region then costs well below a microsecond.
+bool team_is_awake();
+
+// Calls work(context, w) once for each w in 0..num_workers-1, the caller being worker 0, and returns
+// when all have returned. Several may run in one thread, one after the other, in any order: work must
+// not wait for another worker to begin. One region at a time: a call from inside a region, or from a
+// second thread meanwhile, runs all in its own thread. The first exception of a worker is rethrown
+// once every worker has ended.
+void team_run_raw(int num_workers, TeamWork work, void* context);
+
+template <class Work>
+void team_run(int num_workers, Work&& work) {
+  using Plain = std::remove_reference_t<Work>;
+  team_run_raw(
+      num_workers, [](void* context, int worker) { (*static_cast<Plain*>(context))(worker); },
+      const_cast<void*>(static_cast<const void*>(std::addressof(work))));
+}
+
+// The calling thread is about to wait for another process: helpers go to sleep now, not later.
+void team_park();
+
+}  // namespace remora
+
+// team_park for other extensions; its address is `torch.ops.remora.team_park_address()`.
+extern "C" void remora_team_park();
