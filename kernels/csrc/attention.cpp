@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "phase.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -285,6 +286,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
                            const at::Tensor& table, double scale, int64_t window, int64_t chunk,
                            double soft_cap, const std::optional<at::Tensor>& sinks,
                            int64_t isa_max) {
+  const remora::PhaseTimer timer(remora::Phase::kAttention);
   Call call{};
   call.pages = open_pages(k_pages, v_pages, v_dim);
   check_attention(q, k_pages, query_start, start, table, sinks);
@@ -330,6 +332,7 @@ void write_row(const T* k, const T* v, int64_t k_dim, int64_t v_dim, int64_t wid
 
 void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_pages, at::Tensor v_pages,
               const at::Tensor& slots) {
+  const remora::PhaseTimer timer(remora::Phase::kAttention);
   const Pages pages = open_pages(k_pages, v_pages, v.size(2));
   const int64_t num_rows = slots.numel(), k_dim = k.size(2), width = v_pages.size(3);
   const int64_t elements = k_pages.size(4);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "panel.h"
+#include "phase.h"
 #include "team.h"
 
 namespace remora {
@@ -131,6 +132,7 @@ void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int6
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
                          const std::optional<at::Tensor>& bias, int64_t num_outputs) {
+  const PhaseTimer timer(Phase::kLinear);
   TORCH_CHECK(x.dim() >= 1, "x must be [..., K]");
   Shape shape{x.size(-1), num_outputs, 0, is_bfloat16(x)};
   TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
@@ -153,6 +155,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
                           const std::optional<at::Tensor>& bias, const at::Tensor& offsets,
                           int64_t num_outputs) {
+  const PhaseTimer timer(Phase::kExperts);
   TORCH_CHECK(x.dim() == 2 && packed.dim() >= 2, "x must be [N, K], packed [S, ...]");
   const int64_t num_slots = packed.size(0);
   Shape shape{x.size(1), num_outputs, 0, is_bfloat16(x)};
@@ -193,6 +196,7 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
 
 at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
                       const std::optional<at::Tensor>& bias) {
+  const PhaseTimer timer(Phase::kRowLinear);
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1),
               "weight ", weight.sizes(), " does not fit x ", x.sizes());
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must be ", x.scalar_type(), ", got ",

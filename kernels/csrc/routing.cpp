@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "phase.h"
+
 // The plain loops below are compiled for several machines and chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define REMORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -114,6 +116,7 @@ int64_t rows_per_grain(int64_t elements_per_row) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> route_sort(const at::Tensor& slots,
                                                           int64_t num_slots) {
+  const PhaseTimer timer(Phase::kRouting);
   TORCH_CHECK(slots.dim() == 1, "slots must be [N], got ", slots.sizes());
   const at::Tensor usable = checked_index(slots, num_slots, "slots");
   const int64_t num_pairs = usable.numel();
@@ -136,6 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> route_sort(const at::Tensor& slot
 }
 
 at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& index) {
+  const PhaseTimer timer(Phase::kRouting);
   const at::Tensor source = unit_rows(rows);
   TORCH_CHECK(index.dim() == 1, "index must be [N], got ", index.sizes());
   const at::Tensor usable = checked_index(index, source.size(0), "index");
@@ -193,6 +197,7 @@ at::Tensor sums_of(const at::Tensor& rows, const int64_t* index, const float* we
 
 at::Tensor combine_ordered(const at::Tensor& rows, const at::Tensor& index,
                            const at::Tensor& weights) {
+  const PhaseTimer timer(Phase::kRouting);
   TORCH_CHECK(index.dim() == 2 && weights.sizes() == index.sizes(), "index ", index.sizes(),
               " and weights ", weights.sizes(), " must both be [T, K]");
   const at::Tensor source = unit_rows(rows);
@@ -205,6 +210,7 @@ at::Tensor combine_ordered(const at::Tensor& rows, const at::Tensor& index,
 
 at::Tensor presum(const at::Tensor& rows, const at::Tensor& pair_row, const at::Tensor& pair_weight,
                   int64_t num_rows, const std::optional<at::Tensor>& place) {
+  const PhaseTimer timer(Phase::kRouting);
   const at::Tensor source = unit_rows(rows);
   TORCH_CHECK(pair_row.dim() == 1 && pair_weight.sizes() == pair_row.sizes() &&
                   (!place.has_value() || place->sizes() == pair_row.sizes()),
@@ -248,6 +254,7 @@ void silu_rows(const at::Tensor& source, at::Tensor& out) {
 }
 
 at::Tensor silu_and_mul(const at::Tensor& gate_up) {
+  const PhaseTimer timer(Phase::kActivation);
   TORCH_CHECK(gate_up.dim() >= 1 && gate_up.size(-1) % 2 == 0, "gate_up must be [..., 2I], got ",
               gate_up.sizes());
   auto sizes = gate_up.sizes().vec();
