@@ -16,14 +16,23 @@ from torch import Tensor, nn
 from remora.actors import attention_op, dense_surgery, model_build, model_probe, row_linear_patch
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.dense_surgery import CursorLayer
+from remora.actors.layer_program import Recording
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import StepContext, steps
 from remora.actors.weights import Progress, WeightPlan
 
-# What the compiler generates here are elementwise loops of microseconds; a team of threads costs
-# more than it gains (each loop wakes one: B=1 decode of benchmarks' *tiny* 10.3 ms a step, 6.9 with
-# one thread), and code made for one thread is the same whatever process fills the cache.
-INDUCTOR_OPTIONS = {"cpp.threads": 1}
+INDUCTOR_OPTIONS = {
+    # What the compiler generates here are elementwise loops of microseconds; a team of threads
+    # costs more than it gains (each loop wakes one: B=1 decode of benchmarks' *tiny* 10.3 ms a
+    # step, 6.9 with one thread), and code made for one thread is the same whatever process fills
+    # the cache.
+    "cpp.threads": 1,
+    # The calls between those loops in C++ too (dense part of *tiny*, B=1: 2.14 -> 1.87 ms a step);
+    # what the asserts check cannot change between steps (2.6 -> 2.14 ms).
+    "cpp_wrapper": True,
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 
 
 class DenseModel:
@@ -102,11 +111,24 @@ class DenseModel:
         }
         for layer in self.layers:
             layer.compiled = compiled[type(layer.layer)]
+            layer.recording = Recording(layer.layer)
+
+    def drop_guards(self) -> int:
+        """Call compiled layers directly from here on, after warm-up steps of several sizes.
+
+        Returns:
+            Layers that keep their guards, because their warm-up steps did not agree.
+        """
+        for layer in self.layers:
+            if layer.recording is not None:
+                layer.program = layer.recording.program()
+                layer.recording = None
+        return sum(layer.program is None for layer in self.layers)
 
     def use_eager(self) -> None:
         """Run layers as they are."""
         for layer in self.layers:
-            layer.compiled = None
+            layer.compiled = layer.recording = layer.program = None
 
 
 class _Given(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from remora.actors import attention_op, model_build
+from remora.actors.layer_program import LayerProgram, Recording
 from remora.actors.step_context import steps
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.errors import WeightsError
@@ -26,7 +27,8 @@ class CursorLayer(nn.Module):
     """A decoder layer that first moves the step's layer cursor, outside whatever is compiled.
 
     `compiled`, where it is set, runs in place of the layer and takes it as its first argument:
-    the compiled `forward` that all layers of one class share (`DenseModel.compile`).
+    the compiled `forward` that all layers of one class share (`DenseModel.compile`). `recording`
+    notes its calls; `program`, made of them, then runs in place of both.
     """
 
     def __init__(self, layer: nn.Module, index: int, engine_id: int) -> None:
@@ -35,13 +37,21 @@ class CursorLayer(nn.Module):
         self.index = index
         self.engine_id = engine_id
         self.compiled: Callable[..., Any] | None = None
+        self.recording: Recording | None = None
+        self.program: LayerProgram | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
-        steps.current(self.engine_id).layer = self.index
-        if self.compiled is not None:
-            return self.compiled(self.layer, *args, **kwargs)
-        return self.layer(*args, **kwargs)
+        context = steps.current(self.engine_id)
+        context.layer = self.index
+        if self.program is not None:
+            return self.program.run(context.plan.num_rows, args, kwargs)
+        if self.compiled is None:
+            return self.layer(*args, **kwargs)
+        compiled = functools.partial(self.compiled, self.layer)
+        if self.recording is None:
+            return compiled(*args, **kwargs)
+        return self.recording.call(compiled, context.plan.num_rows, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Models read attributes of their layers (`attention_type`): pass them on."""

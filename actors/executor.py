@@ -149,13 +149,15 @@ class Executor:
         try:
             self._model.compile()
             warm_up(self._model, exact=self._exact)
+            guarded = self._model.drop_guards()
+            warm_up(self._model, exact=self._exact)
         except Exception as failure:
             self._model.use_eager()
             warm_up(self._model, exact=self._exact)
             self._stay_eager(f"compiling failed: {_first_line(failure)}")
             return
         self.phase = "compiled"
-        logger.info("layers are compiled")
+        logger.info("layers are compiled; %d of them keep their guards", guarded)
         try:
             self._marker.parent.mkdir(parents=True, exist_ok=True)
             self._marker.touch()
