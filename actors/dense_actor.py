@@ -23,6 +23,7 @@ from remora.actors.launch import (
     member_of,
     take_threads,
 )
+from remora.actors.loop_timers import LoopTimers
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
@@ -31,6 +32,7 @@ from remora.comm.peers import PeerSet
 from remora.comm.server import FrameServer
 from remora.comm.view import Member, View
 from remora.comm.wire import combined_rows, dispatch_bytes
+from remora.kernels import phases
 from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class DenseActor:
         self._peers: PeerSet | None = None
         self._executor: Executor | None = None
         self._dispatcher: Dispatcher | None = None
+        self._rank: DenseRank | None = None
+        self._loop_timers = LoopTimers()
         self._stopping = False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
@@ -120,6 +124,26 @@ class DenseActor:
             "shards_connected": peers.live_uids if peers else [],
         }
 
+    def phases(self) -> dict[str, Any]:
+        """Running totals of steps and of where their time went, in nanoseconds.
+
+        `laps` add up to all time that the engine was not idle; `kernels` and `loops` are parts of
+        it (`loops` counts only while `time_loops` is on).
+        """
+        stats = self._state.stats() if self._state else None
+        return {
+            "steps": stats.steps_total if stats else 0,
+            "laps": dict(self._rank.laps.spent_ns) if self._rank else {},
+            "kernels": phases.snapshot(),
+            "loops": self._loop_timers.net_ns,
+        }
+
+    def time_loops(self, wanted: bool) -> None:
+        """Begin or end to time what Inductor generated (actors/loop_timers.py); it slows steps."""
+        assert self._engine is not None, "time_loops before start returned"
+        timers = self._loop_timers
+        self._engine.between_steps(timers.install if wanted else timers.remove)
+
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
         self._stopping = True
@@ -152,7 +176,7 @@ class DenseActor:
             name=launch.uid,
             limits=_peer_limits(model, launch),
         )
-        rank = DenseRank(
+        rank = self._rank = DenseRank(
             model=model,
             pages=allocate_pages(model, launch.num_kv_blocks),
             experts=_no_view,

@@ -91,6 +91,7 @@ class DenseEngine:
     ) -> None:
         self._state = state
         self._rank = rank
+        self._laps = rank.laps
         self._executor = executor
         self._connect = connect
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -127,7 +128,20 @@ class DenseEngine:
             ClusterError: a shard of the view cannot be reached (the old view stays), or the engine
                 has stopped.
         """
-        self._do(lambda: self._adopt(view))
+        self.between_steps(lambda: self._adopt(view))
+
+    def between_steps(self, action: Callable[[], None]) -> None:
+        """Run `action` in the engine's thread when no step runs; returns when it is done.
+
+        Raises:
+            ClusterError: the engine has stopped.
+        """
+        done: Future[None] = Future()
+        with self._ending:
+            if self._ended:
+                raise ClusterError("this dense rank has stopped")
+            self._inbox.put(_Do(action, done))
+        done.result()
 
     def stop(self) -> None:
         """Leave the loop after the step in flight."""
@@ -146,19 +160,16 @@ class DenseEngine:
         self._note_status()
         try:
             while self._take_inbox():
+                self._laps.lap("inbox")
                 plan = self._state.next_step()
+                self._laps.lap("schedule")
                 if plan is not None:
-                    self._carry_out(self._state.handle(self._run_step(plan)))
+                    instructions = self._state.handle(self._run_step(plan))
+                    self._laps.lap("schedule")
+                    self._carry_out(instructions)
+                    self._laps.lap("emit")
         finally:
             self._end()
-
-    def _do(self, action: Callable[[], None]) -> None:
-        done: Future[None] = Future()
-        with self._ending:
-            if self._ended:
-                raise ClusterError("this dense rank has stopped")
-            self._inbox.put(_Do(action, done))
-        done.result()
 
     def _end(self) -> None:
         """Let go of whoever waits for the loop, and of the compiling child."""
@@ -176,10 +187,13 @@ class DenseEngine:
         while True:
             if not self._state.has_work and self._executor.when_idle():
                 self._note_status()
+            is_idle = not self._state.has_work
             try:
-                item = self._inbox.get(block=not self._state.has_work)
+                item = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
+            if is_idle:
+                self._laps.skip()
             match item:
                 case _Arrived(connection, message):
                     self._receive(connection, message)

@@ -20,6 +20,7 @@ from torch import Tensor
 from remora.actors.dense_events import Slice, SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
 from remora.actors.step_context import ExpertsFn, StepContext
+from remora.actors.step_laps import Laps
 from remora.comm.messages import TokenLogprobs
 from remora.kernels.attention import KVPages, build_plan
 from remora.kernels.linear import ROW_TILE, PackedLinear
@@ -85,6 +86,7 @@ class DenseRank:
         self.experts = experts  # replaced when another view is adopted
         self._quantum = row_quantum(model) if exact else 1
         self._native = native_available()
+        self.laps = Laps()  # the engine's loop marks its own parts of a step on it
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
         """Compute one step; one result per slice, in order.
@@ -104,8 +106,12 @@ class DenseRank:
             experts=self.experts,
         )
         inputs = step_inputs(plan, num_rows)
+        self.laps.lap("inputs")
         logits_RV = self.model.run(context, inputs.input_ids_T, inputs.rows_R)
-        return slice_results(plan, logits_RV, inputs.num_sampled)
+        self.laps.lap("model")
+        results = slice_results(plan, logits_RV, inputs.num_sampled)
+        self.laps.lap("sampling")
+        return results
 
 
 def step_inputs(plan: StepPlan, num_rows: int) -> StepInputs:

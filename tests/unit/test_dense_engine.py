@@ -94,7 +94,7 @@ def test_what_waits_for_an_engine_that_dies_is_told(cluster: LocalCluster) -> No
             except ClusterError as error:
                 caught.append(error)
 
-        holder = threading.Thread(target=lambda: engine._do(hold))
+        holder = threading.Thread(target=lambda: engine.between_steps(hold))
         holder.start()
         assert inside.wait(60)
         engine.stop()  # its order stands before that of `adopt`
@@ -140,7 +140,7 @@ def test_a_flood_of_messages_closes_its_connection_alone(
         engine = client.actor._engine
         assert engine is not None
         inside, go = threading.Event(), threading.Event()
-        holder = threading.Thread(target=lambda: engine._do(lambda: _hold(inside, go)))
+        holder = threading.Thread(target=lambda: engine.between_steps(lambda: _hold(inside, go)))
         holder.start()
         assert inside.wait(60)
 
