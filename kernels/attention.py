@@ -4,9 +4,11 @@ Shape suffixes: T token rows of a step (padding included), S sequences of the st
 longest table, H query heads, J key/value heads, G = H/J query heads that share one, N blocks of the
 pool, W 32-bit words of a key (two bfloat16 or one float32 each), E elements of a word, d width.
 
-Every (token, head) is computed over absolute key chunks in one fixed order, so its bits do not
-depend on what else is in the step, on how a prompt was cut, on prefill or decode, or on the number
-of threads. Method: online softmax (Milakov & Gimelshein 2018) over paged keys (Kwon et al. 2023).
+Every (token, head) is computed over absolute chunks of 64 keys, and absolute spans of 256 keys are
+merged in ascending order, so its bits do not depend on what else is in the step, on how a prompt
+was cut, on prefill or decode, on the number of threads, or on how they share a context. Method:
+online softmax (Milakov & Gimelshein 2018) over paged keys (Kwon et al. 2023), long contexts split
+and merged (Flash-Decoding, Dao et al. 2023), with fixed cuts.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ __all__ = [
     "PAD_SLOT",
     "AttentionPlan",
     "KVPages",
+    "attend",
     "build_plan",
     "paged_attention",
     "write_kv",
@@ -33,6 +36,7 @@ __all__ = [
 PAD_SLOT = -1  # slot of a padding row: nothing is written
 
 _ISA_MAX = 3  # of the C++ path: avx512_bf16; tests lower it down to 0, portable
+_PLAN_HEAD = 5  # numbers before the arrays of `AttentionPlan.packed`
 _WORD_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 
 
@@ -41,7 +45,8 @@ class KVPages:
     """Keys and values of one layer. The layout is private to this file and the C++ kernel.
 
     A key is cut into 32-bit words and the sixteen keys of a block lie side by side, a value's words
-    pair neighbouring keys: both products of attention are then vector x broadcast word.
+    pair neighbouring keys: both products of attention are then vector x broadcast word. Of a block
+    and head, keys and values lie side by side in memory: both tensors are views of one.
     """
 
     k_NJWBE: Tensor  # [N, J, ceil(k_dim / E), 16, E]
@@ -73,11 +78,16 @@ class KVPages:
                 f"key width {k_dim}, value width {v_dim}"
             )
         e = _WORD_ELEMENTS[dtype]
-        k_shape = (num_blocks, num_kv_heads, -(-k_dim // e), BLOCK_SIZE, e)
-        v_shape = (num_blocks, num_kv_heads, BLOCK_SIZE // e, -(-v_dim // 16) * 16, e)
+        words, width = -(-k_dim // e), -(-v_dim // 16) * 16
+        k_size, v_size = words * BLOCK_SIZE * e, BLOCK_SIZE * width
+        both = torch.empty((num_blocks, num_kv_heads, k_size + v_size), dtype=dtype)
+        if native_available():
+            torch.ops.remora.advise_huge_pages(both)
+        both.zero_()
+        k, v = both.split((k_size, v_size), 2)
         return cls(
-            k_NJWBE=torch.zeros(k_shape, dtype=dtype),
-            v_NJPDE=torch.zeros(v_shape, dtype=dtype),
+            k_NJWBE=k.view(num_blocks, num_kv_heads, words, BLOCK_SIZE, e),
+            v_NJPDE=v.view(num_blocks, num_kv_heads, BLOCK_SIZE // e, width, e),
             k_dim=k_dim,
             v_dim=v_dim,
         )
@@ -124,6 +134,8 @@ class AttentionPlan:
     seq_of_token_T: Tensor  # int64 [T]: index into S; 0 in padding rows
     slot_mapping_T: Tensor  # int64 [T]: block * 16 + offset; -1 in padding rows
     last_row_S: Tensor  # int64 [S]: the row of each sequence's last token
+    packed: Tensor  # int32, what the C++ kernel reads: T, num_tokens, S, M, block_id_max, then the
+    # values of query_start_S1, start_S and block_table_SM, which are views of it
 
 
 def build_plan(
@@ -159,7 +171,10 @@ def build_plan(
     if num_tokens > num_rows:
         raise ValueError(f"{num_tokens} tokens do not fit in {num_rows} rows")
     num_blocks_S = (start_S + length_S + BLOCK_SIZE - 1) // BLOCK_SIZE
-    table_SM = np.full((num_sequences, int(num_blocks_S.max(initial=1))), -1, dtype=np.int32)
+    width = int(num_blocks_S.max(initial=1))
+    packed = np.empty(_PLAN_HEAD + 1 + num_sequences * (2 + width), dtype=np.int32)
+    table_SM = packed[_PLAN_HEAD + 1 + 2 * num_sequences :].reshape(num_sequences, width)
+    table_SM.fill(-1)
     for s, table in enumerate(block_tables):
         needed = int(num_blocks_S[s])
         if len(table) < needed:
@@ -179,19 +194,80 @@ def build_plan(
         raise ValueError("a block to be written has a negative id")
     slots_T = np.full(num_rows, PAD_SLOT, dtype=np.int64)
     slots_T[:num_tokens] = block_T * BLOCK_SIZE + positions % BLOCK_SIZE
+    block_id_max = int(table_SM.max(initial=-1))
+    packed[:_PLAN_HEAD] = (num_rows, num_tokens, num_sequences, width, block_id_max)
+    packed[_PLAN_HEAD : _PLAN_HEAD + num_sequences + 1] = query_start_S1
+    packed[_PLAN_HEAD + num_sequences + 1 : _PLAN_HEAD + 2 * num_sequences + 1] = start_S
+    tensor = torch.from_numpy(packed)
+    _, first, start, blocks = tensor.split(
+        (_PLAN_HEAD, num_sequences + 1, num_sequences, num_sequences * width)
+    )
     return AttentionPlan(
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
-        block_id_max=int(table_SM.max(initial=-1)),
-        query_start_S1=torch.from_numpy(query_start_S1.astype(np.int32)),
-        start_S=torch.from_numpy(start_S.astype(np.int32)),
-        block_table_SM=torch.from_numpy(table_SM),
+        block_id_max=block_id_max,
+        query_start_S1=first,
+        start_S=start,
+        block_table_SM=blocks.view(num_sequences, width),
         positions_T=torch.from_numpy(positions_T),
         seq_of_token_T=torch.from_numpy(seq_T),
         slot_mapping_T=torch.from_numpy(slots_T),
         last_row_S=torch.from_numpy(query_start_S1[1:] - 1),
+        packed=tensor,
     )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: KVPages,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    soft_cap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Stores the step's keys and values, then attends -> [1, T, H, v_dim] in the dtype of `q`.
+
+    One call for the hot path: the same bits as `write_kv` of every row's slot and then
+    `paged_attention`, whose rules it takes, without a copy of anything. `q`: [1, H, T, k_dim], `k`:
+    [1, J, T, k_dim], `v`: [1, J, T, v_dim] in any strides; what is not in the pages' dtype is
+    converted. Nothing that the step writes may be in another sequence's context.
+    Padding rows give zeros. Raises ValueError for shapes, dtypes or block ids that do not fit.
+    """
+    if native_available():
+        out: Tensor = torch.ops.remora.attend(
+            q,
+            k,
+            v,
+            pages.k_NJWBE,
+            pages.v_NJPDE,
+            plan.packed,
+            scale,
+            sliding_window or 0,
+            attention_chunk or 0,
+            soft_cap or 0.0,
+            sinks_H,
+            _ISA_MAX,
+        )
+        return out
+    q_THd, k_TJd, v_TJd = (x[0].transpose(0, 1).to(pages.dtype) for x in (q, k, v))
+    write_kv(pages, k_TJd, v_TJd, plan.slot_mapping_T)
+    out_THd = paged_attention(
+        q_THd,
+        pages,
+        plan,
+        scale=scale,
+        sliding_window=sliding_window,
+        attention_chunk=attention_chunk,
+        soft_cap=soft_cap,
+        sinks_H=sinks_H,
+    )
+    return out_THd.to(q.dtype)[None]
 
 
 def write_kv(pages: KVPages, k_TJd: Tensor, v_TJd: Tensor, slot_mapping_T: Tensor) -> None:
@@ -279,14 +355,12 @@ def _attention_native(
         pages.k_NJWBE,
         pages.v_NJPDE,
         pages.v_dim,
-        plan.query_start_S1,
-        plan.start_S,
-        plan.block_table_SM,
+        plan.packed,
         rules.scale,
         rules.window,
         rules.chunk,
         rules.soft_cap,
-        None if sinks_H is None else sinks_H.float().contiguous(),
+        sinks_H,
         _ISA_MAX,
     )
     return out_THd
@@ -298,6 +372,10 @@ def _fake_paged_attention(
     return q_THd.new_empty((q_THd.shape[0], q_THd.shape[1], v_dim))
 
 
+def _fake_attend(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return q.new_empty((1, q.shape[2], q.shape[1], v.shape[3]))
+
+
 def _fake_write_kv(
     k_TJd: Tensor, v_TJd: Tensor, k_NJWBE: Tensor, v_NJPDE: Tensor, slot_mapping_T: Tensor
 ) -> None:
@@ -306,4 +384,5 @@ def _fake_write_kv(
 
 if native_available():
     torch.library.register_fake("remora::paged_attention", _fake_paged_attention)
+    torch.library.register_fake("remora::attend", _fake_attend)
     torch.library.register_fake("remora::write_kv", _fake_write_kv)

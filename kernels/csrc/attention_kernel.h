@@ -1,125 +1,19 @@
 // Attention of one tile of query rows over paged keys and values, for one instruction set.
 //
-// Included by attention.cpp once per instruction set, inside a namespace and under the matching
+// Included by attention_isa.cpp once per instruction set, inside a namespace and under the matching
 // `#pragma GCC target`; REMORA_ISA says which: 0 portable, 1 AVX2 + FMA, 2 AVX-512, 3 AVX-512 with
-// bf16 dot products. Only the primitives at the top differ; nothing of the standard library is
+// bf16 dot products. Only attention_vector.h differs; nothing of the standard library is
 // instantiated here, since the pragma would leak into code that other translation units share.
 //
 // A vector is 16 lanes of 32 bits: a float, an int, or two bfloat16. Per (row, key) the sum over
-// the key's words, per row the online softmax over absolute chunks of 64 keys, and per (row, value
-// lane) the sum over keys each run in one order that no tile shape changes: so do the bits.
+// the key's words, per row the online softmax over absolute chunks of 64 keys and the merge of
+// absolute spans of 256, and per (row, value lane) the sum over keys each run in one order that no
+// tile shape and no cut between threads changes: so do the bits.
 
-typedef float f32x16 __attribute__((vector_size(64), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x16u __attribute__((vector_size(32), aligned(2), may_alias));
-
-#define REMORA_INLINE static inline __attribute__((always_inline))
-#define REMORA_LOOP static __attribute__((noinline))
+#include "attention_vector.h"
 
 // Rows whose scores are computed together: 6 rows x 4 key vectors fill the 32 AVX-512 registers.
 constexpr int ROWS_MAX = REMORA_ISA >= 2 ? 6 : 1;
-
-REMORA_INLINE f32x16 splat(float x) { return f32x16{} + x; }
-REMORA_INLINE i32x16 splat_word(int32_t x) { return i32x16{} + x; }
-REMORA_INLINE i32x16 load_words(const int32_t* p) { return *(const i32x16*)p; }
-REMORA_INLINE f32x16 load(const float* p) { return *(const f32x16*)p; }
-REMORA_INLINE void store(float* p, f32x16 x) { *(f32x16*)p = x; }
-
-REMORA_INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) {
-#if REMORA_ISA >= 2
-  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif REMORA_ISA == 1
-  union Halves { f32x16 whole; __m256 half[2]; } x{a}, y{b}, z{c};
-  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-  return z.whole;
-#else
-  return a * b + c;
-#endif
-}
-
-// acc + the products of words, element by element of a word: Word is float or BF16 (two of them).
-template <class Word>
-REMORA_INLINE f32x16 dot(f32x16 acc, i32x16 a, int32_t b) {
-  if constexpr (Word::num_elements == 1) {
-    return fma16((f32x16)a, (f32x16)splat_word(b), acc);
-  } else {
-#if REMORA_ISA == 3
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)splat_word(b));
-#else
-    const i32x16 high = splat_word((int32_t)0xffff0000);
-    const i32x16 b16 = splat_word(b);
-    acc = fma16((f32x16)(a << 16), (f32x16)(b16 << 16), acc);
-    return fma16((f32x16)(a & high), (f32x16)(b16 & high), acc);
-#endif
-  }
-}
-
-REMORA_INLINE u16x16 round_bf16(f32x16 x) {
-#if REMORA_ISA == 3
-  return (u16x16)_mm512_cvtneps_pbh((__m512)x);
-#else
-  const u32x16 bits = (u32x16)x;
-  const u32x16 rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-  return __builtin_convertvector(rounded, u16x16);
-#endif
-}
-
-REMORA_INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
-
-REMORA_INLINE float max_lane(f32x16 x) {
-#if REMORA_ISA >= 2
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float best = x[0];
-  for (int i = 1; i < 16; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-#endif
-}
-
-REMORA_INLINE float sum_lanes(f32x16 x) {
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = x[i] + x[i + width];
-  return x[0];
-}
-
-// exp for x <= 88, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87.
-// Range reduction by log 2 in two parts, Taylor polynomial of degree 7 on |r| <= log(2) / 2.
-REMORA_INLINE f32x16 exp16(f32x16 x) {
-  const f32x16 clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32x16 shifted = fma16(clamped, splat(1.44269504088896341f), magic);
-  const f32x16 n = shifted - magic;
-  f32x16 r = fma16(n, splat(-0.693145751953125f), clamped);
-  r = fma16(n, splat(-1.42860682030941723e-6f), r);
-  f32x16 y = splat(1.0f / 5040.0f);
-  y = fma16(y, r, splat(1.0f / 720.0f));
-  y = fma16(y, r, splat(1.0f / 120.0f));
-  y = fma16(y, r, splat(1.0f / 24.0f));
-  y = fma16(y, r, splat(1.0f / 6.0f));
-  y = fma16(y, r, splat(0.5f));
-  y = fma16(y, r, splat(1.0f));
-  y = fma16(y, r, splat(1.0f));
-  const i32x16 exponent = ((i32x16)shifted - (i32x16)magic + 127) << 23;
-  y = y * (f32x16)exponent;
-  return x < splat(-87.0f) ? splat(0.0f) : y;
-}
-
-REMORA_INLINE f32x16 tanh16(f32x16 x) {
-  const f32x16 size = x < splat(0.0f) ? -x : x;
-  const f32x16 bound = size > splat(20.0f) ? splat(20.0f) : size;
-  const f32x16 large = splat(1.0f) - splat(2.0f) / (exp16(bound + bound) + splat(1.0f));
-  const f32x16 square = bound * bound;  // Taylor series where the quotient would cancel
-  f32x16 y = splat(62.0f / 2835.0f);
-  y = fma16(y, square, splat(-17.0f / 315.0f));
-  y = fma16(y, square, splat(2.0f / 15.0f));
-  y = fma16(y, square, splat(-1.0f / 3.0f));
-  y = fma16(y, square, splat(1.0f));
-  const f32x16 magnitude = bound < splat(0.2f) ? y * bound : large;
-  return x < splat(0.0f) ? -magnitude : magnitude;
-}
 
 // The chunk that all row groups of a tile share.
 struct Chunk {
@@ -231,46 +125,46 @@ REMORA_LOOP void add_values(const int32_t* p_RS, const float* decay_R, const Chu
 
 // One chunk for R rows of a tile from `first_row` on.
 template <class Word, int R, bool PREFETCH>
-static void group_step(const Rules& rules, const Row* rows, const Chunk& chunk, const Chunk* next,
-                       const Tile& tile, int64_t first_row) {
+static void group_step(const Rules& rules, const Tile& tile, const Chunk& chunk, const Chunk* next,
+                       const State& whole, int64_t first_row) {
   alignas(64) float score[R * 64];
   alignas(64) int32_t p[R * (64 / Word::num_elements)];
   float decay[R];
+  const State state = whole.at_row(first_row, tile.width);
   score_rows<Word, R, PREFETCH>(
       tile.q_WR + first_row * tile.words, tile.words, chunk, next, score);
-  softmax_rows<Word, R>(rules, rows + first_row, chunk.key, score, tile.max_R + first_row,
-                        tile.sum_R16 + first_row * 16, p, decay);
-  float* acc = tile.acc_RV + first_row * tile.width;
+  softmax_rows<Word, R>(rules, tile.rows + first_row, chunk.key, score, state.max_R,
+                        state.sum_R16, p, decay);
   int64_t lane = 0;
   for (; lane + 64 <= tile.width; lane += 64)
-    add_values<Word, R, 4, PREFETCH>(p, decay, chunk, next, lane, acc, tile.width);
+    add_values<Word, R, 4, PREFETCH>(p, decay, chunk, next, lane, state.acc_RV, tile.width);
   for (; lane < tile.width; lane += 16)
-    add_values<Word, R, 1, PREFETCH>(p, decay, chunk, next, lane, acc, tile.width);
+    add_values<Word, R, 1, PREFETCH>(p, decay, chunk, next, lane, state.acc_RV, tile.width);
 }
 
 template <class Word, int R>
-REMORA_INLINE void group_step(const Rules& rules, const Row* rows, const Chunk& chunk,
-                              const Chunk* next, const Tile& tile, int64_t first_row) {
+REMORA_INLINE void group_step(const Rules& rules, const Tile& tile, const Chunk& chunk,
+                              const Chunk* next, const State& state, int64_t first_row) {
   if (next != nullptr)
-    group_step<Word, R, true>(rules, rows, chunk, next, tile, first_row);
+    group_step<Word, R, true>(rules, tile, chunk, next, state, first_row);
   else
-    group_step<Word, R, false>(rules, rows, chunk, next, tile, first_row);
+    group_step<Word, R, false>(rules, tile, chunk, next, state, first_row);
 }
 
 template <class Word>
-static void tile_step(const Rules& rules, const Row* rows, const Chunk& chunk, const Chunk* next,
-                      const Tile& tile, int num_rows) {
+static void tile_step(const Rules& rules, const Tile& tile, const Chunk& chunk, const Chunk* next,
+                      const State& state) {
   int row = 0;
-  for (; row + ROWS_MAX <= num_rows; row += ROWS_MAX)
-    group_step<Word, ROWS_MAX>(rules, rows, chunk, row == 0 ? next : nullptr, tile, row);
+  for (; row + ROWS_MAX <= tile.num_rows; row += ROWS_MAX)
+    group_step<Word, ROWS_MAX>(rules, tile, chunk, row == 0 ? next : nullptr, state, row);
 #if REMORA_ISA >= 2
   if (row > 0) next = nullptr;  // fetched by the first group
-  switch (num_rows - row) {
-    case 5: group_step<Word, 5>(rules, rows, chunk, next, tile, row); break;
-    case 4: group_step<Word, 4>(rules, rows, chunk, next, tile, row); break;
-    case 3: group_step<Word, 3>(rules, rows, chunk, next, tile, row); break;
-    case 2: group_step<Word, 2>(rules, rows, chunk, next, tile, row); break;
-    case 1: group_step<Word, 1>(rules, rows, chunk, next, tile, row); break;
+  switch (tile.num_rows - row) {
+    case 5: group_step<Word, 5>(rules, tile, chunk, next, state, row); break;
+    case 4: group_step<Word, 4>(rules, tile, chunk, next, state, row); break;
+    case 3: group_step<Word, 3>(rules, tile, chunk, next, state, row); break;
+    case 2: group_step<Word, 2>(rules, tile, chunk, next, state, row); break;
+    case 1: group_step<Word, 1>(rules, tile, chunk, next, state, row); break;
   }
 #endif
 }
@@ -288,8 +182,8 @@ static bool open_chunk(const Pages& pages, const int32_t* table, const Tile& til
     const int inside = b < first_block ? first_block : b > last_block ? last_block : b;
     const int64_t block = table[key / 16 + inside];
     if (block < 0 || block >= pages.num_blocks) return false;
-    chunk->key_blocks[b] = pages.keys + (block * pages.num_heads + head) * pages.key_words;
-    const int32_t* values = pages.values + (block * pages.num_heads + head) * pages.value_words;
+    chunk->key_blocks[b] = pages.keys + block * pages.key_block + head * pages.key_head;
+    const int32_t* values = pages.values + block * pages.value_block + head * pages.value_head;
     for (int i = 0; i < per_block; ++i)
       chunk->value_rows[b * per_block + i] = values + (int64_t)i * tile.width;
   }
@@ -310,38 +204,93 @@ static bool open_chunk(const Pages& pages, const int32_t* table, const Tile& til
   return true;
 }
 
-// All chunks of one tile; `rows` say what each sees, tile.q_WR holds their packed queries, and
-// tile.max_R / sum_R16 / acc_RV their start (sinks included). Writes `out` rows of T elements.
+static void clear_state(const State& state, int num_rows, int width) {
+  for (int r = 0; r < num_rows; ++r) state.max_R[r] = -INFINITY;
+  __builtin_memset(state.sum_R16, 0, sizeof(float) * num_rows * 16);
+  __builtin_memset(state.acc_RV, 0, sizeof(float) * num_rows * width);
+}
+
+// Of each row's two maxima, the factors that bring both sums to the larger one.
+REMORA_INLINE void merge_factors(float a, float b, float* largest, float* factor_a,
+                                 float* factor_b) {
+  const f32x16 high = max16(splat(a), splat(b));
+  const f32x16 shift = high == splat(-INFINITY) ? splat(0.0f) : high;  // nothing seen yet
+  *largest = high[0];
+  *factor_a = exp16(splat(a) - shift)[0];
+  *factor_b = exp16(splat(b) - shift)[0];
+}
+
+// Kernel::merge.
+static void merge_states(const State& total, const State& part, const Tile& tile, int64_t from,
+                         int64_t to) {
+  for (int r = 0; r < tile.num_rows; ++r) {
+    if (tile.rows[r].position < from || tile.rows[r].first >= to) continue;
+    const State a = total.at_row(r, tile.width), b = part.at_row(r, tile.width);
+    if (tile.rows[r].first >= from) {  // its first span
+      *a.max_R = *b.max_R;
+      __builtin_memcpy(a.sum_R16, b.sum_R16, sizeof(float) * 16);
+      __builtin_memcpy(a.acc_RV, b.acc_RV, sizeof(float) * tile.width);
+      continue;
+    }
+    float factor_a, factor_b;
+    merge_factors(*a.max_R, *b.max_R, a.max_R, &factor_a, &factor_b);
+    store(a.sum_R16, load(a.sum_R16) * splat(factor_a) + load(b.sum_R16) * splat(factor_b));
+    for (int i = 0; i < tile.width; i += 16)
+      store(a.acc_RV + i,
+            load(a.acc_RV + i) * splat(factor_a) + load(b.acc_RV + i) * splat(factor_b));
+  }
+}
+
+// Kernel::run.
 template <class Word>
-static bool run_tile(const Rules& rules, const Pages& pages, const int32_t* table, const Tile& tile,
-                     const Row* rows, int num_rows, int head) {
-  int64_t low = rows[0].first, high = 0;
-  for (int r = 0; r < num_rows; ++r) {
-    low = rows[r].first < low ? rows[r].first : low;
-    high = rows[r].position + 1 > high ? rows[r].position + 1 : high;
-  }
+static bool run_keys(const Rules& rules, const Pages& pages, const int32_t* table, const Tile& tile,
+                     int head, int64_t low, int64_t high, int64_t from, int64_t to,
+                     const State& total, const State& part, bool apart, int64_t part_floats) {
   Chunk chunks[2];
-  int64_t key = low / 64 * 64;
-  if (!open_chunk<Word>(pages, table, tile, head, key, low, high, &chunks[0])) return false;
-  for (int current = 0; key < high; key += 64, current ^= 1) {
-    Chunk* next = key + 64 < high ? &chunks[current ^ 1] : nullptr;
-    if (next && !open_chunk<Word>(pages, table, tile, head, key + 64, low, high, next)) return false;
-    tile_step<Word>(rules, rows, chunks[current], next, tile, num_rows);
+  const int64_t begin = from / CHUNK_KEYS * CHUNK_KEYS;
+  State state = apart ? part : total;
+  clear_state(state, tile.num_rows, tile.width);
+  if (!open_chunk<Word>(pages, table, tile, head, begin, low, high, &chunks[0])) return false;
+  int current = 0;
+  for (int64_t key = begin; key < to; key += CHUNK_KEYS, current ^= 1) {
+    const int64_t after = key + CHUNK_KEYS;
+    Chunk* next = after < to ? &chunks[current ^ 1] : nullptr;
+    if (next && !open_chunk<Word>(pages, table, tile, head, after, low, high, next)) return false;
+    tile_step<Word>(rules, tile, chunks[current], next, state);
+    if (next != nullptr && after % SPAN_KEYS != 0) continue;
+    if (!apart && state.max_R != total.max_R)
+      merge_states(total, state, tile, key / SPAN_KEYS * SPAN_KEYS, after);
+    if (next == nullptr) break;
+    if (apart)
+      state = {state.max_R + part_floats, state.sum_R16 + part_floats, state.acc_RV + part_floats};
+    else
+      state = part;
+    clear_state(state, tile.num_rows, tile.width);
   }
-  for (int r = 0; r < num_rows; ++r) {
-    const f32x16 total = splat(sum_lanes(load(tile.sum_R16 + (int64_t)r * 16)));
+  return true;
+}
+
+// Kernel::finish.
+template <class Word>
+static void finish_rows(const State& total, const float* sink_R, const Tile& tile, int v_dim) {
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const State state = total.at_row(r, tile.width);
+    float sum = sum_lanes(load(state.sum_R16)), factor = 1.0f, weight = 0.0f, largest;
+    if (sink_R != nullptr) {
+      merge_factors(*state.max_R, sink_R[r], &largest, &factor, &weight);
+      sum = sum * factor + weight;
+    }
     for (int lane = 0; lane < tile.width; lane += 16) {
-      const f32x16 y = load(tile.acc_RV + (int64_t)r * tile.width + lane) / total;
+      const f32x16 y = load(state.acc_RV + lane) * splat(factor) / splat(sum);
       alignas(64) float buffer[16];
       if constexpr (Word::num_elements == 1)
         store(buffer, y);
       else
         *(u16x16u*)buffer = round_bf16(y);
-      const int count = pages.v_dim - lane < 16 ? pages.v_dim - lane : 16;
+      const int count = v_dim - lane < 16 ? v_dim - lane : 16;
       if (count > 0)
-        __builtin_memcpy((char*)rows[r].out + lane * Word::element_bytes, buffer,
+        __builtin_memcpy((char*)tile.rows[r].out + lane * Word::element_bytes, buffer,
                          count * Word::element_bytes);
     }
   }
-  return true;
 }

@@ -317,10 +317,15 @@ def test_ops_can_be_traced(path: str) -> None:
         (kv, kv, pages.k_NJWBE, pages.v_NJPDE, plan.slot_mapping_T),
         test_utils=checks,
     )
-    kv_and_plan = (pages.k_NJWBE, pages.v_NJPDE, 8, plan.query_start_S1, plan.start_S)
-    rules = (plan.block_table_SM, 0.5, 0, 0, 0.0, None, 3)
+    rules = (plan.packed, 0.5, 0, 0, 0.0, None, 3)
     torch.library.opcheck(
         torch.ops.remora.paged_attention.default,
-        (torch.ones(6, 4, 8), *kv_and_plan, *rules),
+        (torch.ones(6, 4, 8), pages.k_NJWBE, pages.v_NJPDE, 8, *rules),
+        test_utils=checks,
+    )
+    q, k = torch.ones(1, 4, 6, 8), torch.ones(1, 2, 6, 8)
+    torch.library.opcheck(
+        torch.ops.remora.attend.default,
+        (q, k, k, pages.k_NJWBE, pages.v_NJPDE, *rules),
         test_utils=checks,
     )

@@ -1,0 +1,111 @@
+// Sixteen lanes of 32 bits, for one instruction set: see attention_kernel.h, which includes this once
+// per set, inside a namespace.
+
+typedef float f32x16 __attribute__((vector_size(64), may_alias));
+typedef int32_t i32x16 __attribute__((vector_size(64), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x16u __attribute__((vector_size(32), aligned(2), may_alias));
+
+#define REMORA_INLINE static inline __attribute__((always_inline))
+#define REMORA_LOOP static __attribute__((noinline))
+
+REMORA_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+REMORA_INLINE i32x16 splat_word(int32_t x) { return i32x16{} + x; }
+REMORA_INLINE i32x16 load_words(const int32_t* p) { return *(const i32x16*)p; }
+REMORA_INLINE f32x16 load(const float* p) { return *(const f32x16*)p; }
+REMORA_INLINE void store(float* p, f32x16 x) { *(f32x16*)p = x; }
+
+REMORA_INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) {
+#if REMORA_ISA >= 2
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif REMORA_ISA == 1
+  union Halves { f32x16 whole; __m256 half[2]; } x{a}, y{b}, z{c};
+  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+  return z.whole;
+#else
+  return a * b + c;
+#endif
+}
+
+// acc + the products of words, element by element of a word: Word is float or BF16 (two of them).
+template <class Word>
+REMORA_INLINE f32x16 dot(f32x16 acc, i32x16 a, int32_t b) {
+  if constexpr (Word::num_elements == 1) {
+    return fma16((f32x16)a, (f32x16)splat_word(b), acc);
+  } else {
+#if REMORA_ISA == 3
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)splat_word(b));
+#else
+    const i32x16 high = splat_word((int32_t)0xffff0000);
+    const i32x16 b16 = splat_word(b);
+    acc = fma16((f32x16)(a << 16), (f32x16)(b16 << 16), acc);
+    return fma16((f32x16)(a & high), (f32x16)(b16 & high), acc);
+#endif
+  }
+}
+
+REMORA_INLINE u16x16 round_bf16(f32x16 x) {
+#if REMORA_ISA == 3
+  return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const u32x16 bits = (u32x16)x;
+  const u32x16 rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+  return __builtin_convertvector(rounded, u16x16);
+#endif
+}
+
+REMORA_INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+REMORA_INLINE float max_lane(f32x16 x) {
+#if REMORA_ISA >= 2
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < 16; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+REMORA_INLINE float sum_lanes(f32x16 x) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] + x[i + width];
+  return x[0];
+}
+
+// exp for x <= 88, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87.
+// Range reduction by log 2 in two parts, Taylor polynomial of degree 7 on |r| <= log(2) / 2.
+REMORA_INLINE f32x16 exp16(f32x16 x) {
+  const f32x16 clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 shifted = fma16(clamped, splat(1.44269504088896341f), magic);
+  const f32x16 n = shifted - magic;
+  f32x16 r = fma16(n, splat(-0.693145751953125f), clamped);
+  r = fma16(n, splat(-1.42860682030941723e-6f), r);
+  f32x16 y = splat(1.0f / 5040.0f);
+  y = fma16(y, r, splat(1.0f / 720.0f));
+  y = fma16(y, r, splat(1.0f / 120.0f));
+  y = fma16(y, r, splat(1.0f / 24.0f));
+  y = fma16(y, r, splat(1.0f / 6.0f));
+  y = fma16(y, r, splat(0.5f));
+  y = fma16(y, r, splat(1.0f));
+  y = fma16(y, r, splat(1.0f));
+  const i32x16 exponent = ((i32x16)shifted - (i32x16)magic + 127) << 23;
+  y = y * (f32x16)exponent;
+  return x < splat(-87.0f) ? splat(0.0f) : y;
+}
+
+REMORA_INLINE f32x16 tanh16(f32x16 x) {
+  const f32x16 size = x < splat(0.0f) ? -x : x;
+  const f32x16 bound = size > splat(20.0f) ? splat(20.0f) : size;
+  const f32x16 large = splat(1.0f) - splat(2.0f) / (exp16(bound + bound) + splat(1.0f));
+  const f32x16 square = bound * bound;  // Taylor series where the quotient would cancel
+  f32x16 y = splat(62.0f / 2835.0f);
+  y = fma16(y, square, splat(-17.0f / 315.0f));
+  y = fma16(y, square, splat(2.0f / 15.0f));
+  y = fma16(y, square, splat(-1.0f / 3.0f));
+  y = fma16(y, square, splat(1.0f));
+  const f32x16 magnitude = bound < splat(0.2f) ? y * bound : large;
+  return x < splat(0.0f) ? -magnitude : magnitude;
+}
