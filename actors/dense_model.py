@@ -19,6 +19,7 @@ from remora.actors.dense_surgery import CursorLayer
 from remora.actors.layer_program import Recording
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import StepContext, steps
+from remora.actors.step_program import Split, StepProgram, split
 from remora.actors.weights import Progress, WeightPlan
 
 INDUCTOR_OPTIONS = {
@@ -55,6 +56,7 @@ class DenseModel:
         self._cache = attention_op.PassThroughCache()
         self._base = getattr(model, model.base_model_prefix)
         self._head = _head_of(model)
+        self._program: StepProgram | None = None
 
     @property
     def nbytes(self) -> int:
@@ -73,12 +75,23 @@ class DenseModel:
             [T, D] in the served dtype, after the last norm.
         """
         with torch.inference_mode():
-            output = self._base(
-                input_ids=token_ids_T[None],
-                position_ids=positions_T[None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+            if self._program is None:
+                return self._forward(token_ids_T, positions_T)
+            context = steps.current(self.engine_id)
+
+            def next_layer(index: int) -> None:
+                context.layer = index
+
+            return self._program.run(token_ids_T, positions_T, next_layer)
+
+    def _forward(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """The model's own forward."""
+        output = self._base(
+            input_ids=token_ids_T[None],
+            position_ids=positions_T[None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
@@ -113,20 +126,37 @@ class DenseModel:
             layer.compiled = compiled[type(layer.layer)]
             layer.recording = Recording(layer.layer)
 
-    def drop_guards(self) -> int:
+    def drop_guards(self) -> Split | None:
         """Call compiled layers directly from here on, after warm-up steps of several sizes.
 
         Returns:
-            Layers that keep their guards, because their warm-up steps did not agree.
+            The model's forward without its layers, to be warmed up for `use_program`; None where a
+            layer keeps its guards (its warm-up steps did not agree), or where the model does
+            something between its layers.
         """
+        programs = []
         for layer in self.layers:
-            if layer.recording is not None:
-                layer.program = layer.recording.program()
-                layer.recording = None
-        return sum(layer.program is None for layer in self.layers)
+            assert layer.recording is not None, "drop_guards comes after compile, once"
+            layer.program = layer.recording.program()
+            layer.recording = None
+            if layer.program is not None:
+                programs.append(layer.program)
+        if len(programs) < len(self.layers):
+            return None
+        return split(self._forward, self.layers, programs, INDUCTOR_OPTIONS)
+
+    def use_program(self, program: StepProgram | None) -> None:
+        """Run steps by `program`; None: by the model's own forward."""
+        self._program = program
+
+    @property
+    def has_program(self) -> bool:
+        """Whether steps run without the model's own forward."""
+        return self._program is not None
 
     def use_eager(self) -> None:
         """Run layers as they are."""
+        self._program = None
         for layer in self.layers:
             layer.compiled = layer.recording = layer.program = None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from remora.actors import attention_op, model_build
-from remora.actors.layer_program import LayerProgram, Recording
+from remora.actors.layer_program import Program, Recording
 from remora.actors.step_context import steps
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.errors import WeightsError
@@ -38,14 +38,14 @@ class CursorLayer(nn.Module):
         self.engine_id = engine_id
         self.compiled: Callable[..., Any] | None = None
         self.recording: Recording | None = None
-        self.program: LayerProgram | None = None
+        self.program: Program | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
         context = steps.current(self.engine_id)
         context.layer = self.index
         if self.program is not None:
-            return self.program.run(context.plan.num_rows, args, kwargs)
+            return self.program.run(context.plan.num_rows, args, kwargs)[0]
         if self.compiled is None:
             return self.layer(*args, **kwargs)
         compiled = functools.partial(self.compiled, self.layer)

@@ -29,7 +29,7 @@ import transformers
 
 from remora.actors.dense_model import DenseModel
 from remora.actors.model_spec import ModelSpec
-from remora.actors.warm import warm_up
+from remora.actors.warm import compile_and_warm, warm_up
 from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -147,17 +147,14 @@ class Executor:
         """
         use_cache()
         try:
-            self._model.compile()
-            warm_up(self._model, exact=self._exact)
-            guarded = self._model.drop_guards()
-            warm_up(self._model, exact=self._exact)
+            compile_and_warm(self._model, exact=self._exact)
         except Exception as failure:
             self._model.use_eager()
             warm_up(self._model, exact=self._exact)
             self._stay_eager(f"compiling failed: {_first_line(failure)}")
             return
         self.phase = "compiled"
-        logger.info("layers are compiled; %d of them keep their guards", guarded)
+        logger.info("layers are compiled")
         try:
             self._marker.parent.mkdir(parents=True, exist_ok=True)
             self._marker.touch()

@@ -16,6 +16,7 @@ modes of its steps never change, and a step has at least two rows. Legend: T tok
 """
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,23 +30,27 @@ Place = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerProgram:
-    """One layer's generated code, and where its arguments come from."""
+class Program:
+    """Generated code, and where its arguments come from."""
 
     code: Callable[[list[Any]], Sequence[Any]]
     constants: tuple[Any, ...]  # None where the step fills in
     rows_at: tuple[int, ...]  # arguments that are T
     tensors_at: tuple[tuple[int, Place], ...]  # arguments that are tensors of the step
 
-    def run(self, num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The layer's output for arguments of the shape it was recorded with, T apart."""
+    def run(self, num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+        """The outputs for arguments of the kind it was recorded with, T apart."""
+        tensors = [find(args, kwargs, place) for _, place in self.tensors_at]
+        return self.run_on(num_rows, tensors)
+
+    def run_on(self, num_rows: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs for the tensors of a step, in the order of `tensors_at`."""
         inputs = list(self.constants)
         for at in self.rows_at:
             inputs[at] = num_rows
-        for at, place in self.tensors_at:
-            inputs[at] = _find(args, kwargs, place)
-        output: Tensor = self.code(inputs)[0]
-        return output
+        for (at, _), tensor in zip(self.tensors_at, tensors, strict=True):
+            inputs[at] = tensor
+        return self.code(inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +81,18 @@ class Recording:
         """`compiled(*args, **kwargs)`, noted."""
         with _watch_graphs() as seen:
             result = compiled(*args, **kwargs)
+        results = [result] if isinstance(result, Tensor) else list(result)
         graph, given, outputs = seen[0] if len(seen) == 1 else (None, [], ())
-        if graph is None or graph.current_callable is None or outputs[0] is not result:
+        is_plain = len(results) == len(outputs) and all(map(operator.is_, results, outputs))
+        if graph is None or graph.current_callable is None or not is_plain:
             self._unclear = True  # several graphs, or wrappers that change what comes out
             return result
-        standing = _places(args, kwargs)
+        standing = {id(t): place for place, t in tensor_places(args, kwargs).items()}
         places = tuple(standing.get(id(value)) for value in given)
         self._calls.append(_Call(graph.current_callable, given, places, num_rows))
         return result
 
-    def program(self) -> LayerProgram | None:
+    def program(self) -> Program | None:
         """What all calls agree on; None where they do not, or an argument is nobody's."""
         if self._unclear or not self._calls:
             return None
@@ -102,11 +109,11 @@ class Recording:
                 tensors_at.append((at, place))
             elif self._is_constant(values):
                 constants[at] = value
-            elif all(v == c.num_rows for v, c in zip(values, self._calls, strict=True)):
+            elif isinstance(value, int) and values == [call.num_rows for call in self._calls]:
                 rows_at.append(at)
             else:
                 return None
-        return LayerProgram(first.code, tuple(constants), tuple(rows_at), tuple(tensors_at))
+        return Program(first.code, tuple(constants), tuple(rows_at), tuple(tensors_at))
 
     def _is_constant(self, values: list[Any]) -> bool:
         first = values[0]
@@ -130,25 +137,27 @@ def _watch_graphs() -> Iterator[list[tuple[CompiledFxGraph, list[Any], Sequence[
         seen.append((graph, given, outputs))
         return outputs
 
-    CompiledFxGraph.__call__ = call  # type: ignore[method-assign]
+    CompiledFxGraph.__call__ = call  # type: ignore[method-assign,assignment]
     try:
         yield seen
     finally:
         CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
 
 
-def _places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Place]:
-    """id of every tensor among the arguments -> where it stands."""
-    found: dict[int, Place] = {}
-    for key, value in [*enumerate(args), *kwargs.items()]:
+def tensor_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Tensor]:
+    """Every tensor among the arguments by its place."""
+    found: dict[Place, Tensor] = {}
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in named:
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            steps = tuple(getattr(p, "idx", getattr(p, "key", None)) for p in path)
+            steps: tuple[Any, ...] = tuple(getattr(p, "idx", getattr(p, "key", None)) for p in path)
             if isinstance(leaf, Tensor) and None not in steps:
-                found.setdefault(id(leaf), (key, *steps))
+                found[(key, *steps)] = leaf
     return found
 
 
-def _find(args: tuple[Any, ...], kwargs: dict[str, Any], place: Place) -> Any:
+def find(args: tuple[Any, ...], kwargs: dict[str, Any], place: Place) -> Any:
+    """What stands at `place`."""
     first = place[0]
     value = args[first] if isinstance(first, int) else kwargs[first]
     for step in place[1:]:

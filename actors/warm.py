@@ -45,6 +45,18 @@ def warm_rows(model: DenseModel, *, exact: bool) -> list[int]:
     return counts
 
 
+def compile_and_warm(model: DenseModel, *, exact: bool) -> None:
+    """Compile the layers and what stands around them, and settle how they are called."""
+    model.compile()
+    warm_up(model, exact=exact)
+    ends = model.drop_guards()
+    if ends is not None:
+        for num_rows in warm_rows(model, exact=exact):
+            ends.warm(torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows))
+        model.use_program(ends.program())
+    warm_up(model, exact=exact)  # what has been put together runs before a request meets it
+
+
 def warm_up(model: DenseModel, *, exact: bool) -> None:
     """Run a few steps that touch no request: pages of their own, experts that answer zeros."""
     for num_rows in warm_rows(model, exact=exact):
@@ -73,8 +85,7 @@ def main() -> None:
     take_threads(1)
     spec = inspect_model(order["model"])
     model = build_hollow(spec, dtype=resolve_dtype(spec, order["dtype"]), exact=order["exact"])
-    model.compile()
-    warm_up(model, exact=order["exact"])
+    compile_and_warm(model, exact=order["exact"])
 
 
 def _end_with_parent() -> None:

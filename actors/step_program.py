@@ -1,0 +1,162 @@
+"""A step of a compiled model without the model's own Python around its layers.
+
+`transformers` runs a model's forward anew for every step: decorators, mask and cache plumbing,
+rotary tables, the loop over layers; 0.2 to 0.4 ms a step here, with one row as with many. Once the
+layers are programs, that forward is traced twice with its layers left out: *before* them (token ids
+and positions to the first layer's rows and to what else layers take) and *after* them (the last
+norm). A step is then straight calls of generated code:
+
+    rows, *others = before(token ids, positions)
+    rows = layer(rows, others), for each layer
+    after(rows)
+
+A model that does something between its layers is not taken apart: its forward runs as it is.
+Legend: T token rows of a step, D model width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from remora.actors.layer_program import Program, Recording, find
+
+# (token ids [T], positions [T]) -> [T, D] after the last norm: the model's own forward
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgram:
+    """`run` takes a step from token ids to the rows after the last norm."""
+
+    before: Program
+    layers: tuple[tuple[Program, tuple[int, ...]], ...]  # and which of a step's values each takes
+    after: Program
+
+    def run(
+        self, token_ids_T: Tensor, positions_T: Tensor, next_layer: Callable[[int], None]
+    ) -> Tensor:
+        """[T, D]. `next_layer` is told the index of each layer before it runs."""
+        num_rows = token_ids_T.shape[0]
+        values = list(self.before.run(num_rows, (token_ids_T, positions_T), {}))
+        for index, (layer, indices) in enumerate(self.layers):
+            next_layer(index)
+            values[0] = layer.run_on(num_rows, [values[i] for i in indices])[0]
+        return self.after.run(num_rows, (values[0],), {})[0]
+
+
+class _NotSeparable(Exception):
+    """The model does something between its layers."""
+
+
+class Split:
+    """A model's forward before and after its layers: traced, then compiled and warmed up.
+
+    Args:
+        forward: runs the model's own forward, which calls each of `layers` once and in order.
+        layers: the modules to leave out; their programs say what they take.
+        options: of the compiler.
+    """
+
+    def __init__(
+        self, forward: Forward, layers: Sequence[nn.Module], programs: Sequence[Program],
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self._forward = forward
+        self._layers = layers
+        self._programs = programs
+        self._indices: list[tuple[int, ...]] = []
+        before, after = self._trace(37)
+        self._ends = [
+            (Recording(end), torch.compile(end, dynamic=True, fullgraph=True, options=options))
+            for end in (before, after)
+        ]
+
+    def warm(self, token_ids_T: Tensor, positions_T: Tensor) -> None:
+        """Run both ends once with this number of rows."""
+        num_rows = token_ids_T.shape[0]
+        (first, before), (last, after) = self._ends
+        with torch.inference_mode():
+            rows = first.call(before, num_rows, (token_ids_T, positions_T), {})[0]
+            last.call(after, num_rows, (torch.zeros_like(rows),), {})
+
+    def program(self) -> StepProgram | None:
+        """Straight calls for a whole step; None where an end's warm-up steps did not agree."""
+        before, after = (recording.program() for recording, _ in self._ends)
+        if before is None or after is None:
+            return None
+        return StepProgram(before, tuple(zip(self._programs, self._indices, strict=True)), after)
+
+    def _trace(self, num_rows: int) -> tuple[nn.Module, nn.Module]:
+        ids_T, positions_T = torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows)
+        with torch.no_grad():
+            before = make_fx(
+                lambda ids, positions: self._before(ids, positions),
+                tracing_mode="symbolic",
+                _allow_non_fake_inputs=True,
+            )(ids_T, positions_T)
+            rows = self._before(ids_T, positions_T)[0].clone()
+            after = make_fx(
+                lambda rows: self._after(rows, ids_T, positions_T),
+                tracing_mode="symbolic",
+                _allow_non_fake_inputs=True,
+            )(rows)
+        return before, after
+
+    def _before(self, token_ids_T: Tensor, positions_T: Tensor) -> list[Tensor]:
+        """The first layer's rows, then every other tensor that a layer's program takes."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append((args, kwargs))
+            rows: Tensor = args[0]
+            return rows
+
+        with _stand_in(self._layers, note):
+            self._forward(token_ids_T, positions_T)
+        values: list[Tensor] = [calls[0][0][0]]
+        if len(calls) != len(self._layers) or any(args[0] is not values[0] for args, _ in calls):
+            raise _NotSeparable
+        self._indices = []
+        for (args, kwargs), program in zip(calls, self._programs, strict=True):
+            taken = [find(args, kwargs, place) for _, place in program.tensors_at]
+            for tensor in taken:
+                if not any(tensor is known for known in values):
+                    values.append(tensor)
+            self._indices.append(
+                tuple(next(i for i, v in enumerate(values) if v is t) for t in taken)
+            )
+        return values
+
+    def _after(self, rows_1TD: Tensor, token_ids_T: Tensor, positions_T: Tensor) -> list[Tensor]:
+        with _stand_in(self._layers, lambda args, kwargs: rows_1TD):
+            return [self._forward(token_ids_T, positions_T)]
+
+
+def split(
+    forward: Forward, layers: Sequence[nn.Module], programs: Sequence[Program],
+    options: dict[str, Any],
+) -> Split | None:  # fmt: skip
+    """`Split`, or None where the model cannot be taken apart."""
+    try:
+        return Split(forward, layers, programs, options)
+    except _NotSeparable:
+        return None
+
+
+@contextlib.contextmanager
+def _stand_in(
+    layers: Sequence[nn.Module], answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Inside, a call of any of `layers` is answered by `answer(args, kwargs)`."""
+    try:
+        for layer in layers:
+            layer.forward = lambda *args, **kwargs: answer(args, kwargs)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
