@@ -143,8 +143,8 @@ class ExpertActor:
         rows = shard.forward(
             call.layer,
             call.rows_ND,
-            call.pair_row_P.long(),
-            call.pair_expert_P.long(),
+            call.pair_row_P,
+            call.pair_expert_P,
             call.pair_weight_P,
             "presummed" if call.presummed else "ordered",
         )

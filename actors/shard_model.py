@@ -1,9 +1,11 @@
 """The expert side of a model: experts in slots, computed with the model's own gate.
 
 The experts modules of `transformers` are kept without their weights, one a layer: activation,
-bias, clamping and layout are inherited from them (`_apply_gate`, `act_fn`, `post_expert_norm`); the
-linears around them are ours. Legend: S slots, N routed pairs (row, expert), M rows that came, D
-model width, I expert width, U = 2I with a gate and I without.
+bias, clamping and layout are inherited from them (`_apply_gate`, `act_fn`, `post_expert_norm`).
+The linears around them are ours, and so is the gate where one of ours computes the same
+(`expert_gate`): then a layer is one native call (`kernels/expert_shard.py`). Legend: S slots, N
+routed pairs (row, expert), M rows that came, D model width, I expert width, U = 2I with a gate and
+I without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +18,14 @@ from torch import Tensor
 
 from remora.actors import model_build
 from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.expert_gate import find_gate
 from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.weights import Progress, WeightPlan
-from remora.kernels.experts import PackedExperts, silu_and_mul
+from remora.kernels import native
+from remora.kernels.expert_shard import NativeShard
+from remora.kernels.experts import PackedExperts
+from remora.kernels.gates import Gate
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
 
@@ -35,7 +41,7 @@ class _ExpertLayer:
     packed: PackedExperts
     slot_of: dict[int, int]  # logical expert -> slot
     slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
-    fused: bool  # the gate is plain silu(gate) * up: one kernel does it
+    gate: Gate | None  # ours that computes what the host's does, if there is one
 
 
 class ShardExperts:
@@ -44,6 +50,8 @@ class ShardExperts:
     Attributes:
         dtype: served dtype; rows come and go in it.
         layers: decoder layers of which it holds experts.
+        native: the same for a native caller, of the layers that it can compute; None without C++
+            kernels.
     """
 
     def __init__(
@@ -60,6 +68,11 @@ class ShardExperts:
         self._layers = layers
         self._digests = digests
         self._exact = exact
+        self.native = NativeShard() if native.native_available() else None
+        if self.native is not None:
+            for index, held in layers.items():
+                if held.gate is not None and not held.host.has_post_expert_norm:
+                    self.native.add_layer(index, held.packed, held.gate, held.slot_of_E)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -101,8 +114,9 @@ class ShardExperts:
         Args:
             layer: decoder layer, one of `layers`.
             rows_MD: [M, D] in `dtype`.
-            pair_row_N: int64, row of each pair, 0 <= row < M.
-            pair_expert_N: int64, logical expert of each pair; all held (`not_mine` is empty).
+            pair_row_N: int32 or int64, row of each pair, 0 <= row < M.
+            pair_expert_N: int32 or int64, logical expert of each pair; all held (`not_mine` is
+                empty).
             pair_weight_N: float32 or bfloat16; only `presummed` reads it.
             mode: `ordered`: one row per pair, not weighted, in pair order; `presummed`: one row
                 per row that came, the weighted sum of its pairs (float32 inside).
@@ -111,12 +125,29 @@ class ShardExperts:
             [N, D] or [M, D] in `dtype`.
         """
         held = self._layers[layer]
-        slot_N = held.slot_of_E[pair_expert_N]
+        slot_N = held.slot_of_E[pair_expert_N.long()]
         assert slot_N.numel() == 0 or int(slot_N.min()) >= 0, (
             f"layer {layer}: experts {self.not_mine(layer, pair_expert_N)} are not held"
         )
+        pairs = pair_row_N, pair_expert_N, pair_weight_N
+        if self.native is not None and layer in self.native:
+            return self.native.call(layer, rows_MD, *pairs, presummed=mode == "presummed")
+        return self.forward_in_steps(layer, rows_MD, *pairs, mode)
+
+    def forward_in_steps(
+        self,
+        layer: int,
+        rows_MD: Tensor,
+        pair_row_N: Tensor,
+        pair_expert_N: Tensor,
+        pair_weight_N: Tensor,
+        mode: CombineMode,
+    ) -> Tensor:
+        """As `forward`, one operator after the other: for gates and norms that only torch knows."""
+        held = self._layers[layer]
+        pair_row_N = pair_row_N.long()
         with torch.no_grad():
-            sort = route_sort(slot_N, held.packed.num_slots)
+            sort = route_sort(held.slot_of_E[pair_expert_N.long()], held.packed.num_slots)
             out_ND = self._compute(held, rows_MD, pair_row_N, sort)
             if mode == "presummed":
                 rows = rows_MD.shape[0]
@@ -156,7 +187,7 @@ class ShardExperts:
     ) -> Tensor:
         """Outputs of the pairs in slot order: [N', D], N' >= N (rows beyond are padding)."""
         order_N = pair_row_N[sort.order_N]
-        if self._exact and not held.fused:
+        if self._exact and held.gate is None:
             # torch's elementwise kernels have scalar tails: only whole tiles of rows reach them.
             order_N = torch.nn.functional.pad(order_N, (0, -order_N.numel() % ROW_TILE), value=-1)
         x_ND = gather_rows(rows_MD, order_N)
@@ -169,8 +200,8 @@ class ShardExperts:
 
 def _gate(held: _ExpertLayer, up_NU: Tensor) -> Tensor:
     """What stands between the two linears: [N, U] -> [N, I]."""
-    if held.fused:
-        return silu_and_mul(up_NU)
+    if held.gate is not None:
+        return held.gate.apply(up_NU)
     gate = held.host._apply_gate if held.host.has_gate else held.host.act_fn
     out: Tensor = gate(up_NU)
     return out.contiguous()
@@ -291,14 +322,5 @@ def _empty_layer(
         packed=packed,
         slot_of={},
         slot_of_E=torch.full((spec.num_experts,), -1, dtype=torch.int64),
-        fused=_is_plain_silu(host),
+        gate=find_gate(host, packed.intermediate_size),
     )
-
-
-def _is_plain_silu(host: Any) -> bool:
-    """Whether the gate is `transformers`' default one over silu."""
-    from transformers.activations import ACT2FN
-    from transformers.integrations.moe import _default_apply_gate
-
-    plain = getattr(type(host), "_apply_gate", None) is _default_apply_gate
-    return bool(host.has_gate) and plain and type(host.act_fn) is type(ACT2FN["silu"])

@@ -33,8 +33,9 @@ from exact_cost_layer import DenseLayer, random_weight, row_bits_hold
 from exact_cost_ops import row_dependent_ops
 from torch import Tensor
 
-from remora.kernels.experts import PackedExperts, silu_and_mul
+from remora.kernels.experts import PackedExperts
 from remora.kernels.fingerprint import kernel_fingerprint
+from remora.kernels.gates import SILU
 from remora.kernels.linear import ROW_TILE, PackedLinear, row_linear, torch_linear
 from remora.kernels.routing import combine_ordered, gather_rows, presum, route_sort
 
@@ -86,7 +87,7 @@ class Layer:
         sort = route_sort(step.index_TK.flatten(), NUM_EXPERTS)
         rows = gather_rows(step.hidden_TD, sort.order_N // TOP_K)
         gate_up = self.experts.up(rows, sort.offsets_S1)
-        out = self.experts.down(silu_and_mul(gate_up), sort.offsets_S1)
+        out = self.experts.down(SILU.apply(gate_up), sort.offsets_S1)
         if ordered:
             y = combine_ordered(out, sort.place_N.view(-1, TOP_K), step.weights_TK)
         else:

@@ -1,8 +1,8 @@
 """Expert weights of one layer in slots, and grouped linears over rows sorted by slot.
 
 Shapes: S slots, N routed rows sorted by slot, D model width, I expert width, U = 2I with a gate
-and I without. Between `up` and `down` stands the model's own gate (`_apply_gate`), on [N, U]; where
-that is the plain `silu(gate) * up` of two concatenated halves, `silu_and_mul` does it in one pass.
+and I without. Between `up` and `down` stands the model's own gate (`_apply_gate`), on [N, U], or
+one of `gates` where that computes the same.
 """
 
 import itertools
@@ -10,35 +10,16 @@ from collections.abc import Mapping
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remora.kernels import native
 from remora.kernels.linear import (
     DTYPES,
-    in_row_tiles,
     pack_into,
     packed_numel,
     torch_linear,
     unpack,
 )
-
-
-def silu_and_mul(gate_up_NU: Tensor) -> Tensor:
-    """silu(first half) * second half, [N, 2I] -> [N, I]; float32 inside, rounded once.
-
-    Differs from torch's two-step form in last bits (bfloat16 there rounds between the steps).
-    """
-    if native.native_available():
-        out: Tensor = torch.ops.remora.silu_and_mul(gate_up_NU)
-        return out
-    flat_NU = gate_up_NU.reshape(-1, gate_up_NU.shape[-1])
-    return in_row_tiles(_torch_silu_and_mul, flat_NU).view(*gate_up_NU.shape[:-1], -1)
-
-
-def _torch_silu_and_mul(gate_up_NU: Tensor) -> Tensor:
-    gate_NI, up_NI = gate_up_NU.float().chunk(2, dim=-1)
-    return (F.silu(gate_NI) * up_NI).to(gate_up_NU.dtype)
 
 
 class GroupedWeights:
@@ -163,6 +144,16 @@ class PackedExperts:
         self._loaded: set[int] = set()
 
     @property
+    def is_native(self) -> bool:
+        """Whether the weights are packed for the C++ kernels."""
+        return self.projections[0].is_native
+
+    @property
+    def projections(self) -> tuple[GroupedWeights, GroupedWeights]:
+        """The first linear (with the gate) and the second."""
+        return self._projections[self.up_name], self._projections["down_proj"]
+
+    @property
     def weight_nbytes(self) -> int:
         """Bytes of all slots, loaded or not."""
         return sum(projection.nbytes for projection in self._projections.values())
@@ -238,10 +229,5 @@ def _fake_grouped_linear(
     return x_NK.new_empty((x_NK.shape[0], num_outputs))
 
 
-def _fake_silu_and_mul(gate_up_NU: Tensor) -> Tensor:
-    return gate_up_NU.new_empty((*gate_up_NU.shape[:-1], gate_up_NU.shape[-1] // 2))
-
-
 if native.native_available():
     torch.library.register_fake("remora::grouped_linear", _fake_grouped_linear)
-    torch.library.register_fake("remora::silu_and_mul", _fake_silu_and_mul)

@@ -6,8 +6,12 @@ among each other bit for bit. The twins of attention and sampling are in `refere
 Shapes: T tokens, K inputs or top-k, O outputs, N rows or pairs, D model width, S slots.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from remora.kernels.gates import Gate
 
 
 def linear(x_TK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -42,10 +46,36 @@ def grouped_linear(
     return y_NO
 
 
-def silu_and_mul(gate_up_NU: Tensor) -> Tensor:
-    """gate / (1 + exp(-gate)) * up in float64, [N, U/2]."""
-    gate_NI, up_NI = gate_up_NU.double().chunk(2, dim=-1)
-    return gate_NI / (1 + torch.exp(-gate_NI)) * up_NI
+def expert_gate(gate: Gate, up_NU: Tensor) -> Tensor:
+    """One element at a time as `Gate` says it, float64, [N, I]."""
+    rows = [
+        [
+            _gate_element(gate, *row[i * gate.columns : (i + 1) * gate.columns])
+            if gate.layout != "concatenated"
+            else _gate_element(gate, row[i], row[i + len(row) // 2])
+            for i in range(len(row) // gate.columns)
+        ]
+        for row in up_NU.double().tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _gate_element(gate: Gate, value: float, factor: float | None = None) -> float:
+    value = min(value, gate.gate_max)
+    if gate.activation == "silu":
+        exponent = -gate.alpha * value
+        out = value / (1 + math.exp(exponent)) if exponent < 700 else -0.0
+    elif gate.activation == "gelu":
+        out = 0.5 * value * math.erfc(-value / math.sqrt(2))
+    elif gate.activation == "gelu_tanh":
+        inner = math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)
+        out = 0.5 * value * (1 + math.tanh(inner))
+    else:
+        out = max(value, 0.0) ** (2 if gate.activation == "relu2" else 1)
+    out = min(out, gate.act_max)
+    if factor is None:
+        return out
+    return out * (max(min(factor, gate.up_max), -gate.up_max) + gate.up_shift)
 
 
 def route_sort(slots: list[int], num_slots: int) -> tuple[list[int], list[int], list[int]]:

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "packed_shape.h"
 #include "panel.h"
 #include "phase.h"
 #include "team.h"
@@ -18,11 +19,7 @@ namespace remora {
 namespace {
 
 constexpr int64_t kRowBlock = 240;        // rows of one task: 40 tiles of 6 over weights kept in L2
-// Bytes below which a second thread costs more than it brings: with helpers awake, and asleep.
-constexpr int64_t kSerialCost = 1 << 18;
-constexpr int64_t kSerialCostAsleep = 1 << 19;
 constexpr int64_t kDotRowBlock = 8;       // rows of one task of row_linear: two tiles
-constexpr int64_t kMacsPerByte = 6;       // of one core: multiply-adds in the time of one byte streamed
 
 bool is_bfloat16(const at::Tensor& x) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat,
@@ -48,43 +45,19 @@ struct Task {
 };
 
 // What all segments of one call have in common.
-struct Shape {
-  int64_t num_inputs;
-  int64_t num_outputs;
+struct Shape : PackedShape {
   int64_t x_stride;  // elements
-  bool bfloat16;
-
-  int64_t element_size() const { return bfloat16 ? 2 : 4; }
-  int64_t num_steps() const { return bfloat16 ? (num_inputs + 1) / 2 : num_inputs; }
-  int64_t padded_inputs() const { return bfloat16 ? 2 * num_steps() : num_inputs; }
-  int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
-  int64_t num_groups() const { return (num_panels() + kGroupPanels - 1) / kGroupPanels; }
-  int64_t packed_numel() const { return num_panels() * kPanel * padded_inputs(); }
 };
 
 void run_task(const Shape& shape, const Segment& segment, const Task& task, PanelKernel kernel) {
   const int64_t size = shape.element_size();
-  const int64_t column = task.group * kGroup;
-  PanelCall call;
+  PanelCall call = shape.group_call(task.group, segment.weights, segment.bias);
   call.x = segment.x + task.row * shape.x_stride * size;
   call.x_stride = shape.x_stride;
   call.num_rows = std::min(kRowBlock, segment.num_rows - task.row);
-  call.weights = segment.weights + column * shape.padded_inputs() * size;
-  call.num_steps = shape.num_steps();
-  call.num_panels =
-      static_cast<int>(std::min(kGroupPanels, shape.num_panels() - task.group * kGroupPanels));
-  call.bias = segment.bias == nullptr ? nullptr : segment.bias + column * size;
-  call.out = segment.out + (task.row * shape.num_outputs + column) * size;
+  call.out = segment.out + (task.row * shape.num_outputs + task.group * kGroup) * size;
   call.out_stride = shape.num_outputs;
-  call.num_columns = static_cast<int>(std::min(kGroup, shape.num_outputs - column));
   kernel(call);
-}
-
-// Threads that a call of this cost (bytes streamed) is worth, at most `num_tasks`.
-int workers_for(int64_t cost, int64_t num_tasks) {
-  if (num_tasks <= 1 || cost < kSerialCost) return 1;
-  if (cost < kSerialCostAsleep && !team_is_awake()) return 1;
-  return static_cast<int>(std::min<int64_t>(team_size(), num_tasks));
 }
 
 // Threads take the next task when they are free: which one computes an element changes no bit.
@@ -101,8 +74,7 @@ void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t macs = num_rows * shape.num_inputs * shape.num_outputs;
-  const int64_t bytes = static_cast<int64_t>(segments.size()) * shape.packed_numel() *
-                        shape.element_size();
+  const int64_t bytes = static_cast<int64_t>(segments.size()) * shape.packed_nbytes();
   const PanelKernel kernel = panel_kernel(shape.bfloat16);
   std::atomic<int64_t> next{0};
   const auto work = [&](int) {
@@ -110,7 +82,7 @@ void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
       run_task(shape, segments[tasks[i].segment], tasks[i], kernel);
     }
   };
-  team_run(workers_for(bytes + macs / kMacsPerByte, num_tasks), work);
+  team_run(team_workers(bytes + macs / kMacsPerByte, num_tasks), work);
 }
 
 // The rows as [N, padded_inputs] with unit stride inside a row; copies only where it must.
@@ -134,7 +106,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
                          const std::optional<at::Tensor>& bias, int64_t num_outputs) {
   const PhaseTimer timer(Phase::kLinear);
   TORCH_CHECK(x.dim() >= 1, "x must be [..., K]");
-  Shape shape{x.size(-1), num_outputs, 0, is_bfloat16(x)};
+  Shape shape{{x.size(-1), num_outputs, is_bfloat16(x)}, 0};
   TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
                   packed.numel() == shape.packed_numel(),
               "packed weight of ", packed.numel(), " ", packed.scalar_type(), " does not fit x [..., ",
@@ -158,7 +130,7 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
   const PhaseTimer timer(Phase::kExperts);
   TORCH_CHECK(x.dim() == 2 && packed.dim() >= 2, "x must be [N, K], packed [S, ...]");
   const int64_t num_slots = packed.size(0);
-  Shape shape{x.size(1), num_outputs, 0, is_bfloat16(x)};
+  Shape shape{{x.size(1), num_outputs, is_bfloat16(x)}, 0};
   TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
                   packed.numel() == num_slots * shape.packed_numel(),
               "packed weights of ", packed.numel(), " ", packed.scalar_type(), " do not fit x [N, ",
@@ -219,7 +191,7 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
   const int64_t cost_per_row = std::max<int64_t>(1, num_inputs * num_outputs / kMacsPerByte);
   const int64_t num_blocks = (num_rows + kDotRowBlock - 1) / kDotRowBlock;
   std::atomic<int64_t> next{0};
-  team_run(workers_for(num_rows * cost_per_row, num_blocks), [&](int) {
+  team_run(team_workers(num_rows * cost_per_row, num_blocks), [&](int) {
     for (int64_t i = next.fetch_add(1); i < num_blocks; i = next.fetch_add(1)) {
       const int64_t begin = i * kDotRowBlock;
       kernel({byte_pointer(rows) + begin * rows.stride(0) * size, rows.stride(0),

@@ -28,6 +28,9 @@ struct PanelCall {
   void* out;            // first row, first column of the group
   int64_t out_stride;   // elements between rows
   int num_columns;      // columns to write: 16 * (num_panels - 1) < num_columns <= 16 * num_panels
+  const void* const* x_rows = nullptr;  // where rows lie anywhere: one pointer each, instead of x
+  void* const* out_rows = nullptr;      // and instead of out; the group's column is out_column
+  int64_t out_column = 0;
 };
 
 using PanelKernel = void (*)(const PanelCall&);

@@ -8,7 +8,12 @@
 template <class Simd, int kR, int kP>
 REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   using Scalar = typename Simd::Scalar;
-  const Scalar* x = static_cast<const Scalar*>(call.x) + row * call.x_stride;
+  const Scalar* x[kR];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+    x[r] = call.x_rows != nullptr ? static_cast<const Scalar*>(call.x_rows[row + r])
+                                  : static_cast<const Scalar*>(call.x) + (row + r) * call.x_stride;
+  }
   const int64_t step_stride = call.num_panels * kPanel * Simd::kScalarsPerStep;
   const Scalar* w = static_cast<const Scalar*>(call.weights) +
                     first_panel * kPanel * Simd::kScalarsPerStep;
@@ -26,13 +31,19 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
-      const auto value = Simd::load_x(x + r * call.x_stride + step * Simd::kScalarsPerStep);
+      const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
 #pragma GCC unroll 8
       for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
     }
   }
   const Scalar* bias = static_cast<const Scalar*>(call.bias);
-  Scalar* out = static_cast<Scalar*>(call.out) + row * call.out_stride;
+  Scalar* out[kR];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+    out[r] = call.out_rows != nullptr
+                 ? static_cast<Scalar*>(call.out_rows[row + r]) + call.out_column
+                 : static_cast<Scalar*>(call.out) + (row + r) * call.out_stride;
+  }
 #pragma GCC unroll 8
   for (int p = 0; p < kP; ++p) {
     const int64_t column = (first_panel + p) * kPanel;
@@ -41,7 +52,7 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       if (bias != nullptr) acc[r][p] = Simd::add_bias(acc[r][p], bias + column, count);
-      Simd::store(out + r * call.out_stride + column, acc[r][p], count);
+      Simd::store(out[r] + column, acc[r][p], count);
     }
   }
 }

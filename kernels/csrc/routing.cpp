@@ -1,94 +1,24 @@
-// Rows to slots and back, and the gate: route_sort, gather_rows, combine_ordered, presum,
-// silu_and_mul. Sums are float32, multiply and add rounded separately, in the order of the terms:
-// the same bits on every instruction set.
-#include <ATen/Parallel.h>
+// Rows to slots and back: route_sort, gather_rows, combine_ordered, presum. Sums are float32,
+// multiply and add rounded separately, in the order of the terms: the same bits on every
+// instruction set.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "phase.h"
-
-// The plain loops below are compiled for several machines and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define REMORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define REMORA_CLONES
-#endif
+#include "rows.h"
+#include "team.h"
 
 namespace remora {
 namespace {
 
 constexpr int64_t kGrainElements = 1 << 16;  // of work for one thread
-
-inline float widen(float value) { return value; }
-inline float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-inline void narrow(float value, float* target) { *target = value; }
-inline void narrow(float value, uint16_t* target) {  // to nearest even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *target = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-}
-
-// exp(x) within 2 units in the last place for x in [-87, 88]; Cephes' polynomial.
-inline float exponential(float x) {
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504088896341f + shift;
-  const float n = shifted - shift;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &exponent, sizeof scale);
-  return p * scale;
-}
-
-template <class S>
-inline void silu_body(const S* gate, const S* up, S* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = widen(gate[i]);
-    narrow(g / (1.0f + exponential(-g)) * widen(up[i]), out + i);
-  }
-}
-REMORA_CLONES void silu_row(const float* gate, const float* up, float* out, int64_t count) {
-  silu_body(gate, up, out, count);
-}
-REMORA_CLONES void silu_row(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t count) {
-  silu_body(gate, up, out, count);
-}
-
-REMORA_CLONES void add_row(float* sum, const float* row, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sum[i] += weight * row[i];
-}
-REMORA_CLONES void add_row(float* sum, const uint16_t* row, float weight, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sum[i] += weight * widen(row[i]);
-}
-REMORA_CLONES void round_row(const float* sum, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(sum[i], out + i);
-}
-REMORA_CLONES void round_row(const float* sum, uint16_t* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(sum[i], out + i);
-}
 
 at::Tensor unit_rows(const at::Tensor& rows) {
   TORCH_CHECK(rows.dim() == 2 &&
@@ -150,7 +80,7 @@ at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& index) {
   const char* from = static_cast<const char*>(source.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t* row = usable.const_data_ptr<int64_t>();
-  at::parallel_for(0, usable.numel(), rows_per_grain(width), [&](int64_t begin, int64_t end) {
+  team_for(usable.numel(), rows_per_grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (row[i] < 0) {
         std::memset(to + i * bytes, 0, bytes);
@@ -171,7 +101,7 @@ void weighted_sums(const at::Tensor& rows, const int64_t* index, const float* we
   const S* from = static_cast<const S*>(rows.const_data_ptr());
   S* to = static_cast<S*>(out.mutable_data_ptr());
   const int64_t per_row = num_terms * width / std::max<int64_t>(1, out.size(0));
-  at::parallel_for(0, out.size(0), rows_per_grain(per_row), [&](int64_t begin, int64_t end) {
+  team_for(out.size(0), rows_per_grain(per_row), [&](int64_t begin, int64_t end) {
     std::vector<float> sum(width);
     for (int64_t t = begin; t < end; ++t) {
       std::fill(sum.begin(), sum.end(), 0.0f);
@@ -240,38 +170,6 @@ at::Tensor presum(const at::Tensor& rows, const at::Tensor& pair_row, const at::
   return sums_of(source, index.data(), weights.data(), starts);
 }
 
-template <class S>
-void silu_rows(const at::Tensor& source, at::Tensor& out) {
-  const int64_t width = out.size(1);
-  const S* from = static_cast<const S*>(source.const_data_ptr());
-  S* to = static_cast<S*>(out.mutable_data_ptr());
-  at::parallel_for(0, out.size(0), rows_per_grain(4 * width), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const S* gate = from + i * source.stride(0);
-      silu_row(gate, gate + width, to + i * width, width);
-    }
-  });
-}
-
-at::Tensor silu_and_mul(const at::Tensor& gate_up) {
-  const PhaseTimer timer(Phase::kActivation);
-  TORCH_CHECK(gate_up.dim() >= 1 && gate_up.size(-1) % 2 == 0, "gate_up must be [..., 2I], got ",
-              gate_up.sizes());
-  auto sizes = gate_up.sizes().vec();
-  const int64_t both = sizes.back();
-  sizes.back() = both / 2;
-  at::Tensor out = at::empty(sizes, gate_up.options());
-  if (out.numel() == 0) return out;
-  const at::Tensor source = unit_rows(gate_up.dim() == 2 ? gate_up : gate_up.reshape({-1, both}));
-  at::Tensor flat = out.view({-1, both / 2});
-  if (source.scalar_type() == at::kBFloat16) {
-    silu_rows<uint16_t>(source, flat);
-  } else {
-    silu_rows<float>(source, flat);
-  }
-  return out;
-}
-
 }  // namespace
 }  // namespace remora
 
@@ -282,7 +180,6 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("combine_ordered(Tensor rows, Tensor index, Tensor weights) -> Tensor", tags);
   m.def("presum(Tensor rows, Tensor pair_row, Tensor pair_weight, int num_rows, Tensor? place)"
         " -> Tensor", tags);
-  m.def("silu_and_mul(Tensor gate_up) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(remora, CPU, m) {
@@ -290,5 +187,4 @@ TORCH_LIBRARY_IMPL(remora, CPU, m) {
   m.impl("gather_rows", &remora::gather_rows);
   m.impl("combine_ordered", &remora::combine_ordered);
   m.impl("presum", &remora::presum);
-  m.impl("silu_and_mul", &remora::silu_and_mul);
 }

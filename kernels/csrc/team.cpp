@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <pthread.h>
+#include <sched.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -37,6 +38,10 @@ constexpr int kTeamMax = 256;
 // Longer than the Python between two kernels of a layer, shorter than anyone would notice.
 constexpr std::chrono::microseconds kHelperSpin{40};
 constexpr std::chrono::microseconds kCallerSpin{60};
+constexpr int64_t kLooksBeforeYield = 1000;  // 25 microseconds
+// Bytes below which a second thread costs more than it brings: with helpers awake, and asleep.
+constexpr int64_t kSerialCost = 1 << 18;
+constexpr int64_t kSerialCostAsleep = 1 << 19;
 
 enum State : uint32_t { kIdle, kPosted, kRunning, kAwaited, kAsleep, kParked };
 
@@ -182,6 +187,20 @@ bool team_is_awake() {
   Team& self = team();
   return self.num_helpers.load(std::memory_order_relaxed) > 0 &&
          self.helpers[0].state.load(std::memory_order_relaxed) == kIdle;
+}
+
+int team_workers(int64_t cost_bytes, int64_t num_tasks) {
+  if (num_tasks <= 1 || cost_bytes < kSerialCost) return 1;
+  if (cost_bytes < kSerialCostAsleep && !team_is_awake()) return 1;
+  return static_cast<int>(std::min<int64_t>(team_size(), num_tasks));
+}
+
+void pause_in_spin(int64_t i) {
+  if (i < kLooksBeforeYield) {
+    pause_cpu();
+  } else {
+    sched_yield();
+  }
 }
 
 void team_run_raw(int num_workers, TeamWork work, void* context) {

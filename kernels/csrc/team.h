@@ -7,11 +7,16 @@
 // takes the part back. So a busy machine costs speed, never a stall.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
 
 namespace remora {
+
+// The i-th look of a spinning thread failed: a pause, and after many the core goes to others.
+void pause_in_spin(int64_t i);
 
 using TeamWork = void (*)(void* context, int worker);
 
@@ -34,6 +39,31 @@ void team_run(int num_workers, Work&& work) {
   team_run_raw(
       num_workers, [](void* context, int worker) { (*static_cast<Plain*>(context))(worker); },
       const_cast<void*>(static_cast<const void*>(std::addressof(work))));
+}
+
+// Calls work(begin, end) on pieces of 0..count-1 of at most `grain`, by as many threads as there are
+// pieces; threads take the next piece when they are free.
+template <class Work>
+void team_for(int64_t count, int64_t grain, Work&& work) {
+  const int64_t num_pieces = (count + grain - 1) / grain;
+  std::atomic<int64_t> next{0};
+  team_run(static_cast<int>(std::min<int64_t>(team_size(), num_pieces)), [&](int) {
+    for (int64_t i = next.fetch_add(1); i < num_pieces; i = next.fetch_add(1)) {
+      work(i * grain, std::min(count, (i + 1) * grain));
+    }
+  });
+}
+
+// Work that a call means, in the bytes that one core streams meanwhile.
+constexpr int64_t kMacsPerByte = 6;  // multiply-adds of one core in the time of one byte (Zen 5)
+
+// Threads that a call of this cost is worth, at most `num_tasks`.
+int team_workers(int64_t cost_bytes, int64_t num_tasks);
+
+// Looks until `done()`; for what another thread is just about to finish.
+template <class Done>
+void spin_until(Done done) {
+  for (int64_t i = 0; !done(); ++i) pause_in_spin(i);
 }
 
 // The calling thread is about to wait for another process: helpers go to sleep now, not later.

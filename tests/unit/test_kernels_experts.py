@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remora.kernels import native, reference
-from remora.kernels.experts import PackedExperts, silu_and_mul
+from remora.kernels.experts import PackedExperts
+from remora.kernels.gates import SILU
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_native = pytest.mark.skipif(not native.native_available(), reason="C++ kernels not built")
@@ -146,36 +147,12 @@ def test_no_rows(path: str) -> None:
     assert experts.up(torch.zeros(0, 8), offsets_of(0, 0)).shape == (0, 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_and_mul(path: str, dtype: torch.dtype) -> None:
-    gate_up = (torch.randn(37, 2 * 53, generator=torch.Generator().manual_seed(1)) * 6).to(dtype)
-    out = silu_and_mul(gate_up)
-    expected = reference.silu_and_mul(gate_up)
-    relative = ((out.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max()
-    assert out.dtype == dtype and relative < 3 * torch.finfo(dtype).eps
-    for start in range(0, 30, 3):  # nor does it matter where a row stands
-        assert torch.equal(silu_and_mul(gate_up[start : start + 5]), out[start : start + 5])
-    if path == "native":  # or an element
-        halves = torch.cat([gate_up[:, 20:40], gate_up[:, 73:93]], dim=1)
-        assert torch.equal(silu_and_mul(halves), out[:, 20:40])
-    assert torch.equal(silu_and_mul(gate_up.view(1, 37, -1)), out[None])
-
-
-def test_silu_and_mul_at_the_ends(path: str) -> None:
-    gate = torch.tensor([[0.0, 100.0, -100.0, 3e38, float("inf"), float("nan")]])
-    out = silu_and_mul(torch.cat([gate, torch.ones_like(gate)], dim=1))[0]
-    assert out[:2].tolist() == [0.0, 100.0] and abs(out[2]) < 1e-30
-    assert out[3] == gate[0, 3] and out[4].isinf() and out[5].isnan()
-
-
 @needs_native
 def test_the_ops_describe_themselves_truly() -> None:
     checks = ("test_schema", "test_faketensor")
     packed = torch.randn(2, 24 * 48)
     args = (torch.randn(5, 24), packed, torch.randn(2, 40), offsets_of(2, 3), 40)
     torch.library.opcheck(torch.ops.remora.grouped_linear.default, args, test_utils=checks)
-    gate_up = (torch.randn(5, 24),)
-    torch.library.opcheck(torch.ops.remora.silu_and_mul.default, gate_up, test_utils=checks)
 
 
 @needs_native
@@ -183,7 +160,7 @@ def test_a_whole_expert_agrees_with_torch() -> None:
     experts, loaded = filled(3, 64, 32, torch.float32)
     x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
     offsets = offsets_of(5, 0, 7)
-    y = experts.down(silu_and_mul(experts.up(x, offsets)), offsets)
+    y = experts.down(SILU.apply(experts.up(x, offsets)), offsets)
     for slot, rows in ((0, slice(0, 5)), (2, slice(5, 12))):
         gate, up = F.linear(x[rows], loaded[slot]["gate_up_proj"]).chunk(2, dim=-1)
         expected = F.linear(F.silu(gate) * up, loaded[slot]["down_proj"])

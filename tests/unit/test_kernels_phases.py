@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remora.kernels import phases
-from remora.kernels.experts import silu_and_mul
+from remora.kernels.gates import SILU
 from remora.kernels.linear import PackedLinear
 from remora.kernels.native import native_available
 
@@ -27,7 +27,7 @@ def test_what_ran_is_counted_and_nothing_else() -> None:
 @needs_kernels
 def test_kinds_are_apart() -> None:
     before = phases.snapshot()
-    silu_and_mul(torch.randn(4, 64).bfloat16())
+    SILU.apply(torch.randn(4, 64).bfloat16())
     assert set(phases.since(before)) == {"activation"}
 
 

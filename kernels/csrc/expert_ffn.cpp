@@ -1,0 +1,332 @@
+// See expert_ffn.h. One region of the team: tasks are taken in order, those of `up` first, then those
+// of `down`, which wait for the `up` of their block, then the sums, which wait for all of `down`. Who
+// waits has tasks in front of it that others hold already, so somebody always moves.
+#include "expert_ffn.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "panel.h"
+#include "phase.h"
+#include "rows.h"
+#include "team.h"
+
+namespace remora {
+namespace {
+
+constexpr int64_t kRowBlock = 240;              // rows of one task: 40 tiles of 6
+constexpr int64_t kDownTaskBytes = 96 << 10;    // of weights; smaller ones cost more than they balance
+constexpr int64_t kSumElements = 1 << 14;       // of one task of sums
+
+// How the columns of `up` are cut: into pieces that hold both halves of what a gate needs.
+struct UpUnits {
+  int64_t num_units;
+  int64_t groups[2];    // first groups of a unit's parts, one unit further on: + 1
+  int num_parts;        // 2 where gates and ups lie in different groups
+  bool whole;           // one unit: all columns
+  int64_t tile_columns;
+};
+
+UpUnits up_units(const ExpertLayer& layer) {
+  const PackedShape& up = layer.up.shape;
+  const int64_t width = layer.down.shape.num_inputs;
+  if (layer.gate.layout != GateLayout::kConcatenated) {
+    return {up.num_groups(), {0, 0}, 1, false, kGroup};
+  }
+  if (width % kGroup == 0) return {width / kGroup, {0, width / kGroup}, 2, false, 2 * kGroup};
+  return {1, {0, 0}, 1, true, up.num_outputs};
+}
+
+struct Run {
+  const ExpertLayer& layer;
+  ExpertScratch& scratch;
+  const RemoraExpertCall* calls;
+  UpUnits units;
+  int64_t down_groups;  // of one task
+  int64_t down_tasks;   // of one block
+  int64_t num_up_tasks;
+  int64_t num_down_tasks;
+  PanelKernel kernel;
+  char* hidden;
+  char* outputs;
+  char* tiles;
+  int64_t tile_bytes;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> down_left{0};
+
+  int64_t size() const { return layer.up.shape.element_size(); }
+
+  void up(const ExpertScratch::Task& task, char* tile) {
+    const ExpertScratch::Block& block = scratch.blocks[task.block];
+    const PackedShape& shape = layer.up.shape;
+    const PackedShape& down = layer.down.shape;
+    const auto columns_of = [&](int64_t first, int64_t num_groups, int64_t tile_column) {
+      for (int64_t group = first; group < first + num_groups; ++group) {
+        PanelCall call = layer.up.group_call(block.slot, group);
+        call.x_rows = scratch.x_rows.data() + block.row;
+        call.num_rows = block.num_rows;
+        call.out = tile + (tile_column + (group - first) * kGroup) * size();
+        call.out_stride = units.tile_columns;
+        kernel(call);
+      }
+    };
+    int64_t width = 0;  // columns of `down`'s input that this unit makes
+    int64_t column = 0;
+    if (units.whole) {
+      columns_of(0, shape.num_groups(), 0);
+      width = down.num_inputs;
+    } else {
+      for (int part = 0; part < units.num_parts; ++part) {
+        columns_of(units.groups[part] + task.unit, 1, part * kGroup);
+      }
+      const int64_t done = units.num_parts == 2 ? 1 : layer.gate.columns();
+      column = task.unit * kGroup / done;
+      width = std::min<int64_t>(kGroup / done, down.num_inputs - column);
+    }
+    char* target = hidden + (block.row * down.padded_inputs() + column) * size();
+    gate_rows(layer.gate, shape.bfloat16, tile, units.tile_columns, target, down.padded_inputs(),
+              block.num_rows, width);
+    if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        std::memset(target + (row * down.padded_inputs() + width) * size(), 0, size());
+      }
+    }
+    scratch.left[task.block].fetch_sub(1, std::memory_order_release);
+  }
+
+  void down(const ExpertScratch::Task& task) {
+    const ExpertScratch::Block& block = scratch.blocks[task.block];
+    const PackedShape& shape = layer.down.shape;
+    spin_until([&] { return scratch.left[task.block].load(std::memory_order_acquire) == 0; });
+    const int64_t first = task.unit * down_groups;
+    for (int64_t group = first; group < std::min(first + down_groups, shape.num_groups()); ++group) {
+      PanelCall call = layer.down.group_call(block.slot, group);
+      call.x = hidden + block.row * shape.padded_inputs() * size();
+      call.x_stride = shape.padded_inputs();
+      call.num_rows = block.num_rows;
+      call.out_rows = scratch.out_rows.data() + block.row;
+      call.out_column = group * kGroup;
+      kernel(call);
+    }
+    down_left.fetch_sub(1, std::memory_order_release);
+  }
+
+  template <class S>
+  void sum_rows(const RemoraExpertCall& call, int64_t first_term_row, int64_t begin, int64_t end,
+                float* sum) {
+    const int64_t width = layer.down.shape.num_outputs;
+    const S* from = reinterpret_cast<const S*>(outputs);
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill_n(sum, width, 0.0f);
+      const int64_t* start = scratch.term_start.data() + first_term_row + row;
+      for (int64_t j = start[0]; j < start[1]; ++j) {
+        add_row(sum, from + scratch.term_place[j] * width, scratch.term_weight[j], width);
+      }
+      round_row(sum, static_cast<S*>(call.out) + row * width, width);
+    }
+  }
+
+  void sum(const ExpertScratch::Task& task, char* tile) {
+    const RemoraExpertCall& call = calls[task.block];
+    const int64_t begin = task.unit;
+    const int64_t end = std::min(call.num_rows, begin + sum_grain());
+    spin_until([&] { return down_left.load(std::memory_order_acquire) == 0; });
+    const int64_t first = scratch.call_start[task.block];
+    float* sums = reinterpret_cast<float*>(tile);
+    if (layer.up.shape.bfloat16) {
+      sum_rows<uint16_t>(call, first, begin, end, sums);
+    } else {
+      sum_rows<float>(call, first, begin, end, sums);
+    }
+  }
+
+  int64_t sum_grain() const {
+    return std::max<int64_t>(1, kSumElements / layer.down.shape.num_outputs);
+  }
+
+  void work(int worker) {
+    char* tile = tiles + worker * tile_bytes;
+    const int64_t num_tasks = static_cast<int64_t>(scratch.tasks.size());
+    for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
+      const ExpertScratch::Task& task = scratch.tasks[i];
+      if (i < num_up_tasks) {
+        up(task, tile);
+      } else if (i < num_up_tasks + num_down_tasks) {
+        down(task);
+      } else {
+        sum(task, tile);
+      }
+    }
+  }
+};
+
+int check(const ExpertLayer& layer, const RemoraExpertCall* calls, int32_t num_calls) {
+  for (int32_t c = 0; c < num_calls; ++c) {
+    const RemoraExpertCall& call = calls[c];
+    if (call.num_rows < 0 || call.num_pairs < 0) return REMORA_EXPERTS_BAD_CALL;
+    for (int64_t p = 0; p < call.num_pairs; ++p) {
+      if (call.pair_row[p] < 0 || call.pair_row[p] >= call.num_rows) return REMORA_EXPERTS_BAD_CALL;
+      const int32_t expert = call.pair_expert[p];
+      if (expert < 0 || expert >= layer.num_experts || layer.slot_of_expert[expert] < 0) {
+        return REMORA_EXPERTS_NOT_HELD;
+      }
+    }
+  }
+  return REMORA_EXPERTS_DONE;
+}
+
+// Pairs of all calls in slot order: blocks, and where each row comes from. Stable.
+void sort_pairs(const ExpertLayer& layer, ExpertScratch& s, const RemoraExpertCall* calls,
+                int32_t num_calls, int64_t num_pairs) {
+  s.next.assign(layer.num_slots + 1, 0);
+  for (int32_t c = 0; c < num_calls; ++c) {
+    for (int64_t p = 0; p < calls[c].num_pairs; ++p) {
+      ++s.next[layer.slot_of_expert[calls[c].pair_expert[p]] + 1];
+    }
+  }
+  s.blocks.clear();
+  for (int64_t slot = 0; slot < layer.num_slots; ++slot) {
+    s.next[slot + 1] += s.next[slot];
+    for (int64_t row = s.next[slot]; row < s.next[slot + 1]; row += kRowBlock) {
+      s.blocks.push_back({slot, row, std::min(kRowBlock, s.next[slot + 1] - row)});
+    }
+  }
+  s.place.resize(num_pairs);
+  s.x_rows.resize(num_pairs);
+  s.out_rows.resize(num_pairs);
+  const int64_t row_bytes = layer.up.shape.num_inputs * layer.up.shape.element_size();
+  int64_t pair = 0;
+  for (int32_t c = 0; c < num_calls; ++c) {
+    const RemoraExpertCall& call = calls[c];
+    for (int64_t p = 0; p < call.num_pairs; ++p, ++pair) {
+      const int64_t place = s.next[layer.slot_of_expert[call.pair_expert[p]]]++;
+      s.place[pair] = place;
+      s.x_rows[place] = static_cast<const char*>(call.rows) + call.pair_row[p] * row_bytes;
+      s.out_rows[place] = call.presummed ? nullptr : static_cast<char*>(call.out) + p * row_bytes;
+    }
+  }
+}
+
+// The terms of each output row of the presummed calls, in pair order.
+void sort_terms(ExpertScratch& s, const RemoraExpertCall* calls, int32_t num_calls) {
+  s.call_start.assign(num_calls, 0);
+  int64_t num_rows = 0;
+  int64_t num_terms = 0;
+  for (int32_t c = 0; c < num_calls; ++c) {
+    s.call_start[c] = num_rows;
+    if (!calls[c].presummed) continue;
+    num_rows += calls[c].num_rows;
+    num_terms += calls[c].num_pairs;
+  }
+  s.term_start.assign(num_rows + 2, 0);  // filled one place late: filling in moves it back
+  s.term_place.resize(num_terms);
+  s.term_weight.resize(num_terms);
+  for (int32_t c = 0; c < num_calls; ++c) {
+    if (!calls[c].presummed) continue;
+    int64_t* count = s.term_start.data() + s.call_start[c] + 2;
+    for (int64_t p = 0; p < calls[c].num_pairs; ++p) ++count[calls[c].pair_row[p]];
+  }
+  for (int64_t row = 1; row < num_rows + 2; ++row) s.term_start[row] += s.term_start[row - 1];
+  int64_t pair = 0;
+  for (int32_t c = 0; c < num_calls; ++c) {
+    int64_t* start = s.term_start.data() + s.call_start[c] + 1;
+    for (int64_t p = 0; p < calls[c].num_pairs; ++p, ++pair) {
+      if (!calls[c].presummed) continue;
+      const int64_t j = start[calls[c].pair_row[p]]++;
+      s.term_place[j] = s.place[pair];
+      s.term_weight[j] = calls[c].pair_weight[p];
+    }
+  }
+}
+
+void add_tasks(Run& run, int32_t num_calls) {
+  ExpertScratch& s = run.scratch;
+  const int32_t num_blocks = static_cast<int32_t>(s.blocks.size());
+  s.tasks.clear();
+  for (int32_t block = 0; block < num_blocks; ++block) {
+    for (int32_t unit = 0; unit < run.units.num_units; ++unit) s.tasks.push_back({block, unit});
+  }
+  run.num_up_tasks = static_cast<int64_t>(s.tasks.size());
+  for (int32_t block = 0; block < num_blocks; ++block) {
+    for (int32_t unit = 0; unit < run.down_tasks; ++unit) s.tasks.push_back({block, unit});
+  }
+  run.num_down_tasks = static_cast<int64_t>(s.tasks.size()) - run.num_up_tasks;
+  for (int32_t c = 0; c < num_calls; ++c) {
+    if (!run.calls[c].presummed) continue;
+    for (int64_t row = 0; row < run.calls[c].num_rows; row += run.sum_grain()) {
+      s.tasks.push_back({c, static_cast<int32_t>(row)});
+    }
+  }
+  if (num_blocks > s.num_left) {
+    s.left = std::make_unique<std::atomic<int32_t>[]>(2 * num_blocks);
+    s.num_left = 2 * num_blocks;
+  }
+  for (int32_t block = 0; block < num_blocks; ++block) {
+    s.left[block].store(static_cast<int32_t>(run.units.num_units), std::memory_order_relaxed);
+  }
+  run.down_left.store(run.num_down_tasks, std::memory_order_relaxed);
+}
+
+int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraExpertCall* calls,
+                int32_t num_calls) {
+  int64_t num_pairs = 0;
+  bool any_sums = false;
+  for (int32_t c = 0; c < num_calls; ++c) {
+    num_pairs += calls[c].num_pairs;
+    any_sums = any_sums || calls[c].presummed;
+  }
+  sort_pairs(layer, scratch, calls, num_calls, num_pairs);
+  sort_terms(scratch, calls, num_calls);
+
+  const PackedShape& up = layer.up.shape;
+  const PackedShape& down = layer.down.shape;
+  Run run{layer, scratch, calls};
+  run.units = up_units(layer);
+  const int64_t group_bytes = kGroup * down.padded_inputs() * down.element_size();
+  run.down_groups = std::clamp<int64_t>(kDownTaskBytes / group_bytes, 1, down.num_groups());
+  run.down_tasks = (down.num_groups() + run.down_groups - 1) / run.down_groups;
+  run.kernel = panel_kernel(up.bfloat16);
+  add_tasks(run, num_calls);
+
+  const int64_t num_used = scratch.next.empty() ? 0 : static_cast<int64_t>(scratch.blocks.size());
+  const int64_t cost =
+      num_used * (up.packed_nbytes() + down.packed_nbytes()) +
+      num_pairs * (up.num_inputs * up.num_outputs + down.num_inputs * down.num_outputs) / kMacsPerByte;
+  const int num_workers = team_workers(cost, static_cast<int64_t>(scratch.tasks.size()));
+  int64_t tallest = 0;
+  for (const auto& block : scratch.blocks) tallest = std::max(tallest, block.num_rows);
+  run.tile_bytes = std::max<int64_t>(tallest * run.units.tile_columns * up.element_size(),
+                                     down.num_outputs * static_cast<int64_t>(sizeof(float)));
+  run.tile_bytes = (run.tile_bytes + 127) / 128 * 128;
+  run.hidden = scratch.hidden.take(num_pairs * down.padded_inputs() * down.element_size());
+  run.tiles = scratch.tiles.take(num_workers * run.tile_bytes);
+  run.outputs =
+      scratch.outputs.take(any_sums ? num_pairs * down.num_outputs * down.element_size() : 0);
+  const bool outputs_missing = any_sums && num_pairs > 0 && run.outputs == nullptr;
+  if (run.tiles == nullptr || (num_pairs > 0 && run.hidden == nullptr) || outputs_missing) {
+    return REMORA_EXPERTS_NO_MEMORY;
+  }
+  const int64_t out_bytes = down.num_outputs * down.element_size();
+  for (int64_t place = 0; place < num_pairs; ++place) {
+    if (scratch.out_rows[place] == nullptr) scratch.out_rows[place] = run.outputs + place * out_bytes;
+  }
+  team_run(num_workers, [&](int worker) { run.work(worker); });
+  return REMORA_EXPERTS_DONE;
+}
+
+}  // namespace
+
+int run_experts(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraExpertCall* calls,
+                int32_t num_calls) {
+  const PhaseTimer timer(Phase::kExperts);
+  const int verdict = check(layer, calls, num_calls);
+  if (verdict != REMORA_EXPERTS_DONE) return verdict;
+  try {
+    return run_checked(layer, scratch, calls, num_calls);
+  } catch (const std::bad_alloc&) {
+    return REMORA_EXPERTS_NO_MEMORY;
+  }
+}
+
+}  // namespace remora

@@ -1,0 +1,38 @@
+// Sizes of packed weights; panel.h says how they lie.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "panel.h"
+
+namespace remora {
+
+// Weights [O, K] of one packed linear.
+struct PackedShape {
+  int64_t num_inputs;
+  int64_t num_outputs;
+  bool bfloat16;
+
+  int64_t element_size() const { return bfloat16 ? 2 : 4; }
+  int64_t num_steps() const { return bfloat16 ? (num_inputs + 1) / 2 : num_inputs; }
+  int64_t padded_inputs() const { return bfloat16 ? 2 * num_steps() : num_inputs; }
+  int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
+  int64_t num_groups() const { return (num_panels() + kGroupPanels - 1) / kGroupPanels; }
+  int64_t packed_numel() const { return num_panels() * kPanel * padded_inputs(); }
+  int64_t packed_nbytes() const { return packed_numel() * element_size(); }
+
+  // The weights' part of a call for one group; rows and where they go are the caller's.
+  PanelCall group_call(int64_t group, const char* weights, const char* bias) const {
+    const int64_t column = group * kGroup;
+    PanelCall call{};
+    call.weights = weights + column * padded_inputs() * element_size();
+    call.num_steps = num_steps();
+    call.num_panels = static_cast<int>(std::min(kGroupPanels, num_panels() - group * kGroupPanels));
+    call.bias = bias == nullptr ? nullptr : bias + column * element_size();
+    call.num_columns = static_cast<int>(std::min(kGroup, num_outputs - column));
+    return call;
+  }
+};
+
+}  // namespace remora
