@@ -21,7 +21,7 @@ ROOMS := kernels comm actors autoscale cluster manifests
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
-KERNEL_SOURCES := $(wildcard kernels/csrc/*)
+KERNEL_SOURCES := $(wildcard kernels/csrc/* comm/csrc/*)
 
 # Usage reports are off; tests reach no hub. Two OpenMP teams that spin collapse when anything else
 # runs on these cores, so their waiting threads sleep.
@@ -42,7 +42,7 @@ PYTEST := $(BIN)/pytest --durations=10
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-setup: $(BUILT) ## create .venv with everything pinned, build the C++ kernels
+setup: $(BUILT) ## create .venv with everything pinned, build the C++ extensions
 
 serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001' ...)
 	@$(BIN)/remora serve --preset tiny_cpu $(ARGS)
@@ -67,7 +67,7 @@ bench-%: setup ## one benchmark, quick: make bench-parity runs benchmarks/parity
 
 clean: ## remove what was built and cached, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f kernels/_C*.so $(BUILT)
+	rm -f kernels/_C*.so comm/_C*.so $(BUILT)
 
 # torch goes first and alone: asked for by a dependency, pip may prefer a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt

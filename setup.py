@@ -1,9 +1,9 @@
-"""Builds the C++ kernels when torch and a compiler are there; everything else is in pyproject.toml.
+"""Builds the C++ extensions when there is a compiler; everything else is in pyproject.toml.
 
-Without a compiler the wheel is still complete: `remora.kernels` then serves through torch, slower.
+`remora.kernels._C` needs torch too, `remora.comm._C` does not. Without a compiler the wheel is
+still complete: `remora.kernels` then serves through torch, `remora.comm` through Python; slower.
 """
 
-import glob
 import hashlib
 import os
 import platform
@@ -11,27 +11,59 @@ import shutil
 
 from setuptools import Extension, setup
 
-CSRC = os.path.join("kernels", "csrc")
+KERNELS = os.path.join("kernels", "csrc")
+COMM = os.path.join("comm", "csrc")
+GENERATED = os.path.join("build", "generated")
 
 
-def source_hash() -> str:
-    """Of the kernels' sources, for the numeric fingerprint; as `kernels/native.py` does it."""
+def sources(folder: str, *endings: str) -> list[str]:
+    """Files of `folder` with one of these endings, sorted."""
+    names = sorted(os.listdir(os.path.join(os.path.dirname(__file__), folder)))
+    return [os.path.join(folder, name) for name in names if name.endswith(endings)]
+
+
+def write_source_hash(header: str, macro: str, paths: list[str]) -> None:
+    """Of the sources, as `native.py` of the room does it: an older build is told from a newer.
+
+    A header, not a flag: a changed source must not make the other files compile anew.
+    """
     digest = hashlib.blake2b(digest_size=6)
-    for name in sorted(os.listdir(CSRC)):
-        if name.endswith((".cpp", ".h")):
-            with open(os.path.join(CSRC, name), "rb") as file:
-                digest.update(file.read())
-    return digest.hexdigest()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    os.makedirs(GENERATED, exist_ok=True)
+    with open(os.path.join(GENERATED, header), "w") as file:
+        file.write(f'#define {macro} "{digest.hexdigest()}"\n')
+
+
+def extensions() -> list[Extension]:
+    """What can be built here; a line says why where that is not everything."""
+    if os.environ.get("REMORA_NO_KERNELS") == "1":
+        print("remora: REMORA_NO_KERNELS=1, building without C++")
+        return []
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        print("remora: no C++ compiler found, building without C++ (torch and Python paths)")
+        return []
+    return [*kernel_extensions(), comm_extension()]
+
+
+def comm_extension() -> Extension:
+    """The native data plane: plain CPython, no torch, and of the kernels one header of plain C."""
+    hashed = [*sources(COMM, ".cpp", ".h"), os.path.join(KERNELS, "expert_call.h")]
+    write_source_hash("source_hash_comm.h", "REMORA_COMM_SOURCE_HASH", hashed)
+    return Extension(
+        "remora.comm._C",
+        sources=sources(COMM, ".cpp"),
+        depends=[*sources(COMM, ".h"), os.path.join(KERNELS, "expert_call.h")],
+        include_dirs=[GENERATED, KERNELS],
+        extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=off"],
+        language="c++",
+        optional=True,  # the Python data plane serves
+    )
 
 
 def kernel_extensions() -> list[Extension]:
-    """The one extension of the project, or nothing and a line saying why it cannot be built."""
-    if os.environ.get("REMORA_NO_KERNELS") == "1":
-        print("remora: REMORA_NO_KERNELS=1, building without C++ kernels")
-        return []
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        print("remora: no C++ compiler found, building without C++ kernels (torch path)")
-        return []
+    """The kernels, or nothing where torch is not importable."""
     try:
         import torch
         from torch.utils import cpp_extension
@@ -39,21 +71,13 @@ def kernel_extensions() -> list[Extension]:
         print("remora: torch is not importable here (use --no-build-isolation): no C++ kernels")
         return []
     library_dirs = cpp_extension.library_paths()
-    # A header, not a flag: a changed kernel must not make the other files compile anew.
-    generated = os.path.join("build", "generated")
-    os.makedirs(generated, exist_ok=True)
-    with open(os.path.join(generated, "source_hash.h"), "w") as file:
-        file.write(f'#define REMORA_SOURCE_HASH "{source_hash()}"\n')
+    write_source_hash("source_hash.h", "REMORA_SOURCE_HASH", sources(KERNELS, ".cpp", ".h"))
     return [
         Extension(
             "remora.kernels._C",
-            sources=sorted(
-                os.path.join("kernels", "csrc", name)
-                for name in os.listdir(os.path.join(os.path.dirname(__file__), "kernels", "csrc"))
-                if name.endswith(".cpp")
-            ),
-            depends=sorted(glob.glob(os.path.join("kernels", "csrc", "*.h"))),
-            include_dirs=[generated, *cpp_extension.include_paths()],
+            sources=sources(KERNELS, ".cpp"),
+            depends=sources(KERNELS, ".h"),
+            include_dirs=[GENERATED, *cpp_extension.include_paths()],
             library_dirs=library_dirs,
             libraries=["c10", "torch", "torch_cpu"],
             extra_compile_args=[
@@ -73,4 +97,4 @@ def kernel_extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=kernel_extensions() if platform.system() == "Linux" else [])
+setup(ext_modules=extensions() if platform.system() == "Linux" else [])

@@ -5,28 +5,41 @@ in shared memory as on a wire (`arena_bytes` says how much of it was shared memo
 which happens once a connection, does not.
 """
 
-from dataclasses import dataclass, field, fields
+import ctypes
+from dataclasses import dataclass, field
+from typing import Final
 
 from remora.comm.wire import HEADER_BYTES, combined_rows, dispatch_bytes
 
+COUNTER_NAMES: Final = (
+    "sent_frames", "sent_bytes", "sent_rows", "sent_pairs", "received_frames", "received_bytes",
+    "received_rows", "arena_bytes", "late_replies", "stale_replies", "not_mine", "deadlines",
+    "losses",
+)  # fmt: skip
 
-@dataclass(slots=True)
-class LinkCounters:
-    """Running totals of one peer; all non-negative and never falling."""
 
-    sent_frames: int = 0
-    sent_bytes: int = 0
-    sent_rows: int = 0
-    sent_pairs: int = 0
-    received_frames: int = 0
-    received_bytes: int = 0
-    received_rows: int = 0
-    arena_bytes: int = 0  # of sent and received bytes: those that lay in shared memory
-    late_replies: int = 0  # answers to calls given up; dropped
-    stale_replies: int = 0  # duplicates, answers to no call or of another incarnation; dropped
-    not_mine: int = 0
-    deadlines: int = 0
-    losses: int = 0  # connections lost
+class LinkCounters(ctypes.Structure):
+    """Running totals of one peer; all non-negative and never falling. The native data plane adds
+    to them where they lie (`comm/csrc/frame.h`)."""
+
+    sent_frames: int
+    sent_bytes: int
+    sent_rows: int
+    sent_pairs: int
+    received_frames: int
+    received_bytes: int
+    received_rows: int
+    arena_bytes: int  # of sent and received bytes: those that lay in shared memory
+    late_replies: int  # answers to calls given up; dropped
+    stale_replies: int  # duplicates, answers to no call or of another incarnation; dropped
+    not_mine: int
+    deadlines: int
+    losses: int  # connections lost
+    _fields_ = [(name, ctypes.c_int64) for name in COUNTER_NAMES]
+
+    def as_dict(self) -> dict[str, int]:
+        """Every counter by name."""
+        return {name: getattr(self, name) for name in COUNTER_NAMES}
 
 
 @dataclass(slots=True)
@@ -43,7 +56,7 @@ class TrafficCounters:
         """Sum over all peers."""
         total = LinkCounters()
         for link in self.links.values():
-            for name in (f.name for f in fields(LinkCounters)):
+            for name in COUNTER_NAMES:
                 setattr(total, name, getattr(total, name) + getattr(link, name))
         return total
 

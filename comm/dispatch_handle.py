@@ -6,9 +6,11 @@ Shape suffixes: T tokens (padding included), K top-k, D model width, C calls.
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.comm import plan
 from remora.comm.arena import Memory
 from remora.comm.call import Call
 from remora.comm.errors import ClusterError
@@ -44,9 +46,37 @@ class Dispatch:
     spilled: list[Memory] = field(default_factory=list)  # rows copied out to free credits
     failed: list[int] = field(default_factory=list)  # calls whose pairs need another shard
     error: ClusterError | None = None  # why the last of `failed` failed
+    until_s: float | None = None  # monotonic: a wait for `waiting` that began elsewhere ends there
 
     def __post_init__(self) -> None:
         self.call_TK, self.row_TK, self.pos_TK = self.plan_3TK
+
+    @classmethod
+    def of(
+        cls,
+        epoch: int,
+        layer: int,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        num_tokens: int,
+    ) -> "Dispatch":
+        """One with every pair PENDING; arguments as `Dispatcher.dispatch`."""
+        plan_3TK = np.empty((3, *index_TK.shape), np.int32)
+        plan_3TK[0] = plan.PENDING
+        if weights_TK.dtype is not torch.float32:
+            weights_TK = weights_TK.float()
+        return cls(
+            epoch=epoch,
+            layer=layer,
+            num_tokens=num_tokens,
+            hidden_TD=hidden_TD.contiguous(),
+            width=hidden_TD.shape[1],
+            row_bytes=hidden_TD.shape[1] * hidden_TD.element_size(),
+            index_TK=index_TK.contiguous().numpy(),
+            weight_TK=weights_TK.contiguous().numpy(),
+            plan_3TK=plan_3TK,
+        )
 
     def reserve_calls(self, num_calls_max: int) -> None:
         """Makes the arrays over C long enough; keeps what they hold."""

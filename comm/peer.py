@@ -1,6 +1,6 @@
 """One shard as a dense rank sees it: non-blocking connection, arena, calls under way."""
 
-import os
+import ctypes
 import socket
 from typing import Final
 from zlib import crc32
@@ -9,16 +9,10 @@ import msgspec
 
 from remora.comm.accounting import LinkCounters
 from remora.comm.arena import Memory, align64
-from remora.comm.auth import (
-    ATTACH,
-    CHALLENGE_BYTES,
-    VERDICT_BYTES,
-    ClientHandshake,
-    Grants,
-)
 from remora.comm.call import Call
 from remora.comm.errors import ClusterError, FencedError, FrameError, PeerLostError
-from remora.comm.transport import dial, receive_exactly
+from remora.comm.peer_handshake import shake_hands
+from remora.comm.transport import dial
 from remora.comm.view import Member
 from remora.comm.wire import (
     ERROR_TEXT_BYTES_MAX,
@@ -51,6 +45,14 @@ class PeerLimits(msgspec.Struct, frozen=True, kw_only=True):
     connect_s: float = 5.0
 
 
+class PeerCell(ctypes.Structure):
+    """What of a connection the native client writes or reads where it lies (`csrc/client.h`)."""
+
+    sequence: int  # of the last call
+    lost: int  # not 0: the connection is gone
+    _fields_ = [("sequence", ctypes.c_uint64), ("lost", ctypes.c_uint64)]
+
+
 class Peer:
     """A connection to `member`; made by `PeerSet.connect`, used from one thread.
 
@@ -76,9 +78,15 @@ class Peer:
         self.in_flight: dict[int, Call] = {}
         self.error: PeerLostError | None = None
         self.sock = dial(member.endpoint, self_host, timeout_s=limits.connect_s)
-        self._checked = limits.checksums and self.sock.family != socket.AF_UNIX
+        self.checked = limits.checksums and self.sock.family != socket.AF_UNIX
         try:
-            self.grants, self.memory = _shake_hands(self.sock, token, name=name, limits=limits)
+            self.grants, self.memory = shake_hands(
+                self.sock,
+                token,
+                name=name,
+                num_regions=limits.num_regions,
+                region_bytes=limits.region_bytes,
+            )
             if self.grants.incarnation not in (0, member.incarnation):
                 raise FencedError(
                     f"{member.uid} is incarnation {self.grants.incarnation}, "
@@ -89,8 +97,8 @@ class Peer:
             raise
         self.sock.setblocking(False)
         self.fd = self.sock.fileno()
-        self._free = list(range(self.grants.num_regions))
-        self._sequence = 0
+        self.free_regions = list(range(self.grants.num_regions))
+        self.cell = PeerCell()
         self._out: memoryview | None = None  # what the socket did not take yet
         self._rx = bytearray(RECEIVE_BYTES)
         self._rx_view = memoryview(self._rx)
@@ -108,14 +116,14 @@ class Peer:
         """
         if self.error is not None:
             raise self.error
-        if not self._free:
+        if not self.free_regions:
             return None
         largest = HEADER_BYTES + max(body_bytes, reply_bytes)
         if largest > self.grants.frame_bytes_max:
             raise FrameError(
                 f"call of {largest} bytes to {self.uid}: allowed are {self.grants.frame_bytes_max}"
             )
-        region = self._free.pop()
+        region = self.free_regions.pop()
         if align64(HEADER_BYTES + body_bytes) + reply_bytes <= self.grants.region_bytes:
             start = region * self.grants.region_bytes
             return Call(self, self.memory, start, region, body_bytes, reply_bytes)
@@ -124,8 +132,8 @@ class Peer:
 
     def give_back(self, region: int) -> None:
         """Frees a credit."""
-        self._free.append(region)
-        assert len(self._free) <= self.grants.num_regions, f"{self.uid}: region freed twice"
+        self.free_regions.append(region)
+        assert len(self.free_regions) <= self.grants.num_regions, f"{self.uid}: region freed twice"
 
     def send(
         self, call: Call, kind: int, flags: int, deadline_us: int, epoch: int, layer: int,
@@ -137,8 +145,8 @@ class Peer:
         """
         if self.error is not None:
             raise self.error
-        self._sequence += 1
-        call.sequence = self._sequence
+        self.cell.sequence += 1
+        call.sequence = self.cell.sequence
         length = call.body_bytes
         view = call.memory.view
         region = reply_offset = body_crc = 0
@@ -157,7 +165,7 @@ class Peer:
             self.counters.arena_bytes += length
         else:
             end += length
-            if self._checked:
+            if self.checked:
                 flags |= _CHECKED
                 body_crc = crc32(call.body)
         pack_header(
@@ -190,7 +198,7 @@ class Peer:
     @property
     def has_credit(self) -> bool:
         """A call could begin now."""
-        return bool(self._free)
+        return bool(self.free_regions)
 
     @property
     def has_live_calls(self) -> bool:
@@ -225,7 +233,10 @@ class Peer:
             raise self.lose(f"receive failed: {error}") from error
         if received == 0:
             raise self.lose("closed by the peer")
-        self._rx_end += received
+        self._on_received(received)
+
+    def _on_received(self, num_bytes: int) -> None:
+        self._rx_end += num_bytes
         try:
             self._take_frames()
         except FrameError as error:
@@ -319,6 +330,47 @@ class Peer:
             self.counters.late_replies += 1
             call.release()
 
+    # -- what the native client leaves behind --------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is under way, unsent or half received."""
+        return self.error is None and not (
+            self.in_flight or self._out or self._rx_end or self._sink_header or self._skip_bytes
+        )
+
+    def adopt(
+        self, region: int, body_bytes: int, reply_bytes: int, sequence: int, shared: bool
+    ) -> Call:
+        """A call that has left, or begun to leave, as if it had been sent here."""
+        self.free_regions.remove(region)
+        start = region * self.grants.region_bytes
+        call = Call(self, self.memory, start, region, body_bytes, reply_bytes)
+        call.sequence, call.shared = sequence, shared
+        self.in_flight[sequence] = call
+        return call
+
+    def resume(
+        self, unsent: bytes, partial: tuple[Call, Header, int] | None, unread: bytes
+    ) -> None:
+        """Goes on with the streams where they were left.
+
+        Args:
+            unsent: bytes of adopted calls that the socket has not taken.
+            partial: an answer whose header was counted, and how much of its body is in place.
+            unread: bytes received that nobody has looked at. One of these two at most.
+
+        Raises:
+            PeerLostError: `unread` is no frame of ours.
+        """
+        self._out = memoryview(unsent) if unsent else None
+        if partial is not None:
+            call, self._sink_header, received = partial
+            end = call.reply_start + self._sink_header.length
+            self._sink = call.memory.view[call.reply_start + received : end]
+        self._rx[: len(unread)] = unread
+        self._on_received(len(unread))
+
     def lose(self, reason: str) -> PeerLostError:
         """Closes the connection and fails its calls; returns the error to raise."""
         if self.error is None:
@@ -326,11 +378,12 @@ class Peer:
                 f"{self.uid} (incarnation {self.member.incarnation}): {reason}"
             )
             self.counters.losses += 1
+            self.cell.lost = 1
             self.sock.close()
             for call in self.in_flight.values():
                 call.error = self.error
             self.in_flight.clear()
-            self._out = self._sink = None
+            self._out = self._sink = self._sink_header = None
         return self.error
 
 
@@ -339,35 +392,3 @@ def _as_error(uid: str, header: Header, text: bytes) -> ClusterError:
     if header.num_rows == ErrorCode.FENCED:
         return FencedError(message)
     return ClusterError(message)
-
-
-def _shake_hands(
-    sock: socket.socket, token: bytes, *, name: str, limits: PeerLimits
-) -> tuple[Grants, Memory]:
-    """Authenticates a dialled, still blocking socket and passes the arena.
-
-    Raises AuthError, PeerLostError.
-    """
-    is_unix = sock.family == socket.AF_UNIX
-    handshake = ClientHandshake(
-        token,
-        name=name,
-        arena=is_unix,
-        num_regions=limits.num_regions,
-        region_bytes=align64(limits.region_bytes),
-    )
-    try:
-        sock.sendall(handshake.hello)
-        sock.sendall(handshake.on_challenge(receive_exactly(sock, CHALLENGE_BYTES)))
-        grants = handshake.on_verdict(receive_exactly(sock, VERDICT_BYTES))
-        total = grants.num_regions * grants.region_bytes
-        if not grants.arena:
-            return grants, Memory.anonymous(total)
-        memory, descriptor = Memory.create_shared(total)
-        try:
-            socket.send_fds(sock, [ATTACH], [descriptor])
-        finally:
-            os.close(descriptor)
-        return grants, memory
-    except OSError as error:
-        raise PeerLostError(f"handshake failed: {error}") from error

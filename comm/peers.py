@@ -20,7 +20,7 @@ from remora.comm.call import Call
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.peer import Peer, PeerLimits
 from remora.comm.view import Member, View
-from remora.comm.wire import Kind
+from remora.comm.wire import Header, Kind
 
 DEADLINE_US_MAX: Final = (1 << 32) - 1
 
@@ -55,6 +55,7 @@ class PeerSet:
         self._peers: dict[str, Peer] = {}
         self._by_fd: dict[int, Peer] = {}
         self._epoll = select.epoll()
+        self.settled = False  # nobody but the native client has used a connection since it looked
 
     # -- members -----------------------------------------------------------------------------
 
@@ -75,6 +76,7 @@ class PeerSet:
         self._peers[member.uid] = peer
         self._by_fd[peer.fd] = peer
         self._epoll.register(peer.fd, select.EPOLLIN)
+        self.settled = False
         return peer
 
     def disconnect(self, uid: str) -> None:
@@ -131,6 +133,7 @@ class PeerSet:
         dtype: int = 0,
     ) -> None:  # fmt: skip
         """Sends one call without waiting; a lost peer shows as `call.error` in `finish`."""
+        self.settled = False
         peer = call.peer
         deadline_us = min(int(deadline_s * 1e6), DEADLINE_US_MAX)
         try:
@@ -142,14 +145,15 @@ class PeerSet:
             call.error = error
             self._forget(peer)
 
-    def finish(self, calls: list[Call], deadline_s: float) -> None:
+    def finish(self, calls: list[Call], deadline_s: float, *, until_s: float | None = None) -> None:
         """Waits until every started call has `reply` or `error`; raises nothing.
 
-        A call that is not answered within `deadline_s` gets DeadlineError and is given up: its
+        The wait ends after `deadline_s`, or at `until_s` (monotonic) when it began elsewhere. A
+        call that is not answered by then gets DeadlineError and is given up: its
         region stays reserved until the late answer comes or the connection ends.
         """
         pending = _num_pending(calls)
-        until = time.monotonic() + deadline_s
+        until = time.monotonic() + deadline_s if until_s is None else until_s
         spin_until = time.monotonic() + self.spin_s if self.spin_s else 0.0
         poll = self._epoll.poll
         while pending > 0:
@@ -185,6 +189,27 @@ class PeerSet:
                     each.release()
                 raise call.error
         return calls
+
+    def resume(
+        self,
+        peer: Peer,
+        unsent: bytes,
+        partial: tuple[Call, Header, int] | None,
+        unread: bytes,
+        damaged: bool,
+    ) -> None:
+        """`Peer.resume`, and what follows for the poll set. `damaged`: the partial answer's body
+        is complete and is not what its checksum says."""
+        self.settled = False
+        try:
+            if damaged:
+                raise peer.lose("no frame: body checksum of an answer is wrong")
+            peer.resume(unsent, partial, unread)
+        except PeerLostError:
+            self._forget(peer)
+            return
+        if peer.has_backlog:
+            self._epoll.modify(peer.fd, select.EPOLLIN | select.EPOLLOUT)
 
     def drain(self) -> None:
         """Takes what has arrived without waiting: late answers give their regions back."""

@@ -1,0 +1,305 @@
+// `remora.comm._C.Client`: see `comm/native_dispatch.py`, its only user.
+#include "python.h"
+
+#include <cstring>
+#include <new>
+
+#include "client.h"
+
+namespace remora {
+namespace {
+
+struct ClientObject {
+  PyObject_HEAD
+  Client client;
+  std::vector<PyObject*> free_lists;  // `Peer._free` of each shard, or null
+};
+
+Client& client_of(PyObject* self) { return reinterpret_cast<ClientObject*>(self)->client; }
+
+PyObject* client_new(PyTypeObject* type, PyObject*, PyObject*) {
+  auto* self = reinterpret_cast<ClientObject*>(type->tp_alloc(type, 0));
+  if (!self) return nullptr;
+  new (&self->client) Client();
+  new (&self->free_lists) std::vector<PyObject*>();
+  return reinterpret_cast<PyObject*>(self);
+}
+
+void drop_lists(ClientObject* self) {
+  for (PyObject* list : self->free_lists) Py_XDECREF(list);
+  self->free_lists.clear();
+}
+
+void client_dealloc(PyObject* object) {
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  drop_lists(self);
+  self->free_lists.~vector();
+  self->client.~Client();
+  PyTypeObject* type = Py_TYPE(object);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+// (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, local_S, usable_S, num_shards,
+//  spin_ns, park, [(layer, table_ER, num_experts, num_replicas), ...])
+PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) {
+  const Arguments arguments(items, count);
+  if (!arguments.expect(11)) return nullptr;
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  Client& client = self->client;
+  client.epoch = arguments.natural(0);
+  client.presummed = arguments.integer(1) != 0;
+  client.deadline_s = arguments.real(2);
+  client.rows_per_call_max = arguments.integer(3);
+  client.region_bytes_asked = arguments.integer(4);
+  client.local_S = arguments.address<const uint8_t>(5);
+  client.usable_S = arguments.address<const uint8_t>(6);
+  const int64_t num_shards = arguments.integer(7);
+  client.spin_ns = arguments.integer(8);
+  client.park = reinterpret_cast<void (*)()>(arguments.address<void>(9));
+  if (PyErr_Occurred()) return nullptr;
+  client.close();
+  drop_lists(self);
+  self->free_lists.assign(num_shards, nullptr);
+  client.links.assign(num_shards, Link{});
+  client.tables.clear();
+  PyObject* tables = arguments.object(10);
+  if (!PyList_Check(tables)) return PyErr_Format(PyExc_TypeError, "tables must be a list");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
+    int layer;
+    unsigned long long address;
+    long long num_experts, num_replicas;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(tables, i), "iKLL", &layer, &address, &num_experts,
+                          &num_replicas))
+      return nullptr;
+    client.tables[layer] = {reinterpret_cast<const int16_t*>(static_cast<uintptr_t>(address)),
+                            num_experts, num_replicas};
+  }
+  Py_RETURN_NONE;
+}
+
+// (shard, fd, cell, counters, memory, region_bytes, frame_bytes_max, arena_bytes_min, incarnation,
+//  arena, checked, free regions); a shard that is not linked is never chosen
+PyObject* link(PyObject* object, PyObject* const* items, Py_ssize_t count) {
+  const Arguments arguments(items, count);
+  if (!arguments.expect(12)) return nullptr;
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  const int64_t shard = arguments.integer(0);
+  if (shard < 0 || shard >= static_cast<int64_t>(self->client.links.size()) ||
+      !PyList_Check(arguments.object(11)))
+    return PyErr_Format(PyExc_ValueError, "shard %lld of %zu", static_cast<long long>(shard),
+                        self->client.links.size());
+  Link link;
+  link.fd = static_cast<int>(arguments.integer(1));
+  link.cell = arguments.address<PeerCell>(2);
+  link.counters = arguments.address<Counters>(3);
+  link.memory = arguments.address<char>(4);
+  link.region_bytes = arguments.natural(5);
+  link.frame_bytes_max = arguments.natural(6);
+  link.arena_bytes_min = arguments.natural(7);
+  link.incarnation = arguments.natural(8);
+  link.arena = arguments.integer(9) != 0;
+  link.checked = arguments.integer(10) != 0;
+  if (PyErr_Occurred()) return nullptr;
+  Py_INCREF(arguments.object(11));
+  Py_XSETREF(self->free_lists[shard], arguments.object(11));
+  self->client.links[shard] = std::move(link);
+  Py_RETURN_NONE;
+}
+
+PyObject* unlink(PyObject* object, PyObject* argument) {
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  const size_t shard = PyLong_AsSize_t(argument);
+  if (PyErr_Occurred()) return nullptr;
+  if (shard >= self->client.links.size()) return PyErr_Format(PyExc_ValueError, "no such shard");
+  self->client.links[shard] = Link{};
+  Py_CLEAR(self->free_lists[shard]);
+  Py_RETURN_NONE;
+}
+
+// Which regions are free is read anew each time: Python may have taken one.
+bool read_free_regions(ClientObject* self) {
+  for (size_t s = 0; s < self->free_lists.size(); ++s) {
+    std::vector<int32_t>& free = self->client.links[s].free_regions;
+    PyObject* list = self->free_lists[s];
+    if (!list) continue;
+    free.resize(PyList_GET_SIZE(list));
+    for (size_t i = 0; i < free.size(); ++i)
+      free[i] = static_cast<int32_t>(PyLong_AsLong(PyList_GET_ITEM(list, i)));
+  }
+  return !PyErr_Occurred();
+}
+
+// (layer, num_tokens, num_rows, top_k, width, dtype, weight_bfloat16, hidden, index, weight)
+bool read_input(const Arguments& arguments, LayerInput& input) {
+  input.layer = static_cast<int32_t>(arguments.integer(0));
+  input.num_tokens = arguments.integer(1);
+  input.num_rows = arguments.integer(2);
+  input.top_k = arguments.integer(3);
+  input.width = arguments.integer(4);
+  input.dtype = static_cast<uint8_t>(arguments.integer(5));
+  input.weight_bfloat16 = arguments.integer(6) != 0;
+  input.hidden = arguments.address<const char>(7);
+  input.index_TK = arguments.address<const int64_t>(8);
+  input.weight_TK = arguments.address<const void>(9);
+  if (PyErr_Occurred()) return false;
+  if (input.num_tokens < 0 || input.num_tokens > input.num_rows || input.top_k > kTopKMax ||
+      !item_bytes(input.dtype)) {
+    PyErr_SetString(PyExc_ValueError, "tokens, top-k or dtype out of range");
+    return false;
+  }
+  return true;
+}
+
+PyObject* as_int(Status status) { return PyLong_FromLong(static_cast<long>(status)); }
+
+PyObject* begin(PyObject* object, PyObject* const* items, Py_ssize_t count) {
+  const Arguments arguments(items, count);
+  LayerInput input;
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  if (!arguments.expect(10) || !read_input(arguments, input) || !read_free_regions(self))
+    return nullptr;
+  return as_int(self->client.begin(input));
+}
+
+PyObject* finish(PyObject* object, PyObject* argument) {
+  Client& client = client_of(object);
+  char* out = reinterpret_cast<char*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(argument)));
+  if (PyErr_Occurred()) return nullptr;
+  if (!client.is_open()) return PyErr_Format(PyExc_RuntimeError, "no layer is under way");
+  Status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = client.finish(out);
+  Py_END_ALLOW_THREADS;
+  return as_int(status);
+}
+
+// `begin` and `finish`: as begin, and the address of the output
+PyObject* layer(PyObject* object, PyObject* const* items, Py_ssize_t count) {
+  const Arguments arguments(items, count);
+  LayerInput input;
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  if (!arguments.expect(11) || !read_input(arguments, input) || !read_free_regions(self))
+    return nullptr;
+  char* out = arguments.address<char>(10);
+  if (PyErr_Occurred()) return nullptr;
+  Status status = self->client.begin(input);
+  if (status != Status::kDone) return as_int(status);
+  Py_BEGIN_ALLOW_THREADS;
+  status = self->client.finish(out);
+  Py_END_ALLOW_THREADS;
+  return as_int(status);
+}
+
+// (call_TK, row_TK, pos_TK): copies the layout of the real tokens there
+PyObject* plan(PyObject* object, PyObject* const* items, Py_ssize_t count) {
+  const Arguments arguments(items, count);
+  if (!arguments.expect(3)) return nullptr;
+  const Layout& layout = client_of(object).layout();
+  const std::vector<int32_t>* columns[] = {&layout.call_TK, &layout.row_TK, &layout.pos_TK};
+  for (int i = 0; i < 3; ++i) {
+    auto* target = arguments.address<int32_t>(i);
+    if (PyErr_Occurred()) return nullptr;
+    if (!columns[i]->empty()) std::memcpy(target, columns[i]->data(), 4 * columns[i]->size());
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* calls(PyObject* object, PyObject*) {
+  const Client& client = client_of(object);
+  PyObject* list = PyList_New(0);
+  if (!list) return nullptr;
+  for (const LayerCall& call : client.calls()) {
+    PyObject* row = Py_BuildValue(
+        "(iIIiKKKiKKiKi)", call.shard, call.num_rows, call.num_pairs, call.region,
+        static_cast<unsigned long long>(call.body_bytes),
+        static_cast<unsigned long long>(call.reply_bytes),
+        static_cast<unsigned long long>(call.sequence), int{call.shared},
+        static_cast<unsigned long long>(call.frame_bytes),
+        static_cast<unsigned long long>(call.sent), int{call.counted},
+        static_cast<unsigned long long>(call.received), int{call.answered});
+    if (!row || PyList_Append(list, row) < 0) {
+      Py_XDECREF(row);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(row);
+  }
+  return list;
+}
+
+PyObject* head(PyObject* object, PyObject* argument) {
+  const Client& client = client_of(object);
+  const size_t c = PyLong_AsSize_t(argument);
+  if (PyErr_Occurred()) return nullptr;
+  if (c >= client.calls().size()) return PyErr_Format(PyExc_ValueError, "no such call");
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&client.calls()[c].head),
+                                   kHeaderBytes);
+}
+
+// shard -> (bytes of an answer that was not taken, its body is damaged)
+PyObject* unread(PyObject* object, PyObject* argument) {
+  const Client& client = client_of(object);
+  const size_t shard = PyLong_AsSize_t(argument);
+  if (PyErr_Occurred()) return nullptr;
+  if (shard >= client.links.size()) return PyErr_Format(PyExc_ValueError, "no such shard");
+  const std::string bytes = client.unread(static_cast<int32_t>(shard));
+  return Py_BuildValue("(y#i)", bytes.data(), static_cast<Py_ssize_t>(bytes.size()),
+                       int{client.links[shard].damaged});
+}
+
+PyObject* close_layer(PyObject* object, PyObject*) {
+  client_of(object).close();
+  Py_RETURN_NONE;
+}
+
+PyObject* phases(PyObject* object, PyObject*) {
+  const Phases& p = client_of(object).phases;
+  return Py_BuildValue("(LLLLL)", static_cast<long long>(p.layers),
+                       static_cast<long long>(p.pack_ns), static_cast<long long>(p.wait_ns),
+                       static_cast<long long>(p.combine_ns),
+                       static_cast<long long>(p.experts_compute_ns));
+}
+
+PyObject* until_s(PyObject* object, void*) {
+  return PyFloat_FromDouble(static_cast<double>(client_of(object).until_ns()) * 1e-9);
+}
+
+PyMethodDef methods[] = {
+    {"configure", fastcall(configure), METH_FASTCALL, "what stays the same for a view"},
+    {"link", fastcall(link), METH_FASTCALL, "describes the connection to a shard"},
+    {"unlink", unlink, METH_O, "forgets the connection to a shard"},
+    {"begin", fastcall(begin), METH_FASTCALL, "chooses, packs and sends; a Status"},
+    {"finish", finish, METH_O, "waits and sums; a Status"},
+    {"layer", fastcall(layer), METH_FASTCALL, "begin and finish; a Status"},
+    {"plan", fastcall(plan), METH_FASTCALL, "copies the layout of the layer"},
+    {"calls", calls, METH_NOARGS, "how far each call of the layer came"},
+    {"head", head, METH_O, "header of the answer of a call"},
+    {"unread", unread, METH_O, "what came from a shard and was not taken"},
+    {"close", close_layer, METH_NOARGS, "the layer is Python's from here on"},
+    {"phases", phases, METH_NOARGS, "layers; pack, wait, combine and experts' nanoseconds"},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyGetSetDef properties[] = {
+    {"until_s", until_s, nullptr, "when the layer's deadline ends, on the monotonic clock",
+     nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(client_new)},
+                       {Py_tp_dealloc, reinterpret_cast<void*>(client_dealloc)},
+                       {Py_tp_methods, methods},
+                       {Py_tp_getset, properties},
+                       {0, nullptr}};
+PyType_Spec spec = {"remora.comm._C.Client", sizeof(ClientObject), 0, Py_TPFLAGS_DEFAULT, slots};
+
+}  // namespace
+
+int add_client(PyObject* module) {
+  PyObject* type = PyType_FromSpec(&spec);
+  if (!type) return -1;
+  const int result = PyModule_AddObjectRef(module, "Client", type);
+  Py_DECREF(type);
+  return result;
+}
+
+}  // namespace remora
