@@ -23,7 +23,6 @@ from remora.actors.launch import (
     member_of,
     take_threads,
 )
-from remora.actors.loop_timers import LoopTimers
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
@@ -64,7 +63,6 @@ class DenseActor:
         self._executor: Executor | None = None
         self._dispatcher: Dispatcher | None = None
         self._rank: DenseRank | None = None
-        self._loop_timers = LoopTimers()
         self._stopping = False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
@@ -125,24 +123,18 @@ class DenseActor:
         }
 
     def phases(self) -> dict[str, Any]:
-        """Running totals of steps and of where their time went, in nanoseconds.
+        """Running totals of steps and of where their time went, in nanoseconds, between two steps.
 
-        `laps` add up to all time that the engine was not idle; `kernels` and `loops` are parts of
-        it (`loops` counts only while `time_loops` is on).
+        `laps` add up to all time that the engine was not idle; `kernels` and `experts` are parts
+        of it.
+
+        Raises:
+            ClusterError: the engine has stopped.
         """
-        stats = self._state.stats() if self._state else None
-        return {
-            "steps": stats.steps_total if stats else 0,
-            "laps": dict(self._rank.laps.spent_ns) if self._rank else {},
-            "kernels": phases.snapshot(),
-            "loops": self._loop_timers.net_ns,
-        }
-
-    def time_loops(self, wanted: bool) -> None:
-        """Begin or end to time what Inductor generated (actors/loop_timers.py); it slows steps."""
-        assert self._engine is not None, "time_loops before start returned"
-        timers = self._loop_timers
-        self._engine.between_steps(timers.install if wanted else timers.remove)
+        result: dict[str, Any] = {}
+        assert self._engine is not None, "phases before start returned"
+        self._engine.between_steps(lambda: result.update(self._phases()))
+        return result
 
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
@@ -229,6 +221,16 @@ class DenseActor:
         if missing:
             raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
         rank.experts = dispatcher.moe
+
+    def _phases(self) -> dict[str, Any]:
+        assert self._state is not None and self._rank is not None
+        return {
+            "steps": self._state.stats().steps_total,
+            "executor": self._executor.name if self._executor else "eager",
+            "laps": dict(self._rank.laps.spent_ns),
+            "kernels": phases.snapshot(),
+            "experts": self._dispatcher.phases() if self._dispatcher else {},
+        }
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)

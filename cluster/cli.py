@@ -1,4 +1,4 @@
-"""The command `remora`: serve, status, stop, plan. One configuration path, `--json` everywhere.
+"""The command `remora`: one configuration path, `--json` everywhere.
 
 Exit statuses: 0 done; 1 the cluster failed; 2 what was asked for cannot be (configuration, model,
 weights), or the command line; 3 there is no such deployment.
@@ -82,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="placement, memory and bytes, without a cluster")
     _add_config(plan)
     plan.set_defaults(run=_plan)
+    bench = commands.add_parser(
+        "bench", help="how fast it decodes: MODEL in a cluster of its own, else one that runs"
+    )
+    _add_config(bench)
+    _add_bench(bench)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),
@@ -107,6 +112,34 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--deployment", metavar="NAME", help="one that runs, if there are several")
+    parser.add_argument(
+        "--phases", action="store_true", help="also where the time of a decode step goes"
+    )
+    parser.add_argument(
+        "--batches", type=_counts, default=(1, 8, 32), help="sequences at once (default 1,8,32)"
+    )
+    parser.add_argument("--prompt-tokens", type=_count, default=32, help="default 32")
+    parser.add_argument("--new-tokens", type=_several, default=65, help="default 65")
+    parser.set_defaults(run=_bench)
+
+
+def _count(text: str, least: int = 1) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value}: at least {least}")
+    return value
+
+
+def _several(text: str) -> int:
+    return _count(text, least=2)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
 def _serve(options: argparse.Namespace) -> int:
     config = config_of(options)
     from remora.cluster.serve_command import run_serve  # Ray and torch, only where needed
@@ -123,6 +156,31 @@ def _plan(options: argparse.Namespace) -> int:
     plan = plan_deployment(config)
     print(json.dumps(plan) if options.json else plan_text(plan))
     return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    wanted = {
+        "batches": options.batches,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "phases": options.phases,
+    }
+    if any((options.model, options.config, options.preset)):
+        config = config_of(options)
+        from remora.cluster.bench_command import BenchPlan, bench_own
+
+        return bench_own(config, BenchPlan(**wanted), as_json=options.json)
+    address = getattr(options, "ray.address")
+    name, instance = options.deployment, None
+    if address is None:
+        name, instance = which_instance(name)
+    if name is None:
+        raise ConfigError("nothing to measure: give a MODEL, or start a deployment (remora serve)")
+    if instance is not None:
+        use_token(instance)
+    from remora.cluster.bench_command import BenchPlan, bench_running
+
+    return bench_running(name, instance, address, BenchPlan(**wanted), as_json=options.json)
 
 
 def _manage(options: argparse.Namespace) -> int:

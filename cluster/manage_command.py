@@ -24,7 +24,7 @@ def run_status(
     name: str, instance: Instance | None, ray_address: str | None, *, as_json: bool
 ) -> int:
     """Print what a deployment is doing. Returns the exit status: 3 when there is none."""
-    with _connected(instance.ray_address if instance else ray_address) as found:
+    with connected(instance.ray_address if instance else ray_address) as found:
         if found and find_cluster(name) is not None:
             status = cluster_status(name)
         elif instance is not None:
@@ -48,7 +48,7 @@ def run_stop(
     if instance is not None:
         _end_process(instance)
     else:
-        with _connected(ray_address) as found:
+        with connected(ray_address) as found:
             if not found or find_cluster(name) is None:
                 return missing(_nothing_of(name), as_json)
             _delete_application(name)
@@ -134,7 +134,7 @@ def _facts(member: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[bool]:
+def connected(address: str | None) -> Iterator[bool]:
     """Connect to a Ray cluster; False when there is none to connect to."""
     quiet_ray()
     address = address or os.environ.get("RAY_ADDRESS")

@@ -48,6 +48,8 @@ def test_flags_and_set_override_the_preset() -> None:
         (["plan", str(DEMO_MODEL), "--shards", "33"], "32 experts"),
         (["plan", str(DEMO_MODEL), "--kv-cache-tokens", "64"], "max_model_len"),
         (["status", "--ray-address", "127.0.0.1:1"], "NAME"),
+        (["bench"], "nothing to measure"),
+        (["bench", str(DEMO_MODEL), "--batches", "65"], "max_num_seqs"),
     ],
 )
 def test_what_cannot_be_is_status_2_and_says_so(
