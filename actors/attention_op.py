@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from remora.actors.step_context import steps
-from remora.kernels.attention import paged_attention, write_kv
+from remora.kernels.attention import attend
 
 IMPLEMENTATION = "remora"  # config._attn_implementation and config._experts_implementation
 ENGINE_ATTRIBUTE = "remora_engine_id"  # on the model's own copy of the config
@@ -53,19 +53,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: 
     """
     context = steps.current(engine_id)
     spec = steps.attention_of(engine_id)[context.layer]
-    pages = context.pages[context.layer]
-    q_THd, k_TJd, v_TJd = (t[0].transpose(0, 1).to(pages.dtype).contiguous() for t in (q, k, v))
-    write_kv(pages, k_TJd, v_TJd, context.plan.slot_mapping_T)
-    out_THd = paged_attention(
-        q_THd,
-        pages,
+    return attend(
+        q,
+        k,
+        v,
+        context.pages[context.layer],
         context.plan,
         scale=spec.scale,
         sliding_window=spec.sliding_window,
         soft_cap=spec.soft_cap,
         sinks_H=sinks,
     )
-    return out_THd.to(q.dtype)[None]
 
 
 def experts(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, engine_id: int) -> Tensor:

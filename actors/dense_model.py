@@ -17,12 +17,14 @@ from remora.actors import attention_op, dense_surgery, model_build, model_probe,
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.dense_surgery import CursorLayer
 from remora.actors.layer_program import Recording
+from remora.actors.merge_linears import MergeLinears
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import StepContext, steps
 from remora.actors.step_program import Split, StepProgram, split
 from remora.actors.weights import Progress, WeightPlan
 
-INDUCTOR_OPTIONS = {
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    "post_grad_custom_pre_pass": MergeLinears(),
     # What the compiler generates here are elementwise loops of microseconds; a team of threads
     # costs more than it gains (each loop wakes one: B=1 decode of benchmarks' *tiny* 10.3 ms a
     # step, 6.9 with one thread), and code made for one thread is the same whatever process fills
