@@ -1,8 +1,8 @@
 """A pass of the compiler: linears that read the same rows become one call of the kernels.
 
 Query, key and value, gate and up, the two compressions of latent attention: each of them alone is
-too small to be worth a second thread, together they are (benchmarks' *tiny*, one row: three calls of
-6 to 12 us become one). Every output element is computed as before, bit for bit.
+too small to be worth a second thread, together they are (benchmarks' *tiny*, one row: three calls
+of 6 to 12 us become one). Every output element is computed as before, bit for bit.
 """
 
 from collections import defaultdict

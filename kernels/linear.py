@@ -8,7 +8,7 @@ count.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -208,10 +208,16 @@ def _fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outp
     return x.new_empty((*x.shape[:-1], num_outputs))
 
 
+def _fake_packed_linears(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:-1], size)) for size in weights[2::3])
+
+
 def _fake_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 if native.native_available():
     torch.library.register_fake("remora::packed_linear", _fake_packed_linear)
+    torch.library.register_fake("remora::packed_linear_2", _fake_packed_linears)
+    torch.library.register_fake("remora::packed_linear_3", _fake_packed_linears)
     torch.library.register_fake("remora::row_linear", _fake_row_linear)

@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "packed_shape.h"
@@ -29,8 +31,14 @@ bool is_bfloat16(const at::Tensor& x) {
 
 const char* byte_pointer(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
+// Sizes that segments have in common.
+struct Shape : PackedShape {
+  int64_t x_stride;  // elements
+};
+
 // Rows that share one packed weight.
 struct Segment {
+  const Shape* shape;
   const char* x;
   char* out;
   int64_t num_rows;
@@ -44,12 +52,8 @@ struct Task {
   int64_t row;
 };
 
-// What all segments of one call have in common.
-struct Shape : PackedShape {
-  int64_t x_stride;  // elements
-};
-
-void run_task(const Shape& shape, const Segment& segment, const Task& task, PanelKernel kernel) {
+void run_task(const Segment& segment, const Task& task, PanelKernel kernel) {
+  const Shape& shape = *segment.shape;
   const int64_t size = shape.element_size();
   PanelCall call = shape.group_call(task.group, segment.weights, segment.bias);
   call.x = segment.x + task.row * shape.x_stride * size;
@@ -61,11 +65,15 @@ void run_task(const Shape& shape, const Segment& segment, const Task& task, Pane
 }
 
 // Threads take the next task when they are free: which one computes an element changes no bit.
-void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
+void run_segments(const std::vector<Segment>& segments) {
+  if (segments.empty()) return;
   std::vector<Task> tasks;
-  int64_t num_rows = 0;
+  int64_t macs = 0;
+  int64_t bytes = 0;
   for (size_t s = 0; s < segments.size(); ++s) {
-    num_rows += segments[s].num_rows;
+    const Shape& shape = *segments[s].shape;
+    macs += segments[s].num_rows * shape.num_inputs * shape.num_outputs;
+    bytes += shape.packed_nbytes();
     for (int64_t group = 0; group < shape.num_groups(); ++group) {
       for (int64_t row = 0; row < segments[s].num_rows; row += kRowBlock) {
         tasks.push_back({static_cast<int32_t>(s), static_cast<int32_t>(group), row});
@@ -73,13 +81,11 @@ void run_segments(const Shape& shape, const std::vector<Segment>& segments) {
     }
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int64_t macs = num_rows * shape.num_inputs * shape.num_outputs;
-  const int64_t bytes = static_cast<int64_t>(segments.size()) * shape.packed_nbytes();
-  const PanelKernel kernel = panel_kernel(shape.bfloat16);
+  const PanelKernel kernel = panel_kernel(segments[0].shape->bfloat16);
   std::atomic<int64_t> next{0};
   const auto work = [&](int) {
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
-      run_task(shape, segments[tasks[i].segment], tasks[i], kernel);
+      run_task(segments[tasks[i].segment], tasks[i], kernel);
     }
   };
   team_run(team_workers(bytes + macs / kMacsPerByte, num_tasks), work);
@@ -102,26 +108,69 @@ void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int6
               bias->scalar_type(), " ", bias->sizes());
 }
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
-                         const std::optional<at::Tensor>& bias, int64_t num_outputs) {
+struct Weight {
+  const at::Tensor& packed;
+  const std::optional<at::Tensor>& bias;
+  int64_t num_outputs;
+};
+
+// The same rows times several packed weights, in one region of the team.
+template <size_t kCount>
+std::array<at::Tensor, kCount> linears(const at::Tensor& x, const Weight (&weights)[kCount]) {
   const PhaseTimer timer(Phase::kLinear);
   TORCH_CHECK(x.dim() >= 1, "x must be [..., K]");
-  Shape shape{{x.size(-1), num_outputs, is_bfloat16(x)}, 0};
-  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
-                  packed.numel() == shape.packed_numel(),
-              "packed weight of ", packed.numel(), " ", packed.scalar_type(), " does not fit x [..., ",
-              shape.num_inputs, "] ", x.scalar_type(), " and ", num_outputs, " outputs");
-  check_bias(bias, x, num_outputs);
+  std::array<at::Tensor, kCount> outs;
+  std::array<Shape, kCount> shapes;
   auto sizes = x.sizes().vec();
-  sizes.back() = num_outputs;
-  at::Tensor out = at::empty(sizes, x.options());
-  if (out.numel() == 0) return out;
-  const at::Tensor rows = usable_rows(x, shape);
-  shape.x_stride = rows.stride(0);
-  run_segments(shape, {{byte_pointer(rows), static_cast<char*>(out.mutable_data_ptr()),
-                        rows.size(0), byte_pointer(packed),
-                        bias.has_value() ? byte_pointer(*bias) : nullptr}});
-  return out;
+  for (size_t i = 0; i < kCount; ++i) {
+    const Weight& weight = weights[i];
+    shapes[i] = {{x.size(-1), weight.num_outputs, is_bfloat16(x)}, 0};
+    const at::Tensor& packed = weight.packed;
+    TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+                    packed.numel() == shapes[i].packed_numel(),
+                "packed weight of ", packed.numel(), " ", packed.scalar_type(),
+                " does not fit x [..., ", x.size(-1), "] ", x.scalar_type(), " and ",
+                weight.num_outputs, " outputs");
+    check_bias(weight.bias, x, weight.num_outputs);
+    sizes.back() = weight.num_outputs;
+    outs[i] = at::empty(sizes, x.options());
+  }
+  if (outs[0].numel() == 0) return outs;
+  const at::Tensor rows = usable_rows(x, shapes[0]);
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < kCount; ++i) {
+    shapes[i].x_stride = rows.stride(0);
+    segments.push_back({&shapes[i], byte_pointer(rows),
+                        static_cast<char*>(outs[i].mutable_data_ptr()), rows.size(0),
+                        byte_pointer(weights[i].packed),
+                        weights[i].bias.has_value() ? byte_pointer(*weights[i].bias) : nullptr});
+  }
+  run_segments(segments);
+  return outs;
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
+                         const std::optional<at::Tensor>& bias, int64_t num_outputs) {
+  return linears(x, {{packed, bias, num_outputs}})[0];
+}
+
+std::tuple<at::Tensor, at::Tensor> packed_linear_2(
+    const at::Tensor& x, const at::Tensor& packed_a, const std::optional<at::Tensor>& bias_a,
+    int64_t num_outputs_a, const at::Tensor& packed_b, const std::optional<at::Tensor>& bias_b,
+    int64_t num_outputs_b) {
+  auto outs = linears(x, {{packed_a, bias_a, num_outputs_a}, {packed_b, bias_b, num_outputs_b}});
+  return {outs[0], outs[1]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_3(
+    const at::Tensor& x, const at::Tensor& packed_a, const std::optional<at::Tensor>& bias_a,
+    int64_t num_outputs_a, const at::Tensor& packed_b, const std::optional<at::Tensor>& bias_b,
+    int64_t num_outputs_b, const at::Tensor& packed_c, const std::optional<at::Tensor>& bias_c,
+    int64_t num_outputs_c) {
+  auto outs = linears(x, {{packed_a, bias_a, num_outputs_a},
+                          {packed_b, bias_b, num_outputs_b},
+                          {packed_c, bias_c, num_outputs_c}});
+  return {outs[0], outs[1], outs[2]};
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
@@ -155,14 +204,14 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
     TORCH_CHECK(bound[slot] <= bound[slot + 1], "offsets decrease after slot ", slot);
     if (bound[slot] == bound[slot + 1]) continue;
     segments.push_back(
-        {byte_pointer(rows) + bound[slot] * shape.x_stride * size,
+        {&shape, byte_pointer(rows) + bound[slot] * shape.x_stride * size,
          out_bytes + bound[slot] * num_outputs * size, bound[slot + 1] - bound[slot],
          byte_pointer(packed) + slot * shape.packed_numel() * size,
          bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr});
   }
   const int64_t num_used = bound[num_slots];
   std::fill(out_bytes + num_used * num_outputs * size, out_bytes + num_rows * num_outputs * size, 0);
-  run_segments(shape, segments);
+  run_segments(segments);
   return out;
 }
 
@@ -209,6 +258,11 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
 TORCH_LIBRARY_FRAGMENT(remora, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int num_outputs) -> Tensor", tags);
+  m.def("packed_linear_2(Tensor x, Tensor packed_a, Tensor? bias_a, int num_outputs_a, "
+        "Tensor packed_b, Tensor? bias_b, int num_outputs_b) -> (Tensor, Tensor)", tags);
+  m.def("packed_linear_3(Tensor x, Tensor packed_a, Tensor? bias_a, int num_outputs_a, "
+        "Tensor packed_b, Tensor? bias_b, int num_outputs_b, "
+        "Tensor packed_c, Tensor? bias_c, int num_outputs_c) -> (Tensor, Tensor, Tensor)", tags);
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs)"
         " -> Tensor", tags);
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
@@ -216,6 +270,8 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
 
 TORCH_LIBRARY_IMPL(remora, CPU, m) {
   m.impl("packed_linear", &remora::packed_linear);
+  m.impl("packed_linear_2", &remora::packed_linear_2);
+  m.impl("packed_linear_3", &remora::packed_linear_3);
   m.impl("grouped_linear", &remora::grouped_linear);
   m.impl("row_linear", &remora::row_linear);
 }

@@ -170,6 +170,26 @@ def test_wrong_rows_are_refused() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
+def test_several_linears_in_one_call_are_the_single_ones(dtype: torch.dtype, num_rows: int) -> None:
+    layers = [
+        PackedLinear.pack(
+            random(size, 129, dtype=dtype, seed=size),
+            random(size, dtype=dtype, seed=1) if size == 64 else None,
+        )
+        for size in (512, 64, 40)
+    ]
+    x = random(num_rows, 129, dtype=dtype, seed=2)
+    weights = [(layer.packed, layer.bias, layer.out_features) for layer in layers]
+    expected = [layer(x) for layer in layers]
+    three = torch.ops.remora.packed_linear_3(x, *weights[0], *weights[1], *weights[2])
+    two = torch.ops.remora.packed_linear_2(x, *weights[2], *weights[0])
+    assert all(map(torch.equal, three, expected))
+    assert all(map(torch.equal, two, (expected[2], expected[0])))
+
+
+@needs_native
 def test_one_compilation_serves_any_row_count_and_any_layer() -> None:
     layers = [PackedLinear.pack(random(48, 32, dtype=torch.float32, seed=i)) for i in range(3)]
     graphs = 0
@@ -198,6 +218,8 @@ def test_the_ops_describe_themselves_truly() -> None:
     checks = ("test_schema", "test_faketensor")
     for op, args in (
         (torch.ops.remora.packed_linear.default, (x, layer.packed, layer.bias, 40)),
+        (torch.ops.remora.packed_linear_2.default, (x, *2 * (layer.packed, layer.bias, 40))),
+        (torch.ops.remora.packed_linear_3.default, (x, *3 * (layer.packed, layer.bias, 40))),
         (torch.ops.remora.packed_linear.default, (x.view(5, 1, 24), layer.packed, None, 40)),
         (torch.ops.remora.row_linear.default, (x, torch.randn(7, 24), None)),
     ):

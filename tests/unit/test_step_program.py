@@ -12,9 +12,12 @@ from support.local_engine import LocalEngine
 from torch import Tensor, nn
 
 from remora.actors.layer_program import Recording
+from remora.actors.merge_linears import MergeLinears
 from remora.actors.model_spec import inspect_model
 from remora.actors.step_program import split
 from remora.actors.warm import compile_and_warm
+from remora.kernels.linear import PackedLinear
+from remora.kernels.native import native_available
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
@@ -137,3 +140,34 @@ def test_steps_without_guards_give_what_guarded_ones_do(tmp_path: Path, architec
         torch.testing.assert_close(
             direct, guarded[: len(picked), : picked.shape[1]], atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.skipif(not native_available(), reason="the torch path has no merged linears")
+@pytest.mark.parametrize(
+    "count,merged", [(1, []), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])]
+)
+def test_linears_of_the_same_rows_become_one_call(count: int, merged: list[int]) -> None:
+    weights = [torch.randn(8 * (i + 1), 16) for i in range(count)]
+    layers = nn.ModuleList(PackedLinear.pack(weight) for weight in weights)
+    other = PackedLinear.pack(torch.randn(24, 16))
+
+    def forward(module: nn.ModuleList, rows: Tensor) -> list[Tensor]:
+        return [*(layer(rows) for layer in module), other(rows + 1)]
+
+    seen: list[str] = []
+
+    class Watch(MergeLinears):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            seen.extend(n.target.name() for n in graph.nodes if hasattr(n.target, "name"))
+
+        def uuid(self) -> None:  # not to be cached
+            return None
+
+    run = compiled(forward, options={"post_grad_custom_pre_pass": Watch()})
+    rows = torch.randn(5, 16)
+    with torch.inference_mode():
+        assert all(map(torch.equal, run(layers, rows), forward(layers, rows)))
+    names = [f"remora::packed_linear_{size}" for size in merged]
+    assert sorted(n for n in seen if n.startswith("remora::packed_linear_")) == sorted(names)
+    assert seen.count("remora::packed_linear") == (2 if count == 1 else 1)
