@@ -86,8 +86,8 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """One tensor, or one row of its first dimension (shape `[1, ...]`), in the file's dtype.
+    def read(self, name: str, row: int | None = None, num_rows: int = 1) -> Tensor:
+        """One tensor, or `num_rows` rows of its first dimension from `row`, in the file's dtype.
 
         Raises:
             WeightsError: no such tensor, or a file that ended early or cannot be read.
@@ -97,13 +97,13 @@ class Checkpoint:
             raise WeightsError(f"{self.directory}: no tensor {name!r}")
         shape, offset, nbytes = entry.shape, entry.offset, entry.nbytes
         if row is not None:
-            if not shape or not 0 <= row < shape[0]:
+            if not shape or not 0 <= row < row + num_rows <= shape[0]:
                 raise WeightsError(
                     f"{entry.file}: tensor {name!r} of shape {shape} has no row {row}"
                 )
-            nbytes //= shape[0]
-            offset += row * nbytes
-            shape = (1, *shape[1:])
+            row_nbytes = nbytes // shape[0]
+            offset, nbytes = offset + row * row_nbytes, num_rows * row_nbytes
+            shape = (num_rows, *shape[1:])
         tensor = torch.empty(shape, dtype=entry.dtype)
         if nbytes:
             self._read_into(tensor, name, entry.file, offset, nbytes)

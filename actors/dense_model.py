@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remora.actors import attention_op, dense_surgery, model_build, model_probe, row_linear_patch
+from remora.actors import (
+    attention_op,
+    dense_surgery,
+    model_build,
+    model_probe,
+    row_linear_patch,
+    tp_surgery,
+)
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.dense_surgery import CursorLayer
 from remora.actors.layer_program import Recording
@@ -21,7 +28,9 @@ from remora.actors.merge_linears import MergeLinears
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import StepContext, steps
 from remora.actors.step_program import Split, StepProgram, split
+from remora.actors.tp_surgery import Part
 from remora.actors.weights import Progress, WeightPlan
+from remora.comm.collectives import Group
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "post_grad_custom_pre_pass": MergeLinears(),
@@ -45,12 +54,19 @@ class DenseModel:
         model: the `transformers` model after surgery.
         layers: its decoder layers, in order.
         engine_id: its number in the step registry.
+        part: which part of the model this is, where it is not the whole.
     """
 
     def __init__(
-        self, model: Any, spec: ModelSpec, dtype: torch.dtype, layers: list[CursorLayer]
+        self,
+        model: Any,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        layers: list[CursorLayer],
+        part: Part | None = None,
     ) -> None:
         self.model = model
+        self.part = part
         self.spec = spec
         self.dtype = dtype
         self.layers = layers
@@ -98,10 +114,14 @@ class DenseModel:
         return hidden_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """The model's own head over rows of `hidden`: scaling and soft caps included. [R, V]"""
+        """The model's own head over rows of `hidden`: scaling and soft caps included.
+
+        Returns:
+            [R, V]; nothing of use on ranks of a group other than the first.
+        """
         with torch.inference_mode():
             logits_RV: Tensor = self._head(inputs_embeds=hidden_RD[None]).logits[0]
-        return logits_RV
+        return logits_RV if self.part is None else self.part.whole_logits(logits_RV)
 
     def run(self, context: StepContext, token_ids_T: Tensor, logit_rows_R: Tensor) -> Tensor:
         """`hidden` and `logits` in one step: float32 [R, V] of the rows `logit_rows_R` (int64)."""
@@ -189,6 +209,7 @@ def build_dense(
     exact: bool,
     max_positions: int | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> DenseModel:
     """Load the dense side of a checkpoint.
 
@@ -200,34 +221,46 @@ def build_dense(
         max_positions: longest sequence that will be served; it decides once and for all what
             rotary embeddings that depend on the sequence length do. None: `spec.max_positions`.
         progress: called with (bytes done, bytes in all).
+        group: load this rank's part only; every rank of the group does the same.
 
     Raises:
         WeightsError: naming file and tensor.
+        ConfigError: a group whose size does not divide the heads.
     """
-    model, called, sites = _prepare(spec, dtype, exact=exact)
+    model, watch, sites = _prepare(spec, dtype, exact=exact)
     owned = dense_surgery.owned_names(model, [site.name for site in sites])
     with Checkpoint.open(path) as checkpoint:
         plan = WeightPlan(model, checkpoint, dtype)
         plan.check_complete(owned)
+        part = None
+        if group is not None:
+            part, spec = tp_surgery.take_part(model, watch, spec, group)
+            plan.cuts = part.plan.cuts
         dense_surgery.drop_experts(sites)
         dense_surgery.fill(
-            model, plan, owned, dense_surgery.Packer(model, called, exact=exact), progress
+            model, plan, owned, dense_surgery.Packer(model, watch.linears, exact=exact), progress
         )
-    return _finish(model, spec, dtype, max_positions)
+    return _finish(model, spec, dtype, max_positions, part)
 
 
-def build_hollow(spec: ModelSpec, *, dtype: torch.dtype, exact: bool) -> DenseModel:
+def build_hollow(
+    spec: ModelSpec, *, dtype: torch.dtype, exact: bool, group: Group | None = None
+) -> DenseModel:
     """The dense side with zeros for weights, which cost no memory until they are touched.
 
     For a compiler, which must see everything but the values: a layer is packed only while it runs.
     """
-    model, called, sites = _prepare(spec, dtype, exact=exact)
+    model, watch, sites = _prepare(spec, dtype, exact=exact)
+    part = None
+    if group is not None:
+        part, spec = tp_surgery.take_part(model, watch, spec, group)
     dense_surgery.drop_experts(sites)
     for name, meta in model.state_dict().items():
         if meta.is_meta:
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     prefix = model_build.decoder_layers(model)[0]
-    dense = _finish(model, spec, dtype, None)
+    dense = _finish(model, spec, dtype, None, part)
+    called = [part.path_of(path) if part else path for path in watch.linears]
     for wrapped in dense.layers:
         start = f"{prefix}.{wrapped.index}."
         paths = [path.removeprefix(start) for path in called if path.startswith(start)]
@@ -237,20 +270,26 @@ def build_hollow(spec: ModelSpec, *, dtype: torch.dtype, exact: bool) -> DenseMo
 
 def _prepare(
     spec: ModelSpec, dtype: torch.dtype, *, exact: bool
-) -> tuple[Any, set[str], tuple[model_build.ExpertsSite, ...]]:
-    """The model on the meta device, which linears its forward calls, and its experts modules."""
+) -> tuple[Any, model_probe.Watch, tuple[model_build.ExpertsSite, ...]]:
+    """The model on the meta device, what the probe saw of it, and its experts modules."""
     attention_op.register_interfaces()
     row_linear_patch.install(exact=exact)
     model = model_build.build_meta(spec.config, dtype)
     model_build.compute_buffers(model)
-    called = model_probe.watch_one_pass(model).linears
-    return model, called, model_build.expert_sites(model)
+    return model, model_probe.watch_one_pass(model), model_build.expert_sites(model)
 
 
 def _finish(
-    model: Any, spec: ModelSpec, dtype: torch.dtype, max_positions: int | None
+    model: Any,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_positions: int | None,
+    part: Part | None,
 ) -> DenseModel:
+    if part is not None:
+        tp_surgery.join(model, part)
     engine_id = steps.new_engine_id(spec.attention)
     dense_surgery.point_config(model, engine_id)
     dense_surgery.pin_rotary(model, max_positions or spec.max_positions)
-    return DenseModel(model, spec, dtype, dense_surgery.wrap_layers(model, engine_id))
+    layers = dense_surgery.wrap_layers(model, engine_id)
+    return DenseModel(model, spec, dtype, layers, part)

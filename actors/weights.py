@@ -9,7 +9,7 @@ a time, and runs `transformers`' own conversion on it.
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.tp_plan import Cut
 from remora.comm.errors import WeightsError
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), of the checkpoint's bytes
@@ -51,6 +52,7 @@ class WeightPlan:
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._dtypes = _target_dtypes(model, dtype)
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.cuts: Mapping[str, Cut] = {}  # parameters of which this process takes a part
         self.unexpected: list[str] = []  # checkpoint tensors that the model has no place for
         self._group_of: dict[str, _Group] = {}
         for group in _group_sources(model, checkpoint, self.unexpected):
@@ -104,11 +106,22 @@ class WeightPlan:
             WeightsError: naming file and tensor.
         """
         group = self._group_of[target]
+        cut = self.cuts.get(target)
+        if cut is not None and cut.dim == 0 and group.converter is None:
+            return {target: self._read_rows(group, target, cut)}
         loaded = self._convert(group, lambda name: (name, None))
         for name, tensor in loaded.items():
             if tuple(tensor.shape) != self._shapes[name]:
                 raise self._wrong_shape(group, name, tensor, self._shapes[name])
+            if name in self.cuts:
+                loaded[name] = self.cuts[name].of(tensor)
         return loaded
+
+    def _read_rows(self, group: _Group, target: str, cut: Cut) -> Tensor:
+        """The rows of a tensor that are wanted, and no others."""
+        name, dtype = group.names()[0], self._dtypes[target]
+        parts = [self._checkpoint.read(name, begin, end - begin) for begin, end in cut.spans]
+        return torch.cat(parts).to(dtype)
 
     def load_expert(self, target: str, expert: int) -> Tensor:
         """Row `expert` of `target` `[E, ...]`, without the first dimension; reads only that expert.

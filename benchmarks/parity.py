@@ -4,7 +4,8 @@
 
 Each architecture, as a random small checkpoint in both layouts (hub and fused), runs through the
 real dense model and two expert shards in this process (`tests/support/parity.py`, the code of the
-parity tests). An architecture counts where, in both layouts, greedy float32 tokens are equal over
+parity tests), with `--tp 2` on two tensor-parallel dense ranks, threads that share memory. An
+architecture counts where, in both layouts, greedy float32 tokens are equal over
 64 positions of prompts whose outputs do not repeat, and the bfloat16 error of the logits against
 float32 is at most twice `transformers`' own. `--quick` changes nothing but is accepted: it is fast.
 """
@@ -25,19 +26,21 @@ from support.parity import NEW_TOKENS, Parity, compare
 
 
 def main() -> None:
-    args = common.parser(__doc__).parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--tp", type=int, default=1, help="ranks of the dense group (1)")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
     identical = 0
     for architecture in ARCHITECTURES:
         with tempfile.TemporaryDirectory() as directory:
-            layouts = compare(architecture, Path(directory))
+            layouts = compare(architecture, Path(directory), tp=args.tp)
         identical += all(parity.is_identical for parity in layouts)
         rows += [row_of(parity) for parity in layouts]
-    bar = Bar(
-        name="architectures_identical", value=Spread.of([identical]), unit="", op=">=", target=15
-    )
-    common.finish("parity", args, rows, [bar])
+    suffix = "" if args.tp == 1 else f"_tp{args.tp}"
+    name = f"architectures_identical{suffix}"
+    bar = Bar(name=name, value=Spread.of([identical]), unit="", op=">=", target=15)
+    common.finish(f"parity{suffix}", args, rows, [bar])
 
 
 def row_of(parity: Parity) -> Row:

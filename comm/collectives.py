@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from remora.comm.arena import Memory
 from remora.comm.errors import ClusterError
@@ -262,12 +263,13 @@ class GlooGroup(_PythonGroup):
         Raises:
             ClusterError: they do not find each other within the deadline.
         """
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._ip)]
+        gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave its options out
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._ip)]
         options._timeout = datetime.timedelta(seconds=self._deadline_s)
-        prefixed = dist.PrefixStore(str(generation), self._store)
+        prefixed = PrefixStore(str(generation), self._store)
         try:
-            self._gloo = dist.ProcessGroupGloo(prefixed, self.rank, self.size, options)
+            self._gloo = gloo(prefixed, self.rank, self.size, options)
         except RuntimeError as error:
             raise ClusterError(f"rank {self.rank} does not find its group: {error}") from error
         self._failure = None
@@ -276,7 +278,7 @@ class GlooGroup(_PythonGroup):
         """See `Group`."""
         if self._dry:
             return part.clone()
-        parts = self._all([part.contiguous()] * self.size)
+        parts = self._all(part)
         total = parts[0].float()
         for other in parts[1:]:
             total = total + other.float()
@@ -289,9 +291,11 @@ class GlooGroup(_PythonGroup):
         most = part_of(0, self.size, num_rows)[1]
         padded = rows.new_zeros((most, rows.shape[1]))
         padded[: rows.shape[0]] = rows
-        parts = self._all([padded] * self.size)
+        parts = self._all(padded)
         spans = [part_of(rank, self.size, num_rows) for rank in range(self.size)]
-        return torch.cat([part[: end - begin] for part, (begin, end) in zip(parts, spans)])
+        return torch.cat(
+            [part[: end - begin] for part, (begin, end) in zip(parts, spans, strict=True)]
+        )
 
     def gather_columns(self, columns: Tensor, width: int) -> Tensor:
         """See `Group`."""
@@ -301,25 +305,27 @@ class GlooGroup(_PythonGroup):
         spans = [part_of(rank, self.size, width) for rank in range(self.size)]
         most = columns.new_zeros((columns.shape[0], spans[0][1]))
         most[:, : columns.shape[1]] = columns
-        parts = self._all([most] * self.size)
+        parts = self._all(most)
         if self.rank == 0:
             for part, (begin, end) in zip(parts, spans, strict=True):
                 out[:, begin:end] = part[:, : end - begin]
         return out
 
-    def _all(self, like: list[Tensor]) -> list[Tensor]:
-        """This rank's tensor `like[rank]`, and the same of all others, as bytes."""
-        mine = like[self.rank]
+    def _all(self, mine: Tensor) -> list[Tensor]:
+        """`mine` of every rank, in their order; all of one shape."""
+        mine = mine.contiguous()
+        out = [torch.empty_like(mine) for _ in range(self.size)]
         if mine.numel() == 0:
-            return like
-        out = [torch.empty_like(mine) for _ in like]
+            return out
+        if self._gloo is None:
+            raise RuntimeError(f"tensor-parallel group: {self._failure}")
         try:
-            work = self._gloo.allgather(
+            self._gloo.allgather(
                 [[t.flatten().view(torch.uint8) for t in out]], [mine.flatten().view(torch.uint8)]
-            )
-            work.wait()
+            ).wait()
         except RuntimeError as error:
             self._failure = self._failure or f"a rank is gone or late: {str(error).splitlines()[0]}"
+            self._gloo = None  # the others must not wait for us
             raise
         return out
 

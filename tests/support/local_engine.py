@@ -17,7 +17,7 @@ from remora.actors import row_linear_patch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_model import CombineMode, ShardExperts, build_shard
-from remora.actors.step_context import StepContext
+from remora.actors.step_context import ExpertsFn, StepContext
 from remora.comm.view import contiguous_placement
 from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
 from remora.kernels.linear import ROW_TILE
@@ -70,7 +70,7 @@ class LocalEngine:
 
     spec: ModelSpec
     dense: DenseModel
-    experts: LocalExperts
+    experts: ExpertsFn
     exact: bool
     pages: list[KVPages] = field(default_factory=list)
 

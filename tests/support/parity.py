@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from support.checkpoints import VOCAB, make_checkpoint
 from support.local_engine import LocalEngine, reference_model
+from support.tp_engine import TpEngine
 from torch import Tensor
 
 PROMPT_TOKENS = 24
@@ -54,14 +55,17 @@ class Reference:
         return self.sequences_BL[:, PROMPT_TOKENS:]
 
 
-def compare(architecture: str, directory: Path) -> list[Parity]:
-    """Both layouts of `architecture`, written below `directory`; bfloat16 with the first."""
+def compare(architecture: str, directory: Path, *, tp: int = 1) -> list[Parity]:
+    """Both layouts of `architecture`, written below `directory`; bfloat16 with the first.
+
+    `tp`: ranks that the dense side is divided over, threads of this process.
+    """
     hub = make_checkpoint(directory / "hub", architecture, layout="hub")
     fused = make_checkpoint(directory / "fused", architecture, layout="fused")
     reference = make_reference(hub)
     return [
-        compare_layout(architecture, "hub", hub, reference, with_bf16=True),
-        compare_layout(architecture, "fused", fused, reference, with_bf16=False),
+        compare_layout(architecture, "hub", hub, reference, with_bf16=True, tp=tp),
+        compare_layout(architecture, "fused", fused, reference, with_bf16=False, tp=tp),
     ]
 
 
@@ -84,15 +88,21 @@ def make_reference(path: Path) -> Reference:
 
 
 def compare_layout(
-    architecture: str, layout: str, path: Path, reference: Reference, *, with_bf16: bool
+    architecture: str,
+    layout: str,
+    path: Path,
+    reference: Reference,
+    *,
+    with_bf16: bool,
+    tp: int = 1,
 ) -> Parity:
     """Remora on two in-process shards against what `transformers` said."""
-    engine = LocalEngine.load(path, dtype=torch.float32)
+    engine = load_engine(path, torch.float32, tp)
     made = engine.greedy(reference.sequences_BL[:, :PROMPT_TOKENS], NEW_TOKENS)
     logits = engine.forced(reference.sequences_BL)
     ratio = None
     if with_bf16:
-        coarse = LocalEngine.load(path, dtype=torch.bfloat16)
+        coarse = load_engine(path, torch.bfloat16, tp)
         error = rms(coarse.forced(reference.sequences_BL) - reference.logits_BLV)
         ratio = error / reference.bf16_error
     return Parity(
@@ -104,6 +114,12 @@ def compare_layout(
         logit_error_float32=float((logits - reference.logits_BLV).abs().max()),
         bf16_error_ratio=ratio,
     )
+
+
+def load_engine(path: Path, dtype: torch.dtype, tp: int) -> LocalEngine:
+    """The checkpoint on two shards and `tp` dense ranks."""
+    whole = LocalEngine.load(path, dtype=dtype)
+    return whole if tp == 1 else TpEngine.load_ranks(path, whole, tp)
 
 
 def repeats(tokens: Tensor) -> bool:
