@@ -1,6 +1,8 @@
-// See expert_ffn.h. One region of the team: tasks are taken in order, those of `up` first, then those
-// of `down`, which wait for the `up` of their block, then the sums, which wait for all of `down`. Who
-// waits has tasks in front of it that others hold already, so somebody always moves.
+// See expert_ffn.h. One region of the team, whose tasks are taken in order. With many blocks to go
+// round a task is a whole block, up, gate and down, so that weights are long streams of memory. With
+// few, each is cut: the pieces of all `up` first, then those of `down`, which wait for the `up` of
+// their block. Last come the sums, which wait for all of `down`. Who waits has tasks in front of it
+// that others hold already, so somebody always moves.
 #include "expert_ffn.h"
 
 #include <algorithm>
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int64_t kRowBlock = 240;              // rows of one task: 40 tiles of 6
 constexpr int64_t kDownTaskBytes = 96 << 10;    // of weights; smaller ones cost more than they balance
+constexpr int64_t kBlocksPerWorker = 6;         // from so many on a block is one task
 constexpr int64_t kSumElements = 1 << 14;       // of one task of sums
 
 // How the columns of `up` are cut: into pieces that hold both halves of what a gate needs.
@@ -43,6 +46,7 @@ struct Run {
   ExpertScratch& scratch;
   const RemoraExpertCall* calls;
   UpUnits units;
+  bool whole_blocks;    // a block is one task
   int64_t down_groups;  // of one task
   int64_t down_tasks;   // of one block
   int64_t num_up_tasks;
@@ -57,59 +61,83 @@ struct Run {
 
   int64_t size() const { return layer.up.shape.element_size(); }
 
-  void up(const ExpertScratch::Task& task, char* tile) {
-    const ExpertScratch::Block& block = scratch.blocks[task.block];
-    const PackedShape& shape = layer.up.shape;
+  // The group's weights, for asking ahead; null behind the last one.
+  static const void* start_of(const SlotWeights& weights, int64_t slot, int64_t group) {
+    return group < weights.shape.num_groups() ? weights.group_call(slot, group).weights : nullptr;
+  }
+
+  void up_columns(const ExpertScratch::Block& block, int64_t group, const void* next, char* out) {
+    PanelCall call = layer.up.group_call(block.slot, group);
+    call.x_rows = scratch.x_rows.data() + block.row;
+    call.num_rows = block.num_rows;
+    call.out = out;
+    call.out_stride = units.tile_columns;
+    call.next = next;
+    kernel(call);
+  }
+
+  // One unit of `up`, and what the gate makes of it.
+  void up(const ExpertScratch::Block& block, int64_t unit, const void* next, char* tile) {
     const PackedShape& down = layer.down.shape;
-    const auto columns_of = [&](int64_t first, int64_t num_groups, int64_t tile_column) {
-      for (int64_t group = first; group < first + num_groups; ++group) {
-        PanelCall call = layer.up.group_call(block.slot, group);
-        call.x_rows = scratch.x_rows.data() + block.row;
-        call.num_rows = block.num_rows;
-        call.out = tile + (tile_column + (group - first) * kGroup) * size();
-        call.out_stride = units.tile_columns;
-        kernel(call);
-      }
-    };
-    int64_t width = 0;  // columns of `down`'s input that this unit makes
+    const int64_t num_groups = units.whole ? layer.up.shape.num_groups() : units.num_parts;
+    for (int64_t part = 0; part < num_groups; ++part) {
+      const int64_t group = units.whole ? part : units.groups[part] + unit;
+      const int64_t after = units.whole ? group + 1 : units.groups[(part + 1) % 2] + unit;
+      const bool last = part + 1 == num_groups;
+      up_columns(block, group, last ? next : start_of(layer.up, block.slot, after),
+                 tile + part * kGroup * size());
+    }
+    int64_t width = down.num_inputs;  // columns of `down`'s input that this unit makes
     int64_t column = 0;
-    if (units.whole) {
-      columns_of(0, shape.num_groups(), 0);
-      width = down.num_inputs;
-    } else {
-      for (int part = 0; part < units.num_parts; ++part) {
-        columns_of(units.groups[part] + task.unit, 1, part * kGroup);
-      }
-      const int64_t done = units.num_parts == 2 ? 1 : layer.gate.columns();
-      column = task.unit * kGroup / done;
-      width = std::min<int64_t>(kGroup / done, down.num_inputs - column);
+    if (!units.whole) {
+      const int64_t columns = units.num_parts == 2 ? kGroup : kGroup / layer.gate.columns();
+      column = unit * columns;
+      width = std::min(columns, down.num_inputs - column);
     }
     char* target = hidden + (block.row * down.padded_inputs() + column) * size();
-    gate_rows(layer.gate, shape.bfloat16, tile, units.tile_columns, target, down.padded_inputs(),
+    gate_rows(layer.gate, down.bfloat16, tile, units.tile_columns, target, down.padded_inputs(),
               block.num_rows, width);
     if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
       for (int64_t row = 0; row < block.num_rows; ++row) {
         std::memset(target + (row * down.padded_inputs() + width) * size(), 0, size());
       }
     }
-    scratch.left[task.block].fetch_sub(1, std::memory_order_release);
   }
 
-  void down(const ExpertScratch::Task& task) {
-    const ExpertScratch::Block& block = scratch.blocks[task.block];
+  void down(const ExpertScratch::Block& block, int64_t first, int64_t num_groups) {
     const PackedShape& shape = layer.down.shape;
-    spin_until([&] { return scratch.left[task.block].load(std::memory_order_acquire) == 0; });
-    const int64_t first = task.unit * down_groups;
-    for (int64_t group = first; group < std::min(first + down_groups, shape.num_groups()); ++group) {
+    const int64_t end = std::min(first + num_groups, shape.num_groups());
+    for (int64_t group = first; group < end; ++group) {
       PanelCall call = layer.down.group_call(block.slot, group);
       call.x = hidden + block.row * shape.padded_inputs() * size();
       call.x_stride = shape.padded_inputs();
       call.num_rows = block.num_rows;
       call.out_rows = scratch.out_rows.data() + block.row;
       call.out_column = group * kGroup;
+      call.next = start_of(layer.down, block.slot, group + 1);
       kernel(call);
     }
     down_left.fetch_sub(1, std::memory_order_release);
+  }
+
+  void up_task(const ExpertScratch::Task& task, char* tile) {
+    const ExpertScratch::Block& block = scratch.blocks[task.block];
+    if (!whole_blocks) {
+      up(block, task.unit, nullptr, tile);
+      scratch.left[task.block].fetch_sub(1, std::memory_order_release);
+      return;
+    }
+    for (int64_t unit = 0; unit < units.num_units; ++unit) {
+      const bool last = unit + 1 == units.num_units;
+      up(block, unit, last ? start_of(layer.down, block.slot, 0)
+                           : start_of(layer.up, block.slot, units.groups[0] + unit + 1), tile);
+    }
+    down(block, 0, layer.down.shape.num_groups());
+  }
+
+  void down_task(const ExpertScratch::Task& task) {
+    spin_until([&] { return scratch.left[task.block].load(std::memory_order_acquire) == 0; });
+    down(scratch.blocks[task.block], task.unit * down_groups, down_groups);
   }
 
   template <class S>
@@ -151,9 +179,9 @@ struct Run {
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
       const ExpertScratch::Task& task = scratch.tasks[i];
       if (i < num_up_tasks) {
-        up(task, tile);
+        up_task(task, tile);
       } else if (i < num_up_tasks + num_down_tasks) {
-        down(task);
+        down_task(task);
       } else {
         sum(task, tile);
       }
@@ -244,12 +272,14 @@ void add_tasks(Run& run, int32_t num_calls) {
   ExpertScratch& s = run.scratch;
   const int32_t num_blocks = static_cast<int32_t>(s.blocks.size());
   s.tasks.clear();
+  const int32_t up_tasks = run.whole_blocks ? 1 : static_cast<int32_t>(run.units.num_units);
+  const int32_t down_tasks = run.whole_blocks ? 0 : static_cast<int32_t>(run.down_tasks);
   for (int32_t block = 0; block < num_blocks; ++block) {
-    for (int32_t unit = 0; unit < run.units.num_units; ++unit) s.tasks.push_back({block, unit});
+    for (int32_t unit = 0; unit < up_tasks; ++unit) s.tasks.push_back({block, unit});
   }
   run.num_up_tasks = static_cast<int64_t>(s.tasks.size());
   for (int32_t block = 0; block < num_blocks; ++block) {
-    for (int32_t unit = 0; unit < run.down_tasks; ++unit) s.tasks.push_back({block, unit});
+    for (int32_t unit = 0; unit < down_tasks; ++unit) s.tasks.push_back({block, unit});
   }
   run.num_down_tasks = static_cast<int64_t>(s.tasks.size()) - run.num_up_tasks;
   for (int32_t c = 0; c < num_calls; ++c) {
@@ -265,7 +295,7 @@ void add_tasks(Run& run, int32_t num_calls) {
   for (int32_t block = 0; block < num_blocks; ++block) {
     s.left[block].store(static_cast<int32_t>(run.units.num_units), std::memory_order_relaxed);
   }
-  run.down_left.store(run.num_down_tasks, std::memory_order_relaxed);
+  run.down_left.store(run.whole_blocks ? num_blocks : run.num_down_tasks, std::memory_order_relaxed);
 }
 
 int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraExpertCall* calls,
@@ -287,13 +317,14 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   run.down_groups = std::clamp<int64_t>(kDownTaskBytes / group_bytes, 1, down.num_groups());
   run.down_tasks = (down.num_groups() + run.down_groups - 1) / run.down_groups;
   run.kernel = panel_kernel(up.bfloat16);
-  add_tasks(run, num_calls);
 
-  const int64_t num_used = scratch.next.empty() ? 0 : static_cast<int64_t>(scratch.blocks.size());
+  const int64_t num_blocks = static_cast<int64_t>(scratch.blocks.size());
   const int64_t cost =
-      num_used * (up.packed_nbytes() + down.packed_nbytes()) +
+      num_blocks * (up.packed_nbytes() + down.packed_nbytes()) +
       num_pairs * (up.num_inputs * up.num_outputs + down.num_inputs * down.num_outputs) / kMacsPerByte;
-  const int num_workers = team_workers(cost, static_cast<int64_t>(scratch.tasks.size()));
+  const int num_workers = team_workers(cost, num_blocks * (run.units.num_units + run.down_tasks));
+  run.whole_blocks = num_workers == 1 || num_blocks >= kBlocksPerWorker * num_workers;
+  add_tasks(run, num_calls);
   int64_t tallest = 0;
   for (const auto& block : scratch.blocks) tallest = std::max(tallest, block.num_rows);
   run.tile_bytes = std::max<int64_t>(tallest * run.units.tile_columns * up.element_size(),

@@ -17,6 +17,9 @@ constexpr int64_t kPanel = 16;                 // columns of one register
 constexpr int64_t kGroupPanels = 4;            // panels of one group
 constexpr int64_t kGroup = kPanel * kGroupPanels;
 
+// How far ahead of their use weights are asked for: what memory delivers in one latency, and more.
+constexpr int64_t kAheadBytes = 8192;
+
 struct PanelCall {
   const void* x;        // first row; rows hold 2 * num_steps (bfloat16) or num_steps (float32) values
   int64_t x_stride;     // elements between rows
@@ -31,6 +34,7 @@ struct PanelCall {
   const void* const* x_rows = nullptr;  // where rows lie anywhere: one pointer each, instead of x
   void* const* out_rows = nullptr;      // and instead of out; the group's column is out_column
   int64_t out_column = 0;
+  const void* next = nullptr;  // weights that the same thread reads afterwards, if it is known
 };
 
 using PanelKernel = void (*)(const PanelCall&);

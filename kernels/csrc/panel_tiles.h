@@ -3,7 +3,7 @@
 //
 // `Simd` provides Scalar, Vec (16 float32), Weights (16 columns of one step), and static functions
 // zero, load_weights, load_x, dot (one step into an accumulator), add_bias, store;
-// kScalarsPerStep: k values of one step; kRows, kPanels: the largest tile.
+// kScalarsPerStep: k values of one step; kPrefetches; kRows, kPanels: the largest tile.
 
 template <class Simd, int kR, int kP>
 REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
@@ -23,18 +23,33 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
 #pragma GCC unroll 8
     for (int p = 0; p < kP; ++p) acc[r][p] = Simd::zero();
   }
-  for (int64_t step = 0; step < call.num_steps; ++step, w += step_stride) {
-    typename Simd::Weights columns[kP];
+  // Weights are asked for early, those of the next group where this one ends: a stream of memory
+  // that stops and starts costs a latency each time.
+  const int64_t ahead_steps = kAheadBytes / (step_stride * sizeof(Scalar));
+  const int64_t num_inner = call.num_steps > ahead_steps ? call.num_steps - ahead_steps : 0;
+  const Scalar* ahead = w + (call.num_steps - num_inner) * step_stride;
+  const Scalar* next = call.next == nullptr ? ahead : static_cast<const Scalar*>(call.next);
+  for (int part = 0; part < 2; ++part) {
+    const int64_t end = part == 0 ? num_inner : call.num_steps;
+    for (int64_t step = part == 0 ? 0 : num_inner; step < end; ++step) {
+      typename Simd::Weights columns[kP];
 #pragma GCC unroll 8
-    for (int p = 0; p < kP; ++p) {
-      columns[p] = Simd::load_weights(w + p * kPanel * Simd::kScalarsPerStep);
+      for (int p = 0; p < kP; ++p) {
+        columns[p] = Simd::load_weights(w + p * kPanel * Simd::kScalarsPerStep);
+        if constexpr (Simd::kPrefetches) {
+          __builtin_prefetch(ahead + p * kPanel * Simd::kScalarsPerStep, 0, 3);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) {
+        const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
+#pragma GCC unroll 8
+        for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
+      }
+      w += step_stride;
+      ahead += step_stride;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
-      const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
-#pragma GCC unroll 8
-      for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
-    }
+    ahead = next;
   }
   const Scalar* bias = static_cast<const Scalar*>(call.bias);
   Scalar* out[kR];

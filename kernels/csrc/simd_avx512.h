@@ -50,6 +50,7 @@ struct Avx512 {
   }
   REMORA_INLINE void store(S* target, Vec value, int count) { store_lanes(target, value, count); }
 
+  static constexpr bool kPrefetches = true;
   static constexpr int kDotRows = 4;
   static constexpr int kDotOutputs = 4;
   REMORA_INLINE float sum(Vec value) { return sum_lanes(value); }

@@ -38,6 +38,7 @@ struct Generic {
     for (int i = 0; i < count; ++i) narrow_one(value[i], target + i);
   }
 
+  static constexpr bool kPrefetches = false;
   static constexpr int kLanes = 16;
   static constexpr int kDotRows = 1;
   static constexpr int kDotOutputs = 1;
