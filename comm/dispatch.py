@@ -92,8 +92,8 @@ class Dispatcher:
 
     def phases(self) -> dict[str, int]:
         """Where the layers' time went so far: `layers`, and nanoseconds of `pack_ns` (choice,
-        layout, packing, sending), `wait_ns`, `combine_ns`, and `experts_compute_ns`: the part of
-        `wait_ns` in which the slowest shard of each layer was in its kernels."""
+        layout, packing, sending), `wait_ns`, `combine_ns`, and `experts_compute_ns`: how long the
+        slowest shard of each layer was in its kernels, which is a part of the first two."""
         totals = self._python.phases()
         if self._native is not None:
             totals = [a + b for a, b in zip(totals, self._native.phases(), strict=True)]
