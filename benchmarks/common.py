@@ -60,6 +60,14 @@ def hardware() -> str:
     )
 
 
+def available_bytes() -> int:
+    """Memory that a new process can have, page cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
 def clock() -> Callable[[], float]:
     """Seconds: CPU time of this thread where torch has one, else wall-clock time.
 

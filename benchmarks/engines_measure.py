@@ -126,6 +126,7 @@ def measure(
     shield: bool,
     seed: str,
     on_sample: Callable[[int, Case, Target, Sample], None],
+    beside: Callable[[Case], None] | None = None,
 ) -> Samples:
     """Alternating rounds over resident engines; see the head of this file.
 
@@ -133,6 +134,7 @@ def measure(
         shield: make the measured engine real-time (root only).
         seed: of the prompts; another seed gives other prompts.
         on_sample: told of each sample as it is taken.
+        beside: called in every round after each case, with every engine held.
     """
     samples: Samples = {}
     for number in range(rounds):
@@ -147,6 +149,10 @@ def measure(
                 taken = Sample(tokens_per_s=tokens_per_s, first_ms=first_ms, cpu=cpu)
                 samples.setdefault((case.name, target.name), []).append(taken)
                 on_sample(number, case, target, taken)
+            if beside is not None:
+                for target in targets:
+                    target.engine.hold()
+                beside(case)
     return samples
 
 

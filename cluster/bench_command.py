@@ -126,7 +126,7 @@ def _measure_and_print(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
+class Sample:
     """One measured batch, and the rank's counters after its first and its last tokens."""
 
     batch: int
@@ -135,9 +135,8 @@ class _Sample:
     after: dict[str, Any]
 
 
-async def _measure(handle: ClusterHandle, plan: BenchPlan, vocab_size: int) -> list[_Sample]:
-    name = handle.dense_members()[0].actor_name
-    actor = ray.get_actor(name, namespace=RAY_NAMESPACE)
+async def _measure(handle: ClusterHandle, plan: BenchPlan, vocab_size: int) -> list[Sample]:
+    actor = rank_actor(handle)
     load = await EngineLoad.connect(handle)
     prompts = _prompts(vocab_size, plan.prompt_tokens)
     samples = []
@@ -145,13 +144,25 @@ async def _measure(handle: ClusterHandle, plan: BenchPlan, vocab_size: int) -> l
         for batch in plan.batches:
             warm, measured = ([next(prompts) for _ in range(batch)] for _ in range(2))
             await load.generate(warm, min(WARM_UP_TOKENS, plan.new_tokens))
-            samples.append(await _sample(load, actor, measured, plan.new_tokens))
+            samples.append(await sample_batch(load, actor, measured, plan.new_tokens))
     finally:
         await load.close()
     return samples
 
 
-async def _sample(load: EngineLoad, actor: Any, prompts: list[list[int]], num_new: int) -> _Sample:
+def rank_actor(handle: ClusterHandle) -> Any:
+    """The Ray actor of the first dense group."""
+    return ray.get_actor(handle.dense_members()[0].actor_name, namespace=RAY_NAMESPACE)
+
+
+async def sample_batch(
+    load: EngineLoad, actor: Any, prompts: list[list[int]], num_new: int
+) -> Sample:
+    """Run one batch with a reading of the counters at each of its ends.
+
+    Raises:
+        ClusterError: a request failed, or the rank has stopped.
+    """
     reading: asyncio.Task[dict[str, Any]] | None = None
 
     async def begin() -> None:
@@ -160,7 +171,7 @@ async def _sample(load: EngineLoad, actor: Any, prompts: list[list[int]], num_ne
 
     timing = await load.generate(prompts, num_new, begin)
     assert reading is not None, "generate returned before the first token"
-    return _Sample(
+    return Sample(
         batch=len(prompts), timing=timing, before=await reading, after=await _phases(actor)
     )
 
@@ -176,7 +187,7 @@ async def _phases(actor: Any) -> dict[str, Any]:
     return reading
 
 
-def _result(sample: _Sample, plan: BenchPlan, loops_us: float) -> Result:
+def _result(sample: Sample, plan: BenchPlan, loops_us: float) -> Result:
     timing, batch = sample.timing, sample.batch
     phases = breakdown(batch, sample.before, sample.after, loops_us) if plan.phases else None
     return Result(

@@ -2,62 +2,19 @@
 
 "generate" talks to the dense rank's control socket as an ingress does (engine level); "http" goes
 through Ray Serve, the proxy and the OpenAI routes. "deploy" adds a deployment beside those there
-are, such as one in the other numerics.
+are, such as one in the other numerics; "undeploy" takes it away. "phases" says where a decode step
+goes, "footprint" what the deployment costs in memory and time to start (`remora_footprint.py`).
 """
 
 import asyncio
 import atexit
-import itertools
-import time
-from collections.abc import AsyncIterator
+import random
 from contextlib import ExitStack
 from typing import Any
 
 from protocol import Loaded, Prompts, run_worker
+from remora_footprint import footprint, pin
 from sse_client import stream_all
-
-
-class Client:
-    """The engine level of one deployment."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._payloads: AsyncIterator[bytes] = aiter(stream)
-        self._numbers = itertools.count()
-
-    async def generate(self, prompts: Prompts, num_new: int) -> dict[str, float]:
-        """Submits every prompt at once; returns when the last has ended."""
-        from remora.comm.messages import (
-            SamplingParams,
-            StepOutputs,
-            Submit,
-            decode_to_ingress,
-            encode,
-        )
-
-        params = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
-        submits = [
-            encode(Submit(request_id=f"bench-{n}", prompt_ids=ids, params=params))
-            for n, ids in zip(self._numbers, prompts, strict=False)
-        ]
-        begin = time.perf_counter()
-        for data in submits:
-            self._stream.send(data)
-        waiting_first, running = set[str](), len(prompts)
-        first_s, num_tokens = 0.0, 0
-        while running:
-            message = decode_to_ingress(await anext(self._payloads))
-            assert isinstance(message, StepOutputs), message
-            for output in message.outputs:
-                num_tokens += len(output.token_ids)
-                if output.error is not None:
-                    raise RuntimeError(output.error)
-                if output.request_id not in waiting_first:
-                    waiting_first.add(output.request_id)
-                    first_s = time.perf_counter() - begin
-                running -= output.finish_reason is not None
-        seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "first_s": first_s, "num_tokens": num_tokens}
 
 
 class Remora:
@@ -66,7 +23,9 @@ class Remora:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._loop = asyncio.new_event_loop()
-        self._clients: dict[str, Client] = {}
+        self._configs: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
+        self._loads: dict[str, Any] = {}
         self._until_the_end = ExitStack()
         self._http: tuple[str, int, str] | None = None
 
@@ -74,7 +33,7 @@ class Remora:
         """As `remora serve` does: a Ray cluster of its own, the data plane, then Serve."""
         from remora.cluster.local_ray import check_free, own_ray
 
-        config = check_free(self.config("fast", "fast"))
+        config = check_free(self.config("fast", self._options.get("overrides", {})))
         self._until_the_end.enter_context(own_ray(config))
         self._deploy(config)
         if self._options["http"]:
@@ -98,50 +57,66 @@ class Remora:
         """Takes everything down."""
         self._until_the_end.close()
 
-    def config(self, name: str, numerics: str) -> Any:
-        """The configuration of one deployment."""
-        from remora.cluster.config import parse_config
+    def config(self, name: str, overrides: dict[str, Any]) -> Any:
+        """The configuration of one deployment; `overrides` are dotted keys."""
+        from remora.cluster.config import load_config
 
-        return parse_config(
-            {
-                "name": name,
-                "model": self._options["model"],
-                "served_model_name": name,
-                "numerics": numerics,
-                "executor": self._options["executor"],
-                "dense": {"num_cpus": 0, "max_num_seqs": 64, **self._options.get("dense", {})},
-                "experts": {"num_cpus": 0, "shards": 2, **self._options.get("experts", {})},
-                "http": {"host": "127.0.0.1", "port": 0},
-            },
-            source="benchmarks/serve.py",
-        )
+        base = {
+            "name": name,
+            "model": self._options["model"],
+            "served_model_name": name,
+            "executor": self._options["executor"],
+            "dense.num_cpus": 0,
+            "dense.max_num_seqs": 64,
+            "experts.num_cpus": 0,
+            "experts.shards": 2,
+            "http.host": "127.0.0.1",
+            "http.port": 0,
+        }
+        return load_config(overrides=base | overrides)
 
-    def deploy(self, name: str, numerics: str) -> dict[str, Any]:
-        """Brings another deployment up in the same Ray cluster."""
-        self._deploy(self.config(name, numerics))
-        return {"deployments": list(self._clients)}
+    def deploy(
+        self, name: str, overrides: dict[str, Any], pinned: dict[str, list[int]] | None = None
+    ) -> dict[str, Any]:
+        """Brings another deployment up in the same Ray cluster.
+
+        Args:
+            overrides: dotted configuration keys.
+            pinned: CPUs by uid (`dense-0`, `shard-1`) of processes that may not use all.
+        """
+        self._deploy(self.config(name, overrides))
+        for uid, cpus in (pinned or {}).items():
+            pin(self._handles[name], uid, cpus)
+        return {"deployments": list(self._handles)}
+
+    def undeploy(self, name: str) -> dict[str, Any]:
+        """Takes a deployment down."""
+        from remora.cluster.bootstrap import stop_cluster
+
+        self._loop.run_until_complete(self._loads.pop(name).close())
+        stop_cluster(name)
+        del self._handles[name], self._configs[name]
+        return {"deployments": list(self._handles)}
 
     def _deploy(self, config: Any) -> None:
         """Brings a deployment up and connects to its dense rank."""
+        from remora.cluster.bench_load import EngineLoad
         from remora.cluster.bootstrap import ensure_cluster
-        from remora.comm.aio import connect_async
 
         handle = ensure_cluster(config)
-        member = handle.dense_members()[0]
-        stream = self._loop.run_until_complete(
-            connect_async(
-                member.endpoint,
-                handle.token,
-                member.endpoint.host,
-                name="benchmark",
-                incarnation=member.incarnation,
-            )
-        )
-        self._clients[config.name] = Client(stream)
+        load = self._loop.run_until_complete(EngineLoad.connect(handle))
+        self._configs[config.name] = config
+        self._handles[config.name] = handle
+        self._loads[config.name] = load
 
     def generate(self, prompts: Prompts, num_new: int, name: str) -> dict[str, float]:
         """At the engine level of deployment `name`."""
-        return self._loop.run_until_complete(self._clients[name].generate(prompts, num_new))
+        timing = self._loop.run_until_complete(self._loads[name].generate(prompts, num_new))
+        return {
+            "seconds": timing.seconds,
+            "first_s": timing.first_s,
+            "num_tokens": timing.num_tokens,
+        }
 
     def http(self, prompts: Prompts, num_new: int) -> dict[str, float]:
         """Through the OpenAI routes of the deployment that "serve" was asked for."""
@@ -149,9 +124,35 @@ class Remora:
         host, port, model = self._http
         return self._loop.run_until_complete(stream_all(host, port, model, prompts, num_new))
 
+    def phases(self, name: str, prompts: Prompts, num_new: int) -> dict[str, Any]:
+        """Readings of the rank's counters after the first and the last token of a batch."""
+        from remora.cluster.bench_command import rank_actor, sample_batch
+
+        actor = rank_actor(self._handles[name])
+        sample = sample_batch(self._loads[name], actor, prompts, num_new)
+        done = self._loop.run_until_complete(sample)
+        return {"before": done.before, "after": done.after}
+
+    def loops(self, batches: list[int]) -> dict[str, float]:
+        """Microseconds of a step inside generated loops, by batch size."""
+        from remora.actors.loop_profile import loops_step_us
+
+        model = self._options["model"]
+        found = loops_step_us(model, dtype="auto", exact=False, batches=batches)
+        return {str(batch): spent_us for batch, spent_us in found.items()}
+
+    def footprint(self, name: str) -> dict[str, float]:
+        """Memory and start of deployment `name`, against empty twins of its actors."""
+        rng = random.Random(0)
+        for batch in (1, 32):  # what only grows with use has grown
+            prompts = [[rng.randrange(8, 30000) for _ in range(512)] for _ in range(batch)]
+            self.generate(prompts, 8, name)
+        again = self.config(f"{name}-again", {})
+        return footprint(self._handles[name], self._configs[name], again)
+
 
 def load(options: dict[str, Any]) -> Loaded:
-    """Options: model (directory), executor, http, dense and experts (sections of the config)."""
+    """Options: model (directory), executor, http, overrides (dotted configuration keys)."""
     import torch
 
     from remora.kernels.fingerprint import kernel_fingerprint
@@ -164,6 +165,10 @@ def load(options: dict[str, Any]) -> Loaded:
         "generate": remora.generate,
         "http": remora.http,
         "deploy": remora.deploy,
+        "undeploy": remora.undeploy,
+        "phases": remora.phases,
+        "loops": remora.loops,
+        "footprint": remora.footprint,
     }
 
 

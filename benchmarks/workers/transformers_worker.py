@@ -32,8 +32,26 @@ def load(options: dict[str, Any]) -> Loaded:
         )
         return int(made.numel() - ids.numel())
 
+    def routing(prompts: Prompts, num_new: int) -> dict[str, float]:
+        """Distinct experts that a mean decode step of these prompts chooses, summed over layers."""
+        distinct: list[int] = []
+
+        def note(_: Any, args: tuple[Any, ...]) -> None:
+            if args[0].shape[0] == len(prompts):  # one row a sequence: not the prompts' own pass
+                distinct.append(args[1].unique().numel())
+
+        found = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+        hooks = [experts.register_forward_pre_hook(note) for experts in found]
+        generate(prompts, num_new)
+        for hook in hooks:
+            hook.remove()
+        return {"distinct": len(found) * sum(distinct) / len(distinct), "layers": len(found)}
+
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    return versions | {"threads": torch.get_num_threads()}, {"generate": timed(generate)}
+    return versions | {"threads": torch.get_num_threads()}, {
+        "generate": timed(generate),
+        "routing": routing,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""The bandwidth of memory behind the workers' protocol: our streaming read, all threads."""
+
+import time
+from typing import Any
+
+from protocol import Loaded, run_worker
+
+SECONDS = 0.5  # of reading, for one figure
+
+
+def load(options: dict[str, Any]) -> Loaded:
+    """Options: threads, bytes (of the buffer, far beyond the caches)."""
+    import torch
+
+    from remora.kernels.native import native_available
+
+    if not native_available():
+        raise RuntimeError("the C++ kernels are needed to measure bandwidth (make setup)")
+    torch.set_num_threads(options["threads"])
+    num_bytes = options["bytes"]
+    buffer = torch.empty(num_bytes // 8, dtype=torch.int64)
+    torch.ops.remora.advise_huge_pages(buffer)  # as weights lie; before the first write
+    buffer.fill_(1)
+
+    def measure() -> dict[str, float]:
+        torch.ops.remora.stream_read(buffer)  # threads wake up
+        begin, rounds = time.perf_counter(), 0
+        while time.perf_counter() - begin < SECONDS:
+            torch.ops.remora.stream_read(buffer)
+            rounds += 1
+        return {"bytes_per_s": rounds * num_bytes / (time.perf_counter() - begin)}
+
+    return {"threads": torch.get_num_threads(), "bytes": num_bytes}, {"measure": measure}
+
+
+if __name__ == "__main__":
+    run_worker(load)
