@@ -1,11 +1,16 @@
 """Fixtures of the kernel tests: which path computes, and with how many threads."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from remora.kernels import native
+
+# Triton's kernels run in Python on CPU tensors. Triton looks when it is first imported, whoever
+# imports it (torch's compiler does, too), so it is said before anybody can.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["native", "torch"])
