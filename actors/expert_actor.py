@@ -24,7 +24,9 @@ from remora.actors.launch import (
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.shard_model import ShardExperts, build_shard
+from remora.comm.arena import DTYPE_CODES
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
+from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
 from remora.comm.view import Member
 
@@ -45,7 +47,8 @@ class ExpertActor:
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
         self._shard: ShardExperts | None = None
-        self._calls_served = 0
+        self._pump: NativePump | None = None
+        self._calls_served = 0  # by Python; the pump counts its own
         self._compute_s = 0.0
         self._stopping = False
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
@@ -72,15 +75,15 @@ class ExpertActor:
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""
-        shard = self._shard
+        shard, pump = self._shard, self._pump
         return {
             "alive": self._thread.is_alive,
             "phase": self._progress.phase,
             "incarnation": self._launch.incarnation,
             "weights_bytes": shard.nbytes if shard else 0,
             "experts_per_layer": [len(shard.experts_of(i)) for i in shard.layers] if shard else [],
-            "calls_served": self._calls_served,
-            "compute_s": self._compute_s,
+            "calls_served": self._calls_served + (pump.calls_served if pump else 0),
+            "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
             "peers": len(self._server.connections) if self._server else 0,
         }
 
@@ -106,13 +109,17 @@ class ExpertActor:
             exact=launch.exact,
             progress=self._note_progress,
         )
-        service = ExpertService(self._compute, incarnation=launch.incarnation)
+        service = ExpertService(
+            self._compute, incarnation=launch.incarnation, native=_native_compute(self._shard)
+        )
+        self._pump = service.pump
         self._server = FrameServer(
             host_ip=launch.bind_ip,
             token=launch.token,
             on_frame=service.on_frame,
             unix=launch.use_unix,
             incarnation=launch.incarnation,
+            pump=service.pump,
             advertise_ip=advertised_ip(launch.bind_ip),
         )
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
@@ -151,3 +158,11 @@ class ExpertActor:
         self._calls_served += 1
         self._compute_s += time.perf_counter() - started
         return rows
+
+
+def _native_compute(shard: ShardExperts) -> NativeCompute | None:
+    """The shard's kernel for the native loop; it refuses layers that only Python computes."""
+    if shard.native is None:
+        return None
+    dtype = DTYPE_CODES[shard.dtype]
+    return NativeCompute(shard.native.entry, shard.native.handle, shard.spec.hidden_size, dtype)

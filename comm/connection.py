@@ -2,9 +2,7 @@
 
 import os
 import socket
-import threading
 from array import array
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 from zlib import crc32
@@ -13,6 +11,7 @@ from remora.comm.accounting import LinkCounters
 from remora.comm.arena import Memory
 from remora.comm.auth import ATTACH, Grants, ServerHandshake
 from remora.comm.errors import AuthError, FrameError, PeerLostError
+from remora.comm.outbox import Outbox
 from remora.comm.wire import (
     HEADER_BYTES,
     Flag,
@@ -54,6 +53,7 @@ class Connection:
         counters: traffic of this connection.
         outstanding: DISPATCH frames handed to the handler and not answered yet.
         close_reason: why it was closed; set before `on_lost`.
+        last_call: sequence of the last DISPATCH.
         context: free for the handler's use.
     """
 
@@ -84,16 +84,16 @@ class Connection:
         self._handshake = handshake
         self._partial = bytearray()
         self._checked = checked
-        self._queue_bytes_max = queue_bytes_max
-        self._on_backlog = on_backlog
-        self._on_doomed = on_doomed
-        self._lock = threading.Lock()
-        self._closed = False
-        self._out: deque[memoryview] = deque()
-        self._out_bytes = 0
+        self._outbox = Outbox(
+            sock,
+            self.counters,
+            queue_bytes_max=queue_bytes_max,
+            on_backlog=lambda waits: on_backlog(self, waits),
+            on_doomed=lambda reason: on_doomed(self, reason),
+        )
         self._control_sent = 0
         self._control_received = 0
-        self._last_call = 0
+        self.last_call = 0
         self._rx = Memory.anonymous(0)
         self._rx_start = 0
         self._rx_end = 0
@@ -238,10 +238,10 @@ class Connection:
     def is_new_call(self, sequence: int) -> bool:
         """False for a call that came before: done twice, it would write into a region that the
         requester may be using for something else by now."""
-        if sequence <= self._last_call:
+        if sequence <= self.last_call:
             self.counters.stale_replies += 1
             return False
-        self._last_call = sequence
+        self.last_call = sequence
         return True
 
     def check_control_sequence(self, sequence: int) -> bool:
@@ -269,6 +269,36 @@ class Connection:
         target.view[:count] = self._rx.view[self._rx_start : self._rx_end]
         self._rx, self._rx_start, self._rx_end = target, 0, count
 
+    # -- while the native pump owns it ---------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is received, queued or under way here: the pump may own the connection."""
+        return (
+            self.opened
+            and self.close_reason is None
+            and not (self.head or self._rx_end or self.outstanding or self.queued_bytes)
+        )
+
+    @property
+    def receive_memory(self) -> Memory:
+        """Where bytes are received, from its start on; its owner may change while it is ours."""
+        return self._rx
+
+    def resume(self, received: int, last_call: int, unsent: bytes) -> None:
+        """Goes on from what the pump left, and sets `head`. Raises FrameError.
+
+        Args:
+            received: bytes at the start of `receive_memory` that nobody has taken.
+            last_call: sequence of the last DISPATCH that was answered.
+            unsent: of its answer; counted.
+        """
+        self._rx_end = received
+        self.last_call = last_call
+        if unsent:
+            self._outbox.queue(unsent)
+        self.next_head()
+
     # -- outgoing ----------------------------------------------------------------------------
 
     def send(self, kind: int, body: bytes | memoryview = b"", **fields: int) -> bool:
@@ -283,15 +313,21 @@ class Connection:
 
     def send_control(self, payload: bytes) -> bool:
         """Sends one CONTROL frame with the connection's next sequence number; result as `send`."""
-        with self._lock:
+        with self._outbox.lock:
             self._control_sent += 1
             frame = encode_frame(
                 payload, checked=self._checked, kind=Kind.CONTROL, sequence=self._control_sent
             )
-            return self._transmit_locked(memoryview(frame), len(frame), 0)
+            return self._outbox.transmit_locked(memoryview(frame), len(frame), 0)
 
     def send_combined(
-        self, request: Header, frame: memoryview, num_rows: int, epoch: int, incarnation: int
+        self,
+        request: Header,
+        frame: memoryview,
+        num_rows: int,
+        epoch: int,
+        incarnation: int,
+        compute_us: int,
     ) -> bool:
         """Answers `request` with the rows at `frame[64:]`; writes the header. Copies only what
         the socket does not take at once. Result as `send`."""
@@ -300,18 +336,25 @@ class Connection:
             flags, body_crc = _CHECKED, crc32(frame[HEADER_BYTES:])
         pack_header(
             frame, 0, Kind.COMBINED, flags, request.layer, len(frame) - HEADER_BYTES, num_rows, 0,
-            request.width, request.dtype, 0, epoch, incarnation, request.sequence, 0, 0, body_crc,
+            request.width, request.dtype, 0, epoch, incarnation, request.sequence, compute_us, 0,
+            body_crc,
         )  # fmt: skip
         return self.transmit(frame, len(frame), num_rows)
 
     def send_combined_arena(
-        self, request: Header, length: int, num_rows: int, epoch: int, incarnation: int
+        self,
+        request: Header,
+        length: int,
+        num_rows: int,
+        epoch: int,
+        incarnation: int,
+        compute_us: int,
     ) -> bool:
         """Says that `length` bytes of rows are where `request` wanted them. Result as `send`."""
         frame = bytearray(HEADER_BYTES)
         pack_header(
             frame, 0, Kind.COMBINED, _ARENA, request.layer, length, num_rows, 0, request.width,
-            request.dtype, request.region, epoch, incarnation, request.sequence, 0,
+            request.dtype, request.region, epoch, incarnation, request.sequence, compute_us,
             request.reply_offset, 0,
         )  # fmt: skip
         return self.transmit(frame, HEADER_BYTES + length, num_rows)
@@ -320,74 +363,20 @@ class Connection:
         self, frame: bytes | bytearray | memoryview, counted_bytes: int, num_rows: int
     ) -> bool:
         """Sends or queues encoded bytes and counts them. Result as `send`."""
-        with self._lock:
-            return self._transmit_locked(memoryview(frame), counted_bytes, num_rows)
-
-    def _transmit_locked(self, frame: memoryview, counted_bytes: int, num_rows: int) -> bool:
-        if self._closed:
-            return False
-        counters = self.counters
-        counters.sent_frames += 1
-        counters.sent_bytes += counted_bytes
-        counters.sent_rows += num_rows
-        counters.arena_bytes += counted_bytes - len(frame)
-        if not self._out:
-            try:
-                sent = self.sock.send(frame)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._doom(f"send failed: {error}")
-                return False
-            if sent == len(frame):
-                return True
-            frame = frame[sent:]
-        self._out.append(memoryview(bytes(frame)))
-        self._out_bytes += len(frame)
-        if self._out_bytes > self._queue_bytes_max:
-            self._doom(
-                f"slow peer: {self._out_bytes} bytes wait, allowed are {self._queue_bytes_max}"
-            )
-            return False
-        if len(self._out) == 1:
-            self._on_backlog(self, True)
-        return True
+        return self._outbox.transmit(frame, counted_bytes, num_rows)
 
     def on_writable(self) -> None:
         """Sends what waits. Raises OSError."""
-        with self._lock:
-            while self._out:
-                try:
-                    sent = self.sock.send(self._out[0])
-                except BlockingIOError:
-                    return
-                self._out_bytes -= sent
-                if sent < len(self._out[0]):
-                    self._out[0] = self._out[0][sent:]
-                    return
-                self._out.popleft()
-            if not self._closed:  # under the lock, or a send in between would wait for ever
-                self._on_backlog(self, False)
+        self._outbox.on_writable()
 
     @property
     def queued_bytes(self) -> int:
         """Bytes that wait for the peer to read."""
-        return self._out_bytes
-
-    def _doom(self, reason: str) -> None:
-        """Stops sending at once; the loop closes the socket (it alone may, or the fd is reused)."""
-        self._closed = True
-        self._out.clear()
-        self._out_bytes = 0
-        self._on_doomed(self, reason)
+        return self._outbox.queued_bytes
 
     def close(self, reason: str) -> None:
         """Closes the socket; called by the server's loop only."""
-        with self._lock:
-            self._closed = True
-            self._out.clear()
-            self._out_bytes = 0
-            self.sock.close()
+        self._outbox.close()
         self.close_reason = reason
         self.head = None
         self.arena = None

@@ -48,6 +48,7 @@ class Dispatcher:
             block to fetch it). None keeps the view for good.
         rows_per_call_max: larger dispatches go out in slices, so that other ranks' decode goes
             between them.
+        native: False keeps to Python where the extension is there, to compare with it.
 
     Raises:
         PeerLostError: an expert of the view has no shard that could be reached.
@@ -62,6 +63,7 @@ class Dispatcher:
         deadline_s: float = 30.0,
         refresh_view: Callable[[int], View] | None = None,
         rows_per_call_max: int = 512,
+        native: bool = True,
     ) -> None:
         if combine not in ("ordered", "presummed"):
             raise ValueError(f"combine is {combine!r}, must be 'ordered' or 'presummed'")
@@ -70,7 +72,8 @@ class Dispatcher:
         self._routes = Routes(view, peers, refresh_view)
         settings = (peers, self._routes, presummed, deadline_s, rows_per_call_max)
         self._python = PythonLayers(*settings)
-        self._native = NativeLayers(*settings) if native_extension() is not None else None
+        native = native and native_extension() is not None
+        self._native = NativeLayers(*settings) if native else None
 
     @property
     def counters(self) -> TrafficCounters:
@@ -89,8 +92,8 @@ class Dispatcher:
 
     def phases(self) -> dict[str, int]:
         """Where the layers' time went so far: `layers`, and nanoseconds of `pack_ns` (choice,
-        layout, packing, sending), `wait_ns`, `combine_ns`, and `experts_compute_ns`: the part of
-        `wait_ns` in which the slowest shard of each layer was in its kernels."""
+        layout, packing, sending), `wait_ns`, `combine_ns`, and `experts_compute_ns`: how long the
+        slowest shard of each layer was in its kernels, which is a part of the first two."""
         totals = self._python.phases()
         if self._native is not None:
             totals = [a + b for a, b in zip(totals, self._native.phases(), strict=True)]

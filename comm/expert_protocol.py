@@ -1,12 +1,15 @@
 """An expert shard's end of dispatch and combine: `ExpertService` is a `FrameServer` handler.
 
     service = ExpertService(compute=shard.compute, incarnation=7)
-    server = FrameServer(host_ip=..., token=..., incarnation=7, on_frame=service.on_frame)
+    server = FrameServer(
+        host_ip=..., token=..., incarnation=7, on_frame=service.on_frame, pump=service.pump
+    )
 
 Shape suffixes: N rows received, P pairs (row, expert), D model width, M rows back (N or P).
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +20,8 @@ from remora.comm import plan
 from remora.comm.arena import Memory
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
+from remora.comm.native import native_extension
+from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.wire import (
     ERROR_TEXT_BYTES_MAX,
     HEADER_BYTES,
@@ -74,16 +79,41 @@ class ExpertService:
             other exception is logged and answered with an ERROR frame.
         incarnation: of this shard, in every answer.
         epoch: in every answer; set it when a new view is published.
+        native: a kernel that computes what `compute` does, with the same bits, and refuses what
+            it cannot.
+
+    Attributes:
+        pump: for the server: answers with `native`, so that `on_frame` gets the rest only. None
+            where there is no such kernel, or no native data plane.
     """
 
     def __init__(
-        self, compute: Callable[[ExpertCall], Tensor], *, incarnation: int, epoch: int = 0
+        self,
+        compute: Callable[[ExpertCall], Tensor],
+        *,
+        incarnation: int,
+        epoch: int = 0,
+        native: NativeCompute | None = None,
     ) -> None:
         self._compute = compute
         self.incarnation = incarnation
+        self.pump: NativePump | None = None
+        if native is not None and native_extension() is not None:
+            self.pump = NativePump(native, incarnation=incarnation)
         self.epoch = epoch
         self._scratch = Memory.anonymous(1 << 20)
         plan.warm()
+
+    @property
+    def epoch(self) -> int:
+        """In every answer."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self.pump is not None:
+            self.pump.set_epoch(epoch)
 
     def on_frame(self, connection: Connection, frame: Frame) -> None:
         """Handler of a `FrameServer`. Raises FrameError for what no requester of ours sends."""
@@ -92,12 +122,14 @@ class ExpertService:
             raise FrameError(f"frame kind {header.kind} sent to an expert shard")
         try:
             call, reply = self._parse(connection, frame)
+            begun_ns = time.perf_counter_ns()
             rows = self._compute(call)
             out = call.out_MD
             if rows is not out:
                 if rows.shape != out.shape:
                     raise BadCallError(f"shard made {tuple(rows.shape)} of {tuple(out.shape)}")
                 out.copy_(rows)
+            compute_us = min((time.perf_counter_ns() - begun_ns) // 1000, 0xFFFFFFFF)
         except NotMineError as error:
             body = np.asarray(error.experts, dtype="<i4").tobytes()
             self._answer(connection, header, Kind.NOT_MINE, body)
@@ -107,7 +139,7 @@ class ExpertService:
             log.exception("call of layer %d from %r failed", header.layer, connection)
             self._error(connection, header, ErrorCode.FAILED, f"{type(error).__name__}: {error}")
         else:
-            self._combined(connection, header, reply, out)
+            self._combined(connection, header, reply, out, compute_us)
 
     def _parse(self, connection: Connection, frame: Frame) -> tuple[ExpertCall, Memory | None]:
         header, memory, offset = frame
@@ -158,16 +190,25 @@ class ExpertService:
         return None, HEADER_BYTES
 
     def _combined(
-        self, connection: Connection, header: Header, arena: Memory | None, out: Tensor
+        self,
+        connection: Connection,
+        header: Header,
+        arena: Memory | None,
+        out: Tensor,
+        compute_us: int,
     ) -> None:
         connection.outstanding -= 1
         num_rows = out.shape[0]
         length = num_rows * header.width * ITEM_BYTES[header.dtype]
         if arena is None:
             frame = self._scratch.view[: HEADER_BYTES + length]
-            connection.send_combined(header, frame, num_rows, self.epoch, self.incarnation)
+            connection.send_combined(
+                header, frame, num_rows, self.epoch, self.incarnation, compute_us
+            )
         else:
-            connection.send_combined_arena(header, length, num_rows, self.epoch, self.incarnation)
+            connection.send_combined_arena(
+                header, length, num_rows, self.epoch, self.incarnation, compute_us
+            )
 
     def _error(self, connection: Connection, header: Header, code: int, text: str) -> None:
         body = text.encode()[:ERROR_TEXT_BYTES_MAX]

@@ -14,17 +14,16 @@ holds them against the wheel). What is particular to that wheel, read from it:
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
-from remora.comm.errors import ClusterError, ConfigError, PeerLostError
+from remora.comm.errors import ConfigError
 
 UNIQUE_ID_BYTES: Final = 128
 NO_COLOR: Final = -1  # `commSplit`: this rank is in no part of the split
-STATUS_INVALID_ARGUMENT: Final = 4  # the call had no effect, the communicator lives
 
 
 class Communicator(Protocol):
@@ -102,6 +101,9 @@ class Device(Protocol):
     def mark(self) -> Mark:
         """A mark behind everything enqueued so far."""
 
+    def on_this_thread(self) -> AbstractContextManager[Any]:
+        """Makes it the current device of the calling thread."""
+
 
 class CudaDevice:
     """Device of a process with one GPU. Has not run on one yet."""
@@ -118,6 +120,10 @@ class CudaDevice:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.torch_device))
         return _CudaMark(event)
+
+    def on_this_thread(self) -> AbstractContextManager[Any]:
+        """`torch.cuda.device`: which device is current is a matter of each thread."""
+        return torch.cuda.device(self.torch_device)
 
 
 class _CudaMark:
@@ -195,8 +201,3 @@ def recv(nccl: Nccl, comm: Communicator, tensor: Tensor, peer: int, stream: int)
     assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tuple(tensor.shape)}"
     if tensor.numel():
         comm.recv(tensor.data_ptr(), tensor.numel(), datatype(nccl, tensor.dtype), peer, stream)
-
-
-def cluster_error(error: Exception, what: str) -> ClusterError:
-    """A NcclError in our tree: the communicator it came from is to be aborted."""
-    return PeerLostError(f"{what}: {error}")

@@ -82,8 +82,7 @@ class Link:
                     move = api.send if op.is_send else api.recv
                     move(self.nccl, comm, tensor_of[op.part, op.peer], op.peer, stream)
         except self.nccl.NcclError as error:
-            self.abort(f"{self.uid}: {error}")
-            raise api.cluster_error(error, f"generation {self.roster.generation}") from error
+            raise self._failed(error) from error
 
     def connect(self) -> None:
         """One word with every partner, both ways, so that no later step pays for connecting."""
@@ -95,6 +94,28 @@ class Link:
         ping = phase(self.roster, self.rank, ("ping",), to_shards=True)
         pong = phase(self.roster, self.rank, ("pong",), to_shards=False)
         self.run((*ping, *pong), tensors)
+
+    def split(self, into: Roster) -> "Link | None":
+        """The link of generation `into` out of this one; collective, with nothing outstanding.
+
+        Blocks until every member has come, and cannot be interrupted.
+
+        Args:
+            into: members that stay; those of ours that it does not name get None.
+
+        Raises:
+            PeerLostError: NCCL failed; this communicator is aborted.
+        """
+        stays = self.uid in into.uids
+        try:
+            child = self.comm.commSplit(
+                0 if stays else api.NO_COLOR, into.rank_of(self.uid) if stays else 0
+            )
+        except self.nccl.NcclError as error:
+            raise self._failed(error) from error
+        if child is None:
+            return None
+        return Link(self.nccl, child, self.device, into, self.uid, clock=self._clock)
 
     def wait(self, deadline_s: float) -> None:
         """Until everything enqueued is over, polling for what NCCL and the cluster know.
@@ -125,8 +146,7 @@ class Link:
         try:
             comm.check_async_error()
         except self.nccl.NcclError as error:
-            self.abort(f"{self.uid}: {error}")
-            raise api.cluster_error(error, f"generation {self.roster.generation}") from error
+            raise self._failed(error) from error
 
     def finish(self, deadline_s: float) -> None:
         """End of a step: all of it is over and none of it failed.
@@ -142,6 +162,10 @@ class Link:
                 why = f"{self.uid}: a message of another generation or layer than expected"
                 self.abort(why)
                 raise FencedError(why)
+
+    def _failed(self, error: Exception) -> PeerLostError:
+        self.abort(f"{self.uid}: {error}")
+        return PeerLostError(f"generation {self.roster.generation}: {error}")
 
     def note_lost(self, why: str) -> None:
         """A member is gone: whoever waits stops waiting. From any thread."""

@@ -38,7 +38,7 @@ HEADER_WORDS: Final = 16  # int32 words before the columns of a decode message: 
 COUNT_WORDS: Final = 4  # rows, pairs, layer, generation
 MEMBERS_MAX: Final = 4096  # of a generation
 
-Mode = Literal["warm", "decode", "exact"]
+Mode = Literal["warm", "split", "decode", "exact"]
 Part = Literal["rows", "meta", "counts", "back", "ping", "pong"]
 
 

@@ -1,5 +1,9 @@
 """An expert shard's side of a MoE layer over NCCL: receives from all sources, computes, returns.
 
+After an abort, what was enqueued behind the operation that never ended still runs, on whatever the
+buffers hold by then. So indices that come from a peer lie in memory that was written with zeros
+first: row 0 of a source that sends pairs exists, and expert 0 must do no harm where it is not held.
+
 Shape suffixes: C capacity, K top-k, D model width, M rows of all sources, P pairs of all sources,
 N sources, B rows of an answer, W words of meta.
 """
@@ -17,7 +21,11 @@ from remora.comm.nccl_plan import COUNT_WORDS, DecodeShape, Part, phase
 
 
 class DeviceExperts(Protocol):
-    """A shard's experts, as the exchange calls them. Rows and outputs are on the device."""
+    """A shard's experts, as the exchange calls them. Rows and outputs are on the device.
+
+    A pair whose expert is not held must be harmless, whatever comes out for it: it happens in a
+    step that was aborted, and only there.
+    """
 
     def masked(
         self,
@@ -126,7 +134,7 @@ class ShardExchange:
                 raise FencedError(why)
         rows_N, pairs_N = ([count[i] for count in counts] for i in (0, 1))
         rows_MD = torch.empty(sum(rows_N), shape.width, dtype=self._dtype, device=at)
-        meta_W = torch.empty(3 * sum(pairs_N), dtype=torch.int32, device=at)
+        meta_W = torch.zeros(3 * sum(pairs_N), dtype=torch.int32, device=at)  # see the top
         sizes_W = [3 * pairs for pairs in pairs_N]
         for peer, row, num, word, words in zip(
             self._peers, starts(rows_N), rows_N, starts(sizes_W), sizes_W, strict=True

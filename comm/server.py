@@ -28,13 +28,13 @@ import msgspec
 from remora.comm.auth import ServerHandshake, check_token
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import AuthError, FrameError, PeerLostError
+from remora.comm.native_pump import SKIPS_MAX, Handed, NativePump
 from remora.comm.transport import format_tcp, listen_tcp, listen_unix, tune
 from remora.comm.view import Endpoint
 from remora.comm.wire import FRAME_BYTES_MAX, ErrorCode, Kind
 
 log = logging.getLogger(__name__)
 
-SKIPS_MAX: Final = 4
 ACCEPT_PAUSE_S: Final = 1.0  # after the process ran out of descriptors
 
 
@@ -63,6 +63,8 @@ class FrameServer:
         unix: listen on an abstract Unix socket too, for peers of the same host.
         incarnation: of this process; frames for another one are answered with an ERROR frame
             (code FENCED). 0 accepts any.
+        pump: answers ordinary DISPATCH frames before `on_frame` sees them; then nothing but this
+            server's thread may send.
         advertise_ip: address in `endpoint` when it is not `host_ip` (needed for a wildcard bind).
         limits: bounds.
 
@@ -81,6 +83,7 @@ class FrameServer:
         on_open: Callable[[Connection], None] | None = None,
         unix: bool = True,
         incarnation: int = 0,
+        pump: NativePump | None = None,
         advertise_ip: str | None = None,
         limits: ServerLimits | None = None,
     ) -> None:
@@ -93,6 +96,7 @@ class FrameServer:
         self._on_open = on_open
         self.limits = limits or ServerLimits()
         self.incarnation = incarnation
+        self._pump = pump
         self._tcp = listen_tcp(host_ip)
         self._tcp_address = format_tcp(self._tcp)
         self._unix: socket.socket | None = None
@@ -176,14 +180,38 @@ class FrameServer:
                 os.eventfd_write(self._wake_fd, 1)
 
     def _poll(self) -> None:
-        for fd, events in self._epoll.poll(0 if self._ready else self._timeout_s()):
+        for fd, events in self._wait(0 if self._ready else self._timeout_s()):
             connection = self._connections.get(fd)
             if connection is not None:
                 self._on_socket(connection, events)
+                self._give(connection)
             elif fd == self._wake_fd:
                 os.eventfd_read(fd)
             elif fd in self._listeners:
                 self._accept(self._listeners[fd])
+
+    def _wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
+        """Descriptors with events; with a pump, those that it leaves to us."""
+        if self._pump is None:
+            return self._epoll.poll(timeout_s)
+        found = self._pump.poll(self._epoll.fileno(), timeout_s)
+        for fd, _, handed in found:
+            if handed is not None:
+                self._resume(self._connections[fd], handed)
+        return [(fd, events) for fd, events, _ in found if events]
+
+    def _give(self, connection: Connection) -> None:
+        if self._pump is not None and connection.is_settled:
+            self._pump.give(connection)
+
+    def _resume(self, connection: Connection, handed: Handed) -> None:
+        """Goes on with a connection that was the pump's."""
+        try:
+            connection.resume(*handed)
+        except FrameError as error:
+            self._close(connection, str(error))
+        if connection.head is not None:
+            self._ready.append(connection)
 
     def _timeout_s(self) -> float | None:
         """Seconds until the next timer, having run those that are due; None = no timer."""
@@ -287,6 +315,8 @@ class FrameServer:
             connection.consume_head()
             if connection.head is not None:
                 ready.append(connection)
+            else:
+                self._give(connection)
         except FrameError as error:
             self._close(connection, str(error))
         except Exception:
@@ -319,6 +349,9 @@ class FrameServer:
         self._on_frame(connection, frame)
 
     def _on_backlog(self, connection: Connection, waits: bool) -> None:
+        handed = self._pump.take(connection) if waits and self._pump is not None else None
+        if handed is not None:  # what it would send must not go ahead
+            self._resume(connection, handed)
         events = select.EPOLLIN | select.EPOLLOUT if waits else select.EPOLLIN
         self._epoll.modify(connection.fd, events)
 
@@ -329,6 +362,8 @@ class FrameServer:
         if self._connections.get(connection.fd) is not connection:
             return
         log.info("closing %r: %s", connection, reason)
+        if self._pump is not None:
+            self._pump.take(connection)
         del self._connections[connection.fd]
         self._handshakes.pop(connection, None)
         if connection in self._ready:

@@ -90,7 +90,7 @@ class Header(NamedTuple):
     epoch: int  # placement the frame was routed under
     incarnation: int  # request: whom it is for; answer: who answers
     sequence: int  # chosen by the requester, repeated by the answer
-    deadline_us: int  # request: time left when it was sent; 0 = none stated
+    deadline_us: int  # request: time left when sent, 0 = none stated; COMBINED: time computed
     reply_offset: int  # ARENA: where in the region the answer's body goes, bytes
     body_crc: int
 

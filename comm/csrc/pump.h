@@ -11,6 +11,7 @@
 
 #include <sys/epoll.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <string>
@@ -61,7 +62,8 @@ class Pump {
   uint32_t skips_max = 4;
   uint64_t merge_rows_max = 128;
   int64_t spin_ns = 0;
-  int64_t calls_served = 0, batches = 0, compute_ns = 0;
+  // read by other threads
+  std::atomic<int64_t> calls_served = 0, batches = 0, compute_ns = 0;
 
   // Takes a connection over; it must be settled: no byte received, none queued.
   void give(const PumpLink& link) { links_[link.fd] = link; }

@@ -105,9 +105,9 @@ PyObject* poll(PyObject* object, PyObject* const* items, Py_ssize_t count) {
 
 PyObject* totals(PyObject* object, PyObject*) {
   const Pump& pump = pump_of(object);
-  return Py_BuildValue("(LLL)", static_cast<long long>(pump.calls_served),
-                       static_cast<long long>(pump.batches),
-                       static_cast<long long>(pump.compute_ns));
+  return Py_BuildValue("(LLL)", static_cast<long long>(pump.calls_served.load()),
+                       static_cast<long long>(pump.batches.load()),
+                       static_cast<long long>(pump.compute_ns.load()));
 }
 
 PyObject* set_epoch(PyObject* object, PyObject* argument) {

@@ -1,6 +1,7 @@
 """Servers, members and toy experts for the tests of `remora.comm`: real sockets, real threads."""
 
 import contextlib
+import ctypes
 import dataclasses
 import queue
 import socket
@@ -14,9 +15,10 @@ from remora.comm import plan
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Combine
 from remora.comm.expert_protocol import ExpertCall, ExpertService
+from remora.comm.native_pump import NativeCompute
 from remora.comm.server import FrameServer
 from remora.comm.view import Endpoint, Member, Placement, View, contiguous_placement
-from remora.comm.wire import dispatch_bytes
+from remora.comm.wire import Dtype, dispatch_bytes
 
 TOKEN = b"a token of the tests, 32 bytes.."
 WAIT_S = 20.0  # until a test gives up; nothing waits this long when it works
@@ -58,6 +60,81 @@ def toy_compute(call: ExpertCall) -> Tensor:
     return sum_ND.to(rows_PD.dtype)
 
 
+class CCall(ctypes.Structure):
+    """`RemoraExpertCall` of kernels/csrc/expert_call.h."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p), ("num_rows", ctypes.c_int64), ("pair_row", ctypes.c_void_p),
+        ("pair_expert", ctypes.c_void_p), ("pair_weight", ctypes.c_void_p),
+        ("num_pairs", ctypes.c_int64), ("out", ctypes.c_void_p), ("presummed", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+_entries: list[Any] = []  # the interpreter must not free what a pump may still call
+
+
+def as_native(
+    compute: Callable[[ExpertCall], Tensor],
+    *,
+    width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] = lambda num_calls: None,
+) -> NativeCompute:
+    """`compute` behind the C interface, for rows of `random_batch`; what it raises is refused.
+
+    `on_batch` hears how many calls came together.
+    """
+
+    def tensor(address: int, count: int, of: torch.dtype) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=of)
+        return torch.frombuffer(
+            (ctypes.c_char * (count * of.itemsize)).from_address(address), dtype=of
+        )
+
+    def one(layer: int, c: Any) -> None:
+        back = c.num_rows if c.presummed else c.num_pairs
+        out_MD = tensor(c.out, back * width, dtype).view(back, width)
+        call = ExpertCall(
+            0, layer, bool(c.presummed), tensor(c.rows, c.num_rows * width, dtype).view(-1, width),
+            tensor(c.pair_row, c.num_pairs, torch.int32),
+            tensor(c.pair_expert, c.num_pairs, torch.int32),
+            tensor(c.pair_weight, c.num_pairs, torch.float32), out_MD, 0, "native",
+        )  # fmt: skip
+        out_MD.copy_(compute(call))
+
+    def entry(shard: Any, layer: int, calls: Any, num_calls: int) -> int:
+        try:
+            for i in range(num_calls):
+                one(layer, calls[i])
+        except Exception:  # the Python path meets it again, and answers it
+            return 1
+        on_batch(num_calls)
+        return 0
+
+    prototype = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(CCall), ctypes.c_int32
+    )
+    _entries.append(prototype(entry))
+    address = ctypes.cast(_entries[-1], ctypes.c_void_p).value
+    assert address is not None
+    code = Dtype.BFLOAT16 if dtype is torch.bfloat16 else Dtype.FLOAT32
+    return NativeCompute(address, 0, width, int(code))
+
+
+def service(compute: Callable[[ExpertCall], Tensor], **native: Any) -> ExpertService:
+    """A shard's handler of incarnation 1; rows of `random_batch` never reach it where there is a
+    native data plane. `native` as in `as_native`."""
+    return ExpertService(compute, incarnation=1, native=as_native(compute, **native))
+
+
+def serve(
+    service: ExpertService, **options: Any
+) -> "contextlib.AbstractContextManager[tuple[FrameServer, queue.Queue[Connection]]]":
+    """`serving` for a shard."""
+    return serving(service.on_frame, incarnation=1, pump=service.pump, **options)
+
+
 @dataclasses.dataclass
 class Shards:
     """Toy shards of one view, one server each."""
@@ -80,11 +157,8 @@ def shards(
 ) -> Iterator[Shards]:
     uids = tuple(f"shard-{i}" for i in range(num_shards))
     with contextlib.ExitStack() as stack:
-        services = {uid: ExpertService(compute(uid), incarnation=1) for uid in uids}
-        servers = {
-            uid: stack.enter_context(serving(services[uid].on_frame, incarnation=1, **options))[0]
-            for uid in uids
-        }
+        services = {uid: service(compute(uid)) for uid in uids}
+        servers = {uid: stack.enter_context(serve(services[uid], **options))[0] for uid in uids}
         view = View(
             epoch=1,
             members=tuple(

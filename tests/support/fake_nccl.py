@@ -57,7 +57,7 @@ class FakeNccl:
         if self.die_at is not None and self.num_calls >= self.die_at:
             self.world.kill(self.name)
         if self.name in self.world.dead:
-            raise Killed
+            self.world.vanish()
 
     def NcclCommunicator(
         self, ndev: int, commId: bytes, rank: int, config: Any = None
@@ -212,6 +212,7 @@ class NcclCommunicator:
                     lambda: not left[0] or self._in_vain(clique),
                     lambda: f"{self._nccl.name} waits for {left[0]} of {len(ops)} operations",
                     self._nccl.name,
+                    world.patience_s,
                 )
             finally:
                 self._in_call = False
@@ -221,8 +222,9 @@ class NcclCommunicator:
 
     def _match(self, clique: Clique, pair: tuple[int, int]) -> None:
         sends, recvs = clique.sends[pair], clique.recvs[pair]
-        if any(rank in clique.ranks and clique.ranks[rank].is_gone for rank in pair):
-            return
+        ends = [clique.ranks[rank] for rank in pair if rank in clique.ranks]
+        if any(end.is_gone or end.stuck for end in ends):
+            return  # its buffers may be gone, too
         while sends and recvs:
             (out, sender_left), (into, receiver_left) = sends.popleft(), recvs.popleft()
             if (out.count, out.datatype) != (into.count, into.datatype):
@@ -260,11 +262,14 @@ class NcclCommunicator:
             asked = clique.splits[number]
             asked[self._rank] = (color, key)
             world.changed.notify_all()
+            others = clique.ranks.values()
             world.wait_for(
-                lambda: len(asked) == clique.size,
+                lambda: len(asked) == clique.size or any(other.is_gone for other in others),
                 lambda: f"{self._nccl.name} splits with {sorted(asked)} of {clique.size}",
                 self._nccl.name,
             )
+            if len(asked) < clique.size:  # the bootstrap's sockets are closed
+                raise NcclError(6)
             if color == -1:
                 return None
             ranks = sorted((k, r) for r, (c, k) in asked.items() if c == color)
@@ -273,10 +278,13 @@ class NcclCommunicator:
             part.ranks[rank] = child = NcclCommunicator(self._nccl, part, rank)
             world.changed.notify_all()
             world.wait_for(
-                lambda: len(part.ranks) == part.size,
+                lambda: len(part.ranks) == part.size or any(other.is_gone for other in others),
                 lambda: f"{self._nccl.name} waits for the parts of a split",
                 self._nccl.name,
             )
+            if len(part.ranks) < part.size:
+                child._over = True
+                raise NcclError(6)
         return child
 
     def check_async_error(self) -> None:
@@ -329,6 +337,9 @@ class CpuDevice:
 
     def mark(self) -> "CpuDevice":
         return self
+
+    def on_this_thread(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def ready(self) -> bool:
         if self._nccl.graph is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ class World:
         self.cliques: dict[bytes, Clique] = {}
         self.dead: set[str] = set()
         self.closed = False
+        self.on_kill: Callable[[str], None] = lambda name: None
         self.num_copied_bytes = 0
+        self.patience_s: float | None = None  # a launch that waits longer returns, unfinished
         self.ids = itertools.count(1)
         self._running: set[int] = set()  # threads of `run` that are not over
         self._waiting: dict[int, tuple[Callable[[], bool], Callable[[], str]]] = {}  # for what
@@ -80,8 +83,11 @@ class World:
     def kill(self, name: str) -> None:
         """SIGKILL: the process never calls again, and nobody is told."""
         with self.changed:
+            if name in self.dead:
+                return
             self.dead.add(name)
             self.changed.notify_all()
+        self.on_kill(name)
 
     def close(self) -> None:
         """Wakes whoever still waits (a build that nobody joined), with a remote error."""
@@ -131,21 +137,38 @@ class World:
         assert not alive, f"still running after {timeout_s} s: {alive}"
         return results
 
-    def wait_for(self, done: Callable[[], bool], what: Callable[[], str], owner: str) -> None:
+    def vanish(self) -> None:
+        """The calling thread's process is dead: a main thread ends, a side thread is not there."""
+        if threading.get_ident() in self._running:
+            raise Killed
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed)
+        raise NcclError(6)
+
+    def wait_for(
+        self,
+        done: Callable[[], bool],
+        what: Callable[[], str],
+        owner: str,
+        patience_s: float | None = None,
+    ) -> None:
         """Waits, holding `changed`, until `done`. Raises ContractError in a deadlock."""
         me = threading.get_ident()
+        until = None if patience_s is None else time.monotonic() + patience_s
         while not done():
             if owner in self.dead:
-                raise Killed
+                self.vanish()
             if self.broken:
                 raise ContractError(self.broken)
             if self.closed:
                 raise NcclError(6)
+            if until is not None and time.monotonic() > until:
+                return
             self._waiting[me] = (done, what)
             self._find_deadlock()
             try:
                 if not self.broken:
-                    self.changed.wait(20.0)
+                    self.changed.wait(patience_s or 20.0)
             finally:
                 self._waiting.pop(me, None)
 

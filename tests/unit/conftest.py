@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: which path computes, and with how many threads."""
+"""Fixtures of the kernel and comm tests: which path computes, and with how many threads."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from remora.comm import native as comm_native
 from remora.kernels import native
 
 # Triton's kernels run in Python on CPU tensors. Triton looks when it is first imported, whoever
@@ -31,3 +32,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["native", "python"])
+def plane(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both data planes: C++ at both ends, and Python as where there is no compiler."""
+    name: str = request.param
+    if name == "native" and comm_native.native_extension() is None:
+        pytest.skip("native data plane not built")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "python":
+            patch.setattr(comm_native, "_EXTENSION", None)
+        yield name

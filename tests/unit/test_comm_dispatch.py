@@ -23,6 +23,7 @@ from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+pytestmark = pytest.mark.usefixtures("plane")
 MODES = pytest.mark.parametrize("mode", ["ordered", "presummed"])
 
 

@@ -12,19 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.comm_rig import TOKEN, WAIT_S, echo_body, member, serving, toy_compute
+from support.comm_rig import (
+    TOKEN,
+    WAIT_S,
+    echo_body,
+    member,
+    serve,
+    service,
+    serving,
+    toy_compute,
+)
 from torch import Tensor
 
 from remora.comm.call import Call
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
-from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
+from remora.comm.expert_protocol import ExpertCall, NotMineError
 from remora.comm.peer import Peer, PeerLimits
 from remora.comm.peers import PeerSet
 from remora.comm.server import FrameServer
 from remora.comm.view import Endpoint, Placement, View
 from remora.comm.wire import Dtype, Flag, Kind
 
+pytestmark = pytest.mark.usefixtures("plane")
 HOSTS = pytest.mark.parametrize("host", ["a", "b"], ids=["unix", "tcp"])
 
 
@@ -97,8 +107,8 @@ def nothing_left_behind() -> Iterator[None]:
 @HOSTS
 def test_small_large_and_beyond_the_region(host: str) -> None:
     """Through the socket, through the arena, and inline again when it fits no region."""
-    service = ExpertService(echo, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(echo, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"), host, region_bytes=1 << 20)
         for num_rows in (0, 1, 500, 20_000):  # 20,000 x 64 bytes: over a region, and a buffer
             before = peers.counters.link("shard-0").arena_bytes
@@ -116,8 +126,8 @@ def test_a_shard_computes_in_place() -> None:
         seen.put((call.rows_ND.data_ptr() % 64, call.out_MD.data_ptr() % 64))
         return torch.mul(call.rows_ND, 2.0, out=call.out_MD)
 
-    service = ExpertService(compute, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(compute, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"), arena_bytes_min=0)
         call = begin(peers, peer, 100)
         peers.exchange([call], WAIT_S)
@@ -130,9 +140,9 @@ def test_a_shard_computes_in_place() -> None:
 
 
 def test_arena_is_unmapped_when_the_requester_closes() -> None:
-    service = ExpertService(echo, incarnation=1)
+    shard = service(echo, width=16)
     before = mapped_arenas()
-    with serving(service.on_frame, incarnation=1) as (server, lost):
+    with serve(shard) as (server, lost):
         peers, peer = connect(server.endpoint("a"))
         ask(peers, peer)
         assert mapped_arenas() == before + 2  # ours and the shard's view of it
@@ -150,8 +160,8 @@ def test_deadline_names_the_peer_and_the_late_answer_is_dropped(host: str) -> No
         gate.wait(WAIT_S)
         return echo(call)
 
-    service = ExpertService(compute, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(compute, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"), host, num_regions=2)
         with pytest.raises(DeadlineError, match=r"shard-0 did not answer within 0.02 s"):
             peers.exchange([begin(peers, peer)], 0.02)
@@ -231,8 +241,8 @@ def test_errors_come_back_with_their_text(caplog: pytest.LogCaptureFixture) -> N
     def compute(call: ExpertCall) -> Tensor:
         raise RuntimeError(f"layer {call.layer} is broken")
 
-    service = ExpertService(compute, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(compute, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"))
         with pytest.raises(ClusterError, match="shard-0: RuntimeError: layer 0 is broken"):
             peers.exchange([begin(peers, peer)], WAIT_S)
@@ -241,8 +251,8 @@ def test_errors_come_back_with_their_text(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_call_whose_pairs_point_nowhere_is_refused() -> None:
-    service = ExpertService(echo, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(echo, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"))
         _, body = echo_body(4, 16)
         for bad_row in (4, -1):
@@ -265,8 +275,8 @@ def test_not_mine_is_an_answer() -> None:
     def compute(call: ExpertCall) -> Tensor:
         raise NotMineError([3, 5])
 
-    service = ExpertService(compute, incarnation=1)
-    with serving(service.on_frame, incarnation=1) as (server, _):
+    shard = service(compute, width=16)
+    with serve(shard) as (server, _):
         peers, peer = connect(server.endpoint("a"))
         [call] = peers.exchange([begin(peers, peer)], WAIT_S)
         assert call.reply is not None and call.reply.kind == Kind.NOT_MINE
@@ -276,9 +286,9 @@ def test_not_mine_is_an_answer() -> None:
 
 
 def test_views_are_applied_by_difference() -> None:
-    service = ExpertService(toy_compute, incarnation=1)
+    shard = service(toy_compute)
     placement = Placement(num_experts=1, moe_layers=(0,), slots={})
-    with serving(service.on_frame, incarnation=1) as (server, lost):
+    with serve(shard) as (server, lost):
         endpoint = server.endpoint("a")
         dead = Endpoint(host="z", tcp_address="127.0.0.1:1")
         first = View(

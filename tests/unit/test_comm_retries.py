@@ -24,6 +24,7 @@ from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
 from remora.comm.view import Member, Placement, View
 
+pytestmark = pytest.mark.usefixtures("plane")
 MODES = pytest.mark.parametrize("mode", ["ordered", "presummed"])
 
 

@@ -1,0 +1,185 @@
+"""A member at work: carries out what `nccl_member_state` says, with threads and communicators.
+
+    member = NcclMember(nccl=load_nccl(), device=CudaDevice(), uid=..., incarnation=..., ...)
+    member.post(message)     # from the control connection's thread, and from any other
+    member.serve()           # the thread that owns torch; until `close`
+
+A communicator is created on a side thread while the owner runs tickets: that call blocks until
+every member has come, and nothing can interrupt it. One that is given up meanwhile is left to that
+thread, which aborts it when it returns; too many of them and `serve` fails, so that the process is
+replaced.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from remora.comm import nccl_member_state as machine
+from remora.comm.errors import ClusterError, DeadlineError, FencedError, PeerLostError
+from remora.comm.nccl_api import Device, Nccl
+from remora.comm.nccl_link import Link
+from remora.comm.nccl_messages import Stop, Ticket, ToConductor
+from remora.comm.nccl_plan import Roster
+
+log = logging.getLogger(__name__)
+
+BUILDS_STUCK_MAX: Final = 4
+
+
+class NcclMember:
+    """One dense rank or shard of the communicator.
+
+    Args:
+        nccl, device: see `nccl_api`.
+        uid, incarnation: this member.
+        reply: sends a message to the conductor; from the owner's thread.
+        work: enqueues a "decode" or "exact" ticket's layers on a link; it may wait for counts.
+        emit: step -> lets its results leave.
+        step_deadline_s: of a ticket, from the moment that all of it is enqueued.
+    """
+
+    def __init__(
+        self,
+        *,
+        nccl: Nccl,
+        device: Device,
+        uid: str,
+        incarnation: int,
+        reply: Callable[[ToConductor], None],
+        work: Callable[[Link, Ticket], None],
+        emit: Callable[[int], None],
+        step_deadline_s: float = 30.0,
+    ) -> None:
+        self._nccl = nccl
+        self._device = device
+        self._uid = uid
+        self._reply = reply
+        self._work = work
+        self._emit = emit
+        self._step_deadline_s = step_deadline_s
+        self.state = machine.MemberState(uid, incarnation)
+        self._events: queue.SimpleQueue[machine.Event | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # over the two below: side threads and `post` use them
+        self._links: dict[int, Link] = {}
+        self._building: dict[int, bool] = {}  # generation -> still wanted
+
+    def post(self, event: machine.Event) -> None:
+        """Takes an event; a Stop reaches a step that waits at once. From any thread."""
+        if isinstance(event, Stop):
+            with self._lock:
+                link = self._links.get(event.generation)
+            if link is not None:
+                link.note_lost(event.why)
+        self._events.put(event)
+
+    def close(self) -> None:
+        """Makes `serve` end after what it does now. From any thread."""
+        self._events.put(None)
+
+    def serve(self) -> None:
+        """Handles events until `close`; then aborts every communicator.
+
+        Raises:
+            ClusterError: too many communicators that never came to be.
+            Exception: what `work` raised and is no error of the cluster's.
+        """
+        try:
+            while (event := self._events.get()) is not None:
+                self._handle(event)
+        finally:
+            with self._lock:
+                self._building = dict.fromkeys(self._building, False)
+                links, self._links = self._links, {}
+            for link in links.values():
+                link.abort("closed")
+
+    def _handle(self, event: machine.Event) -> None:
+        for instruction in self.state.handle(event):
+            match instruction:
+                case machine.Run(ticket):
+                    self._run(ticket)
+                case machine.Reply(message):
+                    self._reply(message)
+                case machine.Emit(step):
+                    self._emit(step)
+                case machine.StartBuild(roster, unique_id):
+                    self._start_build(roster, unique_id)
+                case machine.Abandon(generation):
+                    with self._lock:
+                        self._building[generation] = False
+                case machine.Abort(generation, why):
+                    link = self._take(generation)
+                    if link is not None:
+                        link.abort(why)
+                case machine.Destroy(generation):
+                    link = self._take(generation)
+                    assert link is not None, f"generation {generation} has no communicator"
+                    link.destroy()
+
+    def _take(self, generation: int) -> Link | None:
+        with self._lock:
+            return self._links.pop(generation, None)
+
+    def _run(self, ticket: Ticket) -> None:
+        """One ticket from its first operation until all are over."""
+        link = self._links[ticket.generation]
+        try:
+            if ticket.mode == "warm":
+                link.connect()
+            elif ticket.into is not None:
+                self._split(link, ticket.into)
+            else:
+                self._work(link, ticket)
+            link.finish(self._step_deadline_s)
+        except (PeerLostError, DeadlineError, FencedError) as error:
+            log.warning("%s: ticket %d: %s", self._uid, ticket.number, error)
+            self._handle(machine.RunBroke(ticket.number, str(error)))
+        except Exception as error:  # ours alone: the others must not wait for us
+            self._handle(machine.RunBroke(ticket.number, f"{type(error).__name__}: {error}"))
+            raise
+        else:
+            self._handle(machine.RunOver(ticket.number))
+
+    def _split(self, link: Link, into: Roster) -> None:
+        child = link.split(into)
+        if child is not None:
+            with self._lock:
+                self._links[into.generation] = child
+
+    def _start_build(self, roster: Roster, unique_id: bytes) -> None:
+        with self._lock:
+            stuck = sorted(g for g, wanted in self._building.items() if not wanted)
+            self._building[roster.generation] = True
+        if len(stuck) >= BUILDS_STUCK_MAX:
+            raise ClusterError(f"{self._uid}: communicators of {stuck} never came to be")
+        threading.Thread(
+            target=self._build,
+            args=(roster, unique_id),
+            name=f"nccl-{roster.generation}",
+            daemon=True,  # it may wait for ever: see the top
+        ).start()
+
+    def _build(self, roster: Roster, unique_id: bytes) -> None:
+        """On the side thread: blocks until every member of the roster does the same."""
+        generation = roster.generation
+        rank = roster.rank_of(self._uid)
+        try:
+            with self._device.on_this_thread():
+                comm = self._nccl.NcclCommunicator(len(roster.uids), unique_id, rank)
+        except self._nccl.NcclError as error:
+            with self._lock:
+                wanted = self._building.pop(generation)
+            if wanted:
+                self._events.put(machine.BuildBroke(generation, str(error)))
+            return
+        link = Link(self._nccl, comm, self._device, roster, self._uid)
+        with self._lock:
+            wanted = self._building.pop(generation)
+            if wanted:
+                self._links[generation] = link
+        if wanted:
+            self._events.put(machine.BuildOver(generation))
+        else:
+            link.abort("given up while it was created")
