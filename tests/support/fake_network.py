@@ -95,7 +95,7 @@ class World:
             self.closed = True
             self.changed.notify_all()
 
-    def run(self, parts: dict[str, Callable[[], Any]], timeout_s: float = 20.0) -> dict[str, Any]:
+    def run(self, parts: dict[str, Callable[[], Any]], timeout_s: float = 90.0) -> dict[str, Any]:
         """Runs one function for each member in a thread of its own.
 
         Returns:

@@ -18,7 +18,7 @@ from torch import Tensor
 from remora.comm import nccl_conductor_state as conductor
 from remora.comm.nccl_link import Link
 from remora.comm.nccl_member import NcclMember
-from remora.comm.nccl_messages import Commit, Ticket, decode_to_member, encode
+from remora.comm.nccl_messages import Commit, Ticket, TicketBroken, decode_to_member, encode
 from remora.comm.nccl_plan import Roster
 from remora.comm.nccl_shard import ShardExchange
 from remora.comm.nccl_source import SourceExchange
@@ -96,6 +96,7 @@ class Cluster:
         self.emitted: dict[str, dict[int, list[Tensor]]] = {}
         self.used: dict[int, int] = {}  # step -> generation of the attempt that was committed
         self.tickets: list[Ticket] = []
+        self.broken: list[str] = []  # why tickets failed, as members said
         self.gave_up: str | None = None
         self.on_commit: Callable[[int], None] = lambda step: None
         self.on_work: Callable[[Link, Ticket], None] = lambda link, ticket: None
@@ -145,7 +146,7 @@ class Cluster:
 
         self.members[uid] = NcclMember(
             nccl=nccl, device=CpuDevice(nccl), uid=uid, incarnation=1, reply=self.inbox.put,
-            work=work, emit=emit, step_deadline_s=5.0,
+            work=work, emit=emit, step_deadline_s=30.0,
         )  # fmt: skip
 
     def _view_of(self, roster: Roster) -> View:
@@ -175,7 +176,9 @@ class Cluster:
 
     def _conduct(self) -> None:
         try:
-            while (event := self.inbox.get(timeout=15.0)) is not None:
+            while (event := self.inbox.get(timeout=60.0)) is not None:
+                if isinstance(event, TicketBroken):
+                    self.broken.append(event.why)
                 for instruction in self.conductor.handle(event):
                     self._carry_out(instruction)
                 if self._wanted is not None and (not self.patient or self._is_as_viewed()):

@@ -137,7 +137,7 @@ def source_of(link: Link, view: View, shape: DecodeShape, dtype: torch.dtype) ->
 
 def shard_of(link: Link, view: View, shape: DecodeShape, dtype: torch.dtype) -> ShardExchange:
     return ShardExchange(
-        link, shape, dtype=dtype, experts=toy_experts(view, link.uid, dtype), deadline_s=5.0
+        link, shape, dtype=dtype, experts=toy_experts(view, link.uid, dtype), deadline_s=30.0
     )
 
 

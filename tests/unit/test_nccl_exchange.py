@@ -49,7 +49,7 @@ def decode_step(
         index[tokens:] = -1
         outs.append(torch.full_like(hidden, float("nan")))
         exchange.decode(layer, hidden, index, weights, outs[-1])
-    link.finish(5.0)
+    link.finish(30.0)
     return outs
 
 
@@ -88,7 +88,7 @@ def test_both_ways_equal_computing_at_home(data: st.DataObject) -> None:
                     out = torch.full_like(hidden, float("nan"))
                     exchange.decode(layer, hidden, index, weights, out)
                 outs.append((layer, *rows, num, out))
-            link.finish(5.0)
+            link.finish(30.0)
         return outs
 
     results = run_members(
@@ -137,9 +137,9 @@ def test_exact_equals_the_framed_transport_bit_by_bit(dtype: torch.dtype, mode: 
     def body(link: Link, exchange: Exchange) -> Any:
         if isinstance(exchange, ShardExchange):
             exchange.exact(2)
-            return link.finish(5.0)
+            return link.finish(30.0)
         out = exchange.exact(2, *rows, 33)
-        link.finish(5.0)
+        link.finish(30.0)
         return out
 
     view = view_of(1, placement)
@@ -180,7 +180,7 @@ def test_decode_is_captured_and_replayed(presummed: bool) -> None:
                     hidden.copy_(out)
 
         step()  # warm: NCCL connects and kernels load before a capture
-        link.finish(5.0)
+        link.finish(30.0)
         with nccl.capture() as graph:
             step()
         expected, got = [], []
@@ -192,7 +192,7 @@ def test_decode_is_captured_and_replayed(presummed: bool) -> None:
                 once = at_home(*(t.clone() for t in (hidden, index, weights)), 8, 0)
                 expected.append(at_home(once, index.clone(), weights.clone(), 8, 2))
             graph.replay()
-            link.finish(5.0)
+            link.finish(30.0)
             got.append(out.clone())
         return expected, got
 
@@ -232,7 +232,7 @@ def test_members_at_different_layers_are_found_out() -> None:
             if isinstance(exchange, ShardExchange):
                 with pytest.raises(FencedError):
                     exchange.exact(2) if exact else exchange.decode(2)
-                    link.finish(5.0)
+                    link.finish(30.0)
             elif exact:
                 exchange.exact(0, *rows, 8)
             else:
