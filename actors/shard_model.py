@@ -23,9 +23,11 @@ from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.weights import Progress, WeightPlan
 from remora.kernels import native
+from remora.kernels.device import CPU, make_experts
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
+from remora.kernels.gpu_experts import GpuExperts
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
 
@@ -38,7 +40,7 @@ class _ExpertLayer:
 
     host: Any  # transformers' experts module, without weights
     name: str  # its full module name
-    packed: PackedExperts
+    packed: PackedExperts | GpuExperts
     slot_of: dict[int, int]  # logical expert -> slot
     slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
     gate: Gate | None  # ours that computes what the host's does, if there is one
@@ -71,8 +73,11 @@ class ShardExperts:
         self.native = NativeShard() if native.native_available() else None
         if self.native is not None:
             for index, held in layers.items():
-                if held.gate is not None and not held.host.has_post_expert_norm:
-                    self.native.add_layer(index, held.packed, held.gate, held.slot_of_E)
+                packed = held.packed
+                if isinstance(packed, GpuExperts) or held.host.has_post_expert_norm:
+                    continue
+                if held.gate is not None:
+                    self.native.add_layer(index, packed, held.gate, held.slot_of_E)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -129,6 +134,16 @@ class ShardExperts:
         assert slot_N.numel() == 0 or int(slot_N.min()) >= 0, (
             f"layer {layer}: experts {self.not_mine(layer, pair_expert_N)} are not held"
         )
+        if isinstance(held.packed, GpuExperts):
+            there = held.packed.device
+            with torch.no_grad():
+                return held.packed.forward(
+                    rows_MD.to(there),
+                    pair_row_N.to(there),
+                    slot_N.to(there),
+                    pair_weight_N.to(there),
+                    mode,
+                ).to(rows_MD.device)
         pairs = pair_row_N, pair_expert_N, pair_weight_N
         if self.native is not None and layer in self.native:
             return self.native.call(layer, rows_MD, *pairs, presummed=mode == "presummed")
@@ -190,6 +205,7 @@ class ShardExperts:
         if self._exact and held.gate is None:
             # torch's elementwise kernels have scalar tails: only whole tiles of rows reach them.
             order_N = torch.nn.functional.pad(order_N, (0, -order_N.numel() % ROW_TILE), value=-1)
+        assert isinstance(held.packed, PackedExperts), "a GPU computes a layer in one piece"
         x_ND = gather_rows(rows_MD, order_N)
         up_NU = held.packed.up(x_ND, sort.offsets_S1)
         out_ND = held.packed.down(_gate(held, up_NU), sort.offsets_S1)
@@ -216,6 +232,7 @@ def build_shard(
     exact: bool,
     num_slots: int | None = None,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> ShardExperts:
     """Load experts of a checkpoint into slots.
 
@@ -227,9 +244,11 @@ def build_shard(
         exact: only whole tiles of rows reach torch's own kernels.
         num_slots: slots per layer; None: as many as the layer is given experts.
         progress: called with (bytes done, bytes in all).
+        device: where the experts live and compute; rows come and go on the CPU.
 
     Raises:
         WeightsError: naming file and tensor.
+        RuntimeError: a GPU without Triton, or that is not there.
     """
     model = model_build.build_meta(spec.config, dtype)
     model_build.compute_buffers(model)
@@ -249,7 +268,9 @@ def build_shard(
         digests: dict[tuple[int, int], ExpertDigest] = {}
         for index in sorted(experts_by_layer):
             experts = experts_by_layer[index]
-            held = _empty_layer(spec, sites[index], plan, num_slots or len(experts), dtype, exact)
+            held = _empty_layer(
+                spec, sites[index], plan, num_slots or len(experts), dtype, exact, device
+            )
             layers[index] = held
             for slot, expert in enumerate(experts):
                 tensors = {n: plan.load_expert(t, expert) for n, t in targets[index].items()}
@@ -293,6 +314,7 @@ def _empty_layer(
     num_slots: int,
     dtype: torch.dtype,
     exact: bool,
+    device: torch.device,
 ) -> _ExpertLayer:
     host: Any = site.module
     shapes = dict(spec.expert.shapes)
@@ -304,12 +326,19 @@ def _empty_layer(
         host.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(
             loaded, requires_grad=parameter.requires_grad
         )
+    if device.type == "cuda":
+        host.to(device)  # what is left of it: that norm
     down = shapes["down_proj"]
-    packed = PackedExperts(
+    width = down[0] if host.is_transposed else down[1]
+    gate = find_gate(host, width)
+    packed = make_experts(
+        device,
         num_slots,
         hidden_size=spec.hidden_size,
-        intermediate_size=down[0] if host.is_transposed else down[1],
+        intermediate_size=width,
         dtype=dtype,
+        gate=gate or (host._apply_gate if host.has_gate else host.act_fn),
+        post=host.post_expert_norm if host.has_post_expert_norm else None,
         has_gate=host.has_gate,
         has_bias=host.has_bias,
         is_transposed=host.is_transposed,
@@ -322,5 +351,5 @@ def _empty_layer(
         packed=packed,
         slot_of={},
         slot_of_E=torch.full((spec.num_experts,), -1, dtype=torch.int64),
-        gate=find_gate(host, packed.intermediate_size),
+        gate=gate,
     )

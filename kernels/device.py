@@ -1,0 +1,109 @@
+"""Which implementation serves a device.
+
+`native`: the C++ kernels of the CPU; `torch`: the same through torch, where there is no compiler;
+`triton`: GPUs. Under `TRITON_INTERPRET=1` the device `meta` stands for a GPU that is not there: its
+experts and pages live on the CPU and Triton's kernels are interpreted, to check them.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from remora.kernels import native
+from remora.kernels.attention import KVPages
+from remora.kernels.experts import PackedExperts
+from remora.kernels.gates import Gate
+from remora.kernels.gpu_experts import GpuExperts
+from remora.kernels.gpu_pages import GpuKVPages
+from remora.kernels.triton_runtime import INTERPRETED
+
+Implementation = Literal["native", "torch", "triton"]
+CPU = torch.device("cpu")
+INTERPRETED_GPU = torch.device("meta")
+
+
+def implementation_of(device: torch.device) -> Implementation:
+    """What computes on `device`.
+
+    Raises:
+        ValueError: nothing of ours does.
+    """
+    if device.type == "cpu":
+        return "native" if native.native_available() else "torch"
+    if device.type == "cuda" or (INTERPRETED and device == INTERPRETED_GPU):
+        return "triton"
+    raise ValueError(f"device {device}: Remora computes on cpu and cuda")
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where tensors of a Triton device live."""
+    return CPU if device == INTERPRETED_GPU else device
+
+
+def make_experts(
+    device: torch.device,
+    num_slots: int,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    gate: Gate | Callable[[Tensor], Tensor],
+    has_gate: bool,
+    has_bias: bool,
+    is_transposed: bool,
+    exact: bool,
+    post: Callable[[Tensor], Tensor] | None,
+) -> PackedExperts | GpuExperts:
+    """Slots for one layer's experts on `device`; arguments as `GpuExperts` describes them.
+
+    On the CPU gate and `post` stay the caller's business.
+
+    Raises:
+        ValueError: sizes, dtypes or a device that do not fit.
+        RuntimeError: no Triton, or no such GPU.
+    """
+    if implementation_of(device) != "triton":
+        return PackedExperts(
+            num_slots,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            dtype=dtype,
+            has_gate=has_gate,
+            has_bias=has_bias,
+            is_transposed=is_transposed,
+            exact=exact,
+        )
+    return GpuExperts(
+        num_slots,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        dtype=dtype,
+        device=_home(device),
+        gate=gate,
+        has_gate=has_gate,
+        has_bias=has_bias,
+        is_transposed=is_transposed,
+        exact=exact,
+        post=post,
+    )
+
+
+def make_pages(
+    device: torch.device,
+    num_blocks: int,
+    num_kv_heads: int,
+    k_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+) -> KVPages | GpuKVPages:
+    """Zero-filled pages of one layer on `device`.
+
+    Raises:
+        ValueError: sizes, dtypes or a device that do not fit.
+        RuntimeError: no Triton, or no such GPU.
+    """
+    if implementation_of(device) != "triton":
+        return KVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype)
+    return GpuKVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype, _home(device))

@@ -1,0 +1,81 @@
+"""Who computes on which device: the choice, a whole shard on a pretended GPU, and no Triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import make_checkpoint
+
+from remora.actors.model_spec import inspect_model
+from remora.actors.shard_model import build_shard
+from remora.kernels.attention import KVPages
+from remora.kernels.device import CPU, INTERPRETED_GPU, implementation_of, make_pages
+from remora.kernels.gpu_pages import GpuKVPages
+
+
+def test_choice() -> None:
+    assert implementation_of(CPU) in ("native", "torch")
+    assert implementation_of(torch.device("cuda")) == "triton"
+    with pytest.raises(ValueError, match="computes on cpu and cuda"):
+        implementation_of(torch.device("mps"))
+    assert isinstance(make_pages(CPU, 2, 1, 8, 8, torch.float32), KVPages)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_a_shard_on_a_pretended_gpu(architecture: str, tmp_path: Path) -> None:
+    """The whole way of a call, against the same shard on the CPU."""
+    pytest.importorskip("triton")
+    assert isinstance(make_pages(INTERPRETED_GPU, 2, 1, 8, 8, torch.float32), GpuKVPages)
+    path = make_checkpoint(tmp_path, architecture)
+    spec = inspect_model(path)
+    layer = spec.moe_layers[0]
+    here, there = (
+        build_shard(
+            path, spec, {layer: list(range(8))}, dtype=torch.float32, exact=True, device=device
+        )
+        for device in (CPU, INTERPRETED_GPU)
+    )
+    assert there.manifest == here.manifest
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((9, spec.hidden_size), generator=generator)
+    row = torch.arange(9).repeat_interleave(2)
+    expert, weight = torch.arange(18) * 5 % 8, torch.rand(18, generator=generator)
+    for mode in ("ordered", "presummed"):
+        expected = here.forward(layer, x, row, expert, weight, mode)  # type: ignore[arg-type]
+        found = there.forward(layer, x, row, expert, weight, mode)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    exported = there.export_expert(layer, 3)
+    assert all(torch.equal(t, exported[n]) for n, t in here.export_expert(layer, 3).items())
+
+
+def test_without_triton() -> None:
+    """Every module imports; who asks for a GPU is told what to install."""
+    script = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch
+from remora.kernels import gpu_attention, triton_experts, triton_routing
+from remora.kernels.device import make_pages
+for call in (
+    lambda: make_pages(torch.device("cuda"), 1, 1, 8, 8, torch.float32),
+    lambda: triton_routing.sort_pairs(torch.zeros(1, dtype=torch.int32), 1),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.count("GPU kernels need Triton") == 2, done.stdout
