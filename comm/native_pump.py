@@ -9,7 +9,7 @@ import ctypes
 from typing import Any, Final, NamedTuple
 
 from remora.comm.connection import Connection
-from remora.comm.native import native_extension
+from remora.comm.native import native_extension, park_address
 
 SKIPS_MAX: Final = 4  # times that smaller frames of other connections may go ahead
 # Waiting calls of one layer are computed together up to this many rows: one pass over the weights
@@ -39,7 +39,7 @@ class NativePump:
 
     def __init__(self, compute: NativeCompute, *, incarnation: int, spin_s: float = 0.0) -> None:
         self._pump: Any = native_extension().Pump(
-            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, int(spin_s * 1e9)
+            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, int(spin_s * 1e9), park_address()
         )
 
     def set_epoch(self, epoch: int) -> None:

@@ -44,6 +44,7 @@ std::vector<PumpEvent> Pump::poll(int epoll_fd, double timeout_s) {
   const int64_t begun_ns = now_ns();
   const int64_t until_ns = begun_ns + static_cast<int64_t>((bounded ? timeout_s : 0) * 1e9);
   int64_t spin_until_ns = 0;
+  bool served = true;  // Python may have computed before it called
   epoll_event ready[kEventsMax];
   while (true) {
     int wait_ms = bounded ? 0 : -1;
@@ -52,7 +53,9 @@ std::vector<PumpEvent> Pump::poll(int epoll_fd, double timeout_s) {
     } else if (bounded && timeout_s > 0) {
       wait_ms = static_cast<int>(std::max<int64_t>(0, (until_ns - now_ns() + 999'999) / 1'000'000));
     }
+    if (wait_ms && served && park) park();
     const int count = epoll_wait(epoll_fd, ready, kEventsMax, wait_ms);
+    served = false;
     if (count < 0) break;  // a signal: its handler is Python's
     for (int i = 0; i < count; ++i) {
       const auto found = links_.find(ready[i].data.fd);
@@ -65,6 +68,7 @@ std::vector<PumpEvent> Pump::poll(int epoll_fd, double timeout_s) {
     }
     if (any_head()) {
       serve();
+      served = true;
       spin_until_ns = spin_ns ? now_ns() + spin_ns : 0;
     }
     if (!events_.empty() || timeout_s == 0) break;

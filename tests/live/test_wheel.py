@@ -104,17 +104,22 @@ def test_imports_are_the_wheels(home: Path) -> None:
         f"    assert module.__file__.startswith({str(home)!r}), module.__file__\n"
         "for name in preset_names():\n"
         "    load_config(preset=name, overrides={'model': 'any'})\n"
+        "from remora.comm.native import native_extension\n"
         "from remora.kernels.native import native_available\n"
-        "print(len(preset_names()), native_available())\n"
+        "plane = native_extension() is not None\n"
+        "print(len(preset_names()), native_available(), plane)\n"
     )
     from remora.cluster.config import preset_names
+    from remora.comm.native import native_extension
     from remora.kernels.native import native_available
 
-    presets, native = run(home / "bin" / "python", "-c", program, cwd=home).split()
+    presets, native, plane = run(home / "bin" / "python", "-c", program, cwd=home).split()
     assert int(presets) == len(preset_names()) >= 1
     assert native == str(native_available())
+    assert plane == str(native_extension() is not None)
     # A failed compile only costs speed, and nobody would see it: here it is a fault.
-    assert native_available() or shutil.which("c++") is None or "REMORA_NO_KERNELS" in os.environ
+    built = native_available() and native_extension() is not None
+    assert built or shutil.which("c++") is None or "REMORA_NO_KERNELS" in os.environ
 
 
 def test_command_line_works(home: Path) -> None:
