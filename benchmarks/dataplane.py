@@ -12,9 +12,11 @@ are medians of a round; spreads are over rounds.
 
 import argparse
 import multiprocessing
+import os
 import socket
 import statistics
 import struct
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
@@ -155,9 +157,7 @@ def dispatchers(endpoints: dict[bool, list[Any]]) -> dict[tuple[bool, str, int, 
                 for combine in ("presummed", "ordered"):
                     uids = tuple(f"shard-{i}" for i in range(shards))
                     members = tuple(
-                        Member(
-                            uid=uid, incarnation=1, role="shard", endpoint=end, actor_name=uid
-                        )
+                        Member(uid=uid, incarnation=1, role="shard", endpoint=end, actor_name=uid)
                         for uid, end in zip(uids, ends, strict=False)
                     )
                     placement = contiguous_placement(
@@ -231,10 +231,10 @@ def measure(args: argparse.Namespace, processes: list[Any]) -> None:
 
 
 def main() -> None:
-    import sys
+    if "MALLOC_TOP_PAD_" not in os.environ:  # how actors are started: no fresh pages for each layer
+        from remora.actors.launch import thread_environment
 
-    if "torch" in sys.modules:
-        raise SystemExit("torch was imported before the forks")
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | thread_environment(1))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", help="write everything measured to this file")
