@@ -37,6 +37,7 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
     """What an expert shard is told: decoder layer -> logical experts in slot order."""
 
     experts_by_layer: dict[int, tuple[int, ...]]
+    is_int8: bool = False  # hold weights in one byte each
 
 
 class ExpertActor:
@@ -107,6 +108,7 @@ class ExpertActor:
             launch.experts_by_layer,
             dtype=resolve_dtype(spec, launch.dtype),
             exact=launch.exact,
+            is_int8=launch.is_int8,
             progress=self._note_progress,
         )
         service = ExpertService(

@@ -3,6 +3,8 @@
 A digest covers the canonical in-memory form of one expert in the served dtype: its tensors in
 sorted order of name, each with name, dtype and shape, then its contiguous bytes. It does not
 depend on the number of shards, on the checkpoint's layout or on how kernels pack the weights.
+Experts held in int8 are digested as they are held, quantised weights and scales: a copy is made of
+those and must match them, and quantising is a function of the checkpoint alone.
 """
 
 from collections.abc import Mapping
@@ -28,7 +30,7 @@ class ExpertDigest(msgspec.Struct, frozen=True, kw_only=True, order=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Digests of a set of experts in one dtype, sorted by layer, then expert."""
 
-    dtype: str  # "float32" or "bfloat16"
+    dtype: str  # "float32", "bfloat16" or "int8"
     experts: tuple[ExpertDigest, ...]
 
     @classmethod

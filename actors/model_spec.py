@@ -60,9 +60,21 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of generation_config.json where there is one, else of config
 
-    def expert_nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert's canonical (unpacked) tensors in `dtype`."""
-        return self.expert.num_elements * dtype.itemsize
+    def expert_nbytes(self, dtype: torch.dtype, *, is_int8: bool = False) -> int:
+        """Bytes of one expert's canonical (unpacked) tensors in `dtype`.
+
+        With `is_int8`, weights have one byte and a float32 scale for each output.
+        """
+        if not is_int8:
+            return self.expert.num_elements * dtype.itemsize
+        total = 0
+        for _, shape in self.expert.shapes:
+            if len(shape) == 1:  # a bias
+                total += shape[0] * dtype.itemsize
+            else:
+                outputs = shape[1] if self.expert.is_transposed else shape[0]
+                total += torch.Size(shape).numel() + outputs * torch.float32.itemsize
+        return total
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of K and V of one token over all layers in `dtype`."""

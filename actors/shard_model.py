@@ -92,7 +92,9 @@ class ShardExperts:
     @property
     def manifest(self) -> Manifest:
         """Digests of every expert held."""
-        return Manifest.of(self.dtype, self._digests)
+        packed = [held.packed for held in self._layers.values()]
+        is_int8 = any(isinstance(p, PackedExperts) and p.is_int8 for p in packed)
+        return Manifest.of(torch.int8 if is_int8 else self.dtype, self._digests)
 
     def experts_of(self, layer: int) -> tuple[int, ...]:
         """Logical experts held of a decoder layer, in slot order; none of an unknown layer."""
@@ -170,7 +172,7 @@ class ShardExperts:
             return gather_rows(out_ND, sort.place_N)
 
     def export_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Canonical tensors of one expert, bit for bit as they were loaded."""
+        """Canonical tensors of one expert, bit for bit as they are held."""
         held = self._layers[layer]
         return held.packed.export_slot(held.slot_of[expert])
 
@@ -230,6 +232,7 @@ def build_shard(
     *,
     dtype: torch.dtype,
     exact: bool,
+    is_int8: bool = False,
     num_slots: int | None = None,
     progress: Progress | None = None,
     device: torch.device = CPU,
@@ -242,6 +245,7 @@ def build_shard(
         experts_by_layer: decoder layer -> logical experts, in slot order.
         dtype: served dtype, float32 or bfloat16.
         exact: only whole tiles of rows reach torch's own kernels.
+        is_int8: hold weights in one byte each, quantised here; `dtype` is bfloat16 then.
         num_slots: slots per layer; None: as many as the layer is given experts.
         progress: called with (bytes done, bytes in all).
         device: where the experts live and compute; rows come and go on the CPU.
@@ -268,14 +272,24 @@ def build_shard(
         digests: dict[tuple[int, int], ExpertDigest] = {}
         for index in sorted(experts_by_layer):
             experts = experts_by_layer[index]
+            slots = num_slots or len(experts)
             held = _empty_layer(
-                spec, sites[index], plan, num_slots or len(experts), dtype, exact, device
+                spec,
+                sites[index],
+                plan,
+                slots,
+                dtype=dtype,
+                exact=exact,
+                is_int8=is_int8,
+                device=device,
             )
             layers[index] = held
             for slot, expert in enumerate(experts):
                 tensors = {n: plan.load_expert(t, expert) for n, t in targets[index].items()}
-                digests[index, expert] = digest_expert(index, expert, tensors)
                 held.packed.load_slot(slot, tensors)
+                if is_int8:
+                    tensors = held.packed.export_slot(slot)
+                digests[index, expert] = digest_expert(index, expert, tensors)
                 held.slot_of[expert] = slot
                 held.slot_of_E[expert] = slot
                 counter.loaded(index)
@@ -312,8 +326,10 @@ def _empty_layer(
     site: model_build.ExpertsSite,
     plan: WeightPlan,
     num_slots: int,
+    *,
     dtype: torch.dtype,
     exact: bool,
+    is_int8: bool,
     device: torch.device,
 ) -> _ExpertLayer:
     host: Any = site.module
@@ -343,6 +359,7 @@ def _empty_layer(
         has_bias=host.has_bias,
         is_transposed=host.is_transposed,
         exact=exact,
+        is_int8=is_int8,
     )
     assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
     return _ExpertLayer(

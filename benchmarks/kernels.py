@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/kernels.py --quick --json out.json
 
 Weights are several times as large as the caches together and are gone through layer by layer, as a
-model does. `experts`: all experts of a layer, each with so many rows, in one native call. `linear`:
-a dense packed linear. What they are held against is measured in the same rounds: `stream_read` over
-512 MiB, and torch's bfloat16 matmul of large matrices.
+model does. `experts`: all experts of a layer, each with so many rows, in one native call. `int8`:
+the same with weights of one byte. `linear`: a dense packed linear. What they are held against is
+measured in the same rounds: `stream_read` over 512 MiB, and torch's bfloat16 matmul of large
+matrices.
 """
 
 import itertools
@@ -60,10 +61,12 @@ LINEARS: Final = {
 }
 
 
-def expert_works(shape: ExpertShape, rows_of: tuple[int, ...]) -> list[Work]:
+def expert_works(kind: str, shape: ExpertShape, rows_of: tuple[int, ...]) -> list[Work]:
     """All experts of a layer with so many rows each."""
+    is_int8 = kind == "int8"
     per_expert = 3 * shape.hidden * shape.width
-    num_layers = max(2, WEIGHT_BYTES // (2 * per_expert * shape.num_experts))
+    nbytes = (1 if is_int8 else 2) * per_expert * shape.num_experts
+    num_layers = max(2, WEIGHT_BYTES // nbytes)
     shard = NativeShard()
     for layer in range(num_layers):
         experts = PackedExperts(
@@ -71,9 +74,13 @@ def expert_works(shape: ExpertShape, rows_of: tuple[int, ...]) -> list[Work]:
             hidden_size=shape.hidden,
             intermediate_size=shape.width,
             dtype=torch.bfloat16,
+            is_int8=is_int8,
         )
         for projection in experts.projections:
-            projection.packed.normal_(std=0.03)
+            if is_int8:
+                projection.packed.random_(0, 256)
+            else:
+                projection.packed.normal_(std=0.03)
         shard.add_layer(layer, experts, SILU, torch.arange(shape.num_experts))
     works = []
     for rows in rows_of:
@@ -90,8 +97,7 @@ def expert_works(shape: ExpertShape, rows_of: tuple[int, ...]) -> list[Work]:
         ) -> object:  # fmt: skip
             return shard.call(next(layers), x, token, expert, weight, presummed=True)
 
-        nbytes = 2 * per_expert * shape.num_experts
-        works.append(Work("experts", shape.name, rows, nbytes, num_pairs * per_expert, call))
+        works.append(Work(kind, shape.name, rows, nbytes, num_pairs * per_expert, call))
     return works
 
 
@@ -166,18 +172,18 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
 def main() -> None:
     """Measure what is asked for."""
     parser = common.parser(__doc__)
-    parser.add_argument("--kind", choices=("experts", "linear"), nargs="*")
+    parser.add_argument("--kind", choices=("experts", "int8", "linear"), nargs="*")
     parser.add_argument("--shape", nargs="*", help="of these names only")
     parser.add_argument("--rows", type=int, nargs="*", help="rows of an expert")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     args = parser.parse_args()
     assert native.native_available(), "there are no C++ kernels here"
     rounds, sample_s = (3, 0.02) if args.quick else (7, 0.05)
-    kinds = args.kind or ("experts", "linear")
+    kinds = args.kind or ("experts", "int8", "linear")
     rows: list[dict[str, Any]] = []
-    for shape in EXPERTS if "experts" in kinds else ():
-        if not args.shape or shape.name in args.shape:
-            works = expert_works(shape, tuple(args.rows or EXPERT_ROWS))
+    for kind, shape in itertools.product(("experts", "int8"), EXPERTS):
+        if kind in kinds and (not args.shape or shape.name in args.shape):
+            works = expert_works(kind, shape, tuple(args.rows or EXPERT_ROWS))
             for threads in args.threads:
                 rows += measure(works, threads, rounds, sample_s)
     for name, (num_inputs, num_outputs) in LINEARS.items() if "linear" in kinds else ():

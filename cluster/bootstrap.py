@@ -23,7 +23,7 @@ COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
-DATA_PLANE = ("dtype", "numerics", "executor", "bind_address", "dense", "experts")
+DATA_PLANE = ("dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

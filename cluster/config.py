@@ -136,6 +136,7 @@ class RemoraConfig(_Section):
     model: str = Field(min_length=1)  # checkpoint directory, or hub id
     served_model_name: str | None = None  # None: the last part of `model`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    experts_dtype: Literal["auto", "int8"] = "auto"  # int8: one byte a weight, quantised at load
     numerics: Literal["fast", "exact"] = "fast"
     executor: Literal["auto", "eager", "compiled"] = "auto"
     bind_address: str = "127.0.0.1"  # of the data plane's TCP listeners

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from remora.actors.dense_actor import DenseLaunch
 from remora.actors.expert_actor import ShardLaunch
 from remora.actors.launch import RAY_NAMESPACE, thread_environment
@@ -56,8 +58,14 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
     """Which shard holds what: every layer's experts in equal contiguous runs.
 
     Raises:
-        ConfigError: more shards than experts.
+        ConfigError: more shards than experts, or experts of a dtype that they cannot be held in.
     """
+    dtype = resolve_dtype(spec, config.dtype)
+    if config.experts_dtype == "int8" and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"experts_dtype = int8: rows must be bfloat16, but {config.model} is served in "
+            f"{str(dtype).removeprefix('torch.')} (set dtype: bfloat16)"
+        )
     shards = config.experts.shards
     if shards > spec.num_experts:
         raise ConfigError(
@@ -75,6 +83,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
     return ShardLaunch(
         **_common(config, uid, token),
         num_threads=shard_threads(config),
+        is_int8=config.experts_dtype == "int8",
         experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
     )
 

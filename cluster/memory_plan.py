@@ -26,7 +26,8 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     spec = inspect_model(config.model)
     dtype = resolve_dtype(spec, config.dtype)
     placement = placement_of(config, spec)
-    expert_nbytes = spec.expert_nbytes(dtype)
+    is_int8 = config.experts_dtype == "int8"
+    expert_nbytes = spec.expert_nbytes(dtype, is_int8=is_int8)
     num_experts = len(spec.moe_layers) * spec.num_experts
     with Checkpoint.open(config.model) as checkpoint:
         parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
@@ -40,6 +41,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
         "model": config.model,
         "model_type": spec.model_type,
         "dtype": str(dtype).removeprefix("torch."),
+        "experts_dtype": "int8" if is_int8 else str(dtype).removeprefix("torch."),
         "numerics": config.numerics,
         "combine": config.combine,
         "layers": spec.num_layers,
@@ -74,7 +76,8 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters,"
         f" {plan['moe_layers']} MoE layers x {plan['experts_per_layer']} experts,"
         f" top {plan['top_k']}",
-        f"served in {plan['dtype']}, {plan['numerics']} numerics ({plan['combine']} combine),"
+        f"served in {plan['dtype']}, experts in {plan['experts_dtype']},"
+        f" {plan['numerics']} numerics ({plan['combine']} combine),"
         f" up to {plan['max_model_len']:,} tokens a sequence",
         "",
         f"{plan['dense_groups']} dense group(s), each: weights {_size(dense['weights_bytes'])},"

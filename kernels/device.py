@@ -55,10 +55,11 @@ def make_experts(
     is_transposed: bool,
     exact: bool,
     post: Callable[[Tensor], Tensor] | None,
+    is_int8: bool = False,
 ) -> PackedExperts | GpuExperts:
     """Slots for one layer's experts on `device`; arguments as `GpuExperts` describes them.
 
-    On the CPU gate and `post` stay the caller's business.
+    On the CPU gate and `post` stay the caller's business. `is_int8` (`PackedExperts`) is the CPU's.
 
     Raises:
         ValueError: sizes, dtypes or a device that do not fit.
@@ -74,7 +75,10 @@ def make_experts(
             has_bias=has_bias,
             is_transposed=is_transposed,
             exact=exact,
+            is_int8=is_int8,
         )
+    if is_int8:
+        raise ValueError(f"int8 experts are computed on cpu, not on {device}")
     return GpuExperts(
         num_slots,
         hidden_size=hidden_size,

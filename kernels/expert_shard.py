@@ -42,7 +42,8 @@ class NativeShard:
             slot_of_expert_E: int64, slot of each logical expert, -1 where it is not held. Read at
                 every call: what is written into it counts from the next one.
         """
-        if not experts.is_native or (experts.dtype == torch.bfloat16 and experts.hidden_size % 2):
+        values_per_step = 4 if experts.is_int8 else 2 if experts.dtype == torch.bfloat16 else 1
+        if not experts.is_native or experts.hidden_size % values_per_step:
             return False
         up, down = experts.projections
         torch.ops.remora.expert_shard_layer(
@@ -58,6 +59,8 @@ class NativeShard:
             ACTIVATIONS.index(gate.activation),
             LAYOUTS.index(gate.layout),
             gate.numbers,
+            up.scale_SO,
+            down.scale_SO,
         )
         self._layers.add(layer)
         return True

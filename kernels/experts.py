@@ -5,6 +5,7 @@ and I without. Between `up` and `down` stands the model's own gate (`_apply_gate
 one of `gates` where that computes the same.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Final
@@ -13,6 +14,13 @@ import torch
 from torch import Tensor
 
 from remora.kernels import native
+from remora.kernels.int8 import (
+    dequantize,
+    pack_int8_into,
+    packed_int8_numel,
+    quantize,
+    unpack_int8,
+)
 from remora.kernels.linear import (
     DTYPES,
     pack_into,
@@ -23,7 +31,10 @@ from remora.kernels.linear import (
 
 
 class GroupedWeights:
-    """One projection of all slots: weights [S, O, K] packed, and biases [S, O]."""
+    """One projection of all slots: weights [S, O, K] packed, biases and scales [S, O].
+
+    `is_int8`: weights of one byte with a scale for each output (`int8`), under bfloat16 rows.
+    """
 
     def __init__(
         self,
@@ -33,17 +44,22 @@ class GroupedWeights:
         *,
         dtype: torch.dtype,
         has_bias: bool,
+        is_int8: bool = False,
     ) -> None:
         self.num_slots = num_slots
         self.num_outputs = num_outputs
         self.num_inputs = num_inputs
         self.is_native: Final = native.native_available()
-        shape = (
-            (packed_numel(num_outputs, num_inputs, dtype),)
-            if self.is_native
-            else (num_outputs, num_inputs)
-        )
-        self.packed = torch.zeros(num_slots, *shape, dtype=dtype)
+        self.is_int8 = is_int8
+        stored = dtype
+        shape: tuple[int, ...] = (num_outputs, num_inputs)
+        if is_int8:
+            stored = torch.uint8 if self.is_native else torch.int8
+        if self.is_native:
+            numel = packed_int8_numel if is_int8 else functools.partial(packed_numel, dtype=dtype)
+            shape = (numel(num_outputs, num_inputs),)
+        self.packed = torch.zeros(num_slots, *shape, dtype=stored)
+        self.scale_SO = torch.ones(num_slots, num_outputs) if is_int8 else None
         if self.is_native:
             torch.ops.remora.advise_huge_pages(self.packed)
         self.bias_SO = torch.zeros(num_slots, num_outputs, dtype=dtype) if has_bias else None
@@ -51,11 +67,21 @@ class GroupedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return self.packed.nbytes + (0 if self.bias_SO is None else self.bias_SO.nbytes)
+        others = (self.bias_SO, self.scale_SO)
+        return self.packed.nbytes + sum(t.nbytes for t in others if t is not None)
 
-    def load(self, slot: int, weight_OK: Tensor, bias_O: Tensor | None) -> None:
-        """Writes one slot."""
-        if self.is_native:
+    def load(
+        self, slot: int, weight_OK: Tensor, bias_O: Tensor | None, scale_O: Tensor | None = None
+    ) -> None:
+        """Writes one slot; with a scale, the weight is int8 already."""
+        if self.scale_SO is not None:
+            q_OK, scale = (weight_OK, scale_O) if scale_O is not None else quantize(weight_OK)
+            self.scale_SO[slot].copy_(scale)
+            if self.is_native:
+                pack_int8_into(self.packed[slot], q_OK)
+            else:
+                self.packed[slot].copy_(q_OK)
+        elif self.is_native:
             pack_into(self.packed[slot], weight_OK)
         else:
             self.packed[slot].copy_(weight_OK)
@@ -63,7 +89,9 @@ class GroupedWeights:
             self.bias_SO[slot].copy_(bias_O)
 
     def weight(self, slot: int) -> Tensor:
-        """The weight [O, K] of a slot, bit for bit (a new tensor)."""
+        """The weight [O, K] of a slot, bit for bit (a new tensor); int8 where it is quantised."""
+        if self.is_native and self.is_int8:
+            return unpack_int8(self.packed[slot], self.num_outputs, self.num_inputs)
         if self.is_native:
             return unpack(self.packed[slot], self.num_outputs, self.num_inputs)
         return self.packed[slot].clone()
@@ -72,7 +100,7 @@ class GroupedWeights:
         """Rows offsets[s]..offsets[s+1] times slot s; rows from offsets[S] on give zeros. [N, O]"""
         if self.is_native:
             out: Tensor = torch.ops.remora.grouped_linear(
-                x_NK, self.packed, self.bias_SO, offsets_S1, self.num_outputs
+                x_NK, self.packed, self.bias_SO, offsets_S1, self.num_outputs, self.scale_SO
             )
             return out
         return self._torch_forward(x_NK, offsets_S1, exact=exact)
@@ -83,9 +111,10 @@ class GroupedWeights:
         for slot, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if stop > start:
                 bias = None if self.bias_SO is None else self.bias_SO[slot]
-                y_NO[start:stop] = torch_linear(
-                    x_NK[start:stop], self.packed[slot], bias, exact=exact
-                )
+                weight = self.packed[slot]
+                if self.scale_SO is not None:
+                    weight = dequantize(weight, self.scale_SO[slot]).to(x_NK.dtype)
+                y_NO[start:stop] = torch_linear(x_NK[start:stop], weight, bias, exact=exact)
         return y_NO
 
 
@@ -101,6 +130,7 @@ class PackedExperts:
         has_bias: `<projection>_bias` vectors beside the weights.
         is_transposed: the model holds its weights as [inputs, outputs] (gpt_oss).
         exact: only matters without C++ kernels: work on fixed row tiles then.
+        is_int8: quantise what is loaded to one byte a weight; `dtype` is bfloat16 then.
 
     Raises:
         ValueError: a size below one, or another dtype.
@@ -117,7 +147,10 @@ class PackedExperts:
         has_bias: bool = False,
         is_transposed: bool = False,
         exact: bool = False,
+        is_int8: bool = False,
     ) -> None:
+        if is_int8 and dtype != torch.bfloat16:
+            raise ValueError(f"int8 experts are served in bfloat16, not in {dtype}")
         if min(num_slots, hidden_size, intermediate_size) < 1 or dtype not in DTYPES:
             raise ValueError(
                 f"experts need sizes >= 1 and bfloat16 or float32, got {num_slots} slots, "
@@ -131,14 +164,20 @@ class PackedExperts:
         self.has_bias = has_bias
         self.is_transposed = is_transposed
         self.exact = exact
+        self.is_int8 = is_int8
         self.up_name = "gate_up_proj" if has_gate else "up_proj"
         up_size = intermediate_size * (2 if has_gate else 1)
         self._projections = {
             self.up_name: GroupedWeights(
-                num_slots, up_size, hidden_size, dtype=dtype, has_bias=has_bias
+                num_slots, up_size, hidden_size, dtype=dtype, has_bias=has_bias, is_int8=is_int8
             ),
             "down_proj": GroupedWeights(
-                num_slots, hidden_size, intermediate_size, dtype=dtype, has_bias=has_bias
+                num_slots,
+                hidden_size,
+                intermediate_size,
+                dtype=dtype,
+                has_bias=has_bias,
+                is_int8=is_int8,
             ),
         }
         self._loaded: set[int] = set()
@@ -174,35 +213,56 @@ class PackedExperts:
         return shapes
 
     def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies one expert's tensors (`slot_shapes`) into a slot, replacing what was there.
+        """Copies one expert's tensors into a slot, replacing what was there.
+
+        Args:
+            slot: below `num_slots`.
+            tensors: `slot_shapes` in `dtype`; int8 experts also take what `export_slot` gives.
 
         Raises:
             ValueError: a name that is missing or unknown, a wrong shape or dtype.
         """
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
-        shapes = self.slot_shapes()
-        if tensors.keys() != shapes.keys():
-            raise ValueError(f"an expert has tensors {sorted(shapes)}, got {sorted(tensors)}")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != self.dtype:
-                raise ValueError(
-                    f"{name} must be {list(shapes[name])} {self.dtype}, "
-                    f"got {list(tensor.shape)} {tensor.dtype}"
-                )
+        self._check(tensors)
         for name, projection in self._projections.items():
             weight = tensors[name].detach()
             projection.load(
-                slot, weight.t() if self.is_transposed else weight, tensors.get(f"{name}_bias")
+                slot,
+                weight.t() if self.is_transposed else weight,
+                tensors.get(f"{name}_bias"),
+                tensors.get(f"{name}_scale"),
             )
         self._loaded.add(slot)
 
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        shapes = self.slot_shapes()
+        dtypes = dict.fromkeys(shapes, self.dtype)
+        if self.is_int8 and any(name.endswith("_scale") for name in tensors):
+            for name, projection in self._projections.items():
+                dtypes[name] = torch.int8
+                shapes[f"{name}_scale"] = (projection.num_outputs,)
+                dtypes[f"{name}_scale"] = torch.float32
+        if tensors.keys() != shapes.keys():
+            raise ValueError(f"an expert has tensors {sorted(shapes)}, got {sorted(tensors)}")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtypes[name]:
+                raise ValueError(
+                    f"{name} must be {list(shapes[name])} {dtypes[name]}, "
+                    f"got {list(tensor.shape)} {tensor.dtype}"
+                )
+
     def export_slot(self, slot: int) -> dict[str, Tensor]:
-        """One expert's tensors as they were loaded, bit for bit, contiguous, sorted by name."""
+        """One expert's tensors as they are held, bit for bit, contiguous, sorted by name.
+
+        As they were loaded; int8 experts give the quantised weights and `<projection>_scale` [O].
+        """
         assert slot in self._loaded, f"slot {slot} is empty; loaded: {sorted(self._loaded)}"
         tensors: dict[str, Tensor] = {}
         for name, projection in self._projections.items():
             weight = projection.weight(slot)
             tensors[name] = weight.t().contiguous() if self.is_transposed else weight
+            if projection.scale_SO is not None:
+                tensors[f"{name}_scale"] = projection.scale_SO[slot].clone()
             if projection.bias_SO is not None:
                 tensors[f"{name}_bias"] = projection.bias_SO[slot].clone()
         return dict(sorted(tensors.items()))
@@ -224,7 +284,12 @@ class PackedExperts:
 
 
 def _fake_grouped_linear(
-    x_NK: Tensor, packed: Tensor, bias_SO: Tensor | None, offsets_S1: Tensor, num_outputs: int
+    x_NK: Tensor,
+    packed: Tensor,
+    bias_SO: Tensor | None,
+    offsets_S1: Tensor,
+    num_outputs: int,
+    scale_SO: Tensor | None = None,
 ) -> Tensor:
     return x_NK.new_empty((x_NK.shape[0], num_outputs))
 

@@ -98,8 +98,9 @@ struct Run {
     gate_rows(layer.gate, down.bfloat16, tile, units.tile_columns, target, down.padded_inputs(),
               block.num_rows, width);
     if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
+      const int64_t padding = (down.padded_inputs() - down.num_inputs) * size();
       for (int64_t row = 0; row < block.num_rows; ++row) {
-        std::memset(target + (row * down.padded_inputs() + width) * size(), 0, size());
+        std::memset(target + (row * down.padded_inputs() + width) * size(), 0, padding);
       }
     }
   }
@@ -313,10 +314,10 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   const PackedShape& down = layer.down.shape;
   Run run{layer, scratch, calls};
   run.units = up_units(layer);
-  const int64_t group_bytes = kGroup * down.padded_inputs() * down.element_size();
+  const int64_t group_bytes = kGroup * down.padded_inputs() * down.weight_size();
   run.down_groups = std::clamp<int64_t>(kDownTaskBytes / group_bytes, 1, down.num_groups());
   run.down_tasks = (down.num_groups() + run.down_groups - 1) / run.down_groups;
-  run.kernel = panel_kernel(up.bfloat16);
+  run.kernel = panel_kernel(up.bfloat16, up.int8);
 
   const int64_t num_blocks = static_cast<int64_t>(scratch.blocks.size());
   const int64_t cost =

@@ -44,6 +44,7 @@ struct Segment {
   int64_t num_rows;
   const char* weights;
   const char* bias;  // or null
+  const float* scale = nullptr;
 };
 
 struct Task {
@@ -55,7 +56,7 @@ struct Task {
 void run_task(const Segment& segment, const Task& task, PanelKernel kernel) {
   const Shape& shape = *segment.shape;
   const int64_t size = shape.element_size();
-  PanelCall call = shape.group_call(task.group, segment.weights, segment.bias);
+  PanelCall call = shape.group_call(task.group, segment.weights, segment.bias, segment.scale);
   call.x = segment.x + task.row * shape.x_stride * size;
   call.x_stride = shape.x_stride;
   call.num_rows = std::min(kRowBlock, segment.num_rows - task.row);
@@ -81,7 +82,7 @@ void run_segments(const std::vector<Segment>& segments) {
     }
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const PanelKernel kernel = panel_kernel(segments[0].shape->bfloat16);
+  const PanelKernel kernel = panel_kernel(segments[0].shape->bfloat16, segments[0].shape->int8);
   std::atomic<int64_t> next{0};
   const auto work = [&](int) {
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
@@ -175,17 +176,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_3(
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
                           const std::optional<at::Tensor>& bias, const at::Tensor& offsets,
-                          int64_t num_outputs) {
+                          int64_t num_outputs, const std::optional<at::Tensor>& scale) {
   const PhaseTimer timer(Phase::kExperts);
   TORCH_CHECK(x.dim() == 2 && packed.dim() >= 2, "x must be [N, K], packed [S, ...]");
   const int64_t num_slots = packed.size(0);
-  Shape shape{{x.size(1), num_outputs, is_bfloat16(x)}, 0};
-  TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
+  Shape shape{{x.size(1), num_outputs, is_bfloat16(x), scale.has_value()}, 0};
+  const auto stored = shape.int8 ? at::kByte : x.scalar_type();
+  TORCH_CHECK(packed.scalar_type() == stored && packed.is_contiguous() &&
                   packed.numel() == num_slots * shape.packed_numel(),
               "packed weights of ", packed.numel(), " ", packed.scalar_type(), " do not fit x [N, ",
               shape.num_inputs, "] ", x.scalar_type(), ", ", num_slots, " slots and ", num_outputs,
               " outputs");
   check_bias(bias, x, num_slots * num_outputs);
+  TORCH_CHECK(!scale.has_value() ||
+                  (shape.bfloat16 && scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
+                   scale->numel() == num_slots * num_outputs),
+              "a scale goes with bfloat16 rows and must be contiguous float32 [S, ", num_outputs, "]");
   TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == num_slots + 1,
               "offsets must be [S + 1] = [", num_slots + 1, "], got ", offsets.sizes());
   const at::Tensor bounds = offsets.to(at::kLong).contiguous();
@@ -206,8 +212,9 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
     segments.push_back(
         {&shape, byte_pointer(rows) + bound[slot] * shape.x_stride * size,
          out_bytes + bound[slot] * num_outputs * size, bound[slot + 1] - bound[slot],
-         byte_pointer(packed) + slot * shape.packed_numel() * size,
-         bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr});
+         byte_pointer(packed) + slot * shape.packed_nbytes(),
+         bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr,
+         scale.has_value() ? scale->const_data_ptr<float>() + slot * num_outputs : nullptr});
   }
   const int64_t num_used = bound[num_slots];
   std::fill(out_bytes + num_used * num_outputs * size, out_bytes + num_rows * num_outputs * size, 0);
@@ -263,8 +270,8 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("packed_linear_3(Tensor x, Tensor packed_a, Tensor? bias_a, int num_outputs_a, "
         "Tensor packed_b, Tensor? bias_b, int num_outputs_b, "
         "Tensor packed_c, Tensor? bias_c, int num_outputs_c) -> (Tensor, Tensor, Tensor)", tags);
-  m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs)"
-        " -> Tensor", tags);
+  m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs,"
+        " Tensor? scale=None) -> Tensor", tags);
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
 }
 

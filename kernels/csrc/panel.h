@@ -5,6 +5,10 @@
 // [step][column][2] (bfloat16, two k a step, zero padded): what `vdpbf16ps` wants, and a tile of
 // AMX (rows one group width apart). A group is one sequential stream of memory.
 //
+// Weights of one byte (int8 with a scale for each output) are sign and magnitude, four k a step:
+// [step][panel][4 runs of 4 columns][2][column][2]. Both halves of a run widen in place to what
+// `vdpbf16ps` wants.
+//
 // Every output element is one float32 accumulator over the steps in ascending order, whatever the
 // number of rows and the tile it falls into: rows are independent of each other bit for bit.
 #pragma once
@@ -28,6 +32,7 @@ struct PanelCall {
   int64_t num_steps;
   int num_panels;       // of the group: 1..4
   const void* bias;     // first column of the group, dtype of x; or null
+  const float* scale;   // first column of the group; of one-byte weights only
   void* out;            // first row, first column of the group
   int64_t out_stride;   // elements between rows
   int num_columns;      // columns to write: 16 * (num_panels - 1) < num_columns <= 16 * num_panels
@@ -39,8 +44,8 @@ struct PanelCall {
 
 using PanelKernel = void (*)(const PanelCall&);
 
-// The kernel for this machine and dtype.
-PanelKernel panel_kernel(bool bfloat16);
+// The kernel for this machine and dtype of the rows; `int8`: bfloat16 rows, one-byte weights.
+PanelKernel panel_kernel(bool bfloat16, bool int8 = false);
 
 // Rows times an ordinary weight [O, K] (a router's): see row_tiles.h for the order of the sum.
 struct RowCall {
@@ -60,11 +65,12 @@ using RowKernel = void (*)(const RowCall&);
 
 RowKernel row_kernel(bool bfloat16);
 
-// Every instruction set has these four; avx512_bf16 leaves float32 to avx512.
+// Every instruction set has these five; avx512_bf16 leaves float32 to avx512.
 #define REMORA_DECLARE(isa_namespace)      \
   namespace isa_namespace {                \
   void panel_float(const PanelCall&);      \
   void panel_bfloat16(const PanelCall&);   \
+  void panel_int8(const PanelCall&);       \
   void row_float(const RowCall&);          \
   void row_bfloat16(const RowCall&);       \
   }

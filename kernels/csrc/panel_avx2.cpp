@@ -21,6 +21,7 @@ namespace {
 
 REMORA_TARGET void panel_float(const PanelCall& call) { panel_rows<Float>(call); }
 REMORA_TARGET void panel_bfloat16(const PanelCall& call) { panel_rows<BFloat16>(call); }
+REMORA_TARGET void panel_int8(const PanelCall& call) { panel_rows<Int8>(call); }
 REMORA_TARGET void row_float(const RowCall& call) { dot_rows<Float>(call); }
 REMORA_TARGET void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 

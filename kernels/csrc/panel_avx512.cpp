@@ -63,10 +63,50 @@ struct BFloat16 : Avx512<uint16_t> {
   }
 };
 
+struct QuadWeights {
+  __m512 k[4];
+};
+
+struct Int8 : Avx512<uint16_t> {
+  using Stored = uint8_t;
+  using Weights = QuadWeights;
+  static constexpr bool kScaled = true;
+  static constexpr int kScalarsPerStep = 4;
+  static constexpr int kRows = 4;
+  static constexpr int kPanels = 2;  // a panel of a step holds four registers of weights
+  REMORA_INLINE Weights load_weights(const uint8_t* w) {
+    const __m512i bytes = _mm512_loadu_si512(w);
+    const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
+    const __m512i value = _mm512_mask_sub_epi8(magnitude, _mm512_movepi8_mask(bytes),
+                                               _mm512_setzero_si512(), magnitude);
+    // A column's two values of one half, each in the upper byte of a 16-bit word.
+    const __m512i first = _mm512_unpacklo_epi8(_mm512_setzero_si512(), value);
+    const __m512i second = _mm512_unpackhi_epi8(_mm512_setzero_si512(), value);
+    return {{low(first), high(first), low(second), high(second)}};
+  }
+  REMORA_INLINE __m512 low(__m512i words) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 24));
+  }
+  REMORA_INLINE __m512 high(__m512i words) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 24));
+  }
+  REMORA_INLINE QuadWeights load_x(const uint16_t* x) {
+    const Pair first = BFloat16::load_x(x);
+    const Pair second = BFloat16::load_x(x + 2);
+    return {{first.even, first.odd, second.even, second.odd}};
+  }
+  REMORA_INLINE Vec dot(Vec acc, const QuadWeights& x, const Weights& w) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) acc = _mm512_fmadd_ps(x.k[k], w.k[k], acc);
+    return acc;
+  }
+};
+
 }  // namespace
 
 REMORA_TARGET void panel_float(const PanelCall& call) { panel_rows<Float>(call); }
 REMORA_TARGET void panel_bfloat16(const PanelCall& call) { panel_rows<BFloat16>(call); }
+REMORA_TARGET void panel_int8(const PanelCall& call) { panel_rows<Int8>(call); }
 REMORA_TARGET void row_float(const RowCall& call) { dot_rows<Float>(call); }
 REMORA_TARGET void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 

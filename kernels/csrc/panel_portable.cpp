@@ -22,6 +22,7 @@ namespace {
 
 void panel_float(const PanelCall& call) { panel_rows<Float>(call); }
 void panel_bfloat16(const PanelCall& call) { panel_rows<BFloat16>(call); }
+void panel_int8(const PanelCall& call) { panel_rows<Int8>(call); }
 void row_float(const RowCall& call) { dot_rows<Float>(call); }
 void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 
@@ -29,12 +30,19 @@ void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 
 namespace remora {
 
-PanelKernel panel_kernel(bool bfloat16) {
+PanelKernel panel_kernel(bool bfloat16, bool int8) {
 #if defined(__x86_64__)
+  if (int8) {
+    const bool permutes_bytes = __builtin_cpu_supports("avx512vbmi");
+    if (isa() == Isa::kAvx512Bf16 && permutes_bytes) return avx512_bf16::panel_int8;
+    if (isa() >= Isa::kAvx512) return avx512::panel_int8;
+    return isa() == Isa::kAvx2 ? avx2::panel_int8 : portable::panel_int8;
+  }
   if (bfloat16 && isa() == Isa::kAvx512Bf16) return avx512_bf16::panel_bfloat16;
   if (isa() >= Isa::kAvx512) return bfloat16 ? avx512::panel_bfloat16 : avx512::panel_float;
   if (isa() == Isa::kAvx2) return bfloat16 ? avx2::panel_bfloat16 : avx2::panel_float;
 #endif
+  if (int8) return portable::panel_int8;
   return bfloat16 ? portable::panel_bfloat16 : portable::panel_float;
 }
 

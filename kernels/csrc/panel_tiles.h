@@ -3,7 +3,8 @@
 //
 // `Simd` provides Scalar, Vec (16 float32), Weights (16 columns of one step), and static functions
 // zero, load_weights, load_x, dot (one step into an accumulator), add_bias, store;
-// kScalarsPerStep: k values of one step; kPrefetches; kRows, kPanels: the largest tile.
+// kScalarsPerStep: k values of one step; kPrefetches; kRows, kPanels: the largest tile. Stored is
+// what weights are stored as; where they are scaled (kScaled), `scale` multiplies the sums.
 
 template <class Simd, int kR, int kP>
 REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
@@ -14,8 +15,9 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
     x[r] = call.x_rows != nullptr ? static_cast<const Scalar*>(call.x_rows[row + r])
                                   : static_cast<const Scalar*>(call.x) + (row + r) * call.x_stride;
   }
+  using Stored = typename Simd::Stored;
   const int64_t step_stride = call.num_panels * kPanel * Simd::kScalarsPerStep;
-  const Scalar* w = static_cast<const Scalar*>(call.weights) +
+  const Stored* w = static_cast<const Stored*>(call.weights) +
                     first_panel * kPanel * Simd::kScalarsPerStep;
   typename Simd::Vec acc[kR][kP];
 #pragma GCC unroll 8
@@ -25,10 +27,10 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   }
   // Weights are asked for early, those of the next group where this one ends: a stream of memory
   // that stops and starts costs a latency each time.
-  const int64_t ahead_steps = kAheadBytes / (step_stride * sizeof(Scalar));
+  const int64_t ahead_steps = kAheadBytes / (step_stride * sizeof(Stored));
   const int64_t num_inner = call.num_steps > ahead_steps ? call.num_steps - ahead_steps : 0;
-  const Scalar* ahead = w + (call.num_steps - num_inner) * step_stride;
-  const Scalar* next = call.next == nullptr ? ahead : static_cast<const Scalar*>(call.next);
+  const Stored* ahead = w + (call.num_steps - num_inner) * step_stride;
+  const Stored* next = call.next == nullptr ? ahead : static_cast<const Stored*>(call.next);
   for (int part = 0; part < 2; ++part) {
     const int64_t end = part == 0 ? num_inner : call.num_steps;
     for (int64_t step = part == 0 ? 0 : num_inner; step < end; ++step) {
@@ -66,6 +68,7 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
     const int count = left < kPanel ? left : static_cast<int>(kPanel);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
+      if constexpr (Simd::kScaled) acc[r][p] = Simd::scale(acc[r][p], call.scale + column, count);
       if (bias != nullptr) acc[r][p] = Simd::add_bias(acc[r][p], bias + column, count);
       Simd::store(out[r] + column, acc[r][p], count);
     }

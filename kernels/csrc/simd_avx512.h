@@ -43,10 +43,15 @@ REMORA_INLINE float sum_lanes(__m512 value) {
 template <class S>
 struct Avx512 {
   using Scalar = S;
+  using Stored = S;
+  static constexpr bool kScaled = false;
   using Vec = __m512;
   REMORA_INLINE Vec zero() { return _mm512_setzero_ps(); }
   REMORA_INLINE Vec add_bias(Vec acc, const S* bias, int count) {
     return _mm512_add_ps(acc, load_lanes(bias, count));
+  }
+  REMORA_INLINE Vec scale(Vec acc, const float* scales, int count) {
+    return _mm512_mul_ps(acc, load_lanes(scales, count));
   }
   REMORA_INLINE void store(S* target, Vec value, int count) { store_lanes(target, value, count); }
 

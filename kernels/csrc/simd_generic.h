@@ -26,6 +26,8 @@ REMORA_INLINE void narrow_one(float value, uint16_t* target) {
 template <class S>
 struct Generic {
   using Scalar = S;
+  using Stored = S;
+  static constexpr bool kScaled = false;
   using Vec = Vec16;
   static constexpr int kRows = 4;
   static constexpr int kPanels = 1;

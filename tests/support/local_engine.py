@@ -84,6 +84,7 @@ class LocalEngine:
         mode: CombineMode = "ordered",
         exact: bool = True,
         max_positions: int | None = None,
+        is_int8: bool = False,
     ) -> "LocalEngine":
         """Inspect and load a checkpoint, experts in equal contiguous runs over the shards."""
         spec = inspect_model(path)
@@ -99,6 +100,7 @@ class LocalEngine:
                 dict(zip(spec.moe_layers, placement.slots[uid], strict=True)),
                 dtype=dtype,
                 exact=exact,
+                is_int8=is_int8,
             )
             for uid in uids
         ]

@@ -8,8 +8,16 @@ from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
 from remora.cluster.config import parse_config
-from remora.cluster.launch import dense_launch, dense_options, dense_threads, shard_threads
+from remora.cluster.launch import (
+    dense_launch,
+    dense_options,
+    dense_threads,
+    placement_of,
+    shard_launch,
+    shard_threads,
+)
 from remora.cluster.local_ray import check_room
+from remora.cluster.memory_plan import plan_deployment
 from remora.comm.errors import ConfigError
 
 
@@ -29,6 +37,21 @@ def test_exact_takes_no_more_threads_than_it_can_promise_with(
     asked = parse_config({"model": "m", "numerics": "exact", "experts": {"threads": 3}})
     with pytest.raises(ConfigError, match=r"experts\.threads = 3: exact numerics allow at most 2"):
         shard_threads(asked)
+
+
+def test_int8_experts_want_bfloat16_rows(tmp_path: Path) -> None:
+    spec = inspect_model(make_checkpoint(tmp_path, "qwen3_moe"))
+    asked = {"model": str(tmp_path), "experts_dtype": "int8"}
+    with pytest.raises(ConfigError, match=r"experts_dtype = int8: .* served in float32"):
+        placement_of(parse_config(asked), spec)
+    config = parse_config(asked | {"dtype": "bfloat16"})
+    placement = placement_of(config, spec)
+    assert shard_launch(config, "shard-0", placement, b"t" * 32).is_int8
+    plan = plan_deployment(config)
+    assert plan["experts_dtype"] == "int8"
+    plain = plan_deployment(parse_config({"model": str(tmp_path), "dtype": "bfloat16"}))
+    ratio = plan["shards"]["shard-0"]["weights_bytes"] / plain["shards"]["shard-0"]["weights_bytes"]
+    assert 0.5 < ratio < 0.55
 
 
 def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:

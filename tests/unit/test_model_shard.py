@@ -123,6 +123,26 @@ def test_experts_move_between_shards_bit_for_bit(architecture: str, tmp_path: Pa
     assert (1, 6) not in right.manifest.by_expert()
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_int8_experts_are_near_and_move_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, architecture)
+    spec, left = load(path, experts=[0, 1], num_slots=4, dtype=torch.bfloat16, is_int8=True)
+    _, right = load(path, experts=[6], dtype=torch.bfloat16, is_int8=True)
+    _, whole = load(path, dtype=torch.bfloat16)
+    tensors = right.export_expert(1, 6)
+    assert tensors["down_proj"].dtype == torch.int8
+    held = right.manifest.by_expert()[1, 6]
+    assert right.manifest.dtype == "int8"
+    assert left.load_expert(1, 6, 3, tensors) == held.digest
+    assert held.nbytes == spec.expert_nbytes(torch.bfloat16, is_int8=True)
+    x, row = torch.randn((9, spec.hidden_size)).bfloat16(), torch.arange(9)
+    pairs = row, torch.full((9,), 6), torch.ones(9)
+    moved = left.forward(1, x, *pairs, "ordered")
+    assert torch.equal(moved, right.forward(1, x, *pairs, "ordered"))
+    exact = whole.forward(1, x, *pairs, "ordered").float()
+    assert (moved.float() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_bytes_are_those_of_its_slots(tmp_path: Path) -> None:
     spec, shard = load(make_checkpoint(tmp_path, "mixtral"), experts=[2, 5])
     assert shard.nbytes == 2 * len(spec.moe_layers) * spec.expert_nbytes(torch.float32)
