@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from remora.actors.dense_model import build_dense
+from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_experts import SplitExperts
 from remora.comm.arena import Memory
 from remora.comm.collectives import GlooGroup, SharedGroup
@@ -83,6 +84,18 @@ def _together(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+class _OneAtATime:
+    """Shards that several ranks ask: a shard computes in one thread."""
+
+    def __init__(self, experts: ExpertsFn) -> None:
+        self._experts = experts
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Tensor:
+        with self._lock:
+            return self._experts(*args)
+
+
 @dataclass(slots=True)
 class TpEngine(LocalEngine):
     """As `LocalEngine`: rank 0, and the other ranks that do the same steps."""
@@ -96,8 +109,9 @@ class TpEngine(LocalEngine):
             build_dense(path, whole.spec, dtype=whole.dense.dtype, exact=whole.exact, group=group)
             for group in groups_of(size)
         ]
+        shards = _OneAtATime(whole.experts)
         first, *others = [
-            (part.spec, part, SplitExperts(whole.experts, part.part.group), whole.exact)
+            (part.spec, part, SplitExperts(shards, part.part.group), whole.exact)
             for part in parts
             if part.part is not None
         ]
