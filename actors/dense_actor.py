@@ -16,7 +16,6 @@ from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor, Wish
 from remora.actors.launch import (
-    Launch,
     Progress,
     advertised_ip,
     host_label,
@@ -24,12 +23,17 @@ from remora.actors.launch import (
     take_threads,
 )
 from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.tp_experts import SplitExperts
+from remora.actors.tp_group import RankLaunch, gather_ranks
+from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
+from remora.actors.tp_surgery import whole_text
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
+from remora.comm.rank_link import RankListener
 from remora.comm.server import FrameServer
-from remora.comm.view import Member, View
+from remora.comm.view import Endpoint, Member, View
 from remora.comm.wire import combined_rows, dispatch_bytes
 from remora.kernels import phases
 from remora.kernels.fingerprint import kernel_fingerprint
@@ -37,7 +41,7 @@ from remora.kernels.fingerprint import kernel_fingerprint
 logger = logging.getLogger(__name__)
 
 
-class DenseLaunch(Launch, frozen=True, kw_only=True):
+class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
     """What a dense rank is told; the view comes when the shards are up."""
 
     executor: Wish
@@ -63,9 +67,20 @@ class DenseActor:
         self._executor: Executor | None = None
         self._dispatcher: Dispatcher | None = None
         self._rank: DenseRank | None = None
+        self._listener: RankListener | None = None
+        self._leader: Leader | None = None
+        self._whole = ""
         self._stopping = False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
+
+    def listen(self) -> Endpoint:
+        """Where the other ranks of this dense group find rank 0; before `start`."""
+        launch = self._launch
+        self._listener = RankListener(
+            host_ip=launch.bind_ip, use_unix=launch.use_unix, token=launch.token
+        )
+        return self._listener.endpoint(host_label(), advertised_ip(launch.bind_ip))
 
     def start(self) -> Member:
         """Load, listen, and say where. Requests are served once a view has been adopted.
@@ -97,7 +112,7 @@ class DenseActor:
         return (
             f"mode={'exact' if launch.exact else 'fast'} "
             f"executor={executor.name if executor else '?'} dtype={self._dtype} "
-            f"threads={launch.num_threads} tp=1 {kernel_fingerprint()}"
+            f"threads={launch.num_threads} tp={launch.num_ranks} {kernel_fingerprint()}"
         )
 
     def status(self) -> dict[str, Any]:
@@ -120,6 +135,8 @@ class DenseActor:
             "executor": stats.executor if stats else "eager",
             "why_eager": self._executor.why_eager if self._executor else None,
             "shards_connected": peers.live_uids if peers else [],
+            "tensor_parallel": self._launch.num_ranks,
+            "whole_on_every_rank": self._whole,
         }
 
     def phases(self) -> dict[str, Any]:
@@ -152,6 +169,7 @@ class DenseActor:
         spec = inspect_model(launch.model)
         dtype = resolve_dtype(spec, launch.dtype)
         self._dtype = str(dtype).removeprefix("torch.")
+        self._leader = self._lead()
         model = build_dense(
             launch.model,
             spec,
@@ -159,21 +177,17 @@ class DenseActor:
             exact=launch.exact,
             max_positions=launch.max_model_len,
             progress=self._note_progress,
+            group=self._leader.group if self._leader else None,
         )
         self._progress = Progress(phase="compiling", bytes_done=1, bytes_total=1)
-        self._executor = Executor(model, wish=launch.executor, exact=launch.exact)
+        self._executor = self._make_executor(model)
         self._peers = PeerSet(
             token=launch.token,
             self_host=host_label(),
             name=launch.uid,
-            limits=_peer_limits(model, launch),
+            limits=peer_limits(model, launch),
         )
-        rank = self._rank = DenseRank(
-            model=model,
-            pages=allocate_pages(model, launch.num_kv_blocks),
-            experts=_no_view,
-            exact=launch.exact,
-        )
+        rank = self._rank = self._make_rank(model, self._executor)
         self._state = DenseState(_limits(model, launch))
         self._engine = DenseEngine(
             state=self._state,
@@ -195,6 +209,43 @@ class DenseActor:
         logger.info("%s holds %d bytes of dense weights", launch.uid, model.nbytes)
         return self._serve
 
+    def _lead(self) -> Leader | None:
+        """Meet the other ranks, if there are any."""
+        if self._launch.num_ranks == 1:
+            return None
+        assert self._listener is not None, "start before listen: the other ranks cannot come"
+        ranks = gather_ranks(self._listener, self._launch)
+        return Leader(self._launch.uid, ranks, self._launch.exchange_timeout_s)
+
+    def _make_executor(self, model: DenseModel) -> Executor:
+        launch = self._launch
+        if self._leader is None:
+            return Executor(model, wish=launch.executor, exact=launch.exact)
+        assert model.part is not None
+        self._whole = whole_text(model.part.plan)
+        logger.info("%s has %d ranks; %s", launch.uid, launch.num_ranks, self._whole)
+        return LeaderExecutor(
+            model,
+            self._leader,
+            wish=launch.executor,
+            exact=launch.exact,
+            timeout_s=launch.start_timeout_s,
+        )
+
+    def _make_rank(self, model: DenseModel, executor: Executor) -> DenseRank:
+        pages = allocate_pages(model, self._launch.num_kv_blocks)
+        exact = self._launch.exact
+        if self._leader is None:
+            return DenseRank(model=model, pages=pages, experts=_no_view, exact=exact)
+        return LeaderRank(
+            leader=self._leader,
+            executor=executor,
+            model=model,
+            pages=pages,
+            experts=_no_view,
+            exact=exact,
+        )
+
     def _serve(self) -> None:
         assert self._engine is not None and self._server is not None and self._peers is not None
         try:
@@ -204,23 +255,16 @@ class DenseActor:
         finally:
             self._server.close()
             self._peers.close()
+            if self._leader is not None:
+                self._leader.close()
 
     def _connect(self, rank: DenseRank, view: View) -> None:
         assert self._peers is not None
-        if self._dispatcher is not None:
-            for uid in self._dispatcher.suspects:  # a shard that hangs does not shake hands
-                self._peers.disconnect(uid)
-        dispatcher = Dispatcher(
-            view=view,
-            peers=self._peers,
-            combine="ordered" if self._launch.exact else "presummed",
-            deadline_s=self._launch.call_timeout_s,
-        )
-        self._dispatcher = dispatcher
-        missing = sorted(set(view.placement.slots) - set(self._peers.live_uids))
-        if missing:
-            raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
-        rank.experts = dispatcher.moe
+        if self._leader is not None:
+            self._leader.adopt(view)
+        self._dispatcher = connect_shards(self._peers, view, self._launch, self._dispatcher)
+        experts = self._dispatcher.moe
+        rank.experts = SplitExperts(experts, self._leader.group) if self._leader else experts
 
     def _phases(self) -> dict[str, Any]:
         assert self._state is not None and self._rank is not None
@@ -234,6 +278,29 @@ class DenseActor:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
+
+
+def connect_shards(
+    peers: PeerSet, view: View, launch: DenseLaunch, before: Dispatcher | None
+) -> Dispatcher:
+    """A dispatcher by `view`; `before` is the one that it takes the place of.
+
+    Raises:
+        ClusterError: a shard cannot be reached.
+    """
+    if before is not None:
+        for uid in before.suspects:  # a shard that hangs does not shake hands
+            peers.disconnect(uid)
+    dispatcher = Dispatcher(
+        view=view,
+        peers=peers,
+        combine="ordered" if launch.exact else "presummed",
+        deadline_s=launch.call_timeout_s,
+    )
+    missing = sorted(set(view.placement.slots) - set(peers.live_uids))
+    if missing:
+        raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
+    return dispatcher
 
 
 def _no_view(*_: Any) -> Any:
@@ -253,7 +320,7 @@ def _limits(model: DenseModel, launch: DenseLaunch) -> DenseLimits:
     )
 
 
-def _peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
+def peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
     """Regions that hold the largest call and its answer; pages are touched on use only."""
     row_bytes = model.spec.hidden_size * model.dtype.itemsize
     num_rows = launch.max_tokens_per_step

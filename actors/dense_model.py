@@ -6,7 +6,9 @@ that is in `dense_surgery.py`. Legend: T token rows of a step (padding included)
 are wanted for, D model width, V vocabulary.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from remora.actors.step_context import StepContext, steps
 from remora.actors.step_program import Split, StepProgram, split
 from remora.actors.tp_surgery import Part
 from remora.actors.weights import Progress, WeightPlan
-from remora.comm.collectives import Group
+from remora.comm.collectives import DryGroup, Group
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "post_grad_custom_pre_pass": MergeLinears(),
@@ -81,6 +83,23 @@ class DenseModel:
         """Bytes of all parameters and buffers, shared ones once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the model is divided over."""
+        return 1 if self.part is None else self.part.group.size
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Meanwhile nothing is exchanged with other ranks: steps that count for nothing."""
+        if self.part is None or isinstance(self.part.group, DryGroup):
+            yield
+            return
+        self.part.group.set_dry(True)
+        try:
+            yield
+        finally:
+            self.part.group.set_dry(False)
 
     def hidden(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """One pass over the rows of the step that `steps` is in (`steps.enter` comes first).

@@ -174,14 +174,17 @@ class VocabularyEmbedding(nn.Module):
     """An embedding of this rank's run of the token ids."""
 
     table: Tensor
+    begin: Tensor
 
     def __init__(self, table: nn.Embedding, group: Group) -> None:
         super().__init__()
         self.register_buffer("table", table.weight.detach(), persistent=False)
-        self.begin, self.end = part_of(group.rank, group.size, table.num_embeddings)
+        begin, end = part_of(group.rank, group.size, table.num_embeddings)
+        # A tensor, not a constant: ranks then share what is compiled.
+        self.register_buffer("begin", torch.tensor(begin), persistent=False)
         self.group = group.number
         self.is_native = group.is_native
-        assert self.table.shape[0] == self.end - self.begin, f"{tuple(self.table.shape)} rows"
+        assert self.table.shape[0] == end - begin, f"{tuple(self.table.shape)} rows"
 
     @property
     def weight(self) -> Tensor:
@@ -190,8 +193,9 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 ids of any rank -> [..., D]: zeros are added to the one row that is somewhere."""
-        is_here = (token_ids >= self.begin) & (token_ids < self.end)
-        rows = F.embedding((token_ids - self.begin).where(is_here, 0), self.table)
+        places = token_ids - self.begin
+        is_here = (places >= 0) & (places < self.table.shape[0])
+        rows = F.embedding(places.where(is_here, 0), self.table)
         return group_sum(rows.where(is_here[..., None], 0), self.group, self.is_native)
 
 

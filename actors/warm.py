@@ -20,6 +20,7 @@ from remora.actors.dense_rank import layer_widths, row_quantum
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import StepContext
+from remora.comm.collectives import DryGroup
 from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
 
 LOWEST_PRIORITY = 19  # niceness of the child that compiles beside a serving engine
@@ -49,11 +50,12 @@ def compile_and_warm(model: DenseModel, *, exact: bool) -> None:
     """Compile the layers and what stands around them, and settle how they are called."""
     model.compile()
     warm_up(model, exact=exact)
-    ends = model.drop_guards()
-    if ends is not None:
-        for num_rows in warm_rows(model, exact=exact):
-            ends.warm(torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows))
-        model.use_program(ends.program())
+    with model.alone():
+        ends = model.drop_guards()
+        if ends is not None:
+            for num_rows in warm_rows(model, exact=exact):
+                ends.warm(torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows))
+            model.use_program(ends.program())
     warm_up(model, exact=exact)  # what has been put together runs before a request meets it
 
 
@@ -68,7 +70,8 @@ def warm_up(model: DenseModel, *, exact: bool) -> None:
         ]
         context = StepContext(plan=plan, pages=pages, experts=silent_experts)
         no_rows = torch.empty(0, dtype=torch.int64)
-        model.run(context, torch.zeros(num_rows, dtype=torch.int64), no_rows)
+        with model.alone():
+            model.run(context, torch.zeros(num_rows, dtype=torch.int64), no_rows)
 
 
 def silent_experts(
@@ -79,13 +82,15 @@ def silent_experts(
 
 
 def main() -> None:
-    """Entry point of the child: `argv[1]` is JSON with model, dtype and exact."""
+    """Entry point of the child: `argv[1]` is JSON with model, dtype, exact and num_ranks."""
     os.nice(LOWEST_PRIORITY)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     order = json.loads(sys.argv[1])
     take_threads(1)
     spec = inspect_model(order["model"])
-    model = build_hollow(spec, dtype=resolve_dtype(spec, order["dtype"]), exact=order["exact"])
+    dtype = resolve_dtype(spec, order["dtype"])
+    group = DryGroup(0, order["num_ranks"]) if order["num_ranks"] > 1 else None
+    model = build_hollow(spec, dtype=dtype, exact=order["exact"], group=group)
     compile_and_warm(model, exact=order["exact"])
 
 

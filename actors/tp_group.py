@@ -1,0 +1,132 @@
+"""How the ranks of a tensor-parallel dense group come together, and what they exchange with.
+
+Ranks of one host (by Ray's label, as everywhere) with C++ kernels share memory that rank 0 makes
+and passes on; it has no name and goes with its last process. Others use gloo, whose connections
+know no token: they need a network that is ours alone.
+"""
+
+import dataclasses
+import datetime
+import logging
+import os
+
+from torch import distributed as dist
+
+from remora.actors.launch import Launch, advertised_ip, host_label
+from remora.comm.arena import Memory
+from remora.comm.collectives import CAPACITY_BYTES_MAX, GlooGroup, SharedGroup
+from remora.comm.errors import FrameError
+from remora.comm.rank_link import Hello, Link, RankListener, Setup, dial_rank_0
+from remora.comm.view import Endpoint
+from remora.kernels.native import native_available
+
+logger = logging.getLogger(__name__)
+
+DIAL_S = 30.0
+
+
+class RankLaunch(Launch, frozen=True, kw_only=True):
+    """What any rank of a dense group is told about it."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    start_timeout_s: float = 900.0
+    exchange_timeout_s: float = 65.0  # a rank may wait for another one that waits for a shard
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A group as rank 0 has it."""
+
+    group: SharedGroup | GlooGroup
+    links: dict[int, Link]
+
+
+def gather_ranks(listener: RankListener, launch: RankLaunch) -> Ranks:
+    """Wait for the other ranks and agree on how to exchange.
+
+    Raises:
+        DeadlineError, PeerLostError: ranks that did not come, or went.
+    """
+    found = listener.accept(launch.num_ranks, launch.start_timeout_s)
+    listener.close()
+    links = {rank: link for rank, (_, link) in sorted(found.items())}
+    hosts = {hello.host for hello, _ in found.values()} | {host_label()}
+    if len(hosts) == 1 and launch.use_unix and native_available():
+        return Ranks(group=_share_memory(links, launch), links=links)
+    logger.warning("ranks on %d hosts exchange over gloo, which is slower", len(hosts))
+    return Ranks(group=_meet_over_gloo(links, launch), links=links)
+
+
+def join_ranks(endpoint: Endpoint, launch: RankLaunch) -> tuple[SharedGroup | GlooGroup, Link]:
+    """The same for any other rank. Raises PeerLostError, AuthError, DeadlineError, FrameError."""
+    hello = Hello(rank=launch.rank, host=host_label())
+    link = dial_rank_0(endpoint, launch.token, hello, DIAL_S)
+    setup = link.receive(launch.start_timeout_s)
+    if not isinstance(setup, Setup):
+        raise FrameError(f"rank 0 sent {type(setup).__name__}, expected is Setup")
+    if setup.kind == "shared":
+        descriptor = link.receive_descriptor()
+        try:
+            size = SharedGroup.bytes_needed(launch.num_ranks, setup.capacity)
+            memory = Memory.attach(descriptor, size)
+        finally:
+            os.close(descriptor)
+        return _shared(memory, launch, setup.capacity, {0: link}), link
+    store = _store(setup.store_ip, setup.store_port, launch, is_master=False)
+    return _gloo(store, launch), link
+
+
+def _share_memory(links: dict[int, Link], launch: RankLaunch) -> SharedGroup:
+    capacity = CAPACITY_BYTES_MAX
+    size = SharedGroup.bytes_needed(launch.num_ranks, capacity)
+    memory, descriptor = Memory.create_shared(size)
+    try:
+        for link in links.values():
+            link.send(Setup(kind="shared", capacity=capacity))
+            link.send_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+    return _shared(memory, launch, capacity, links)
+
+
+def _meet_over_gloo(links: dict[int, Link], launch: RankLaunch) -> GlooGroup:
+    ip = _own_ip(launch)
+    store = _store(ip, 0, launch, is_master=True)
+    for link in links.values():
+        link.send(Setup(kind="gloo", store_ip=ip, store_port=store.port))
+    return _gloo(store, launch)
+
+
+def _shared(
+    memory: Memory, launch: RankLaunch, capacity: int, links: dict[int, Link]
+) -> SharedGroup:
+    return SharedGroup(
+        memory,
+        rank=launch.rank,
+        size=launch.num_ranks,
+        capacity=capacity,
+        deadline_s=launch.exchange_timeout_s,
+        peers={rank: link.fileno() for rank, link in links.items()},
+    )
+
+
+def _store(ip: str, port: int, launch: RankLaunch, *, is_master: bool) -> dist.TCPStore:
+    timeout = datetime.timedelta(seconds=launch.exchange_timeout_s)
+    return dist.TCPStore(
+        ip, port, launch.num_ranks, is_master=is_master, timeout=timeout, wait_for_workers=False
+    )
+
+
+def _gloo(store: dist.TCPStore, launch: RankLaunch) -> GlooGroup:
+    return GlooGroup(
+        store,
+        rank=launch.rank,
+        size=launch.num_ranks,
+        ip=_own_ip(launch),
+        deadline_s=launch.exchange_timeout_s,
+    )
+
+
+def _own_ip(launch: RankLaunch) -> str:
+    return advertised_ip(launch.bind_ip) or launch.bind_ip

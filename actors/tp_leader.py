@@ -1,0 +1,207 @@
+"""Rank 0 of a tensor-parallel dense group: it schedules, tells the others every step, and samples.
+
+    order to every rank -> the same forward everywhere, sums and gathers -> logits here
+
+A step that fails anywhere fails everywhere: whoever fails aborts the group's exchanges, rank 0
+has every rank leave the step (`Recover`), and the requests of the step end with an error that names
+the rank. A rank that is gone, or does not answer, ends the group for good: it must be started anew.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from remora.actors.dense_events import SliceResult, StepPlan
+from remora.actors.dense_model import DenseModel
+from remora.actors.dense_rank import DenseRank, padded_rows, step_inputs
+from remora.actors.executor import Executor, Wish
+from remora.actors.step_context import ExpertsFn
+from remora.actors.tp_group import Ranks
+from remora.comm.collectives import SharedGroup
+from remora.comm.errors import ClusterError
+from remora.comm.rank_link import Adopt, Compile, Done, Message, Order, Recover, UseEager
+from remora.comm.view import View
+from remora.kernels.attention import KVPages
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE_STEP = 1 << 20  # exchanges that a failed step is away from the next
+T = TypeVar("T")
+
+
+class Leader:
+    """Tells the other ranks what to do. Used from the engine's thread.
+
+    Args:
+        uid: of the dense group, for errors.
+        ranks: the group.
+        timeout_s: for an answer.
+    """
+
+    def __init__(self, uid: str, ranks: Ranks, timeout_s: float) -> None:
+        self.group = ranks.group
+        self.epoch = 0
+        self._uid = uid
+        self._links = ranks.links
+        self._timeout_s = timeout_s
+        self._generation = 0
+        self._broken: str | None = None
+
+    def ask(self, message: Message, timeout_s: float | None = None) -> None:
+        """Have every rank do something and wait until all have.
+
+        Raises:
+            ClusterError: naming the rank that failed or is gone.
+        """
+        self._check()
+        self._tell(message)
+        errors = self._answers(self._timeout_s if timeout_s is None else timeout_s)
+        if errors:
+            raise ClusterError("; ".join(errors))
+
+    def adopt(self, view: View) -> None:
+        """Every rank connects to the shards of `view`. Raises ClusterError."""
+        self.ask(Adopt(view=view))
+        self.epoch = view.epoch
+
+    def step(self, order: Callable[[int, int], Order], run: Callable[[], T]) -> T:
+        """Have every rank run the step of `order(epoch, sequence)`, this one by `run`.
+
+        Raises:
+            ClusterError: the step failed on some rank, which is named; all have left it.
+        """
+        self._check()
+        sequence = self.group.sequence if isinstance(self.group, SharedGroup) else 0
+        try:
+            self._tell(order(self.epoch, sequence))
+            return run()
+        except Exception as failure:
+            reason = self._leave_step(failure)
+            if reason is None:
+                raise
+            raise ClusterError(reason) from failure
+
+    def close(self) -> None:
+        """Let the other ranks go: their loops end with the connections."""
+        for link in self._links.values():
+            link.close()
+        self.group.close()
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise ClusterError(self._broken)
+
+    def _tell(self, message: Message) -> None:
+        for rank, link in self._links.items():
+            try:
+                link.send(message)
+            except ClusterError as error:
+                raise self._break(rank, error) from error
+
+    def _answers(self, timeout_s: float) -> list[str]:
+        """What went wrong on the other ranks. Raises ClusterError when one is gone."""
+        errors = []
+        for rank, link in self._links.items():
+            try:
+                answer = link.receive(timeout_s)
+            except ClusterError as error:
+                raise self._break(rank, error) from error
+            assert isinstance(answer, Done), f"rank {rank} answered {type(answer).__name__}"
+            if answer.error is not None:
+                errors.append(f"{self._name(rank)}: {answer.error}")
+        return errors
+
+    def _leave_step(self, failure: Exception) -> str | None:
+        """Every rank out of the step; why it failed, None where that is this rank's `failure`.
+
+        Raises:
+            ClusterError: a rank did not leave it.
+        """
+        self._check()
+        own = self.group.failure() is None
+        self.group.abort(f"rank 0: {failure}")
+        told = self.group.failure() or str(failure)
+        self._generation += 1
+        self._tell(Recover(generation=self._generation))
+        if not isinstance(self.group, SharedGroup):
+            self.group.connect(self._generation)
+        errors = self._answers(self._timeout_s)
+        if isinstance(self.group, SharedGroup):
+            self.group.restart((self.group.sequence + SEQUENCE_STEP) % (1 << 31))
+        if own:
+            return None
+        return errors[0] if errors else f"{self._uid}: {told}"
+
+    def _break(self, rank: int, error: Exception) -> ClusterError:
+        self._broken = (
+            f"{self._name(rank)} is gone ({error}): the tensor-parallel group cannot serve"
+        )
+        self.group.abort(self._broken)
+        logger.error("%s", self._broken)
+        return ClusterError(self._broken)
+
+    def _name(self, rank: int) -> str:
+        return f"{self._uid}.{rank}"
+
+
+class LeaderRank(DenseRank):
+    """Runs steps together with the other ranks."""
+
+    def __init__(
+        self,
+        *,
+        leader: Leader,
+        executor: Executor,
+        model: DenseModel,
+        pages: list[KVPages],
+        experts: ExpertsFn,
+        exact: bool,
+    ) -> None:
+        super().__init__(model=model, pages=pages, experts=experts, exact=exact)
+        self._leader = leader
+        self._executor = executor
+
+    def run(self, plan: StepPlan) -> list[SliceResult]:
+        """As `DenseRank.run`."""
+        num_rows = padded_rows(plan.num_tokens, quantum=self._quantum, native=self._native)
+        inputs = step_inputs(plan, num_rows)
+
+        def order(epoch: int, sequence: int) -> Order:
+            return Order(
+                epoch=epoch,
+                sequence=sequence,
+                is_compiled=self._executor.phase == "compiled",
+                num_rows=num_rows,
+                starts=[s.start for s in plan.slices],
+                lengths=[s.num_tokens for s in plan.slices],
+                block_tables=[list(s.block_table) for s in plan.slices],
+                token_ids=inputs.input_ids_T.tolist(),
+                logit_rows=inputs.rows_R.tolist(),
+            )
+
+        return self._leader.step(order, lambda: super(LeaderRank, self).run(plan))
+
+
+class LeaderExecutor(Executor):
+    """Switches all ranks at once; one child of rank 0 compiles for all, their layers are alike."""
+
+    def __init__(
+        self, model: DenseModel, leader: Leader, *, wish: Wish, exact: bool, timeout_s: float
+    ) -> None:
+        self._leader = leader
+        self._compile_timeout_s = timeout_s
+        super().__init__(model, wish=wish, exact=exact)
+
+    def _switch(self) -> None:
+        """As `Executor._switch`; where one rank fails, all stay eager."""
+        why: str | None = None
+        try:
+            self._leader.ask(Compile(), self._compile_timeout_s)
+        except ClusterError as failure:
+            why = str(failure)
+        else:
+            super()._switch()
+        if why is not None or self.phase != "compiled":
+            self._model.use_eager()
+            self._stay_eager(why or self.why_eager or "rank 0 could not compile")
+            self._leader.ask(UseEager())
