@@ -68,6 +68,10 @@ class DenseActor:
         self._dispatcher: Dispatcher | None = None
         self._rank: DenseRank | None = None
         self._listener: RankListener | None = None
+        if launch.num_ranks > 1:
+            self._listener = RankListener(
+                host_ip=launch.bind_ip, use_unix=launch.use_unix, token=launch.token
+            )
         self._leader: Leader | None = None
         self._whole = ""
         self._stopping = False
@@ -75,12 +79,9 @@ class DenseActor:
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def listen(self) -> Endpoint:
-        """Where the other ranks of this dense group find rank 0; before `start`."""
-        launch = self._launch
-        self._listener = RankListener(
-            host_ip=launch.bind_ip, use_unix=launch.use_unix, token=launch.token
-        )
-        return self._listener.endpoint(host_label(), advertised_ip(launch.bind_ip))
+        """Where the other ranks of this dense group find rank 0."""
+        assert self._listener is not None, "a dense group of one rank"
+        return self._listener.endpoint(host_label(), advertised_ip(self._launch.bind_ip))
 
     def start(self) -> Member:
         """Load, listen, and say where. Requests are served once a view has been adopted.
@@ -213,7 +214,7 @@ class DenseActor:
         """Meet the other ranks, if there are any."""
         if self._launch.num_ranks == 1:
             return None
-        assert self._listener is not None, "start before listen: the other ranks cannot come"
+        assert self._listener is not None
         ranks = gather_ranks(self._listener, self._launch)
         return Leader(self._launch.uid, ranks, self._launch.exchange_timeout_s)
 

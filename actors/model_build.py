@@ -7,6 +7,7 @@ it, so that it holds what `transformers` itself would hold.
 
 import copy
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ TOKEN_MIXERS = (
     "Conv1d",
     "Indexer",
 )
+
+
+# `transformers` sets torch's default dtype, which is the process' own, while it builds a model: two
+# threads that build (tests) would give each other theirs.
+_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,7 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
 
     config = copy.deepcopy(config)
     try:
-        with torch.device("meta"):
+        with _building, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="eager"
             )

@@ -4,6 +4,7 @@ It has no scheduler and listens to no ingress: rank 0 sends it every step (`rank
 everything else that changes. Its loop ends with the connection to rank 0.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -68,16 +69,16 @@ class Follower:
             match message:
                 case Order():
                     self._step(message)
-                case Adopt(view):
-                    self._answer(lambda view=view: self._adopt(view))
+                case Adopt():
+                    self._answer(functools.partial(self._adopt, message.view))
                 case Compile():
                     self._answer(self._compile)
                 case UseEager():
                     self._answer(self._use_eager)
-                case Recover(generation):
+                case Recover():
                     error, self._error = self._error, None
                     if isinstance(self._group, GlooGroup):
-                        self._group.connect(generation)
+                        self._group.connect(message.generation)
                     self._link.send(Done(error=error))
 
     def _answer(self, action: Callable[[], None]) -> None:

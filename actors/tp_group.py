@@ -10,7 +10,7 @@ import datetime
 import logging
 import os
 
-from torch import distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from remora.actors.launch import Launch, advertised_ip, host_label
 from remora.comm.arena import Memory
@@ -111,14 +111,14 @@ def _shared(
     )
 
 
-def _store(ip: str, port: int, launch: RankLaunch, *, is_master: bool) -> dist.TCPStore:
+def _store(ip: str, port: int, launch: RankLaunch, *, is_master: bool) -> TCPStore:
     timeout = datetime.timedelta(seconds=launch.exchange_timeout_s)
-    return dist.TCPStore(
+    return TCPStore(
         ip, port, launch.num_ranks, is_master=is_master, timeout=timeout, wait_for_workers=False
     )
 
 
-def _gloo(store: dist.TCPStore, launch: RankLaunch) -> GlooGroup:
+def _gloo(store: TCPStore, launch: RankLaunch) -> GlooGroup:
     return GlooGroup(
         store,
         rank=launch.rank,

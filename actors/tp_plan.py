@@ -138,8 +138,13 @@ def make_plan(facts: ModelFacts, rank: int, size: int) -> TpPlan:
     return plan
 
 
-def _check_heads(index: int, spec: AttentionSpec, size: int) -> None:
+def check_heads(attention: tuple[AttentionSpec, ...], size: int) -> None:
     """Raises ConfigError where the heads of a layer cannot be divided over `size` ranks."""
+    for index, spec in enumerate(attention):
+        _check_heads(index, spec, size)
+
+
+def _check_heads(index: int, spec: AttentionSpec, size: int) -> None:
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
         return

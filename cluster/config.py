@@ -40,7 +40,7 @@ class DenseConfig(_Placed):
     """The dense groups: attention, norms, gates, shared experts, LM head and KV pages."""
 
     groups: Annotated[int, Field(ge=1, le=1024)] = 1
-    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1  # only 1 is accepted today
+    tensor_parallel: Literal[1, 2, 4] = 1  # ranks of one group; must divide the heads
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in one step
     max_tokens_per_step: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # prefill chunk + decode
     max_model_len: Positive | None = None  # tokens, prompt + output; None: the model's own
@@ -52,8 +52,6 @@ class DenseConfig(_Placed):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DenseConfig":
-        if self.tensor_parallel != 1:
-            raise ValueError(f"tensor_parallel = {self.tensor_parallel}: only 1 is supported yet")
         if self.block_size != 16:
             raise ValueError(f"block_size = {self.block_size}: only 16 is supported yet")
         if self.kv_cache_tokens is not None and self.kv_cache_gib is not None:

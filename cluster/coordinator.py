@@ -23,10 +23,15 @@ from remora.actors.expert_actor import ExpertActor, ShardLaunch
 from remora.actors.launch import Progress, actor_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model
+from remora.actors.tp_actor import RankActor
 from remora.cluster.config import RemoraConfig
+from remora.cluster.dense_groups import (
+    RankPlan,
+    rank_plans,
+    remove_placement_groups,
+    start_ranks,
+)
 from remora.cluster.launch import (
-    dense_launch,
-    dense_options,
     placement_of,
     shard_launch,
     shard_options,
@@ -69,6 +74,7 @@ class Coordinator:
         self._view: View | None = None
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
+        self._ranks: list[RankPlan] = []  # of dense groups
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
 
@@ -215,9 +221,12 @@ class Coordinator:
         for uid in shard_uids:
             launch = shard_launch(config, uid, placement, self._token)
             self._create(ExpertActor, uid, launch, shard_options(config))
-        for uid in dense_uids:
-            launch_dense = dense_launch(config, uid, spec, self._token)
-            self._create(DenseActor, uid, launch_dense, dense_options(config))
+        for group in range(config.dense.groups):
+            plans = rank_plans(config, group, spec, self._token)
+            with self._lock:
+                self._ranks += plans
+            for plan in plans:
+                self._create(plan.actor_class, plan.uid, plan.launch, plan.options)
         try:
             return self._connect(shard_uids, dense_uids, placement, until_s)
         except LateError as late:
@@ -236,16 +245,17 @@ class Coordinator:
     ) -> View:
         """Have every actor load, check what the shards hold, and tell the dense ranks."""
         handles = self._handles
-        started = all_answers({uid: h.start.remote() for uid, h in handles.items()}, until_s)
+        pending = {uid: handles[uid].start.remote() for uid in shard_uids}
+        started = all_answers(pending | start_ranks(handles, self._ranks), until_s)
         num_experts = len(placement.moe_layers) * placement.num_experts
         self._keep_manifest(shard_uids, num_experts, until_s)
-        view = View(epoch=1, members=tuple(started.values()), placement=placement)
+        view = View(epoch=1, members=tuple(filter(None, started.values())), placement=placement)
         all_answers({uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}, until_s)
         return view
 
     def _create(
         self,
-        actor_class: type[ExpertActor] | type[DenseActor],
+        actor_class: type[ExpertActor] | type[DenseActor] | type[RankActor],
         uid: str,
         launch: ShardLaunch | DenseLaunch,
         options: dict[str, Any],
@@ -267,8 +277,10 @@ class Coordinator:
 
     def _stop_members(self) -> None:
         """Ask all to stop. Dense ranks first: one whose shards vanish would report a fault."""
-        for role in ("dense-", "shard-"):
-            pending = {u: h.stop.remote() for u, h in self._handles.items() if u.startswith(role)}
+        followers = {plan.uid for plan in self._ranks if plan.launch.rank}
+        leaders = {plan.uid for plan in self._ranks} - followers
+        for uids in (leaders, followers, self._handles.keys() - leaders - followers):
+            pending = {u: h.stop.remote() for u, h in self._handles.items() if u in uids}
             for uid, answer in answers_within(pending, STOP_S).items():
                 if isinstance(answer, Exception):
                     reason = str(answer).splitlines()[0]
@@ -277,5 +289,7 @@ class Coordinator:
     def _kill(self) -> None:
         with self._lock:
             handles, self._handles = dict(self._handles), {}
+            ranks, self._ranks = self._ranks, []
         for handle in handles.values():
             ray.kill(handle, no_restart=True)
+        remove_placement_groups(ranks)

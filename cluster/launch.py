@@ -9,6 +9,7 @@ from remora.actors.dense_actor import DenseLaunch
 from remora.actors.expert_actor import ShardLaunch
 from remora.actors.launch import RAY_NAMESPACE, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
+from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
 from remora.comm.errors import ConfigError
 from remora.comm.view import Placement, contiguous_placement
@@ -29,7 +30,8 @@ def dense_threads(config: RemoraConfig) -> int:
     Raises:
         ConfigError: more than `exact` numerics can keep its promise with.
     """
-    return _threads(config, "dense", config.dense.threads, config.dense.groups)
+    processes = config.dense.groups * config.dense.tensor_parallel
+    return _threads(config, "dense", config.dense.threads, processes)
 
 
 def shard_threads(config: RemoraConfig) -> int:
@@ -88,13 +90,28 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
     )
 
 
-def dense_launch(config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes) -> DenseLaunch:
+def kv_bytes_per_token(config: RemoraConfig, spec: ModelSpec) -> int:
+    """Bytes of K and V of one token in one dense group, over all its ranks.
+
+    Key/value heads that are fewer than the ranks are on several.
+    """
+    dtype, ranks = resolve_dtype(spec, config.dtype), config.dense.tensor_parallel
+    return dtype.itemsize * sum(
+        max(ranks, a.num_kv_heads) * (a.k_dim + a.v_dim) for a in spec.attention
+    )
+
+
+def dense_launch(
+    config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes, *, rank: int = 0
+) -> DenseLaunch:
     """What dense rank `uid` is told; the view comes later, when the shards are up.
 
     Raises:
-        ConfigError: `max_model_len` beyond the model's, or no room for one such sequence.
+        ConfigError: `max_model_len` beyond the model's, no room for one such sequence, or heads
+            that do not divide by `tensor_parallel`.
     """
     dense = config.dense
+    check_heads(spec.attention, dense.tensor_parallel)
     max_model_len = dense.max_model_len or spec.max_positions
     if max_model_len > spec.max_positions:
         raise ConfigError(
@@ -102,7 +119,7 @@ def dense_launch(config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes) 
             f"{spec.max_positions}"
         )
     num_kv_blocks = dense.num_kv_blocks(
-        bytes_per_token=spec.kv_bytes_per_token(resolve_dtype(spec, config.dtype)),
+        bytes_per_token=kv_bytes_per_token(config, spec),
         max_model_len=max_model_len,
     )
     return DenseLaunch(
@@ -116,6 +133,11 @@ def dense_launch(config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes) 
         max_waiting=dense.max_waiting,
         prefix_caching=dense.prefix_caching,
         call_timeout_s=config.experts.call_timeout_s,
+        rank=rank,
+        num_ranks=dense.tensor_parallel,
+        start_timeout_s=config.start_timeout_s,
+        # A rank may wait for another one that waits for a shard.
+        exchange_timeout_s=2 * config.experts.call_timeout_s + 5,
     )
 
 

@@ -123,13 +123,20 @@ def _facts(member: dict[str, Any]) -> str:
             f" ({member['weights_bytes'] / 2**20:.1f} MiB), {member['calls_served']} calls,"
             f" {member['compute_s']:.1f} s computing, {member['peers']} peers"
         )
+    if "rank" in member:
+        return (
+            f"{member['executor']}, rank {member['rank']} of {member['tensor_parallel']},"
+            f" {member['steps_total']} steps"
+        )
     why = f" ({member['why_eager']})" if member.get("why_eager") else ""
+    whole = member.get("whole_on_every_rank")
+    ranks = f", {member['tensor_parallel']} ranks ({whole})" if whole else ""
     return (
         f"{member['executor']}{why}, {member['num_running']} running,"
         f" {member['num_waiting']} waiting,"
         f" KV {member['kv_blocks_used']} of {member['kv_blocks_total']} blocks,"
         f" {member['steps_total']} steps in {member['step_s']:.1f} s,"
-        f" {member['preemptions_total']} preemptions"
+        f" {member['preemptions_total']} preemptions{ranks}"
     )
 
 

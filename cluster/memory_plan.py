@@ -7,10 +7,14 @@ uniform, and a process' memory is what it owns, without its interpreter and libr
 import math
 from typing import Any
 
+import torch
+
+from remora.actors import model_build, model_probe, tp_surgery
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
+from remora.actors.tp_plan import check_heads, make_plan
 from remora.cluster.config import RemoraConfig
-from remora.cluster.launch import placement_of
+from remora.cluster.launch import kv_bytes_per_token, placement_of
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
 
 BATCHES = (1, 8, 32)  # decoding sequences that the traffic is estimated for
@@ -33,7 +37,9 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
         parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     dense_parameters = parameters - num_experts * spec.expert.num_elements
     max_model_len = config.dense.max_model_len or spec.max_positions
-    kv_token_nbytes = spec.kv_bytes_per_token(dtype)
+    ranks = config.dense.tensor_parallel
+    check_heads(spec.attention, ranks)
+    kv_token_nbytes = kv_bytes_per_token(config, spec)
     num_blocks = config.dense.num_kv_blocks(
         bytes_per_token=kv_token_nbytes, max_model_len=max_model_len
     )
@@ -56,7 +62,9 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
             "kv_cache_bytes": num_blocks * config.dense.block_size * kv_token_nbytes,
             "kv_cache_tokens": num_blocks * config.dense.block_size,
             "kv_bytes_per_token": kv_token_nbytes,
-        },
+            "tensor_parallel": ranks,
+        }
+        | _rank_part(config, spec, dtype),
         "shards": {
             uid: {
                 "experts_per_layer": len(layers[0]),
@@ -66,6 +74,25 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
             for uid, layers in placement.slots.items()
         },
         "decode_step": [_traffic(config, spec, dtype.itemsize, batch) for batch in BATCHES],
+    }
+
+
+def _rank_part(config: RemoraConfig, spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """What one rank of a tensor-parallel dense group holds; nothing for a group of one rank."""
+    size = config.dense.tensor_parallel
+    if size == 1:
+        return {}
+    model = model_build.build_meta(spec.config, dtype)
+    model_build.compute_buffers(model)
+    facts = tp_surgery.facts_of(model, model_probe.watch_one_pass(model))
+    plan = make_plan(facts, 0, size)
+    shapes = {
+        name: plan.cuts[name].shape(shape) if name in plan.cuts else shape
+        for name, shape in facts.shapes.items()
+    }
+    return {
+        "rank_weights_bytes": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize,
+        "whole_on_every_rank": tp_surgery.whole_text(plan),
     }
 
 
@@ -83,6 +110,11 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"{plan['dense_groups']} dense group(s), each: weights {_size(dense['weights_bytes'])},"
         f" KV pages {_size(dense['kv_cache_bytes'])} = {dense['kv_cache_tokens']:,} tokens",
     ]
+    if dense["tensor_parallel"] > 1:
+        lines.append(
+            f"  on {dense['tensor_parallel']} ranks, each: weights"
+            f" {_size(dense['rank_weights_bytes'])}; {dense['whole_on_every_rank']}"
+        )
     for uid, shard in plan["shards"].items():
         first, last = shard["experts"]
         lines.append(

@@ -122,7 +122,8 @@ class Link:
             (length,) = _LENGTH.unpack(receive_exactly(self._sock, _LENGTH.size))
             if length > MESSAGE_BYTES_MAX:
                 raise FrameError(f"message of {length} bytes: at most {MESSAGE_BYTES_MAX}")
-            return _decoder.decode(receive_exactly(self._sock, length))
+            message: Message = _decoder.decode(receive_exactly(self._sock, length))
+            return message
         except TimeoutError as error:
             raise DeadlineError(f"no answer within {timeout_s:g} s") from error
         except OSError as error:

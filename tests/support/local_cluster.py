@@ -6,14 +6,19 @@ Actors, sockets, handshakes, state machines and kernels are the product's own; o
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from support.tp_engine import together
+
 from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ExpertActor, ShardLaunch
 from remora.actors.model_spec import inspect_model
+from remora.actors.tp_actor import RankActor
 from remora.comm.aio import connect_async
 from remora.comm.messages import (
     SamplingParams,
@@ -97,15 +102,23 @@ class LocalCluster:
         return DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
 
     @contextlib.contextmanager
-    def dense(self, **limits: Any) -> Iterator["DenseClient"]:
-        """A dense rank over the shards, ready to be asked."""
-        actor = DenseActor(self.launch(**limits))
-        member = actor.start()
+    def dense(self, *, num_ranks: int = 1, **limits: Any) -> Iterator["DenseClient"]:
+        """A dense group over the shards, ready to be asked; its ranks are threads too."""
+        launches = [
+            msgspec.structs.replace(self.launch(**limits), rank=rank, num_ranks=num_ranks)
+            for rank in range(num_ranks)
+        ]
+        actor = DenseActor(launches[0])
+        others = [RankActor(launch) for launch in launches[1:]]
+        starts = [functools.partial(other.start, actor.listen()) for other in others]
+        member, *_ = together([actor.start, *starts])
         try:
             actor.adopt_view(self.view)
-            yield DenseClient(actor, member)
+            yield DenseClient(actor, member, others)
         finally:
             actor.stop()
+            for other in others:
+                other.stop()
 
     def close(self) -> None:
         for shard in self.shards:
@@ -115,8 +128,9 @@ class LocalCluster:
 class DenseClient:
     """Asks one dense rank over its socket, as an ingress does."""
 
-    def __init__(self, actor: DenseActor, member: Member) -> None:
+    def __init__(self, actor: DenseActor, member: Member, others: Sequence[RankActor] = ()) -> None:
         self.actor = actor
+        self.others = others  # ranks beside the first
         self.member = member
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:

@@ -55,7 +55,7 @@ def test_args_round_trip() -> None:
         ({"model": "m", "name": "Not OK"}, ["name", "'Not OK'"]),
         ({"model": "m", "experts": {"shards": 0}}, ["experts.shards", "1", "got 0"]),
         ({"model": "m", "experts": None}, ["experts"]),
-        ({"model": "m", "dense": {"tensor_parallel": 2}}, ["tensor_parallel = 2", "only 1"]),
+        ({"model": "m", "dense": {"tensor_parallel": 3}}, ["dense.tensor_parallel", "1, 2 or 4"]),
         ({"model": "m", "dense": {"block_size": 32}}, ["block_size = 32", "only 16"]),
         ({"model": "m", "dense": {"kv_cache_tokens": 1, "kv_cache_gib": 1}}, ["both set"]),
         ({"model": "m", "dense": {"max_num_seqs": 9, "max_tokens_per_step": 8}}, ["= 8", "= 9"]),

@@ -1,0 +1,94 @@
+"""A tensor-parallel dense group over real sockets: rank 0 schedules, the others follow.
+
+Ranks are threads of this process; `tests/live` has them as Ray actors. Eager only: compiled code
+holds the interpreter's lock, which threads that wait for each other cannot share.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import VOCAB, make_checkpoint
+from support.local_cluster import Ask, DenseClient, LocalCluster
+
+from remora.comm.messages import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    path = make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3_moe")
+    cluster = LocalCluster(path, num_shards=2, dtype="float32", exact=True)
+    yield cluster
+    cluster.close()
+
+
+def asks(count: int = 6) -> list[Ask]:
+    """Greedy and sampled requests of several lengths."""
+    return [
+        Ask(
+            tuple((i * 97 + j * j * 13 + j) % VOCAB for j in range(5 + i * 9)),
+            SamplingParams(
+                max_tokens=10 + i, temperature=0.8 * (i % 2), seed=i, ignore_eos=True, logprobs=2
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def tokens(dense: DenseClient) -> list[list[int]]:
+    return [answer.token_ids for answer in dense.ask(asks())]
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: LocalCluster) -> list[list[int]]:
+    """What one rank says."""
+    with cluster.dense() as dense:
+        return tokens(dense)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_group_says_what_one_rank_says(
+    cluster: LocalCluster, expected: list[list[int]], num_ranks: int
+) -> None:
+    with cluster.dense(num_ranks=num_ranks, max_tokens_per_step=64) as dense:
+        assert tokens(dense) == expected
+        assert f"tp={num_ranks} " in dense.actor.fingerprint()
+        status = dense.actor.status()
+        assert status["tensor_parallel"] == num_ranks
+        assert "mlp.gate.weight" in status["whole_on_every_rank"]
+        steps = {other.status()["steps_total"] for other in dense.others}
+        assert steps == {status["steps_total"]}
+
+
+def test_groups_stand_side_by_side_over_the_same_shards(
+    cluster: LocalCluster, expected: list[list[int]]
+) -> None:
+    with cluster.dense(num_ranks=2) as one, cluster.dense(num_ranks=2) as two:
+        assert tokens(one) == expected
+        assert tokens(two) == expected
+
+
+def test_a_rank_that_goes_ends_requests_with_its_name(cluster: LocalCluster) -> None:
+    with cluster.dense(num_ranks=2) as dense:
+        dense.ask(asks(1))
+        dense.others[0].stop()
+        answer = dense.ask(asks(1))[0]
+        assert answer.finish_reason == "error"
+        assert "dense-0.1 is gone" in str(answer.outputs[-1].error)
+        assert "dense-0.1 is gone" in dense.actor.status()["why_not_serving"]
+
+
+def test_a_shard_that_is_lost_is_named_whichever_rank_asked_it(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    cluster = LocalCluster(path, num_shards=2, dtype="float32", exact=True)
+    with cluster.dense(num_ranks=2) as dense:
+        assert tokens(dense) == expected
+        other = cluster.shards[1]
+        other.stop()
+        answer = dense.ask(asks(1))[0]
+        assert answer.finish_reason == "error"
+        assert "shard-1" in str(answer.outputs[-1].error)
+        assert not any("gone" in str(output.error) for output in answer.outputs)
+    cluster.shards[0].stop()
