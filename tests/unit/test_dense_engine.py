@@ -44,9 +44,9 @@ def test_a_rank_finds_a_shard_that_answers_again_without_a_request(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A balancer sends no request to an ingress that is not ready: pings must be enough."""
-    quick = dense_actor._peer_limits
+    quick = dense_actor.peer_limits
     monkeypatch.setattr(
-        dense_actor, "_peer_limits", lambda *a: msgspec.structs.replace(quick(*a), connect_s=0.2)
+        dense_actor, "peer_limits", lambda *a: msgspec.structs.replace(quick(*a), connect_s=0.2)
     )
     monkeypatch.setattr(dense_engine, "RECONNECT_EVERY_S", 0.0)
     hung = threading.Event()

@@ -60,6 +60,13 @@ def test_a_group_says_what_one_rank_says(
         assert steps == {status["steps_total"]}
 
 
+def test_without_shared_memory_gloo_carries_the_same(
+    cluster: LocalCluster, expected: list[list[int]]
+) -> None:
+    with cluster.dense(num_ranks=2, use_unix=False) as dense:
+        assert tokens(dense) == expected
+
+
 def test_groups_stand_side_by_side_over_the_same_shards(
     cluster: LocalCluster, expected: list[list[int]]
 ) -> None:

@@ -1,0 +1,127 @@
+"""Tensor-parallel dense groups as Ray actors: two groups of two ranks over the same two shards."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.state import list_actors
+from support.checkpoints import make_checkpoint
+from support.local_engine import reference_model
+
+from remora.actors.launch import RAY_NAMESPACE
+from remora.cluster.bootstrap import (
+    ClusterHandle,
+    cluster_status,
+    ensure_cluster,
+    neutral_runtime_env,
+    stop_cluster,
+)
+from remora.cluster.config import parse_config
+from remora.comm.aio import connect_async
+from remora.comm.errors import ConfigError
+from remora.comm.messages import (
+    SamplingParams,
+    SequenceOutput,
+    StepOutputs,
+    Submit,
+    decode_to_ingress,
+    encode,
+)
+from remora.comm.view import Member
+
+PROMPT = [5, 9, 200, 31, 77, 8, 150]
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[None]:
+    ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "olmoe")
+
+
+def data(model: Path, **dense: Any) -> dict[str, Any]:
+    small = {"num_cpus": 0.5, "threads": 1}
+    return {
+        "name": "tp",
+        "model": str(model),
+        "executor": "eager",
+        "dense": small | {"groups": 2, "tensor_parallel": 2} | dense,
+        "experts": small | {"shards": 2, "call_timeout_s": 10},
+    }
+
+
+def generate(handle: ClusterHandle, member: Member) -> SequenceOutput:
+    """All of one greedy request to one dense group, as one output."""
+
+    async def ask() -> SequenceOutput:
+        host = ray.get_runtime_context().get_node_id()
+        connection = await connect_async(member.endpoint, handle.token, host)
+        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+        connection.send(encode(Submit(request_id="r", prompt_ids=PROMPT, params=params)))
+        tokens: list[int] = []
+        async for payload in connection:
+            message = decode_to_ingress(payload)
+            assert isinstance(message, StepOutputs)
+            [output] = message.outputs
+            tokens += output.token_ids
+            if output.finish_reason is not None:
+                break
+        await connection.close()
+        return SequenceOutput(
+            request_id="r",
+            token_ids=tokens,
+            finish_reason=output.finish_reason,
+            error=output.error,
+        )
+
+    return asyncio.run(ask())
+
+
+def test_groups_serve_and_a_killed_rank_is_named(own_ray: None, model: Path) -> None:
+    found = reference_model(model, torch.float32).generate(
+        torch.tensor([PROMPT]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
+    )
+    expected = found[0, len(PROMPT) :].tolist()
+    handle = ensure_cluster(parse_config(data(model)))
+    try:
+        first, second = handle.dense_members()
+        assert [m.uid for m in (first, second)] == ["dense-0", "dense-1"]
+        assert generate(handle, first).token_ids == expected
+        assert generate(handle, second).token_ids == expected
+        members = cluster_status("tp")["members"]
+        assert {"dense-0", "dense-0.1", "dense-1", "dense-1.1"} <= members.keys()
+        assert members["dense-0.1"]["steps_total"] == members["dense-0"]["steps_total"] > 0
+        assert "tp=2" in members["dense-0"]["fingerprint"]
+        groups = ray.util.placement_group_table().values()
+        placed = [g for g in groups if g["state"] == "CREATED"]
+        assert sorted(g["name"] for g in placed) == ["remora/tp/dense-0", "remora/tp/dense-1"]
+
+        [rank] = [a for a in list_actors(detail=True) if a.name == "remora/tp/dense-0.1#1"]
+        os.kill(rank.pid, signal.SIGKILL)
+        broken = generate(handle, first)
+        assert broken.finish_reason == "error" and "dense-0.1 is gone" in str(broken.error)
+        assert generate(handle, second).token_ids == expected, "the other group goes on"
+        assert cluster_status("tp")["members"]["dense-0.1"]["alive"] is False
+    finally:
+        stop_cluster("tp")
+    alive = [a.name for a in list_actors(filters=[("state", "=", "ALIVE")])]
+    assert not [name for name in alive if name.startswith("remora/tp/")]
+    assert all(g["state"] == "REMOVED" for g in ray.util.placement_group_table().values())
+
+
+def test_heads_that_do_not_divide_fail_the_start(own_ray: None, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "mixtral", num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ConfigError, match=r"2 query heads and 1 key/value heads.* 1, 2 ranks"):
+        ensure_cluster(parse_config(data(model, tensor_parallel=4, groups=1)))
