@@ -51,23 +51,31 @@ struct State {
   }
 };
 
+// Query rows of one sequence and key/value head.
 struct Tile {
   int words, width;  // as in Pages
   int num_rows;
   const Row* rows;
   int32_t* q_WR;     // packed queries: groups of rows_max rows, word by word
-  int32_t* edge_2V;  // value rows cut at the context's two ends
+  int32_t* edge_2V;  // value rows cut at the context's two ends; room for two chunks
+};
+
+// Keys [from, to) of the tiles' context [low, high).
+struct Keys {
+  const Pages* pages;
+  const int32_t* table;
+  int64_t low, high, from, to;
 };
 
 // The arithmetic of one instruction set and dtype.
 struct Kernel {
   int rows_max;  // of a group
-  // Attention of a tile's rows over keys [from, to) of its context [low, high), span by span: the
-  // first span into `total`, each later one into `part` and merged; or each into a state of its own
-  // (`apart`, parts of `part_floats` floats from `part` on). False: a block id is out of range.
-  bool (*run)(const Rules&, const Pages&, const int32_t* table, const Tile&, int head, int64_t low,
-              int64_t high, int64_t from, int64_t to, const State& total, const State& part,
-              bool apart, int64_t part_floats);
+  // Attention of some heads' tiles (of the same rows) over the keys, chunk by chunk, in each chunk
+  // head by head, as they lie in memory. The first span goes into `total` [heads], each later one
+  // into `part` [heads] and is merged; or (`apart`) each into a part of its own, `part_floats`
+  // floats behind the last one's, and none is merged. False: a block id is out of range.
+  bool (*run)(const Rules&, const Keys&, const Tile*, int num_heads, int first_head, State* total,
+              State* part, bool apart, int64_t part_floats);
   // total += part, in the rows that see any of the keys [from, to).
   void (*merge)(const State& total, const State& part, const Tile&, int64_t from, int64_t to);
   // Normalises and writes `out`; `sink_R` (or nullptr): a logit that joins the denominator.

@@ -17,15 +17,20 @@ constexpr int ROWS_MAX = REMORA_ISA >= 2 ? 6 : 1;
 
 // The chunk that all row groups of a tile share.
 struct Chunk {
-  int64_t key;                      // its first key's position
-  const int32_t* key_blocks[4];     // blocks outside the tile's context repeat one inside
-  const int32_t* value_rows[64];    // one per value word row; only [from, to) are read
-  int from, to;
+  struct Values {  // word rows that lie one behind the other
+    const int32_t* rows;
+    int count;
+  };
+  int64_t key;                    // its first key's position
+  const int32_t* key_blocks[4];   // blocks outside the tile's context repeat one inside
+  const int32_t* value_blocks[4];
+  Values values[6];               // what is in the context: four blocks and two cut rows
+  int num_values, from;           // from: the first word row that is
 };
 
 // Scores of R rows against the chunk's 64 keys -> score_R64. `q_WR`: words of the R queries side by
-// side. With `next`, the same lines of the next chunk's keys are fetched meanwhile: blocks lie
-// anywhere, so no hardware prefetcher follows them.
+// side. With `next`, the same lines of the next chunk's keys are fetched meanwhile: blocks may lie
+// anywhere, where no hardware prefetcher follows.
 template <class Word, int R, bool PREFETCH>
 REMORA_LOOP void score_rows(const int32_t* q_WR, int64_t words, const Chunk& chunk,
                             const Chunk* next, float* score_R64) {
@@ -102,22 +107,28 @@ REMORA_INLINE void softmax_rows(const Rules& rules, const Row* rows, int64_t key
 template <class Word, int R, int N, bool PREFETCH>
 REMORA_LOOP void add_values(const int32_t* p_RS, const float* decay_R, const Chunk& chunk,
                             const Chunk* next, int64_t lane, float* acc_RV, int64_t width) {
-  constexpr int64_t steps = 64 / Word::num_elements;
+  constexpr int64_t steps = 64 / Word::num_elements, per_block = steps / 4;
   f32x16 acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n)
       acc[r][n] = load(acc_RV + r * width + lane + n * 16) * splat(decay_R[r]);
-  const int64_t to = chunk.to;
-  for (int64_t i = chunk.from; i < to; ++i) {
-    const int32_t* row = chunk.value_rows[i] + lane;
-    if constexpr (PREFETCH)
-      for (int n = 0; n < N; ++n) __builtin_prefetch(next->value_rows[i] + lane + n * 16);
-    i32x16 value[N];
-    for (int n = 0; n < N; ++n) value[n] = load_words(row + n * 16);
+  p_RS += chunk.from;
+  int64_t index = chunk.from;
+  for (const Chunk::Values* part = chunk.values; part < chunk.values + chunk.num_values; ++part) {
+    const int32_t* row = part->rows + lane;
+    for (const int32_t* end = p_RS + part->count; p_RS < end; ++p_RS, row += width) {
+      if constexpr (PREFETCH) {
+        const int32_t* ahead = next->value_blocks[index / per_block] + index % per_block * width;
+        for (int n = 0; n < N; ++n) __builtin_prefetch(ahead + lane + n * 16);
+        ++index;
+      }
+      i32x16 value[N];
+      for (int n = 0; n < N; ++n) value[n] = load_words(row + n * 16);
 #pragma GCC unroll 6
-    for (int64_t r = 0; r < R; ++r)
+      for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] = dot<Word>(acc[r][n], value[n], p_RS[r * steps + i]);
+        for (int n = 0; n < N; ++n) acc[r][n] = dot<Word>(acc[r][n], value[n], p_RS[r * steps]);
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(acc_RV + r * width + lane + n * 16, acc[r][n]);
@@ -169,38 +180,46 @@ static void tile_step(const Rules& rules, const Tile& tile, const Chunk& chunk, 
 #endif
 }
 
-// Finds the chunk's blocks. A pair of value rows of which only one is in the context is copied
-// with the other zeroed: stale bytes may be NaN, and 0 * NaN is NaN. False: a bad block id.
+// Finds the chunk's blocks. A pair of value rows of which only one is in the context is copied to
+// `edge_2V` with the other zeroed: stale bytes may be NaN, and 0 * NaN is NaN. False: a bad block.
 template <class Word>
-static bool open_chunk(const Pages& pages, const int32_t* table, const Tile& tile, int head,
-                       int64_t key, int64_t low, int64_t high, Chunk* chunk) {
+static bool open_chunk(const Keys& keys, int head, int64_t key, int32_t* edge_2V, Chunk* chunk) {
   constexpr int E = Word::num_elements, per_block = 16 / E;
-  const int64_t begin = key > low ? key : low, end = key + 64 < high ? key + 64 : high;
+  const Pages& pages = *keys.pages;
+  const int64_t begin = key > keys.low ? key : keys.low;
+  const int64_t end = key + 64 < keys.high ? key + 64 : keys.high;
   const int first_block = (int)((begin - key) / 16), last_block = (int)((end - 1 - key) / 16);
   chunk->key = key;
   for (int b = 0; b < 4; ++b) {
     const int inside = b < first_block ? first_block : b > last_block ? last_block : b;
-    const int64_t block = table[key / 16 + inside];
+    const int64_t block = keys.table[key / 16 + inside];
     if (block < 0 || block >= pages.num_blocks) return false;
     chunk->key_blocks[b] = pages.keys + block * pages.key_block + head * pages.key_head;
-    const int32_t* values = pages.values + block * pages.value_block + head * pages.value_head;
-    for (int i = 0; i < per_block; ++i)
-      chunk->value_rows[b * per_block + i] = values + (int64_t)i * tile.width;
+    chunk->value_blocks[b] = pages.values + block * pages.value_block + head * pages.value_head;
   }
-  chunk->from = (int)((begin - key) / E);
-  chunk->to = (int)((end - key + E - 1) / E);
-  if constexpr (E == 2) {
-    if ((begin - key) % 2 != 0) {
-      const int32_t* row = chunk->value_rows[chunk->from];
-      for (int i = 0; i < tile.width; ++i) tile.edge_2V[i] = row[i] & (int32_t)0xffff0000;
-      chunk->value_rows[chunk->from] = tile.edge_2V;
-    }
-    if ((end - key) % 2 != 0) {
-      const int32_t* row = chunk->value_rows[chunk->to - 1];
-      for (int i = 0; i < tile.width; ++i) tile.edge_2V[tile.width + i] = row[i] & 0xffff;
-      chunk->value_rows[chunk->to - 1] = tile.edge_2V + tile.width;
-    }
+  const auto row_at = [&](int i) {
+    return chunk->value_blocks[i / per_block] + i % per_block * pages.width;
+  };
+  int row = (int)((begin - key) / E), to = (int)((end - key + E - 1) / E);
+  Chunk::Values* part = chunk->values;
+  chunk->from = row;
+  const bool cut_end = E == 2 && (end - key) % 2 != 0;
+  if (E == 2 && (begin - key) % 2 != 0) {
+    const int32_t* source = row_at(row++);
+    for (int i = 0; i < pages.width; ++i) edge_2V[i] = source[i] & (int32_t)0xffff0000;
+    *part++ = {edge_2V, 1};
   }
+  for (const int whole = cut_end ? to - 1 : to; row < whole;) {
+    const int rest = per_block - row % per_block, count = rest < whole - row ? rest : whole - row;
+    *part++ = {row_at(row), count};
+    row += count;
+  }
+  if (row < to) {
+    const int32_t* source = row_at(row);
+    for (int i = 0; i < pages.width; ++i) edge_2V[pages.width + i] = source[i] & 0xffff;
+    *part++ = {edge_2V + pages.width, 1};
+  }
+  chunk->num_values = (int)(part - chunk->values);
   return true;
 }
 
@@ -243,29 +262,38 @@ static void merge_states(const State& total, const State& part, const Tile& tile
 
 // Kernel::run.
 template <class Word>
-static bool run_keys(const Rules& rules, const Pages& pages, const int32_t* table, const Tile& tile,
-                     int head, int64_t low, int64_t high, int64_t from, int64_t to,
-                     const State& total, const State& part, bool apart, int64_t part_floats) {
+static bool run_keys(const Rules& rules, const Keys& keys, const Tile* tiles, int num_heads,
+                     int first_head, State* total, State* part, bool apart, int64_t part_floats) {
   Chunk chunks[2];
-  const int64_t begin = from / CHUNK_KEYS * CHUNK_KEYS;
-  State state = apart ? part : total;
-  clear_state(state, tile.num_rows, tile.width);
-  if (!open_chunk<Word>(pages, table, tile, head, begin, low, high, &chunks[0])) return false;
+  const int64_t begin = keys.from / CHUNK_KEYS * CHUNK_KEYS;
+  State* states = apart ? part : total;
+  const auto clear = [&] {
+    for (int h = 0; h < num_heads; ++h) clear_state(states[h], tiles[h].num_rows, tiles[h].width);
+  };
+  clear();
+  if (!open_chunk<Word>(keys, first_head, begin, tiles[0].edge_2V, &chunks[0])) return false;
   int current = 0;
-  for (int64_t key = begin; key < to; key += CHUNK_KEYS, current ^= 1) {
+  for (int64_t key = begin; key < keys.to; key += CHUNK_KEYS) {
     const int64_t after = key + CHUNK_KEYS;
-    Chunk* next = after < to ? &chunks[current ^ 1] : nullptr;
-    if (next && !open_chunk<Word>(pages, table, tile, head, after, low, high, next)) return false;
-    tile_step<Word>(rules, tile, chunks[current], next, state);
-    if (next != nullptr && after % SPAN_KEYS != 0) continue;
-    if (!apart && state.max_R != total.max_R)
-      merge_states(total, state, tile, key / SPAN_KEYS * SPAN_KEYS, after);
-    if (next == nullptr) break;
+    for (int h = 0; h < num_heads; ++h, current ^= 1) {
+      const bool last = h + 1 == num_heads;
+      Chunk* next = last && after >= keys.to ? nullptr : &chunks[current ^ 1];
+      if (next && !open_chunk<Word>(keys, first_head + (last ? 0 : h + 1), last ? after : key,
+                                    tiles[h].edge_2V + (current ^ 1) * 2 * tiles[h].width, next))
+        return false;
+      tile_step<Word>(rules, tiles[h], chunks[current], next, states[h]);
+    }
+    if (after < keys.to && after % SPAN_KEYS != 0) continue;
+    if (!apart && states != total)
+      for (int h = 0; h < num_heads; ++h)
+        merge_states(total[h], part[h], tiles[h], key / SPAN_KEYS * SPAN_KEYS, after);
+    if (after >= keys.to) break;
     if (apart)
-      state = {state.max_R + part_floats, state.sum_R16 + part_floats, state.acc_RV + part_floats};
-    else
-      state = part;
-    clear_state(state, tile.num_rows, tile.width);
+      for (int h = 0; h < num_heads; ++h)
+        part[h] = {part[h].max_R + part_floats, part[h].sum_R16 + part_floats,
+                   part[h].acc_RV + part_floats};
+    states = part;
+    clear();
   }
   return true;
 }

@@ -1,8 +1,10 @@
 // Cuts a step into units of work and shares them between threads.
 //
 // A *tile* is up to 48 query rows of one sequence and key/value head: they share one pass over the
-// keys. A *unit* is a tile over all of its keys, or, where there are fewer tiles than threads could
-// use, over some spans of them; whoever ends a tile's last unit merges the spans in ascending order.
+// keys. A *unit* is the same tile of some heads over all of its keys: of all heads where the rows are
+// few, since the heads of a block lie side by side in memory and reading is all the work, of one head
+// otherwise. Where there are fewer units than threads could use, they are cut by heads, then by spans;
+// whoever ends a unit's last part merges the spans in ascending order.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -18,22 +20,25 @@ namespace remora_attention {
 namespace {
 
 constexpr int64_t TILE_ROWS = 48;
+constexpr int64_t FEW_ROWS = 8;  // of one head
 constexpr int64_t UNITS_PER_THREAD = 2;       // so that a slow thread leaves something to the others
 constexpr int64_t SERIAL_PRODUCTS = 500'000;  // below: waking a thread costs more than it saves
 
 struct Unit {
-  int32_t sequence, first_row, num_tokens, head;
-  int64_t low, high;  // keys of the whole tile
-  int64_t from, to;   // keys of the unit
-  int32_t tile;       // index of the cut tile, -1: the unit is a whole one
+  int32_t sequence, first_row, num_tokens, head, num_heads;
+  int64_t low, high;  // keys of the tile
+  int64_t from, to;   // keys of this part
+  int32_t shared;     // index into `Run::shared`, -1: the unit is whole
+
+  int64_t cost() const { return num_tokens * num_heads * (to - from); }
 };
 
-// A tile that several units share.
-struct CutTile {
-  std::atomic<int32_t> num_open;  // units that have not ended
-  std::vector<float> memory;      // states of the spans
+// States of the spans of a unit in several parts, [span, head].
+struct Shared {
+  std::atomic<int32_t> num_open;  // parts that have not ended
+  std::vector<float> memory;
 
-  explicit CutTile(int32_t num_units) : num_open(num_units) {}
+  explicit Shared(int32_t num_parts) : num_open(num_parts) {}
 };
 
 // Scratch of one thread, 64-byte aligned, kept between calls.
@@ -41,6 +46,8 @@ struct Scratch {
   std::vector<float> memory;
   std::vector<Row> rows;
   std::vector<float> sinks;
+  std::vector<Tile> tiles;
+  std::vector<State> total, part;
 
   float* take(size_t count) {
     if (memory.size() < count + 16) memory.resize(count + 16);
@@ -74,60 +81,69 @@ int64_t num_spans(int64_t from, int64_t to) { return (to - 1) / SPAN_KEYS - from
 struct Run {
   const Call& call;
   std::vector<Unit> units;
-  std::vector<std::unique_ptr<CutTile>> cut;
+  std::vector<std::unique_ptr<Shared>> shared;
   std::atomic<int64_t> next{0};
   std::atomic<bool> good{true};
 
   explicit Run(const Call& c) : call(c) {}
 
-  // Tiles of every sequence and key/value head, the last (longest contexts) first.
-  int64_t make_tiles() {
+  // Units of every sequence, its last tiles (longest contexts) first. Returns their cost.
+  int64_t make_units() {
     const Plan& plan = call.plan;
     const int64_t tile_tokens = std::max<int64_t>(1, TILE_ROWS / call.group);
-    int64_t num_keys = 0;
+    const int64_t num_heads = call.pages.num_heads;
+    int64_t cost = 0;
     for (int64_t s = 0; s < plan.num_sequences; ++s) {
       const int64_t begin = plan.query_start[s], end = plan.query_start[s + 1];
       for (int64_t t = (end - begin + tile_tokens - 1) / tile_tokens - 1; t >= 0; --t) {
         const int64_t row = begin + t * tile_tokens, count = std::min(tile_tokens, end - row);
         const int64_t position = plan.start[s] + row - begin;
         const int64_t low = first_visible(call.rules, position), high = position + count;
-        num_keys += count * (high - low);
-        for (int64_t h = 0; h < call.pages.num_heads; ++h)
+        const int64_t together = count * call.group <= FEW_ROWS ? num_heads : 1;
+        for (int64_t h = 0; h < num_heads; h += together)
           units.push_back(Unit{static_cast<int32_t>(s), static_cast<int32_t>(row),
-                               static_cast<int32_t>(count), static_cast<int32_t>(h), low, high, low,
-                               high, -1});
+                               static_cast<int32_t>(count), static_cast<int32_t>(h),
+                               static_cast<int32_t>(together), low, high, low, high, -1});
+        cost += count * num_heads * (high - low);
       }
     }
-    return num_keys * call.pages.num_heads;
+    return cost;
   }
 
-  // Replaces tiles that are more than a fair part of the step by several units.
-  void cut_tiles(int64_t num_keys, int64_t num_threads) {
-    const int64_t fair = num_keys / (num_threads * UNITS_PER_THREAD) + 1;
+  // Replaces units that are more than a fair part of the step by several.
+  void cut_units(int64_t cost, int64_t num_threads) {
+    const int64_t fair = cost / (num_threads * UNITS_PER_THREAD) + 1;
     std::vector<Unit> whole;
     whole.swap(units);
-    for (const Unit& tile : whole) {
-      const int64_t spans = num_spans(tile.low, tile.high);
-      const int64_t cost = tile.num_tokens * (tile.high - tile.low);
-      const int64_t parts = std::min(spans, (cost + fair - 1) / fair);
-      if (parts < 2) {
-        units.push_back(tile);
-        continue;
+    for (const Unit& unit : whole) {
+      const int64_t wanted = (unit.cost() + fair - 1) / fair;
+      const int64_t by_head = std::min<int64_t>(unit.num_heads, wanted);
+      const int64_t spans = num_spans(unit.low, unit.high);
+      const int64_t by_span = std::min(spans, (wanted + by_head - 1) / by_head);
+      const int64_t heads = (unit.num_heads + by_head - 1) / by_head;
+      for (int64_t h = 0; h < unit.num_heads; h += heads) {
+        Unit some = unit;
+        some.head = static_cast<int32_t>(unit.head + h);
+        some.num_heads = static_cast<int32_t>(std::min(heads, unit.num_heads - h));
+        cut_context(some, spans, (spans + by_span - 1) / by_span);
       }
-      const int64_t per_unit = (spans + parts - 1) / parts * SPAN_KEYS;
-      const int64_t first = tile.low / SPAN_KEYS * SPAN_KEYS;
-      const size_t before = units.size();
-      for (int64_t from = first; from < tile.high; from += per_unit) {
-        Unit unit = tile;
-        unit.from = std::max(from, tile.low);
-        unit.to = std::min(from + per_unit, tile.high);
-        unit.tile = static_cast<int32_t>(cut.size());
-        units.push_back(unit);
-      }
-      cut.push_back(std::make_unique<CutTile>(static_cast<int32_t>(units.size() - before)));
-      cut.back()->memory.resize(
-          spans * state_floats(tile.num_tokens * call.group, call.pages.width) + 16);
     }
+  }
+
+  void cut_context(const Unit& unit, int64_t spans, int64_t spans_per_part) {
+    const int64_t num_parts = (spans + spans_per_part - 1) / spans_per_part;
+    if (num_parts == 1) return units.push_back(unit);
+    const int64_t floats = state_floats(unit.num_tokens * call.group, call.pages.width);
+    for (int64_t i = 0; i < num_parts; ++i) {
+      const int64_t from = (unit.low / SPAN_KEYS + i * spans_per_part) * SPAN_KEYS;
+      Unit part = unit;
+      part.from = std::max(from, unit.low);
+      part.to = std::min(from + spans_per_part * SPAN_KEYS, unit.high);
+      part.shared = static_cast<int32_t>(shared.size());
+      units.push_back(part);
+    }
+    shared.push_back(std::make_unique<Shared>(static_cast<int32_t>(num_parts)));
+    shared.back()->memory.resize(spans * unit.num_heads * floats + 16);
   }
 
   int64_t slot_of(int64_t sequence, int64_t position) const {
@@ -161,20 +177,23 @@ struct Run {
     });
   }
 
-  void pack_queries(const Unit& unit, int num_rows, Tile* tile, Scratch* scratch) const {
+  // Rows and queries of head number `h` of the unit.
+  void pack_queries(const Unit& unit, int h, Scratch* scratch) const {
     const Pages& pages = call.pages;
+    Tile* tile = &scratch->tiles[h];
+    Row* rows = scratch->rows.data() + static_cast<int64_t>(h) * tile->num_rows;
     const int64_t k_bytes = static_cast<int64_t>(pages.k_dim) * pages.element_bytes;
     const int64_t first = call.plan.start[unit.sequence] - call.plan.query_start[unit.sequence];
     const int64_t out_head = static_cast<int64_t>(pages.v_dim) * pages.element_bytes;
     const int64_t rows_max = call.kernel.rows_max, num_heads = pages.num_heads * call.group;
-    for (int r = 0; r < num_rows; ++r) {
+    for (int r = 0; r < tile->num_rows; ++r) {
       const int64_t row = unit.first_row + r / call.group;
-      const int64_t head = unit.head * call.group + r % call.group;
+      const int64_t head = (unit.head + h) * call.group + r % call.group;
       const int64_t position = first + row;
-      scratch->rows[r] = Row{position, first_visible(call.rules, position),
-                             call.out + (row * num_heads + head) * out_head};
+      rows[r] = Row{position, first_visible(call.rules, position),
+                    call.out + (row * num_heads + head) * out_head};
       const int64_t group = r - r % rows_max;
-      const int64_t stride = std::min<int64_t>(rows_max, num_rows - group);
+      const int64_t stride = std::min<int64_t>(rows_max, tile->num_rows - group);
       int32_t* packed = tile->q_WR + group * pages.words + r - group;
       const char* q = call.q.at(row, head);
       const int64_t whole = k_bytes / 4;
@@ -184,47 +203,76 @@ struct Run {
         std::memcpy(&last, q + whole * 4, k_bytes - whole * 4);
         packed[whole * stride] = last;
       }
-      if (call.sinks != nullptr) scratch->sinks[r] = call.sinks[head];
     }
-    tile->rows = scratch->rows.data();
+    tile->rows = rows;
+  }
+
+  // Lays out the unit's tiles and states in the thread's scratch.
+  void open_unit(const Unit& unit, Scratch* scratch) const {
+    const Pages& pages = call.pages;
+    const int num_rows = static_cast<int>(unit.num_tokens * call.group);
+    const int64_t heads = unit.num_heads, floats = state_floats(num_rows, pages.width);
+    const int64_t q_words = round16(num_rows * pages.words);
+    float* memory = scratch->take(heads * (2 * floats + q_words) + 4 * pages.width);
+    float* queries = memory + heads * 2 * floats;
+    auto* edges = reinterpret_cast<int32_t*>(queries + heads * q_words);
+    scratch->tiles.resize(heads);
+    scratch->total.resize(heads);
+    scratch->part.resize(heads);
+    if (static_cast<int64_t>(scratch->rows.size()) < heads * num_rows)
+      scratch->rows.resize(heads * num_rows);
+    float *total = memory, *part = memory + heads * floats;
+    if (unit.shared >= 0) {
+      total = Scratch::align(shared[unit.shared]->memory.data());
+      part = total + (num_spans(unit.low, unit.from + 1) - 1) * heads * floats;
+    }
+    for (int h = 0; h < heads; ++h) {
+      auto* packed = reinterpret_cast<int32_t*>(queries + h * q_words);
+      scratch->tiles[h] = {pages.words, pages.width, num_rows, nullptr, packed, edges};
+      scratch->total[h] = state_at(total + h * floats, num_rows, pages.width);
+      scratch->part[h] = state_at(part + h * floats, num_rows, pages.width);
+      pack_queries(unit, h, scratch);
+    }
+  }
+
+  void finish(const Unit& unit, Scratch* scratch) const {
+    const Pages& pages = call.pages;
+    const int num_rows = scratch->tiles[0].num_rows;
+    const int64_t floats = state_floats(num_rows, pages.width);
+    scratch->sinks.resize(num_rows);
+    for (int h = 0; h < unit.num_heads; ++h) {
+      const State& total = scratch->total[h];
+      int64_t begin = unit.low / SPAN_KEYS * SPAN_KEYS;
+      for (int64_t i = 1; unit.shared >= 0 && (begin += SPAN_KEYS) < unit.high; ++i)
+        call.kernel.merge(
+            total, state_at(total.max_R + i * unit.num_heads * floats, num_rows, pages.width),
+            scratch->tiles[h], begin, begin + SPAN_KEYS);
+      for (int r = 0; call.sinks != nullptr && r < num_rows; ++r)
+        scratch->sinks[r] = call.sinks[(unit.head + h) * call.group + r % call.group];
+      call.kernel.finish(total, call.sinks ? scratch->sinks.data() : nullptr, scratch->tiles[h],
+                         pages.v_dim);
+    }
   }
 
   bool run_unit(const Unit& unit) {
     static thread_local Scratch scratch;
     const Pages& pages = call.pages;
-    const int num_rows = static_cast<int>(unit.num_tokens * call.group);
-    const int64_t floats = state_floats(num_rows, pages.width);
-    float* memory = scratch.take(2 * floats + round16(num_rows * pages.words) + 2 * pages.width);
-    State total = state_at(memory, num_rows, pages.width);
-    State part = state_at(memory + floats, num_rows, pages.width);
-    Tile tile{pages.words, pages.width, num_rows, nullptr, nullptr, nullptr};
-    tile.edge_2V = reinterpret_cast<int32_t*>(memory + 2 * floats);
-    tile.q_WR = tile.edge_2V + 2 * pages.width;
-    if (static_cast<int>(scratch.rows.size()) < num_rows) {
-      scratch.rows.resize(num_rows);
-      scratch.sinks.resize(num_rows);
-    }
-    pack_queries(unit, num_rows, &tile, &scratch);
+    open_unit(unit, &scratch);
+    const int64_t row = unit.first_row;
     if (call.k != nullptr && unit.to == unit.high && writes_alone(unit.sequence))
-      write_slot(pages, slot_of(unit.sequence, unit.high - 1), unit.head,
-                 call.k->at(unit.first_row, unit.head), call.v->at(unit.first_row, unit.head));
-    CutTile* shared = unit.tile < 0 ? nullptr : cut[unit.tile].get();
-    if (shared != nullptr) {
-      total = state_at(Scratch::align(shared->memory.data()), num_rows, pages.width);
-      part = state_at(total.max_R + num_spans(unit.low, unit.from + 1) * floats - floats, num_rows,
-                      pages.width);
-    }
-    const int32_t* table = call.plan.table + unit.sequence * call.plan.table_width;
-    const bool done = call.kernel.run(call.rules, pages, table, tile, unit.head, unit.low, unit.high,
-                                      unit.from, unit.to, total, part, shared != nullptr, floats);
-    if (shared != nullptr) {
-      if (shared->num_open.fetch_sub(1, std::memory_order_acq_rel) > 1) return done;
-      int64_t begin = unit.low / SPAN_KEYS * SPAN_KEYS;
-      for (int64_t i = 1; (begin += SPAN_KEYS) < unit.high; ++i)
-        call.kernel.merge(total, state_at(total.max_R + i * floats, num_rows, pages.width), tile,
-                          begin, begin + SPAN_KEYS);
-    }
-    call.kernel.finish(total, call.sinks ? scratch.sinks.data() : nullptr, tile, pages.v_dim);
+      for (int64_t h = unit.head; h < unit.head + unit.num_heads; ++h)
+        write_slot(pages, slot_of(unit.sequence, unit.high - 1), h, call.k->at(row, h),
+                   call.v->at(row, h));
+    const Keys keys{&pages,    call.plan.table + unit.sequence * call.plan.table_width,
+                    unit.low,  unit.high,
+                    unit.from, unit.to};
+    const bool apart = unit.shared >= 0;
+    const int64_t part_floats = unit.num_heads * state_floats(scratch.tiles[0].num_rows, pages.width);
+    const bool done = call.kernel.run(call.rules, keys, scratch.tiles.data(), unit.num_heads,
+                                      unit.head, scratch.total.data(), scratch.part.data(), apart,
+                                      part_floats);
+    if (!apart || shared[unit.shared]->num_open.fetch_sub(1, std::memory_order_acq_rel) == 1)
+      finish(unit, &scratch);
     return done;
   }
 
@@ -243,11 +291,11 @@ bool run_attention(const Call& call) {
   std::memset(call.out + call.plan.num_tokens * out_row, 0,
               (call.plan.num_rows - call.plan.num_tokens) * out_row);
   Run run(call);
-  const int64_t num_keys = run.make_tiles();
-  const int64_t products = num_keys * call.group * (call.pages.k_dim + call.pages.width);
+  const int64_t cost = run.make_units();
+  const int64_t products = cost * call.group * (call.pages.k_dim + call.pages.width);
   const int64_t threads = products < SERIAL_PRODUCTS ? 1 : remora::team_size();
   if (call.k != nullptr) run.write_prompts(threads);
-  if (threads > 1) run.cut_tiles(num_keys, threads);
+  if (threads > 1) run.cut_units(cost, threads);
   const int64_t workers = std::min<int64_t>(threads, static_cast<int64_t>(run.units.size()));
   if (workers < 2)
     run.work();
