@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import common
 import torch
 from engines_report import Bar, Spread
+from kernels_attention import attention_bars, attention_rows
 
 from remora.kernels import native
 from remora.kernels.expert_shard import NativeShard
@@ -172,14 +173,14 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
 def main() -> None:
     """Measure what is asked for."""
     parser = common.parser(__doc__)
-    parser.add_argument("--kind", choices=("experts", "int8", "linear"), nargs="*")
+    parser.add_argument("--kind", choices=("experts", "int8", "linear", "attention"), nargs="*")
     parser.add_argument("--shape", nargs="*", help="of these names only")
     parser.add_argument("--rows", type=int, nargs="*", help="rows of an expert")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     args = parser.parse_args()
     assert native.native_available(), "there are no C++ kernels here"
     rounds, sample_s = (3, 0.02) if args.quick else (7, 0.05)
-    kinds = args.kind or ("experts", "int8", "linear")
+    kinds = args.kind or ("experts", "int8", "linear", "attention")
     rows: list[dict[str, Any]] = []
     for kind, shape in itertools.product(("experts", "int8"), EXPERTS):
         if kind in kinds and (not args.shape or shape.name in args.shape):
@@ -191,7 +192,11 @@ def main() -> None:
             works = linear_works(name, num_inputs, num_outputs)
             for threads in args.threads:
                 rows += measure(works, threads, rounds, sample_s)
-    common.finish("kernels", args, rows, bars_of(rows))
+    attention = []
+    for threads in args.threads if "attention" in kinds else ():
+        attention += attention_rows(threads, rounds, sample_s)
+    bars = bars_of(rows) + attention_bars(attention)
+    common.finish("kernels", args, rows + attention, bars)
 
 
 if __name__ == "__main__":
