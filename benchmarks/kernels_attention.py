@@ -65,7 +65,7 @@ def decode_case(heads: Heads, batch: int) -> Callable[[], object]:
 
 
 def attention_rows(threads: int, rounds: int, sample_s: float) -> list[dict[str, Any]]:
-    """One row a shape and batch; `of bandwidth` is the share of the bandwidth measured beside it."""
+    """One row a shape and batch; `of bandwidth`: the share of what was measured beside it."""
     torch.set_num_threads(threads)
     stream = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
     rows = []
