@@ -1,7 +1,8 @@
 """Loads the C++ kernels; without them every function of this room serves through torch, slower.
 
 `REMORA_NO_KERNELS=1` forces the torch path at run time. `REMORA_ISA` (`portable`, `avx2`, `avx512`,
-`avx512_bf16`) lowers what the C++ kernels choose from the machine; it never raises it.
+`avx512_bf16`, `amx_bf16`) lowers what the C++ kernels choose from the machine; it never raises it.
+`amx_emulated` runs the tiling of AMX in plain C++ on any machine: for tests, slow.
 """
 
 import hashlib

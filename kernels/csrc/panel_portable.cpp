@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "isa.h"
 
 #define REMORA_TARGET
@@ -34,11 +35,13 @@ PanelKernel panel_kernel(bool bfloat16, bool int8) {
 #if defined(__x86_64__)
   if (int8) {
     const bool permutes_bytes = __builtin_cpu_supports("avx512vbmi");
-    if (isa() == Isa::kAvx512Bf16 && permutes_bytes) return avx512_bf16::panel_int8;
+    if (isa() >= Isa::kAvx512Bf16 && permutes_bytes) return avx512_bf16::panel_int8;
     if (isa() >= Isa::kAvx512) return avx512::panel_int8;
     return isa() == Isa::kAvx2 ? avx2::panel_int8 : portable::panel_int8;
   }
-  if (bfloat16 && isa() == Isa::kAvx512Bf16) return avx512_bf16::panel_bfloat16;
+  if (bfloat16 && amx_is_emulated()) return amx::panel_emulated;
+  if (bfloat16 && isa() == Isa::kAmxBf16) return amx::panel_bfloat16;
+  if (bfloat16 && isa() >= Isa::kAvx512Bf16) return avx512_bf16::panel_bfloat16;
   if (isa() >= Isa::kAvx512) return bfloat16 ? avx512::panel_bfloat16 : avx512::panel_float;
   if (isa() == Isa::kAvx2) return bfloat16 ? avx2::panel_bfloat16 : avx2::panel_float;
 #endif
@@ -48,7 +51,7 @@ PanelKernel panel_kernel(bool bfloat16, bool int8) {
 
 RowKernel row_kernel(bool bfloat16) {
 #if defined(__x86_64__)
-  if (bfloat16 && isa() == Isa::kAvx512Bf16) return avx512_bf16::row_bfloat16;
+  if (bfloat16 && isa() >= Isa::kAvx512Bf16) return avx512_bf16::row_bfloat16;
   if (isa() >= Isa::kAvx512) return bfloat16 ? avx512::row_bfloat16 : avx512::row_float;
   if (isa() == Isa::kAvx2) return bfloat16 ? avx2::row_bfloat16 : avx2::row_float;
 #endif

@@ -20,7 +20,7 @@ from remora.kernels.linear import (
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(1, 1), (16, 2), (17, 3), (64, 64), (33, 47), (80, 129), (100, 512), (200, 96)]  # O, K
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 needs_native = pytest.mark.skipif(not native.native_available(), reason="C++ kernels not built")
 
 
@@ -249,10 +249,10 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, "amx_emulated"])
 def test_every_instruction_set_below_this_machines(isa: str) -> None:
     best = ISAS.index(native.native_isa())
-    expected = ISAS[min(best, ISAS.index(isa))]
+    expected = isa if isa not in ISAS else ISAS[min(best, ISAS.index(isa))]
     run = subprocess.run(
         [sys.executable, "-c", ISA_SCRIPT.format(expected=expected)],
         env={**os.environ, "REMORA_ISA": isa, "OMP_NUM_THREADS": "1"},
