@@ -147,6 +147,9 @@ void panel_rows(const PanelCall& call) {
 #if defined(__x86_64__) && defined(__linux__)
 #define REMORA_AMX __attribute__((target("amx-tile,amx-bf16")))
 
+// gcc's intrinsics do not say that they read memory: what was written must be there before.
+inline void memory_is_written() { asm volatile("" ::: "memory"); }
+
 struct RealTiles {
   REMORA_AMX void begin() {
     struct alignas(64) {
@@ -156,6 +159,7 @@ struct RealTiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
     } config;
+    memory_is_written();
     _tile_loadconfig(&config);
   }
   REMORA_AMX void end() { _tile_release(); }
@@ -169,6 +173,7 @@ struct RealTiles {
   }
   template <int kTile>
   REMORA_AMX void load(const void* from, int64_t stride_bytes) {
+    memory_is_written();
     if constexpr (kTile == kA) _tile_loadd(4, from, stride_bytes);
     if constexpr (kTile == kB) _tile_loadd(5, from, stride_bytes);
   }
