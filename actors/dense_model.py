@@ -139,8 +139,16 @@ class DenseModel:
             [R, V]; nothing of use on ranks of a group other than the first.
         """
         with torch.inference_mode():
-            logits_RV: Tensor = self._head(inputs_embeds=hidden_RD[None]).logits[0]
+            if self._program is None or len(hidden_RD) == 0:
+                logits_RV = self._own_logits(hidden_RD)
+            else:
+                logits_RV = self._program.logits(hidden_RD)
         return logits_RV if self.part is None else self.part.whole_logits(logits_RV)
+
+    def _own_logits(self, hidden_RD: Tensor) -> Tensor:
+        """The model's own head."""
+        logits_RV: Tensor = self._head(inputs_embeds=hidden_RD[None]).logits[0]
+        return logits_RV
 
     def run(self, context: StepContext, token_ids_T: Tensor, logit_rows_R: Tensor) -> Tensor:
         """`hidden` and `logits` in one step: float32 [R, V] of the rows `logit_rows_R` (int64)."""
@@ -184,7 +192,7 @@ class DenseModel:
                 programs.append(layer.program)
         if len(programs) < len(self.layers):
             return None
-        return split(self._forward, self.layers, programs, INDUCTOR_OPTIONS)
+        return split(self._forward, self._own_logits, self.layers, programs, INDUCTOR_OPTIONS)
 
     def use_program(self, program: StepProgram | None) -> None:
         """Run steps by `program`; None: by the model's own forward."""

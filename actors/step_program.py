@@ -4,11 +4,11 @@
 rotary tables, the loop over layers; 0.2 to 0.4 ms a step here, with one row as with many. Once the
 layers are programs, that forward is traced twice with its layers left out: *before* them (token ids
 and positions to the first layer's rows and to what else layers take) and *after* them (the last
-norm). A step is then straight calls of generated code:
+norm); the head is traced by itself. A step is then straight calls of generated code:
 
     rows, *others = before(token ids, positions)
     rows = layer(rows, others), for each layer
-    after(rows)
+    logits = head(those of after(rows) that are wanted)
 
 A model that does something between its layers is not taken apart: its forward runs as it is.
 Legend: T token rows of a step, D model width.
@@ -27,15 +27,20 @@ from remora.actors.layer_program import Program, Recording, find
 
 # (token ids [T], positions [T]) -> [T, D] after the last norm: the model's own forward
 Forward = Callable[[Tensor, Tensor], Tensor]
+# [R, D] -> [R, V]: the model's own head
+Head = Callable[[Tensor], Tensor]
+
+ROWS_MIN = 2  # the compiler takes a size of one for a constant
 
 
 @dataclass(frozen=True, slots=True)
 class StepProgram:
-    """`run` takes a step from token ids to the rows after the last norm."""
+    """`run` takes a step from token ids to the rows after the last norm, `logits` further."""
 
     before: Program
     layers: tuple[tuple[Program, tuple[int, ...]], ...]  # and which of a step's values each takes
     after: Program
+    head: Program
 
     def run(
         self, token_ids_T: Tensor, positions_T: Tensor, next_layer: Callable[[int], None]
@@ -48,6 +53,14 @@ class StepProgram:
             values[0] = layer.run_on(num_rows, [values[i] for i in indices])[0]
         return self.after.run(num_rows, (values[0],), {})[0]
 
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] in the head's own dtype, R >= 1."""
+        num_rows = hidden_RD.shape[0]
+        if num_rows < ROWS_MIN:
+            hidden_RD = hidden_RD.expand(ROWS_MIN, -1).contiguous()
+        logits: Tensor = self.head.run(len(hidden_RD), (hidden_RD,), {})[0]
+        return logits[:num_rows]
+
 
 class _NotSeparable(Exception):
     """The model does something between its layers."""
@@ -58,54 +71,51 @@ class Split:
 
     Args:
         forward: runs the model's own forward, which calls each of `layers` once and in order.
+        head: the model's own head.
         layers: the modules to leave out; their programs say what they take.
         options: of the compiler.
     """
 
     def __init__(
-        self, forward: Forward, layers: Sequence[nn.Module], programs: Sequence[Program],
-        options: dict[str, Any],
+        self, forward: Forward, head: Head, layers: Sequence[nn.Module],
+        programs: Sequence[Program], options: dict[str, Any],
     ) -> None:  # fmt: skip
         self._forward = forward
+        self._head = head
         self._layers = layers
         self._programs = programs
         self._indices: list[tuple[int, ...]] = []
-        before, after = self._trace(37)
         self._ends = [
             (Recording(end), torch.compile(end, dynamic=True, fullgraph=True, options=options))
-            for end in (before, after)
+            for end in self._trace(37)
         ]
 
     def warm(self, token_ids_T: Tensor, positions_T: Tensor) -> None:
-        """Run both ends once with this number of rows."""
+        """Run the ends once with this number of rows."""
         num_rows = token_ids_T.shape[0]
-        (first, before), (last, after) = self._ends
+        (before, run_before), (after, run_after), (head, run_head) = self._ends
         with torch.inference_mode():
-            rows = first.call(before, num_rows, (token_ids_T, positions_T), {})[0]
-            last.call(after, num_rows, (torch.zeros_like(rows),), {})
+            rows = before.call(run_before, num_rows, (token_ids_T, positions_T), {})[0]
+            rows = after.call(run_after, num_rows, (torch.zeros_like(rows),), {})[0]
+            head.call(run_head, num_rows, (rows,), {})
 
     def program(self) -> StepProgram | None:
         """Straight calls for a whole step; None where an end's warm-up steps did not agree."""
-        before, after = (recording.program() for recording, _ in self._ends)
-        if before is None or after is None:
+        before, after, head = (recording.program() for recording, _ in self._ends)
+        if before is None or after is None or head is None:
             return None
-        return StepProgram(before, tuple(zip(self._programs, self._indices, strict=True)), after)
+        layers = tuple(zip(self._programs, self._indices, strict=True))
+        return StepProgram(before, layers, after, head)
 
-    def _trace(self, num_rows: int) -> tuple[nn.Module, nn.Module]:
+    def _trace(self, num_rows: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         ids_T, positions_T = torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows)
         with torch.no_grad():
-            before = make_fx(
-                lambda ids, positions: self._before(ids, positions),
-                tracing_mode="symbolic",
-                _allow_non_fake_inputs=True,
-            )(ids_T, positions_T)
+            before = _traced(self._before, ids_T, positions_T)
             rows = self._before(ids_T, positions_T)[0].clone()
-            after = make_fx(
-                lambda rows: self._after(rows, ids_T, positions_T),
-                tracing_mode="symbolic",
-                _allow_non_fake_inputs=True,
-            )(rows)
-        return before, after
+            after = _traced(lambda rows: self._after(rows, ids_T, positions_T), rows)
+            hidden = self._after(rows, ids_T, positions_T)[0].clone()
+            head = _traced(lambda hidden: [self._head(hidden)], hidden)
+        return before, after, head
 
     def _before(self, token_ids_T: Tensor, positions_T: Tensor) -> list[Tensor]:
         """The first layer's rows, then every other tensor that a layer's program takes."""
@@ -137,13 +147,22 @@ class Split:
             return [self._forward(token_ids_T, positions_T)]
 
 
+def _traced(function: Callable[..., list[Tensor]], *inputs: Tensor) -> nn.Module:
+    """The graph of `function`, for any number of rows."""
+    trace = make_fx(
+        lambda *given: function(*given), tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )
+    module: nn.Module = trace(*inputs)
+    return module
+
+
 def split(
-    forward: Forward, layers: Sequence[nn.Module], programs: Sequence[Program],
+    forward: Forward, head: Head, layers: Sequence[nn.Module], programs: Sequence[Program],
     options: dict[str, Any],
 ) -> Split | None:  # fmt: skip
     """`Split`, or None where the model cannot be taken apart."""
     try:
-        return Split(forward, layers, programs, options)
+        return Split(forward, head, layers, programs, options)
     except _NotSeparable:
         return None
 

@@ -36,7 +36,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
-NUM_GRAPHS = 3  # what stands before the layers, the layer that all are like, and what comes after
+NUM_GRAPHS = 4  # before the layers, the layer that all are like, the last norm, the head
 
 
 def asks() -> list[Ask]:
