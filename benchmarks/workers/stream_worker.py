@@ -1,4 +1,8 @@
-"""The bandwidth of memory behind the workers' protocol: our streaming read, all threads."""
+"""The bandwidth of memory behind the workers' protocol: our streaming read, all threads.
+
+The best of some thirty passes: whatever else runs can only make a pass slower, and a limit that is
+too low would flatter what is held against it.
+"""
 
 import time
 from typing import Any
@@ -24,11 +28,11 @@ def load(options: dict[str, Any]) -> Loaded:
 
     def measure() -> dict[str, float]:
         torch.ops.remora.stream_read(buffer)  # threads wake up
-        begin, rounds = time.perf_counter(), 0
-        while time.perf_counter() - begin < SECONDS:
+        best_s, until = float("inf"), time.perf_counter() + SECONDS
+        while (begin := time.perf_counter()) < until:
             torch.ops.remora.stream_read(buffer)
-            rounds += 1
-        return {"bytes_per_s": rounds * num_bytes / (time.perf_counter() - begin)}
+            best_s = min(best_s, time.perf_counter() - begin)
+        return {"bytes_per_s": num_bytes / best_s}
 
     return {"threads": torch.get_num_threads(), "bytes": num_bytes}, {"measure": measure}
 
