@@ -13,6 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from support.checkpoints import make_checkpoint
+from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -32,16 +33,10 @@ from remora.comm.errors import ClusterError, ConfigError, UnsupportedModelError,
 from remora.comm.messages import (
     Ping,
     Pong,
-    SamplingParams,
     SequenceOutput,
-    StepOutputs,
-    Submit,
     decode_to_ingress,
     encode,
 )
-
-PROMPT = [5, 9, 200, 31, 77, 8, 150]
-NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +76,8 @@ def alive_actors(deployment: str) -> list[str]:
 
 
 def generate(handle: ClusterHandle) -> SequenceOutput:
-    """All of one greedy request, as one output."""
     [member] = handle.dense_members()
-
-    async def ask() -> SequenceOutput:
-        host = ray.get_runtime_context().get_node_id()
-        connection = await connect_async(member.endpoint, handle.token, host)
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        connection.send(encode(Submit(request_id="r", prompt_ids=PROMPT, params=params)))
-        tokens: list[int] = []
-        async for payload in connection:
-            message = decode_to_ingress(payload)
-            assert isinstance(message, StepOutputs)
-            [output] = message.outputs
-            tokens += output.token_ids
-            if output.finish_reason is not None:
-                break
-        await connection.close()
-        return SequenceOutput(
-            request_id="r",
-            token_ids=tokens,
-            finish_reason=output.finish_reason,
-            error=output.error,
-        )
-
-    return asyncio.run(ask())
+    return ask_member(handle, member)
 
 
 def pong(handle: ClusterHandle) -> Pong:

@@ -1,6 +1,5 @@
 """Tensor-parallel dense groups as Ray actors: two groups of two ranks over the same two shards."""
 
-import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -12,31 +11,18 @@ import ray
 import torch
 from ray.util.state import list_actors
 from support.checkpoints import make_checkpoint
+from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
-    ClusterHandle,
     cluster_status,
     ensure_cluster,
     neutral_runtime_env,
     stop_cluster,
 )
 from remora.cluster.config import parse_config
-from remora.comm.aio import connect_async
 from remora.comm.errors import ConfigError
-from remora.comm.messages import (
-    SamplingParams,
-    SequenceOutput,
-    StepOutputs,
-    Submit,
-    decode_to_ingress,
-    encode,
-)
-from remora.comm.view import Member
-
-PROMPT = [5, 9, 200, 31, 77, 8, 150]
-NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +48,6 @@ def data(model: Path, **dense: Any) -> dict[str, Any]:
     }
 
 
-def generate(handle: ClusterHandle, member: Member) -> SequenceOutput:
-    """All of one greedy request to one dense group, as one output."""
-
-    async def ask() -> SequenceOutput:
-        host = ray.get_runtime_context().get_node_id()
-        connection = await connect_async(member.endpoint, handle.token, host)
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        connection.send(encode(Submit(request_id="r", prompt_ids=PROMPT, params=params)))
-        tokens: list[int] = []
-        async for payload in connection:
-            message = decode_to_ingress(payload)
-            assert isinstance(message, StepOutputs)
-            [output] = message.outputs
-            tokens += output.token_ids
-            if output.finish_reason is not None:
-                break
-        await connection.close()
-        return SequenceOutput(
-            request_id="r",
-            token_ids=tokens,
-            finish_reason=output.finish_reason,
-            error=output.error,
-        )
-
-    return asyncio.run(ask())
-
-
 def test_groups_serve_and_a_killed_rank_is_named(own_ray: None, model: Path) -> None:
     found = reference_model(model, torch.float32).generate(
         torch.tensor([PROMPT]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
@@ -98,8 +57,8 @@ def test_groups_serve_and_a_killed_rank_is_named(own_ray: None, model: Path) -> 
     try:
         first, second = handle.dense_members()
         assert [m.uid for m in (first, second)] == ["dense-0", "dense-1"]
-        assert generate(handle, first).token_ids == expected
-        assert generate(handle, second).token_ids == expected
+        assert ask_member(handle, first).token_ids == expected
+        assert ask_member(handle, second).token_ids == expected
         members = cluster_status("tp")["members"]
         assert {"dense-0", "dense-0.1", "dense-1", "dense-1.1"} <= members.keys()
         assert members["dense-0.1"]["steps_total"] == members["dense-0"]["steps_total"] > 0
@@ -110,9 +69,9 @@ def test_groups_serve_and_a_killed_rank_is_named(own_ray: None, model: Path) -> 
 
         [rank] = [a for a in list_actors(detail=True) if a.name == "remora/tp/dense-0.1#1"]
         os.kill(rank.pid, signal.SIGKILL)
-        broken = generate(handle, first)
+        broken = ask_member(handle, first)
         assert broken.finish_reason == "error" and "dense-0.1 is gone" in str(broken.error)
-        assert generate(handle, second).token_ids == expected, "the other group goes on"
+        assert ask_member(handle, second).token_ids == expected, "the other group goes on"
         assert cluster_status("tp")["members"]["dense-0.1"]["alive"] is False
     finally:
         stop_cluster("tp")
