@@ -11,7 +11,7 @@ I without.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from remora.kernels.device import CPU, make_experts
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
-from remora.kernels.gpu_experts import GpuExperts
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_experts import GpuExperts
 
 CombineMode = Literal["ordered", "presummed"]
 
@@ -40,7 +42,7 @@ class _ExpertLayer:
 
     host: Any  # transformers' experts module, without weights
     name: str  # its full module name
-    packed: PackedExperts | GpuExperts
+    packed: "PackedExperts | GpuExperts"
     slot_of: dict[int, int]  # logical expert -> slot
     slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
     gate: Gate | None  # ours that computes what the host's does, if there is one
@@ -74,7 +76,7 @@ class ShardExperts:
         if self.native is not None:
             for index, held in layers.items():
                 packed = held.packed
-                if isinstance(packed, GpuExperts) or held.host.has_post_expert_norm:
+                if not isinstance(packed, PackedExperts) or held.host.has_post_expert_norm:
                     continue
                 if held.gate is not None:
                     self.native.add_layer(index, packed, held.gate, held.slot_of_E)
@@ -136,7 +138,7 @@ class ShardExperts:
         assert slot_N.numel() == 0 or int(slot_N.min()) >= 0, (
             f"layer {layer}: experts {self.not_mine(layer, pair_expert_N)} are not held"
         )
-        if isinstance(held.packed, GpuExperts):
+        if not isinstance(held.packed, PackedExperts):
             there = held.packed.device
             with torch.no_grad():
                 return held.packed.forward(

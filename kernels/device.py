@@ -3,10 +3,13 @@
 `native`: the C++ kernels of the CPU; `torch`: the same through torch, where there is no compiler;
 `triton`: GPUs. Under `TRITON_INTERPRET=1` the device `meta` stands for a GPU that is not there: its
 experts and pages live on the CPU and Triton's kernels are interpreted, to check them.
+
+What belongs to GPUs is imported when a GPU is asked for: Triton costs every other process a second
+of start and tens of megabytes.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +18,10 @@ from remora.kernels import native
 from remora.kernels.attention import KVPages
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
-from remora.kernels.gpu_experts import GpuExperts
-from remora.kernels.gpu_pages import GpuKVPages
-from remora.kernels.triton_runtime import INTERPRETED
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_experts import GpuExperts
+    from remora.kernels.gpu_pages import GpuKVPages
 
 Implementation = Literal["native", "torch", "triton"]
 CPU = torch.device("cpu")
@@ -32,6 +36,8 @@ def implementation_of(device: torch.device) -> Implementation:
     """
     if device.type == "cpu":
         return "native" if native.native_available() else "torch"
+    from remora.kernels.triton_runtime import INTERPRETED
+
     if device.type == "cuda" or (INTERPRETED and device == INTERPRETED_GPU):
         return "triton"
     raise ValueError(f"device {device}: Remora computes on cpu and cuda")
@@ -56,7 +62,7 @@ def make_experts(
     exact: bool,
     post: Callable[[Tensor], Tensor] | None,
     is_int8: bool = False,
-) -> PackedExperts | GpuExperts:
+) -> "PackedExperts | GpuExperts":
     """Slots for one layer's experts on `device`; arguments as `GpuExperts` describes them.
 
     On the CPU gate and `post` stay the caller's business. `is_int8` (`PackedExperts`) is the CPU's.
@@ -79,6 +85,8 @@ def make_experts(
         )
     if is_int8:
         raise ValueError(f"int8 experts are computed on cpu, not on {device}")
+    from remora.kernels.gpu_experts import GpuExperts
+
     return GpuExperts(
         num_slots,
         hidden_size=hidden_size,
@@ -101,7 +109,7 @@ def make_pages(
     k_dim: int,
     v_dim: int,
     dtype: torch.dtype,
-) -> KVPages | GpuKVPages:
+) -> "KVPages | GpuKVPages":
     """Zero-filled pages of one layer on `device`.
 
     Raises:
@@ -110,4 +118,6 @@ def make_pages(
     """
     if implementation_of(device) != "triton":
         return KVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype)
+    from remora.kernels.gpu_pages import GpuKVPages
+
     return GpuKVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype, _home(device))

@@ -1,10 +1,15 @@
 """What holds for every test: which are live, and that the others start no cluster."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Triton's kernels run in Python on CPU tensors. Triton looks when it is first imported, whoever
+# imports it (torch's compiler does, too), so it is said before anybody can.
+os.environ["TRITON_INTERPRET"] = "1"
 
 LIVE = Path(__file__).parent / "live"
 

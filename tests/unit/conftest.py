@@ -1,6 +1,5 @@
 """Fixtures of the kernel and comm tests: which path computes, and with how many threads."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,10 +7,6 @@ import torch
 
 from remora.comm import native as comm_native
 from remora.kernels import native
-
-# Triton's kernels run in Python on CPU tensors. Triton looks when it is first imported, whoever
-# imports it (torch's compiler does, too), so it is said before anybody can.
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["native", "torch"])
