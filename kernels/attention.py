@@ -11,6 +11,8 @@ online softmax (Milakov & Gimelshein 2018) over paged keys (Kwon et al. 2023), l
 and merged (Flash-Decoding, Dao et al. 2023), with fixed cuts.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +66,7 @@ class KVPages:
         dtype: torch.dtype,
         block_size: int = BLOCK_SIZE,
     ) -> "KVPages":
-        """Zero-filled pages for `num_blocks * block_size` tokens.
+        """Zero-filled pages for `num_blocks * block_size` tokens; they take memory when first used.
 
         Raises ValueError for dtypes other than bfloat16 and float32, block sizes other than 16.
         """
@@ -80,10 +82,14 @@ class KVPages:
         e = _WORD_ELEMENTS[dtype]
         words, width = -(-k_dim // e), -(-v_dim // 16) * 16
         k_size, v_size = words * BLOCK_SIZE * e, BLOCK_SIZE * width
-        both = torch.empty((num_blocks, num_kv_heads, k_size + v_size), dtype=dtype)
+        shape = (num_blocks, num_kv_heads, k_size + v_size)
+        # Straight from the kernel, which zeroes a page when it is first touched: filling the pool
+        # here would take all of it at once (1 GiB for benchmarks' *small*, of which a run of 32
+        # sequences uses a tenth).
+        mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+        both = torch.frombuffer(mapping, dtype=dtype).view(shape)
         if native_available():
             torch.ops.remora.advise_huge_pages(both)
-        both.zero_()
         k, v = both.split((k_size, v_size), 2)
         return cls(
             k_NJWBE=k.view(num_blocks, num_kv_heads, words, BLOCK_SIZE, e),
