@@ -79,6 +79,7 @@ def footprint(handle: Any, config: Any, again: Any) -> dict[str, float]:
         "growth_bytes": sum(theirs) - sum(empty),
         "actors_bytes": sum(theirs),
         "empty_bytes": sum(empty),
+        **{f"growth_{uid}": a - b for uid, a, b in zip(actors, theirs, empty, strict=True)},
         "modules": sum(len(names) for names in modules.values()),
         "modules_missing": sum(missing),
     }
