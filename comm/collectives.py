@@ -185,9 +185,6 @@ class _PythonGroup:
         self.rank = rank
         self.size = size
 
-    def _part(self, count: int) -> tuple[int, int]:
-        return part_of(self.rank, self.size, count)
-
 
 class DryGroup(_PythonGroup):
     """A group of one rank's imagination: the model of a compiler runs in it.

@@ -18,14 +18,9 @@
 #include <string>
 #include <vector>
 
+#include "rows.h"
+#include "scalar.h"
 #include "shared_group.h"
-
-// The loops below are compiled for several machines and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define REMORA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define REMORA_CLONES
-#endif
 
 namespace remora {
 namespace {
@@ -102,21 +97,6 @@ int64_t group_bytes(int64_t size, int64_t capacity) {
   return static_cast<int64_t>(SharedGroup::bytes_needed(static_cast<int>(size), capacity));
 }
 
-inline float widen(float value) { return value; }
-inline float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-inline void narrow(float value, float* target) { *target = value; }
-inline void narrow(float value, uint16_t* target) {  // to nearest even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *target = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-}
-
 REMORA_CLONES void take(const float* from, float* sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sum[i] = widen(from[i]);
 }
@@ -129,12 +109,6 @@ REMORA_CLONES void add(const float* from, float* sum, int64_t count) {
 REMORA_CLONES void add(const uint16_t* from, float* sum, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sum[i] += widen(from[i]);
 }
-REMORA_CLONES void give(const float* sum, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(sum[i], to + i);
-}
-REMORA_CLONES void give(const float* sum, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(sum[i], to + i);
-}
 
 template <class S>
 void sum_parts(const std::vector<const char*>& parts, S* out, int64_t count) {
@@ -145,7 +119,7 @@ void sum_parts(const std::vector<const char*>& parts, S* out, int64_t count) {
     for (size_t q = 1; q < parts.size(); ++q) {
       add(reinterpret_cast<const S*>(parts[q]) + first, sum, n);
     }
-    give(sum, out + first, n);
+    round_row(sum, out + first, n);
   }
 }
 
