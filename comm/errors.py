@@ -5,6 +5,7 @@
      |   |- ConfigError           a configuration key or value (CLI: exit status 2)
      |   |- UnsupportedModelError an architecture that cannot be served, and why
      |   |- WeightsError          a checkpoint file or tensor that is missing, damaged or unsafe
+     |   |- TraceError            a file of routing traces or statistics: damaged, or not writable
      |   '- RequestError          an HTTP request (status, param and code of the error body)
      |       '- OverloadedError   429: the bounded queue is full; carries `retry_after_s`
      '- ClusterError              a process or a link of the cluster
@@ -39,6 +40,10 @@ class UnsupportedModelError(UserError):
 
 class WeightsError(UserError):
     """A checkpoint file or tensor is missing, damaged or unsafe; the text names both."""
+
+
+class TraceError(UserError):
+    """A file of routing traces or statistics is damaged, of another kind, or cannot be written."""
 
 
 class RequestError(UserError):
