@@ -2,10 +2,12 @@
 
 The counts equal `expected_call_bytes` exactly; a test holds them together. Header and body count,
 in shared memory as on a wire (`arena_bytes` says how much of it was shared memory); the handshake,
-which happens once a connection, does not.
+which happens once a connection, does not. What the ranks of a tensor-parallel group exchange among
+themselves is counted by operation (`collective_bytes`).
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -59,6 +61,25 @@ class TrafficCounters:
             for name in COUNTER_NAMES:
                 setattr(total, name, getattr(total, name) + getattr(link, name))
         return total
+
+
+COLLECTIVES: Final = ("sum", "gather_rows", "gather_columns", "sum_slice", "gather_slices")
+CollectiveBytes = dict[str, dict[str, int]]
+
+
+def collective_bytes(counts: Sequence[int]) -> CollectiveBytes:
+    """What one rank exchanged with its tensor-parallel group so far, by operation and direction.
+
+    Args:
+        counts: calls, bytes sent and bytes received of each of `COLLECTIVES`. A byte that several
+            ranks read is sent to each of them, as it would be on links; headers are not counted.
+    """
+    triples = zip(COLLECTIVES, counts[0::3], counts[1::3], counts[2::3], strict=True)
+    return {
+        name: {"calls": calls, "sent_bytes": sent, "received_bytes": received}
+        for name, calls, sent, received in triples
+        if calls
+    }
 
 
 def expected_call_bytes(

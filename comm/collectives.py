@@ -17,6 +17,7 @@ Legend: T rows, D columns.
 
 import datetime
 import itertools
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
+from remora.comm.accounting import COLLECTIVES, CollectiveBytes, collective_bytes
 from remora.comm.arena import Memory
 from remora.comm.errors import ClusterError
 from remora.kernels.native import native_available
@@ -56,6 +58,9 @@ class Group(Protocol):
 
     def gather_columns(self, columns: Tensor, width: int) -> Tensor:
         """[T, D] on rank 0 of this rank's `part_of` of the columns, [0, D] on the others."""
+
+    def counters(self) -> CollectiveBytes:
+        """Calls and bytes so far, by operation."""
 
     def set_dry(self, dry: bool) -> None:
         """While dry nothing is exchanged: shapes are right, values mean nothing."""
@@ -142,6 +147,10 @@ class SharedGroup:
         out: Tensor = torch.ops.remora.group_gather_columns(columns, width, self.number)
         return out
 
+    def counters(self) -> CollectiveBytes:
+        """See `Group`."""
+        return collective_bytes(torch.ops.remora.group_counters(self.number))
+
     def set_dry(self, dry: bool) -> None:
         """See `Group`."""
         torch.ops.remora.group_set_dry(self.number, dry)
@@ -212,6 +221,10 @@ class DryGroup(_PythonGroup):
         """See `Group`."""
         return columns.new_zeros((columns.shape[0] if self.rank == 0 else 0, width))
 
+    def counters(self) -> CollectiveBytes:
+        """See `Group`."""
+        return {}
+
     def set_dry(self, dry: bool) -> None:
         """It is dry."""
         assert dry, "a dry group exchanges nothing"
@@ -247,7 +260,8 @@ class GlooGroup(_PythonGroup):
         self, store: Any, *, rank: int, size: int, ip: str, deadline_s: float, generation: int = 0
     ) -> None:
         super().__init__(rank, size)
-        self._dry = False
+        self.is_dry = False
+        self._counts = dict.fromkeys(COLLECTIVES, (0, 0, 0))
         self._failure: str | None = None
         self._store, self._ip, self._deadline_s = store, ip, deadline_s
         self._gloo: Any = None
@@ -273,8 +287,9 @@ class GlooGroup(_PythonGroup):
 
     def sum(self, part: Tensor) -> Tensor:
         """See `Group`."""
-        if self._dry:
+        if self.is_dry:
             return part.clone()
+        self._note("sum", *(part.nbytes * (self.size - 1),) * 2)
         parts = self._all(part)
         total = parts[0].float()
         for other in parts[1:]:
@@ -283,11 +298,12 @@ class GlooGroup(_PythonGroup):
 
     def gather_rows(self, rows: Tensor, num_rows: int) -> Tensor:
         """See `Group`."""
-        if self._dry:
+        if self.is_dry:
             return rows.new_zeros((num_rows, rows.shape[1]))
         most = part_of(0, self.size, num_rows)[1]
         padded = rows.new_zeros((most, rows.shape[1]))
         padded[: rows.shape[0]] = rows
+        self._note("gather_rows", *(padded.nbytes * (self.size - 1),) * 2)
         parts = self._all(padded)
         spans = [part_of(rank, self.size, num_rows) for rank in range(self.size)]
         return torch.cat(
@@ -297,38 +313,60 @@ class GlooGroup(_PythonGroup):
     def gather_columns(self, columns: Tensor, width: int) -> Tensor:
         """See `Group`."""
         out = columns.new_zeros((columns.shape[0] if self.rank == 0 else 0, width))
-        if self._dry:
+        if self.is_dry:
             return out
         spans = [part_of(rank, self.size, width) for rank in range(self.size)]
         most = columns.new_zeros((columns.shape[0], spans[0][1]))
         most[:, : columns.shape[1]] = columns
+        self._note("gather_columns", *(most.nbytes * (self.size - 1),) * 2)
         parts = self._all(most)
         if self.rank == 0:
             for part, (begin, end) in zip(parts, spans, strict=True):
                 out[:, begin:end] = part[:, : end - begin]
         return out
 
+    def all_to_all(self, sent: list[Tensor], sizes: list[int], operation: str) -> list[Tensor]:
+        """Bytes (uint8) for every rank, this one too, against `sizes` bytes from each.
+
+        Raises:
+            RuntimeError: a rank is gone, late, or gives another number of bytes.
+        """
+        given = [len(part) for part in sent]
+        received = torch.empty(sum(sizes), dtype=torch.uint8)
+        self._run(lambda gloo: gloo.alltoall_base(received, torch.cat(sent), sizes, given))
+        self._note(operation, sum(given) - given[self.rank], sum(sizes) - sizes[self.rank])
+        return list(received.split(sizes))
+
     def _all(self, mine: Tensor) -> list[Tensor]:
         """`mine` of every rank, in their order; all of one shape."""
         mine = mine.contiguous()
         out = [torch.empty_like(mine) for _ in range(self.size)]
-        if mine.numel() == 0:
-            return out
+        if mine.numel() > 0:
+            flat = [t.flatten().view(torch.uint8) for t in (mine, *out)]
+            self._run(lambda gloo: gloo.allgather([flat[1:]], flat[:1]))
+        return out
+
+    def _run(self, begin: Callable[[Any], Any]) -> None:
         if self._gloo is None:
             raise RuntimeError(f"tensor-parallel group: {self._failure}")
         try:
-            self._gloo.allgather(
-                [[t.flatten().view(torch.uint8) for t in out]], [mine.flatten().view(torch.uint8)]
-            ).wait()
+            begin(self._gloo).wait()
         except RuntimeError as error:
             self._failure = self._failure or f"a rank is gone or late: {str(error).splitlines()[0]}"
             self._gloo = None  # the others must not wait for us
             raise
-        return out
+
+    def _note(self, operation: str, sent: int, received: int) -> None:
+        before = self._counts[operation]
+        self._counts[operation] = (before[0] + 1, before[1] + sent, before[2] + received)
+
+    def counters(self) -> CollectiveBytes:
+        """See `Group`."""
+        return collective_bytes([value for triple in self._counts.values() for value in triple])
 
     def set_dry(self, dry: bool) -> None:
         """See `Group`."""
-        self._dry = dry
+        self.is_dry = dry
 
     def abort(self, reason: str) -> None:
         """See `Group`: the connections are closed, upon which the others' exchanges fail."""

@@ -1,5 +1,6 @@
 // Sums and gathers over a tensor-parallel group through shared memory (shared_group.h): group_open,
-// group_close, group_sum, group_gather_rows, group_gather_columns and what steers them.
+// group_close, group_sum, group_gather_rows, group_gather_columns and what steers and counts them.
+// Slices in an order that changes are in group_slices.cpp.
 //
 // A sum is taken in float32 in the order of the ranks and rounded once, so it is the same on every
 // rank and depends on nothing but the ranks' values. Rows and columns are divided as evenly as can
@@ -13,29 +14,23 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "group_member.h"
 #include "rows.h"
 #include "scalar.h"
-#include "shared_group.h"
 
 namespace remora {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // elements summed at a time: their float32 sums stay in L1
 
-struct Member {
-  std::unique_ptr<SharedGroup> group;  // none: a group of a compiler's or a warm-up's imagination
-  int rank;
-  int size;
-  bool dry = false;  // nothing is exchanged, shapes are right and values mean nothing
-};
-
 std::mutex registry_mutex;
 std::map<int64_t, std::shared_ptr<Member>> registry;
+
+}  // namespace
 
 std::shared_ptr<Member> member_of(int64_t number) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
@@ -44,7 +39,7 @@ std::shared_ptr<Member> member_of(int64_t number) {
   return found->second;
 }
 
-int64_t first_of(int64_t rank, int64_t count, int64_t size) { return (rank * count + size - 1) / size; }
+namespace {
 
 void group_open(int64_t number, int64_t address, int64_t rank, int64_t size, int64_t capacity,
                 int64_t spin_us, int64_t deadline_ms, at::IntArrayRef peer_sockets,
@@ -70,6 +65,16 @@ void group_open(int64_t number, int64_t address, int64_t rank, int64_t size, int
 void group_close(int64_t number) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
   registry.erase(number);
+}
+
+// Calls, bytes sent and bytes received of each operation.
+std::vector<int64_t> group_counters(int64_t number) {
+  const auto member = member_of(number);
+  std::vector<int64_t> all;
+  for (const Count& count : member->counts) {
+    all.insert(all.end(), {count.calls.load(), count.sent.load(), count.received.load()});
+  }
+  return all;
 }
 
 // Turns imagination on and off (`dry`): warm-up steps run on one rank alone.
@@ -111,7 +116,7 @@ REMORA_CLONES void add(const uint16_t* from, float* sum, int64_t count) {
 }
 
 template <class S>
-void sum_parts(const std::vector<const char*>& parts, S* out, int64_t count) {
+void sum_rows(const std::vector<const char*>& parts, S* out, int64_t count) {
   float sum[kBlock];
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t n = std::min(kBlock, count - first);
@@ -123,15 +128,16 @@ void sum_parts(const std::vector<const char*>& parts, S* out, int64_t count) {
   }
 }
 
-// What is aborted or late is told as an error of torch's; `group_abort_text` has the bare reason.
-template <class F>
-void guarded(F work) {
-  try {
-    work();
-  } catch (const GroupError& error) {
-    TORCH_CHECK(false, "tensor-parallel group: ", error.what());
-  }
+}  // namespace
+
+void sum_parts(const std::vector<const char*>& parts, float* out, int64_t count) {
+  sum_rows(parts, out, count);
 }
+void sum_parts(const std::vector<const char*>& parts, uint16_t* out, int64_t count) {
+  sum_rows(parts, out, count);
+}
+
+namespace {
 
 template <class S>
 void sum_over(SharedGroup& group, const char* from, char* to, int64_t count) {
@@ -143,7 +149,7 @@ void sum_over(SharedGroup& group, const char* from, char* to, int64_t count) {
     std::memcpy(group.begin(), mine, n * sizeof(S));
     group.publish();
     for (int q = 0; q < group.size(); ++q) parts[q] = q == group.rank() ? mine : group.part(q);
-    sum_parts<S>(parts, reinterpret_cast<S*>(to) + first, n);
+    sum_parts(parts, reinterpret_cast<S*>(to) + first, n);
   }
 }
 
@@ -156,6 +162,8 @@ at::Tensor group_sum(const at::Tensor& part, int64_t number) {
   if (member->dry) return out.copy_(source);
   const char* from = static_cast<const char*>(source.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t to_others = static_cast<int64_t>(source.nbytes()) * (member->size - 1);
+  note(*member, kSum, to_others, to_others);
   guarded([&] {
     if (part.scalar_type() == at::kFloat) {
       sum_over<float>(*member->group, from, to, source.numel());
@@ -200,6 +208,8 @@ at::Tensor group_gather_rows(const at::Tensor& rows, int64_t num_rows, int64_t n
     bytes[q] = (first_of(q + 1, num_rows, size) - first_of(q, num_rows, size)) * row_bytes;
   }
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  note(*member, kGatherRows, bytes[member->rank] * (size - 1),
+       num_rows * row_bytes - bytes[member->rank]);
   guarded([&] {
     exchange(*member->group, static_cast<const char*>(source.const_data_ptr()), bytes, true,
              [&](int q, int64_t offset, const char* from, int64_t count) {
@@ -225,6 +235,8 @@ at::Tensor group_gather_columns(const at::Tensor& columns, int64_t num_columns, 
   if (member->dry) return out.zero_();
   std::vector<int64_t> bytes(size);
   for (int64_t q = 0; q < size; ++q) bytes[q] = num_rows * width(q) * item;
+  note(*member, kGatherColumns, receive ? 0 : bytes[member->rank],
+       receive ? num_rows * num_columns * item - bytes[0] : 0);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   guarded([&] {
     exchange(*member->group, static_cast<const char*>(source.const_data_ptr()), bytes, receive,
@@ -257,6 +269,7 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("group_set_sequence(int group, int sequence) -> ()", &remora::group_set_sequence);
   m.def("group_sequence(int group) -> int", &remora::group_sequence);
   m.def("group_bytes(int size, int capacity) -> int", &remora::group_bytes);
+  m.def("group_counters(int group) -> int[]", &remora::group_counters);
   m.def("group_sum(Tensor part, int group) -> Tensor", tags);
   m.def("group_gather_rows(Tensor rows, int num_rows, int group) -> Tensor", tags);
   m.def("group_gather_columns(Tensor columns, int num_columns, int group) -> Tensor", tags);

@@ -71,8 +71,10 @@ char* SharedGroup::begin() {
   return base_ + kGroupHeaderBytes + (2 * rank_ + ((sequence_ + 1) & 1)) * capacity_;
 }
 
-void SharedGroup::publish() {
+void SharedGroup::publish(uint64_t tag) {
   ++sequence_;
+  tag_ = tag;
+  header_->lines[rank_].tags[sequence_ & 1].store(tag, std::memory_order_relaxed);
   std::atomic<uint32_t>& published = header_->lines[rank_].published;
   published.store(sequence_, std::memory_order_seq_cst);
   if (header_->sleepers.load(std::memory_order_seq_cst) != 0) futex_wake(published);
@@ -80,6 +82,10 @@ void SharedGroup::publish() {
 
 const char* SharedGroup::part(int rank) {
   wait_for(rank, sequence_);
+  if (header_->lines[rank].tags[sequence_ & 1].load(std::memory_order_relaxed) != tag_) {
+    fail("ranks " + std::to_string(rank_) + " and " + std::to_string(rank) +
+         " do not agree on what is exchanged (slices of another order, or another call)");
+  }
   return base_ + kGroupHeaderBytes + (2 * rank + (sequence_ & 1)) * capacity_;
 }
 

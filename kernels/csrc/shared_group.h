@@ -26,6 +26,7 @@ constexpr size_t kGroupHeaderBytes = 8192;
 
 struct alignas(64) RankLine {
   std::atomic<uint32_t> published{0};  // the last exchange whose part lies in the buffer
+  std::atomic<uint64_t> tags[2]{};     // what the part in each buffer is; equal on all ranks
 };
 
 struct GroupHeader {
@@ -58,8 +59,9 @@ class SharedGroup {
 
   // Where this rank writes its part of the next exchange; waits until that buffer is free.
   char* begin();
-  // Publishes the part written since `begin`.
-  void publish();
+  // Publishes the part written since `begin`. Every rank publishes the same `tag`: what they must
+  // agree on (which rows are whose), or the exchange fails instead of mixing rows up.
+  void publish(uint64_t tag = 0);
   // The part of `rank` in the exchange that was published last; waits for it.
   const char* part(int rank);
 
@@ -86,6 +88,7 @@ class SharedGroup {
   std::vector<int> peer_sockets_;
   std::vector<int> peer_ranks_;
   uint32_t sequence_ = 0;
+  uint64_t tag_ = 0;  // of the exchange that was published last
 };
 
 }  // namespace remora
