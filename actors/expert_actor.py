@@ -37,6 +37,7 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
     """What an expert shard is told: decoder layer -> logical experts in slot order."""
 
     experts_by_layer: dict[int, tuple[int, ...]]
+    num_slots: int | None = None  # of one layer; None: as many as it is given experts
     is_int8: bool = False  # hold weights in one byte each
 
 
@@ -76,13 +77,16 @@ class ExpertActor:
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""
-        shard, pump = self._shard, self._pump
+        shard, pump, launch = self._shard, self._pump, self._launch
         return {
             "alive": self._thread.is_alive,
             "phase": self._progress.phase,
-            "incarnation": self._launch.incarnation,
+            "incarnation": launch.incarnation,
             "weights_bytes": shard.nbytes if shard else 0,
-            "experts_per_layer": [len(shard.experts_of(i)) for i in shard.layers] if shard else [],
+            "experts_per_layer": [len(shard.experts_of(i)) for i in launch.experts_by_layer]
+            if shard
+            else [],
+            "slots_per_layer": launch.num_slots,
             "calls_served": self._calls_served + (pump.calls_served if pump else 0),
             "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
             "peers": len(self._server.connections) if self._server else 0,
@@ -109,6 +113,7 @@ class ExpertActor:
             dtype=resolve_dtype(spec, launch.dtype),
             exact=launch.exact,
             is_int8=launch.is_int8,
+            num_slots=launch.num_slots,
             progress=self._note_progress,
         )
         service = ExpertService(

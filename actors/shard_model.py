@@ -66,9 +66,11 @@ class ShardExperts:
         *,
         dtype: torch.dtype,
         exact: bool,
+        is_int8: bool,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
+        self._is_int8 = is_int8
         self._layers = layers
         self._digests = digests
         self._exact = exact
@@ -94,9 +96,7 @@ class ShardExperts:
     @property
     def manifest(self) -> Manifest:
         """Digests of every expert held."""
-        packed = [held.packed for held in self._layers.values()]
-        is_int8 = any(isinstance(p, PackedExperts) and p.is_int8 for p in packed)
-        return Manifest.of(torch.int8 if is_int8 else self.dtype, self._digests)
+        return Manifest.of(torch.int8 if self._is_int8 else self.dtype, self._digests)
 
     def experts_of(self, layer: int) -> tuple[int, ...]:
         """Logical experts held of a decoder layer, in slot order; none of an unknown layer."""
@@ -248,7 +248,8 @@ def build_shard(
         dtype: served dtype, float32 or bfloat16.
         exact: only whole tiles of rows reach torch's own kernels.
         is_int8: hold weights in one byte each, quantised here; `dtype` is bfloat16 then.
-        num_slots: slots per layer; None: as many as the layer is given experts.
+        num_slots: slots per layer; None: as many as the layer is given experts. A layer without
+            a slot is left out.
         progress: called with (bytes done, bytes in all).
         device: where the experts live and compute; rows come and go on the CPU.
 
@@ -262,6 +263,8 @@ def build_shard(
     assert sites.keys() == experts_by_layer.keys(), (
         f"layers {sorted(experts_by_layer)} wanted, of MoE layers {spec.moe_layers}"
     )
+    most = max(map(len, experts_by_layer.values()), default=0)
+    assert num_slots is None or most <= num_slots, f"{most} experts of a layer, {num_slots} slots"
     with Checkpoint.open(path) as checkpoint:
         plan = WeightPlan(model, checkpoint, dtype)
         names = [name for name, _ in spec.expert.shapes]
@@ -274,7 +277,9 @@ def build_shard(
         digests: dict[tuple[int, int], ExpertDigest] = {}
         for index in sorted(experts_by_layer):
             experts = experts_by_layer[index]
-            slots = num_slots or len(experts)
+            slots = len(experts) if num_slots is None else num_slots
+            if slots == 0:
+                continue
             held = _empty_layer(
                 spec,
                 sites[index],
@@ -295,7 +300,7 @@ def build_shard(
                 held.slot_of[expert] = slot
                 held.slot_of_E[expert] = slot
                 counter.loaded(index)
-    return ShardExperts(spec, layers, digests, dtype=dtype, exact=exact)
+    return ShardExperts(spec, layers, digests, dtype=dtype, exact=exact, is_int8=is_int8)
 
 
 class _Counter:

@@ -9,10 +9,11 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
-from remora.cluster.instances import missing, use_token, which_instance
+from remora.cluster.instances import Instance, missing, use_token, which_instance
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -25,6 +26,8 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--numerics", "numerics", str, "fast or exact"),
     ("--dense-groups", "dense.groups", int, "dense groups"),
     ("--shards", "experts.shards", int, "expert shards"),
+    ("--slots", "experts.slots", int, "experts that a shard has room for in each layer"),
+    ("--placement", "experts.placement", str, "contiguous, or a placement file"),
     ("--max-model-len", "dense.max_model_len", int, "tokens of the longest sequence"),
     ("--max-num-seqs", "dense.max_num_seqs", int, "sequences in one step"),
     ("--kv-cache-tokens", "dense.kv_cache_tokens", int, "tokens that one group's KV pages hold"),
@@ -87,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_config(bench)
     _add_bench(bench)
+    add_placement(commands)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),
@@ -97,6 +101,24 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="machine-readable output")
         command.set_defaults(run=_manage, command=name)
     return top
+
+
+def add_placement(commands: Any) -> None:
+    """`remora placement export | check`."""
+    placement = commands.add_parser("placement", help="which shard holds which experts, as a file")
+    actions = placement.add_subparsers(required=True, metavar="ACTION")
+    export = actions.add_parser("export", help="write the placement of a deployment that runs")
+    export.add_argument("file", help="YAML file to write")
+    export.add_argument("--deployment", metavar="NAME", help="may be left out if one runs")
+    export.add_argument("--ray-address", help="Ray cluster that it runs in")
+    check = actions.add_parser("check", help="whether a file is a placement, and what is in it")
+    check.add_argument("file", help="YAML or JSON file")
+    check.add_argument("--model", help="checkpoint that it must fit")
+    check.add_argument("--shards", type=_count, help="shards of the deployment that it must fit")
+    check.add_argument("--slots", type=_count, help="slots of a shard in a layer (experts.slots)")
+    for action, run in ((export, _placement_export), (check, _placement_check)):
+        action.add_argument("--json", action="store_true", help="machine-readable output")
+        action.set_defaults(run=run)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -184,19 +206,46 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _manage(options: argparse.Namespace) -> int:
-    name, instance = options.name, None
-    if options.ray_address is None:
-        name, instance = which_instance(options.name)
-        if name is None:
-            return missing("no deployment runs on this machine", options.json)
-    elif name is None:
-        raise ConfigError("with --ray-address the NAME of the deployment is needed")
-    if instance is not None:
-        use_token(instance)
+    name, instance = _which(options.name, options.ray_address)
+    if name is None:
+        return missing("no deployment runs on this machine", options.json)
     from remora.cluster import manage_command  # imports Ray: the token must be in place
 
     run = manage_command.run_stop if options.command == "stop" else manage_command.run_status
     return run(name, instance, options.ray_address, as_json=options.json)
+
+
+def _placement_export(options: argparse.Namespace) -> int:
+    name, instance = _which(options.deployment, options.ray_address)
+    if name is None:
+        return missing("no deployment runs on this machine", options.json)
+    from remora.cluster.placement_command import run_export
+
+    return run_export(name, instance, options.ray_address, Path(options.file), as_json=options.json)
+
+
+def _placement_check(options: argparse.Namespace) -> int:
+    from remora.cluster.placement_command import run_check
+
+    return run_check(
+        Path(options.file),
+        model=options.model,
+        shards=options.shards,
+        slots=options.slots,
+        as_json=options.json,
+    )
+
+
+def _which(name: str | None, ray_address: str | None) -> tuple[str | None, Instance | None]:
+    """The deployment that is meant, with the way into its Ray cluster put in place."""
+    if ray_address is not None:
+        if name is None:
+            raise ConfigError("with --ray-address the NAME of the deployment is needed")
+        return name, None
+    name, instance = which_instance(name)
+    if instance is not None:
+        use_token(instance)
+    return name, instance
 
 
 def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:

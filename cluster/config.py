@@ -93,6 +93,10 @@ class ExpertsConfig(_Placed):
     """The expert shards: slots of expert weights, stateless per call."""
 
     shards: Annotated[int, Field(ge=1, le=4096)] = 2
+    slots: Positive | None = None  # of a shard in a MoE layer; None: what the placement needs
+    placement: Literal["contiguous"] | Path = (
+        "contiguous"  # or a placement file (docs/placement.md)
+    )
     transport: Literal["auto", "tcp"] = "auto"  # auto: Unix socket + memfd on the same host
     call_timeout_s: Seconds = 30.0  # one dispatch to one shard
 
@@ -236,9 +240,13 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
         paths = {name: getattr(section, name) for name in names}
         return {name: path.expanduser().resolve() for name, path in paths.items() if path}
 
+    experts: dict[str, Any] = {}
+    if isinstance(config.experts.placement, Path):
+        experts = absolute(config.experts, ("placement",))
     http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
     security = absolute(config.security, ("token_file",))
     update: dict[str, Any] = {
+        "experts": config.experts.model_copy(update=experts),
         "http": config.http.model_copy(update=http),
         "security": config.security.model_copy(update=security),
     }

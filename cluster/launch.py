@@ -1,8 +1,10 @@
 """From a deployment's configuration to what each data-plane actor is told and how Ray places it."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from remora.actors.dense_actor import DenseLaunch
@@ -11,6 +13,7 @@ from remora.actors.launch import RAY_NAMESPACE, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
+from remora.cluster.placement_file import check_fits, read_placement
 from remora.comm.errors import ConfigError
 from remora.comm.view import Placement, contiguous_placement
 
@@ -57,10 +60,13 @@ def _threads(config: RemoraConfig, section: str, asked: int | None, processes: i
 
 
 def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
-    """Which shard holds what: every layer's experts in equal contiguous runs.
+    """Which shard holds what: equal contiguous runs, or what a placement file says.
+
+    Spare slots (`experts.slots`) of contiguous runs get replicas; those of a file stay empty.
 
     Raises:
-        ConfigError: more shards than experts, or experts of a dtype that they cannot be held in.
+        ConfigError: more shards or experts than there is room for, experts of a dtype that they
+            cannot be held in, or a placement file that is none or does not fit.
     """
     dtype = resolve_dtype(spec, config.dtype)
     if config.experts_dtype == "int8" and dtype != torch.bfloat16:
@@ -68,16 +74,41 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
             f"experts_dtype = int8: rows must be bfloat16, but {config.model} is served in "
             f"{str(dtype).removeprefix('torch.')} (set dtype: bfloat16)"
         )
-    shards = config.experts.shards
-    if shards > spec.num_experts:
+    experts = config.experts
+    uids = tuple(f"shard-{index}" for index in range(experts.shards))
+    if isinstance(experts.placement, Path):
+        return _placement_in(experts.placement, uids, experts.slots, spec)
+    if experts.shards > spec.num_experts:
         raise ConfigError(
-            f"experts.shards = {shards}: the model has {spec.num_experts} experts a layer"
+            f"experts.shards = {experts.shards}: the model has {spec.num_experts} experts a layer"
         )
-    return contiguous_placement(
+    try:
+        return contiguous_placement(
+            num_experts=spec.num_experts,
+            moe_layers=spec.moe_layers,
+            shard_uids=uids,
+            slots=experts.slots,
+        )
+    except ValueError as wrong:
+        raise ConfigError(f"experts.slots = {experts.slots}: {wrong}") from None
+
+
+def _placement_in(
+    path: Path, uids: tuple[str, ...], slots: int | None, spec: ModelSpec
+) -> Placement:
+    """The placement in a file; shards that it does not name hold nothing."""
+    placement = read_placement(path)
+    check_fits(
+        placement,
+        source=f"experts.placement {path}",
         num_experts=spec.num_experts,
         moe_layers=spec.moe_layers,
-        shard_uids=tuple(f"shard-{index}" for index in range(shards)),
+        shard_uids=uids,
+        slots=slots,
     )
+    nothing: tuple[tuple[int, ...], ...] = ((),) * len(spec.moe_layers)
+    whole = {uid: placement.slots.get(uid, nothing) for uid in uids}
+    return msgspec.structs.replace(placement, slots=whole)
 
 
 def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: bytes) -> ShardLaunch:
@@ -86,6 +117,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
         **_common(config, uid, token),
         num_threads=shard_threads(config),
         is_int8=config.experts_dtype == "int8",
+        num_slots=config.experts.slots,
         experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
     )
 

@@ -30,7 +30,7 @@ def run_status(
         elif instance is not None:
             status = _not_there_yet(instance)
         else:
-            return missing(_nothing_of(name), as_json)
+            return missing(nothing_of(name), as_json)
     if instance is not None and instance.url is not None:
         status["url"] = instance.url
     print(json.dumps(status, default=str) if as_json else status_text(status))
@@ -50,7 +50,7 @@ def run_stop(
     else:
         with connected(ray_address) as found:
             if not found or find_cluster(name) is None:
-                return missing(_nothing_of(name), as_json)
+                return missing(nothing_of(name), as_json)
             _delete_application(name)
             if find_cluster(name) is not None:  # else its ingress took it down
                 stop_cluster(name)
@@ -66,7 +66,8 @@ def _delete_application(name: str) -> None:
         serve.delete(name)
 
 
-def _nothing_of(name: str) -> str:
+def nothing_of(name: str) -> str:
+    """What to tell who asked for a deployment that is not there."""
     names = instance_names()
     here = f"; running on this machine: {', '.join(names)}" if names else ""
     return f"there is no deployment {name!r}{here} (in another Ray cluster: --ray-address)"
@@ -118,8 +119,10 @@ def _facts(member: dict[str, Any]) -> str:
     if "calls_served" in member:
         counts = member["experts_per_layer"]
         experts = f"{min(counts, default=0)}-{max(counts, default=0)}"
+        slots = member.get("slots_per_layer")
+        room = f" in {slots} slots" if slots else ""
         return (
-            f"{experts} experts in each of {len(counts)} layers"
+            f"{experts} experts{room} in each of {len(counts)} layers"
             f" ({member['weights_bytes'] / 2**20:.1f} MiB), {member['calls_served']} calls,"
             f" {member['compute_s']:.1f} s computing, {member['peers']} peers"
         )

@@ -7,7 +7,9 @@ uniform, and a process' memory is what it owns, without its interpreter and libr
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from remora.actors import model_build, model_probe, tp_surgery
 from remora.actors.checkpoint_files import Checkpoint
@@ -15,9 +17,13 @@ from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.tp_plan import check_heads, make_plan
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import kv_bytes_per_token, placement_of
+from remora.comm import plan as choice
+from remora.comm.topology import held_of
+from remora.comm.view import Placement
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
 
 BATCHES = (1, 8, 32)  # decoding sequences that the traffic is estimated for
+SAMPLED = 2048  # tokens that the traffic of replicated placements is estimated from
 
 
 def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
@@ -43,6 +49,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     num_blocks = config.dense.num_kv_blocks(
         bytes_per_token=kv_token_nbytes, max_model_len=max_model_len
     )
+    copies = row_copies(placement, spec.top_k)
     return {
         "model": config.model,
         "model_type": spec.model_type,
@@ -66,15 +73,77 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
         }
         | _rank_part(config, spec, dtype),
         "shards": {
-            uid: {
-                "experts_per_layer": len(layers[0]),
-                "experts": [layers[0][0], layers[0][-1]],
-                "weights_bytes": sum(len(layer) for layer in layers) * expert_nbytes,
-            }
+            uid: _shard_part(layers, config.experts.slots, expert_nbytes)
             for uid, layers in placement.slots.items()
         },
-        "decode_step": [_traffic(config, spec, dtype.itemsize, batch) for batch in BATCHES],
+        "replicas": replica_counts(placement),
+        "decode_step": [_traffic(config, spec, dtype.itemsize, batch, copies) for batch in BATCHES],
     }
+
+
+def _shard_part(
+    layers: tuple[tuple[int, ...], ...], slots: int | None, expert_nbytes: int
+) -> dict[str, Any]:
+    """What one shard holds; empty slots take memory too."""
+    counts = [len(experts) for experts in layers]
+    rooms = counts if slots is None else [slots] * len(layers)
+    first = layers[0]
+    is_run = len(set(layers)) == 1 and len(first) > 0
+    is_run = is_run and first == tuple(range(first[0], first[0] + len(first)))
+    return {
+        "experts_per_layer": [min(counts), max(counts)],
+        "slots_per_layer": [min(rooms), max(rooms)],
+        "experts": [first[0], first[-1]] if is_run else None,
+        "weights_bytes": sum(rooms) * expert_nbytes,
+    }
+
+
+def replica_counts(placement: Placement) -> dict[str, int]:
+    """Over all experts of all layers: the fewest and the most replicas, and how many are spare."""
+    count_LE = np.sum(held_of(placement, tuple(placement.slots)), axis=1)
+    return {
+        "least": int(count_LE.min()),
+        "most": int(count_LE.max()),
+        "beyond_the_first": int((count_LE - 1).sum()),
+    }
+
+
+def row_copies(placement: Placement, top_k: int) -> float:
+    """Shards that a token's row goes to, mean over the layers, routing uniform.
+
+    Exact where no expert has a replica: a shard is left out when none of the K experts is on it.
+    Otherwise the mean of `SAMPLED` draws, with replicas chosen as dispatch does.
+    """
+    uids = tuple(placement.slots)
+    copies = []
+    for held_SE in held_of(placement, uids):
+        num_experts = placement.num_experts
+        if held_SE.sum() == num_experts:
+            counts = held_SE.sum(axis=1).tolist()
+            missed = [
+                math.prod(max(0, num_experts - c - k) / (num_experts - k) for k in range(top_k))
+                for c in counts
+            ]
+            copies.append(len(uids) - sum(missed))
+        else:
+            copies.append(_sampled_copies(held_SE, top_k))
+    return float(np.mean(copies))
+
+
+def _sampled_copies(held_SE: NDArray[np.bool_], top_k: int) -> float:
+    num_shards, num_experts = held_SE.shape
+    draws = np.random.default_rng(0).random((SAMPLED, num_experts))
+    index_TK = np.argpartition(draws, top_k - 1, axis=1)[:, :top_k].astype(np.int64)
+    table_ER = np.full((num_experts, num_shards), -1, np.int16)
+    for expert in range(num_experts):
+        holders = np.flatnonzero(held_SE[:, expert])
+        table_ER[expert, : len(holders)] = holders
+    shard_TK = np.zeros(index_TK.shape, np.int32)
+    call_TK = np.full(index_TK.shape, choice.PENDING, np.int32)
+    local_S, usable_S = np.zeros(num_shards, np.uint8), np.ones(num_shards, np.uint8)
+    choice.choose(index_TK, SAMPLED, table_ER, local_S, usable_S, shard_TK, call_TK)
+    ordered_TK = np.sort(shard_TK, axis=1)
+    return 1.0 + float((np.diff(ordered_TK, axis=1) > 0).sum()) / SAMPLED
 
 
 def _rank_part(config: RemoraConfig, spec: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,10 +185,12 @@ def plan_text(plan: dict[str, Any]) -> str:
             f" {_size(dense['rank_weights_bytes'])}; {dense['whole_on_every_rank']}"
         )
     for uid, shard in plan["shards"].items():
-        first, last = shard["experts"]
+        lines.append(f"{uid}: {_held_text(shard)}, weights {_size(shard['weights_bytes'])}")
+    replicas = plan["replicas"]
+    if replicas["beyond_the_first"]:
         lines.append(
-            f"{uid}: experts {first} to {last} of every MoE layer,"
-            f" weights {_size(shard['weights_bytes'])}"
+            f"{replicas['beyond_the_first']} slots hold replicas: {replicas['least']} to"
+            f" {replicas['most']} of each expert"
         )
     lines += ["", "a decode step between one dense group and the shards (routing uniform):"]
     for step in plan["decode_step"]:
@@ -138,15 +209,23 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def _traffic(config: RemoraConfig, spec: ModelSpec, itemsize: int, batch: int) -> dict[str, Any]:
+def _held_text(shard: dict[str, Any]) -> str:
+    least, most = shard["experts_per_layer"]
+    room = shard["slots_per_layer"][1]
+    if shard["experts"] is not None:
+        first, last = shard["experts"]
+        held = f"experts {first} to {last} of every MoE layer"
+    else:
+        held = f"{least} experts" if least == most else f"{least} to {most} experts"
+        held += " of every MoE layer"
+    return held if (least, most) == (room, room) else f"{held}, in {room} slots"
+
+
+def _traffic(
+    config: RemoraConfig, spec: ModelSpec, itemsize: int, batch: int, copies: float
+) -> dict[str, Any]:
     """Bytes of one decode step between a dense group and its shards, routing uniform."""
     shards, top_k = config.experts.shards, spec.top_k
-    # One copy of a row per shard: a shard is left out when none of the K experts is on it.
-    per_shard = spec.num_experts / shards
-    missed = math.prod(
-        max(0.0, spec.num_experts - per_shard - k) / (spec.num_experts - k) for k in range(top_k)
-    )
-    copies = shards * (1 - missed)
     row = spec.hidden_size * itemsize
     back = copies if config.combine == "presummed" else float(top_k)
     frames = 2 * HEADER_BYTES * min(shards, batch * copies)

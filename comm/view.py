@@ -72,24 +72,42 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def contiguous_placement(
-    *, num_experts: int, moe_layers: tuple[int, ...], shard_uids: tuple[str, ...]
+    *,
+    num_experts: int,
+    moe_layers: tuple[int, ...],
+    shard_uids: tuple[str, ...],
+    slots: int | None = None,
 ) -> Placement:
     """Experts in equal contiguous runs over the shards: the placement before anything is known.
 
+    Args:
+        slots: of one shard in one layer. Those that its own run leaves over get replicas, from the
+            run half-way round the shards on: the one that is most likely on another host.
+
     Raises:
-        ValueError: more shards than experts.
+        ValueError: more shards than experts, or fewer slots than experts.
     """
     num_shards = len(shard_uids)
     if not 1 <= num_shards <= num_experts:
         raise ValueError(
             f"{num_shards} shards for {num_experts} experts: allowed is 1 to {num_experts}"
         )
+    if slots is not None and slots * num_shards < num_experts:
+        raise ValueError(
+            f"{num_shards} shards x {slots} slots = {num_shards * slots} for {num_experts} experts:"
+            f" at least {-(-num_experts // num_shards)} slots are needed"
+        )
     bounds = [i * num_experts // num_shards for i in range(num_shards + 1)]
+    held = {}
+    for shard, uid in enumerate(shard_uids):
+        own = list(range(bounds[shard], bounds[shard + 1]))
+        start = bounds[(shard + num_shards // 2) % num_shards]
+        others = [(start + i) % num_experts for i in range(num_experts)]
+        spare = max(0, (slots or 0) - len(own))
+        own += [expert for expert in others if expert not in own][:spare]
+        held[uid] = tuple(own)
     return Placement(
         num_experts=num_experts,
         moe_layers=moe_layers,
-        slots={
-            uid: tuple(tuple(range(bounds[i], bounds[i + 1])) for _ in moe_layers)
-            for i, uid in enumerate(shard_uids)
-        },
+        slots={uid: tuple(experts for _ in moe_layers) for uid, experts in held.items()},
     )

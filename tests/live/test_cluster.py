@@ -28,6 +28,7 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig, parse_config
+from remora.cluster.placement_file import write_placement
 from remora.comm.aio import connect_async
 from remora.comm.errors import ClusterError, ConfigError, UnsupportedModelError, WeightsError
 from remora.comm.messages import (
@@ -37,6 +38,7 @@ from remora.comm.messages import (
     decode_to_ingress,
     encode,
 )
+from remora.comm.view import Placement, contiguous_placement
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,39 @@ def test_ensure_adopts_what_runs_and_refuses_another_model(raylets: Cluster, mod
     finally:
         stop_cluster("adopted")
     assert find_cluster("adopted") is None
+
+
+def test_tokens_do_not_depend_on_the_placement(
+    raylets: Cluster, model: Path, tmp_path: Path
+) -> None:
+    """Replicas, no two layers alike, and a shard that holds nothing of one layer."""
+    spec = inspect_model(model)
+    experts = range(spec.num_experts)
+    layers = range(len(spec.moe_layers))
+    slots = {
+        "shard-0": tuple(tuple(e for e in experts if (e + i) % 3 != 1)[::-1] for i in layers),
+        "shard-1": tuple(tuple(e for e in experts if (e + i) % 3 != 0) for i in layers),
+        "shard-2": tuple(tuple(experts)[i:] if i else () for i in layers),
+    }
+    placement = Placement(num_experts=spec.num_experts, moe_layers=spec.moe_layers, slots=slots)
+    path = tmp_path / "placement.yaml"
+    write_placement(path, placement)
+    asked = {"shards": 3, "placement": str(path), "slots": spec.num_experts}
+    handle = ensure_cluster(config(model, "scattered", experts=asked))
+    try:
+        assert handle.view().placement == placement
+        assert generate(handle).token_ids == reference_tokens(model)
+        shards = cluster_status("scattered")["members"]
+        assert shards["shard-2"]["experts_per_layer"][0] == 0
+        assert all(shards[uid]["calls_served"] for uid in ("shard-0", "shard-1", "shard-2"))
+        write_placement(
+            path, contiguous_placement(num_experts=2, moe_layers=(0,), shard_uids=("shard-0",))
+        )
+        with pytest.raises(ConfigError, match="num_experts = 2: the model has"):
+            ensure_cluster(config(model, "misfit", experts=asked))
+    finally:
+        stop_cluster("scattered")
+    assert alive_actors("scattered") == alive_actors("misfit") == []
 
 
 def test_two_deployments_stand_beside_each_other(raylets: Cluster, model: Path) -> None:

@@ -219,6 +219,15 @@ def test_status_and_a_second_instance_of_the_name(home: Path, served: dict[str, 
     assert status == 1
 
 
+def test_its_placement_can_be_exported(home: Path, served: dict[str, Any]) -> None:
+    path = home / "placement.yaml"
+    status, facts = run(home, "placement", "export", str(path))
+    assert (status, facts["deployment"], facts["epoch"]) == (0, NAME, 1)
+    status, again = run(home, "placement", "check", str(path), "--model", str(DEMO_MODEL))
+    assert status == 0 and again["replicas"] == facts["replicas"]
+    assert run(home, "placement", "export", str(path), "--deployment", "nobody")[0] == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_instance_beside_it_leaves_nothing(
     tmp_path: Path, served: dict[str, Any], number: signal.Signals
