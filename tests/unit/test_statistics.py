@@ -1,0 +1,192 @@
+"""Histories of traffic against a dumb recount, their bounds, and sketches that lie.
+
+Shape suffixes as in comm/statistics.py.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
+from remora.comm.errors import FrameError
+from remora.comm.sketch import (
+    Cell,
+    DomainSketch,
+    RoutingSketch,
+    decode_sketch,
+    encode_sketch,
+    feature_layers,
+)
+from remora.comm.statistics import HistoryLimits, RoutingHistory
+
+NUM_EXPERTS, TOP_K, LAYERS = 12, 3, (0, 2)
+
+
+def tokens_of(seed: int, num_tokens: int, base: int) -> NDArray[np.int64]:
+    """[L, T, K]: experts from a window of six that begins at `base`, as a domain has."""
+    rng = np.random.default_rng(seed)
+    draw = rng.random((len(LAYERS), num_tokens, 6)).argsort(axis=2)[:, :, :TOP_K]
+    return (draw + base) % NUM_EXPERTS
+
+
+def sketch_of(
+    ids_LTK: NDArray[np.int64], *, source: str = "h0", label: str | None = None, phase: int = 0
+) -> RoutingSketch:
+    """What an exact counter would send."""
+    cells = []
+    histogram = np.zeros((len(feature_layers(len(LAYERS))), NUM_EXPERTS), "<f4")
+    for layer, ids_TK in enumerate(ids_LTK):
+        unique = count_bundles(ids_TK, np.zeros(len(ids_TK), int))
+        load = np.bincount(ids_TK.reshape(-1), minlength=NUM_EXPERTS).astype("<f4")
+        histogram[layer] = load
+        cells.append(
+            Cell(
+                layer=layer,
+                phase=phase,
+                experts=unique.experts_BK.astype("<u2").tobytes(),
+                weights=unique.weight_B.astype("<f4").tobytes(),
+                load=load.tobytes(),
+            )
+        )
+    num_tokens = float(ids_LTK.shape[1])
+    tokens = (num_tokens, 0.0) if phase == 0 else (0.0, num_tokens)
+    return RoutingSketch(
+        source=source,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        moe_layers=LAYERS,
+        tokens_seen=tokens,
+        tokens_counted=tokens,
+        domains=[
+            DomainSketch(tokens=num_tokens, histogram=histogram.tobytes(), cells=cells, label=label)
+        ],
+    )
+
+
+def as_dict(layer: LayerBundles) -> dict[tuple[int, ...], float]:
+    keys = zip(layer.source_B.tolist(), layer.experts_BK.tolist(), strict=True)
+    return {
+        (s, *row): weight for (s, row), weight in zip(keys, layer.weight_B.tolist(), strict=True)
+    }
+
+
+FOREVER = HistoryLimits(half_life_tokens=1e18, share_half_life_tokens=1e18)
+
+parts_strategy = st.lists(
+    st.tuples(st.integers(1, 80), st.sampled_from(["h0", "h1", "elsewhere"]), st.integers(0, 1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts_strategy)
+def test_without_decay_everything_is_counted(parts: list[tuple[int, str, int]]) -> None:
+    hosts = ["h1", "h0"]
+    wanted: list[Counter[tuple[int, ...]]] = [Counter() for _ in LAYERS]
+    load_LE = np.zeros((len(LAYERS), NUM_EXPERTS))
+    history = None
+    for seed, (num_tokens, source, phase) in enumerate(parts):
+        ids_LTK = tokens_of(seed, num_tokens, base=0)
+        sketch = sketch_of(ids_LTK, source=source, phase=phase)
+        history = history or RoutingHistory.of(sketch, FOREVER)
+        history.add(decode_sketch(encode_sketch(sketch)))
+        index = hosts.index(source) if source in hosts else NO_SOURCE
+        for layer, ids_TK in enumerate(ids_LTK):
+            for row in ids_TK.tolist():
+                wanted[layer][(index, *sorted(row))] += 1
+                load_LE[layer, row] += 1
+    assert history is not None
+    if len(history.domains.by_number) > 1:  # shares of tokens are then the same as tokens
+        assert sum(history.share.values()) == pytest.approx(history.tokens_total)
+    for layer, found in enumerate(history.bundles(hosts)):
+        assert as_dict(found) == pytest.approx(dict(wanted[layer]))
+    np.testing.assert_allclose(history.load_LE(), load_LE)
+
+
+def test_domains_are_told_apart_and_mixed_as_recent_traffic_is() -> None:
+    """Two kinds of tokens become two domains; when traffic turns to the first again, the plan's
+    bundles are its own at once, though it was last seen long ago."""
+    limits = HistoryLimits(half_life_tokens=1e6, share_half_life_tokens=500)
+    first, second = (sketch_of(tokens_of(s, 2000, base)) for s, base in ((1, 0), (2, 6)))
+    history = RoutingHistory.of(first, limits)
+    history.add(first)
+    for _ in range(5):
+        history.add(second)
+    assert len(history.domains.by_number) == 2
+    assert history.load_LE()[0, :6].sum() < 1e-3 * history.load_LE()[0].sum()
+    history.add(sketch_of(tokens_of(3, 1000, 0)))
+    load_LE = history.load_LE()
+    assert load_LE[0, :6].sum() > 0.7 * load_LE[0].sum()
+    assert sum(history.recent_shares().values()) == pytest.approx(1)
+    only = history.load_LE(shares={0: 1.0})
+    assert only[0, 6:].sum() == 0
+
+
+def test_old_counts_fade_by_half_in_a_half_life() -> None:
+    limits = HistoryLimits(half_life_tokens=1000, share_half_life_tokens=1e18)
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)), limits)
+    old, new = tokens_of(0, 1000, 0), tokens_of(1, 1000, 0)
+    history.add(sketch_of(old, label="x"))
+    history.add(sketch_of(new, label="x"))
+    wanted: dict[int, float] = defaultdict(float)
+    for ids_LTK, weight in ((old, 0.5), (new, 1.0)):
+        for e in ids_LTK[0].reshape(-1).tolist():
+            wanted[e] += weight
+    np.testing.assert_allclose(
+        history.load_LE()[0], [wanted[e] for e in range(NUM_EXPERTS)], rtol=1e-6
+    )
+
+
+def test_memory_and_domains_are_bounded_and_totals_survive() -> None:
+    limits = replace(FOREVER, domains_max=3, bytes_max=40_000)
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)), limits)
+    for number in range(10):
+        history.add(sketch_of(tokens_of(number, 500, number), label=f"tenant-{number}"))
+    assert len(history.domains.by_number) == 3
+    assert history.nbytes <= limits.bytes_max
+    assert history.load_LE().sum() == pytest.approx(10 * 500 * TOP_K * len(LAYERS))
+    estimated = history.bundles(["h0"])[0].num_tokens
+    assert estimated == pytest.approx(5000, rel=0.25)
+    before = len(history.domains.by_number)
+    history.add(sketch_of(tokens_of(3, 500, 3), label="tenant-3"))  # merged, and still known
+    assert len(history.domains.by_number) == before
+
+
+def test_sketches_that_lie_are_refused() -> None:
+    good = sketch_of(tokens_of(0, 50, 0))
+    domain = good.domains[0]
+    cell = domain.cells[0]
+    bad_cells: list[dict[str, Any]] = [
+        {"layer": 2},
+        {"phase": 2},
+        {"experts": cell.experts[:-1]},
+        {"experts": np.full((1, TOP_K), 99, "<u2").tobytes(), "weights": bytes(4)},
+        {"experts": np.array([[2, 1, 0]], "<u2").tobytes(), "weights": bytes(4)},
+        {"weights": np.array([np.nan] * (len(cell.weights) // 4), "<f4").tobytes()},
+        {"weights": cell.weights[:-4]},
+        {"load": (-np.ones(NUM_EXPERTS, "<f4")).tobytes()},
+    ]
+    for change in bad_cells:
+        changed = msgspec.structs.replace(cell, **change)
+        lying = msgspec.structs.replace(
+            good, domains=[msgspec.structs.replace(domain, cells=[changed])]
+        )
+        with pytest.raises(FrameError):
+            decode_sketch(encode_sketch(lying))
+    for fields in ({"version": 2}, {"top_k": 99}, {"tokens_seen": (float("nan"), 0.0)}):
+        with pytest.raises(FrameError):
+            decode_sketch(encode_sketch(msgspec.structs.replace(good, **fields)))
+    with pytest.raises(FrameError, match="not a routing sketch"):
+        decode_sketch(b"\x81\xa1x\x01")
+    other = msgspec.structs.replace(good, moe_layers=(0, 3))
+    history = RoutingHistory.of(good)
+    with pytest.raises(FrameError, match="kept are"):
+        history.add(other)
