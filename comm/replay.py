@@ -1,0 +1,209 @@
+"""Replay: what a placement costs on given tokens, by the very choice that a dispatch makes.
+
+    cost = replay(tokens, held_SE, topology)
+
+Tokens come in steps of `step_tokens`, all sources together. Within a step a source sees the load
+that was known when the step began and its own pairs since; between steps the loads of all sources
+are added up, as dense groups hear of each other through the router. `random` is the choice of
+systems that look at nothing (EPLB as published): one of an expert's replicas at random, by seed.
+
+Shape suffixes: T tokens, K top-k, E experts, R most replicas, S shards, H hosts.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from remora.comm.choice import GAIN, PAIR, PENDING, TOP_K_MAX, begin_prices, choose_token
+from remora.comm.topology import Topology
+
+_jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """What the tokens of one layer cost; sums, not means, so that costs of parts can be added."""
+
+    tokens: float
+    pairs: float
+    remote_copies: float  # rows to hosts that are not the token's source, one way
+    shard_copies: float  # rows to shards, the source host's own included, one way
+    remote_shard_copies: float  # rows to shards of other hosts
+    local_pairs: float
+    remote_pairs: float
+    load_S: NDArray[np.float64]  # pairs of each shard
+    ingress_H: NDArray[np.float64]  # rows that reach each host from others
+    egress_H: NDArray[np.float64]  # rows that leave each host
+
+    @property
+    def load_max_over_mean(self) -> float:
+        """1 = perfectly even."""
+        return float(self.load_S.max() / self.load_S.mean()) if self.pairs else 1.0
+
+    @property
+    def copies_per_token(self) -> float:
+        """The headline for placement: remote hosts that a token's row is sent to."""
+        return self.remote_copies / max(self.tokens, 1e-30)
+
+
+def replicas_of(held_SE: NDArray[np.bool_]) -> NDArray[np.int16]:
+    """`[E, R]` shards that hold each expert in ascending order, padded with -1."""
+    num_replicas = max(1, int(held_SE.sum(0).max()))
+    table_ER = np.full((held_SE.shape[1], num_replicas), -1, np.int16)
+    for expert in range(held_SE.shape[1]):
+        shards = np.flatnonzero(held_SE[:, expert])
+        table_ER[expert, : len(shards)] = shards
+    return table_ER
+
+
+def replay(
+    expert_ids_TK: NDArray[np.integer],
+    source_T: NDArray[np.integer],
+    held_SE: NDArray[np.bool_],
+    topology: Topology,
+    *,
+    weight_T: NDArray[np.floating] | None = None,
+    policy: Literal["cover", "random"] = "cover",
+    gain: int = GAIN,
+    step_tokens: int = 256,
+    seed: int = 0,
+) -> LayerCost:
+    """One layer's tokens through one placement.
+
+    Args:
+        expert_ids_TK: logical experts; negative = none.
+        source_T: host of each token, an index into `topology.hosts`; negative: no host of it.
+        weight_T: tokens that each row stands for; 1 when None.
+        policy: "cover" is `choice.choose`; "random" any replica, evenly, by `seed`.
+        gain: of the load prices; 0 switches them off.
+        step_tokens: rows between two exchanges of load.
+    """
+    num_tokens = len(expert_ids_TK)
+    weights = np.ones(num_tokens) if weight_T is None else np.asarray(weight_T, np.float64)
+    shard_TK = choose_all(
+        expert_ids_TK, source_T, held_SE, topology, weight_T=weights, policy=policy, gain=gain,
+        step_tokens=step_tokens, seed=seed,
+    )  # fmt: skip
+    host_S = np.array(topology.host_of_S, np.int64)
+    sums, load_S, ingress_H, egress_H = _account(
+        shard_TK, np.asarray(source_T, np.int64), weights, host_S, topology.num_hosts
+    )
+    return LayerCost(
+        tokens=float(weights.sum()),
+        pairs=float(load_S.sum()),
+        remote_copies=sums[0],
+        shard_copies=sums[1],
+        remote_shard_copies=sums[2],
+        local_pairs=sums[3],
+        remote_pairs=sums[4],
+        load_S=load_S,
+        ingress_H=ingress_H,
+        egress_H=egress_H,
+    )
+
+
+def choose_all(
+    expert_ids_TK: NDArray[np.integer],
+    source_T: NDArray[np.integer],
+    held_SE: NDArray[np.bool_],
+    topology: Topology,
+    *,
+    weight_T: NDArray[np.floating] | None = None,
+    policy: Literal["cover", "random"] = "cover",
+    gain: int = GAIN,
+    step_tokens: int = 256,
+    seed: int = 0,
+) -> NDArray[np.int32]:
+    """The shard of each pair, `[T, K]`, -1 where there is no expert; arguments as `replay`."""
+    ids_TK = np.ascontiguousarray(expert_ids_TK, np.int64)
+    num_tokens, top_k = ids_TK.shape
+    assert top_k <= TOP_K_MAX, f"top-k {top_k}, at most {TOP_K_MAX}"
+    table_ER = replicas_of(held_SE)
+    shard_TK = np.full((num_tokens, top_k), -1, np.int32)
+    if policy == "random":
+        count_E = (table_ER >= 0).sum(1)
+        drawn_TK = np.random.default_rng(seed).random((num_tokens, top_k))
+        safe_TK = np.maximum(ids_TK, 0)
+        pick_TK = (drawn_TK * count_E[safe_TK]).astype(np.int64)
+        return np.where(ids_TK >= 0, table_ER[safe_TK, pick_TK], -1).astype(np.int32)
+    weights = np.ones(num_tokens) if weight_T is None else np.asarray(weight_T, np.float64)
+    missing = _choose_steps(
+        ids_TK, np.asarray(source_T, np.int64), np.rint(weights * PAIR).astype(np.int64), table_ER,
+        np.array(topology.host_of_S, np.int32), topology.num_hosts, gain, step_tokens, shard_TK,
+    )  # fmt: skip
+    assert missing < 0, f"expert {missing} has no replica"
+    return shard_TK
+
+
+@_jit
+def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, step_tokens, shard_TK):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """`choose_token` over all tokens; see `replay` for what a source knows of the load."""
+    num_tokens, top_k = ids_TK.shape
+    num_shards = host_S.shape[0]
+    usable_S = np.ones(num_shards, np.uint8)
+    load_S = np.zeros(num_shards, np.int64)
+    price_S = np.empty(num_shards, np.int64)
+    price_XS = np.empty((num_hosts + 1, num_shards), np.int64)
+    cover_S = np.zeros(num_shards, np.int32)
+    cover_H = np.zeros(num_hosts, np.int32)
+    opened_H = np.zeros(num_hosts, np.uint8)
+    candidates = np.empty(num_shards, np.int32)
+    opened = np.empty(TOP_K_MAX, np.int32)
+    call_K = np.empty(top_k, np.int32)
+    for first in range(0, num_tokens, step_tokens):
+        end = min(first + step_tokens, num_tokens)
+        pair_price = begin_prices(load_S, end - first, gain, price_S)
+        for x in range(num_hosts + 1):
+            price_XS[x] = price_S
+        for t in range(first, end):
+            call_K[:] = PENDING
+            source = source_T[t]
+            known = source if source >= 0 else num_hosts
+            missing = choose_token(
+                ids_TK[t], call_K, table_ER, host_S, source, usable_S, price_XS[known],
+                pair_price * load_T[t] // PAIR,
+                cover_S, cover_H, opened_H, candidates, opened, shard_TK[t],
+            )  # fmt: skip
+            if missing >= 0:
+                return missing
+            for k in range(top_k):
+                if call_K[k] == PENDING:
+                    load_S[shard_TK[t, k]] += load_T[t]
+    return -1
+
+
+@_jit
+def _account(shard_TK, source_T, weight_T, host_S, num_hosts):  # type: ignore[no-untyped-def]
+    """(remote copies, shard copies, remote shard copies, local pairs, remote pairs), load,
+    ingress and egress."""
+    sums = np.zeros(5)
+    num_shards = host_S.shape[0]
+    load_S = np.zeros(num_shards)
+    ingress_H = np.zeros(num_hosts)
+    egress_H = np.zeros(num_hosts)
+    seen_S = np.full(num_shards, -1, np.int64)
+    seen_H = np.full(num_hosts, -1, np.int64)
+    for t in range(shard_TK.shape[0]):
+        source = source_T[t]
+        for k in range(shard_TK.shape[1]):
+            s = shard_TK[t, k]
+            if s < 0:
+                continue
+            h = host_S[s]
+            load_S[s] += weight_T[t]
+            sums[3 if h == source else 4] += weight_T[t]
+            if seen_S[s] != t:
+                seen_S[s] = t
+                sums[1] += weight_T[t]
+                if h != source:
+                    sums[2] += weight_T[t]
+            if seen_H[h] != t and h != source:
+                seen_H[h] = t
+                sums[0] += weight_T[t]
+                ingress_H[h] += weight_T[t]
+                if source >= 0:
+                    egress_H[source] += weight_T[t]
+    return sums, load_S, ingress_H, egress_H
