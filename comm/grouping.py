@@ -203,7 +203,9 @@ def _add_replicas(
     while (num_free := int((slots_S - held_SE.sum(1)).sum())) > 0:
         shard_BK = choose_all(ids_BK, source_B, held_SE, topology, weight_T=weight_B)
         weight_BK = np.where(shard_BK >= 0, weight_B[:, None], 0.0)
-        load_S = np.bincount(np.maximum(shard_BK, 0).ravel(), weight_BK.ravel(), len(host_S))
+        load_S = np.bincount(
+            np.maximum(shard_BK, 0).ravel(), weight_BK.ravel(), len(host_S)
+        ).astype(float)
         gain_ES, _ = change_tables(
             ids_BK, source_B, weight_B, shard_BK, held_SE, host_S, topology.num_hosts,
             load_prices(load_S, GAIN), objective.b_dev, objective.b_host,

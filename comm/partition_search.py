@@ -232,10 +232,10 @@ def _promising(shard_E, host_S, total_E, used_ES, used_EH, lone_E, lone_host_E, 
                 value_N[found], e1_N[found], e2_N[found] = value, e1, e2
                 found += 1
                 if found == value_N.shape[0]:
-                    worst = np.argmax(value_N)
+                    worst = int(np.argmax(value_N))
             elif value < value_N[worst]:
                 value_N[worst], e1_N[worst], e2_N[worst] = value, e1, e2
-                worst = np.argmax(value_N)
+                worst = int(np.argmax(value_N))
     return found
 
 
