@@ -15,6 +15,7 @@ from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor, Wish
+from remora.actors.hardware import Hardware
 from remora.actors.launch import (
     Progress,
     advertised_ip,
@@ -57,8 +58,9 @@ class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
 class DenseActor:
     """One dense rank. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
 
-    def __init__(self, launch: DenseLaunch) -> None:
+    def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
         self._launch = launch
+        self._hardware = hardware or Hardware.of(launch.device)
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
         self._engine: DenseEngine | None = None
@@ -215,7 +217,7 @@ class DenseActor:
         if self._launch.num_ranks == 1:
             return None
         assert self._listener is not None
-        ranks = gather_ranks(self._listener, self._launch)
+        ranks = gather_ranks(self._listener, self._launch, self._hardware)
         return Leader(self._launch.uid, ranks, self._launch.exchange_timeout_s)
 
     def _make_executor(self, model: DenseModel) -> Executor:

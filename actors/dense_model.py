@@ -155,7 +155,10 @@ class DenseModel:
         steps.enter(self.engine_id, context)
         try:
             hidden_TD = self.hidden(token_ids_T, context.plan.positions_T)
-            return self.logits(hidden_TD[logit_rows_R]).float()
+            logits_RV = self.logits(hidden_TD[logit_rows_R]).float()
+            if self.part is not None:
+                self.part.group.settle()
+            return logits_RV
         finally:
             steps.leave(self.engine_id)
 

@@ -33,6 +33,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str  # "auto", "float32" or "bfloat16"
     exact: bool
     token: bytes  # the cluster's
+    device: str = "cpu"  # what computes: "cpu" or "cuda", the GPU that Ray gave the process
     num_threads: int  # of torch and of our kernels
     bind_ip: str = "127.0.0.1"  # address its sockets listen on
     use_unix: bool = True  # listen on a Unix socket too, for peers of the same host

@@ -16,6 +16,7 @@ from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
+from remora.actors.hardware import Hardware
 from remora.actors.launch import Progress, host_label, take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import ExpertsFn, StepContext
@@ -25,6 +26,7 @@ from remora.actors.warm import compile_and_warm, warm_up
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError, PeerLostError
+from remora.comm.nccl_group import NcclGroup
 from remora.comm.peers import PeerSet
 from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, UseEager
 from remora.comm.view import Endpoint, View
@@ -41,7 +43,7 @@ class Follower:
         *,
         model: DenseModel,
         pages: list[KVPages],
-        group: SharedGroup | GlooGroup,
+        group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
         connect: Callable[[View], ExpertsFn],
         exact: bool,
@@ -76,10 +78,16 @@ class Follower:
                 case UseEager():
                     self._answer(self._use_eager)
                 case Recover():
-                    error, self._error = self._error, None
-                    if isinstance(self._group, GlooGroup):
-                        self._group.connect(message.generation)
-                    self._link.send(Done(error=error))
+                    self._recover(message)
+
+    def _recover(self, order: Recover) -> None:
+        """Meet the other ranks again; what went wrong here is the answer."""
+        error, self._error = self._error, None
+        if isinstance(self._group, GlooGroup):
+            self._group.connect(order.generation)
+        elif isinstance(self._group, NcclGroup):
+            self._group.connect(order.unique_id)
+        self._link.send(Done(error=error))
 
     def _answer(self, action: Callable[[], None]) -> None:
         error = None
@@ -132,9 +140,10 @@ class Follower:
 class RankActor:
     """A rank other than 0. `cluster` wraps it with `ray.remote`; tests run it in their process."""
 
-    def __init__(self, launch: DenseLaunch) -> None:
+    def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
         assert launch.rank > 0, f"rank {launch.rank} is a DenseActor"
         self._launch = launch
+        self.hardware = hardware or Hardware.of(launch.device)
         self._progress = Progress(phase="starting")
         self._endpoint: Endpoint | None = None
         self._peers: PeerSet | None = None
@@ -185,7 +194,7 @@ class RankActor:
         assert self._endpoint is not None
         take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
-        group, self._link = join_ranks(self._endpoint, launch)
+        group, self._link = join_ranks(self._endpoint, launch, self.hardware)
         model = build_dense(
             launch.model,
             spec,

@@ -27,6 +27,7 @@ class SplitExperts:
         self, layer: int, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int
     ) -> Tensor:
         """As `ExpertsFn`; rows of other ranks come from them."""
+        self._group.settle()  # the rows are read by this host
         begin, end = part_of(self._group.rank, self._group.size, num_tokens)
         mine = slice(begin, end)
         if begin < end:

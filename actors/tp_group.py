@@ -1,22 +1,33 @@
 """How the ranks of a tensor-parallel dense group come together, and what they exchange with.
 
 Ranks of one host (by Ray's label, as everywhere) with C++ kernels share memory that rank 0 makes
-and passes on; it has no name and goes with its last process. Others use gloo, whose connections
-know no token: they need a network that is ours alone.
+and passes on; it has no name and goes with its last process. Ranks with a GPU each use NCCL, others
+gloo. Neither's connections know a token: they need a network that is ours alone.
 """
 
 import dataclasses
 import datetime
 import logging
 import os
+from collections.abc import Callable
 
 from torch._C._distributed_c10d import TCPStore
 
+from remora.actors.hardware import Hardware
 from remora.actors.launch import Launch, advertised_ip, host_label
 from remora.comm.arena import Memory
 from remora.comm.collectives import CAPACITY_BYTES_MAX, GlooGroup, SharedGroup
-from remora.comm.errors import FrameError
-from remora.comm.rank_link import Hello, Link, RankListener, Setup, dial_rank_0
+from remora.comm.errors import ClusterError, FrameError
+from remora.comm.nccl_group import NcclGroup
+from remora.comm.rank_link import (
+    Broke,
+    Hello,
+    Link,
+    RankListener,
+    Recover,
+    Setup,
+    dial_rank_0,
+)
 from remora.comm.view import Endpoint
 from remora.kernels.native import native_available
 
@@ -38,19 +49,22 @@ class RankLaunch(Launch, frozen=True, kw_only=True):
 class Ranks:
     """A group as rank 0 has it."""
 
-    group: SharedGroup | GlooGroup
+    group: SharedGroup | GlooGroup | NcclGroup
     links: dict[int, Link]
 
 
-def gather_ranks(listener: RankListener, launch: RankLaunch) -> Ranks:
+def gather_ranks(listener: RankListener, launch: RankLaunch, hardware: Hardware) -> Ranks:
     """Wait for the other ranks and agree on how to exchange.
 
     Raises:
-        DeadlineError, PeerLostError: ranks that did not come, or went.
+        DeadlineError, PeerLostError, ClusterError: ranks that did not come, or went.
+        ConfigError: GPUs without cupy or NCCL.
     """
     found = listener.accept(launch.num_ranks, launch.start_timeout_s)
     listener.close()
     links = {rank: link for rank, (_, link) in sorted(found.items())}
+    if launch.device == "cuda":
+        return Ranks(group=_meet_over_nccl(links, launch, hardware), links=links)
     hosts = {hello.host for hello, _ in found.values()} | {host_label()}
     if len(hosts) == 1 and launch.use_unix and native_available():
         return Ranks(group=_share_memory(links, launch), links=links)
@@ -58,8 +72,14 @@ def gather_ranks(listener: RankListener, launch: RankLaunch) -> Ranks:
     return Ranks(group=_meet_over_gloo(links, launch), links=links)
 
 
-def join_ranks(endpoint: Endpoint, launch: RankLaunch) -> tuple[SharedGroup | GlooGroup, Link]:
-    """The same for any other rank. Raises PeerLostError, AuthError, DeadlineError, FrameError."""
+def join_ranks(
+    endpoint: Endpoint, launch: RankLaunch, hardware: Hardware
+) -> tuple[SharedGroup | GlooGroup | NcclGroup, Link]:
+    """The same for any other rank.
+
+    Raises:
+        PeerLostError, AuthError, DeadlineError, FrameError, ClusterError, ConfigError.
+    """
     hello = Hello(rank=launch.rank, host=host_label())
     link = dial_rank_0(endpoint, launch.token, hello, DIAL_S)
     setup = link.receive(launch.start_timeout_s)
@@ -73,6 +93,14 @@ def join_ranks(endpoint: Endpoint, launch: RankLaunch) -> tuple[SharedGroup | Gl
         finally:
             os.close(descriptor)
         return _shared(memory, launch, setup.capacity, {0: link}), link
+    if setup.kind == "nccl":
+
+        def tell(reason: str) -> None:
+            link.send(Broke(reason=reason))
+
+        group = _nccl(launch, hardware, lambda: _wants_out(link), tell)
+        group.connect(setup.unique_id)
+        return group, link
     store = _store(setup.store_ip, setup.store_port, launch, is_master=False)
     return _gloo(store, launch), link
 
@@ -96,6 +124,56 @@ def _meet_over_gloo(links: dict[int, Link], launch: RankLaunch) -> GlooGroup:
     for link in links.values():
         link.send(Setup(kind="gloo", store_ip=ip, store_port=store.port))
     return _gloo(store, launch)
+
+
+def _meet_over_nccl(links: dict[int, Link], launch: RankLaunch, hardware: Hardware) -> NcclGroup:
+    def watch() -> str | None:
+        reasons = (_has_broken(launch.uid, rank, link) for rank, link in links.items())
+        return next(filter(None, reasons), None)
+
+    group = _nccl(launch, hardware, watch, lambda reason: None)  # the leader tells: `Recover`
+    unique_id = group.make_id()
+    for link in links.values():
+        link.send(Setup(kind="nccl", unique_id=unique_id))
+    group.connect(unique_id)
+    return group
+
+
+def _has_broken(uid: str, rank: int, link: Link) -> str | None:
+    """Why rank 0 must not wait for `rank`, if so."""
+    try:
+        message = link.peek()
+    except ClusterError as error:
+        return f"{uid}.{rank} is gone ({error})"
+    return message.reason if isinstance(message, Broke) else None
+
+
+def _wants_out(link: Link) -> str | None:
+    """Why another rank must leave what it does, as rank 0 says."""
+    try:
+        message = link.peek()
+    except ClusterError as error:
+        return f"rank 0 is gone ({error})"
+    return "rank 0 ended the step" if isinstance(message, Recover) else None
+
+
+def _nccl(
+    launch: RankLaunch,
+    hardware: Hardware,
+    watch: Callable[[], str | None],
+    tell: Callable[[str], None],
+) -> NcclGroup:
+    assert hardware.nccl_device is not None, "ranks of a group over NCCL have GPUs"
+    return NcclGroup(
+        hardware.nccl(),
+        hardware.nccl_device,
+        rank=launch.rank,
+        size=launch.num_ranks,
+        name=launch.uid.partition(".")[0],
+        deadline_s=launch.exchange_timeout_s,
+        watch=watch,
+        tell=tell,
+    )
 
 
 def _shared(

@@ -17,9 +17,10 @@ from remora.actors.dense_rank import DenseRank, padded_rows, step_inputs
 from remora.actors.executor import Executor, Wish
 from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_group import Ranks
-from remora.comm.collectives import SharedGroup
+from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError
-from remora.comm.rank_link import Adopt, Compile, Done, Message, Order, Recover, UseEager
+from remora.comm.nccl_group import NcclGroup
+from remora.comm.rank_link import Adopt, Broke, Compile, Done, Message, Order, Recover, UseEager
 from remora.comm.view import View
 from remora.kernels.attention import KVPages
 
@@ -104,6 +105,8 @@ class Leader:
         for rank, link in self._links.items():
             try:
                 answer = link.receive(timeout_s)
+                while isinstance(answer, Broke):  # of a step that all have left by now
+                    answer = link.receive(timeout_s)
             except ClusterError as error:
                 raise self._break(rank, error) from error
             assert isinstance(answer, Done), f"rank {rank} answered {type(answer).__name__}"
@@ -122,9 +125,12 @@ class Leader:
         self.group.abort(f"rank 0: {failure}")
         told = self.group.failure() or str(failure)
         self._generation += 1
-        self._tell(Recover(generation=self._generation))
-        if not isinstance(self.group, SharedGroup):
+        unique_id = self.group.make_id() if isinstance(self.group, NcclGroup) else b""
+        self._tell(Recover(generation=self._generation, unique_id=unique_id))
+        if isinstance(self.group, GlooGroup):
             self.group.connect(self._generation)
+        elif isinstance(self.group, NcclGroup):
+            self.group.connect(unique_id)
         errors = self._answers(self._timeout_s)
         if isinstance(self.group, SharedGroup):
             self.group.restart((self.group.sequence + SEQUENCE_STEP) % (1 << 31))

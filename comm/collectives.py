@@ -7,7 +7,8 @@
 A sum is taken in float32 in the order of the ranks and rounded once: the same bits on every rank,
 for one number of ranks always the same, whatever carries it. On one host that is shared memory
 (`SharedGroup`, kernels/csrc/shared_group.h), between hosts gloo (`GlooGroup`), which is the slow
-twin too. `DryGroup` exchanges nothing: compilers and warm-up steps see shapes.
+twin too, between GPUs NCCL (`nccl_group.NcclGroup`). `DryGroup` exchanges nothing: compilers and
+warm-up steps see shapes.
 
 Layers call the functions of this module with a group's number, so that they compile to opaque ops
 and hold nothing that belongs to a process. Runs of rows and columns are `part_of`.
@@ -18,7 +19,7 @@ Legend: T rows, D columns.
 import datetime
 import itertools
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,9 @@ class Group(Protocol):
     def counters(self) -> CollectiveBytes:
         """Calls and bytes so far, by operation."""
 
+    def settle(self) -> None:
+        """Returns when what was exchanged is there for a host to read."""
+
     def set_dry(self, dry: bool) -> None:
         """While dry nothing is exchanged: shapes are right, values mean nothing."""
 
@@ -75,7 +79,7 @@ class Group(Protocol):
         """Let go of memory and sockets."""
 
 
-_groups: dict[int, "GlooGroup | DryGroup"] = {}  # those that Python computes
+_groups: dict[int, Group] = {}  # those that Python computes
 _numbers = itertools.count(1)
 
 
@@ -151,6 +155,9 @@ class SharedGroup:
         """See `Group`."""
         return collective_bytes(torch.ops.remora.group_counters(self.number))
 
+    def settle(self) -> None:
+        """See `Group`."""
+
     def set_dry(self, dry: bool) -> None:
         """See `Group`."""
         torch.ops.remora.group_set_dry(self.number, dry)
@@ -184,8 +191,8 @@ class SharedGroup:
         torch.ops.remora.group_close(self.number)
 
 
-class _PythonGroup:
-    """What groups that Python computes have in common: they are found by number."""
+class PythonGroup:
+    """What groups that Python computes have in common: layers find them by number."""
 
     is_native = False
 
@@ -193,9 +200,37 @@ class _PythonGroup:
         self.number = new_number()
         self.rank = rank
         self.size = size
+        self.is_dry = False
+        self._failure: str | None = None
+        self._counts = dict.fromkeys(COLLECTIVES, (0, 0, 0))
+        _groups[self.number] = cast(Group, self)
+
+    def settle(self) -> None:
+        """See `Group`."""
+
+    def counters(self) -> CollectiveBytes:
+        """See `Group`."""
+        return collective_bytes([value for triple in self._counts.values() for value in triple])
+
+    def note(self, operation: str, sent: int, received: int) -> None:
+        """Counts one exchange and its bytes."""
+        before = self._counts[operation]
+        self._counts[operation] = (before[0] + 1, before[1] + sent, before[2] + received)
+
+    def set_dry(self, dry: bool) -> None:
+        """See `Group`."""
+        self.is_dry = dry
+
+    def failure(self) -> str | None:
+        """See `Group`."""
+        return self._failure
+
+    def forget(self) -> None:
+        """Layers find it no more."""
+        _groups.pop(self.number, None)
 
 
-class DryGroup(_PythonGroup):
+class DryGroup(PythonGroup):
     """A group of one rank's imagination: the model of a compiler runs in it.
 
     Where the C++ kernels are, layers call the same ops as in a `SharedGroup`.
@@ -205,9 +240,8 @@ class DryGroup(_PythonGroup):
         super().__init__(rank, size)
         self.is_native = native_available()
         if self.is_native:
+            self.forget()
             torch.ops.remora.group_open(self.number, 0, rank, size, 64, 0, 0, [], [])
-        else:
-            _groups[self.number] = self
 
     def sum(self, part: Tensor) -> Tensor:
         """See `Group`."""
@@ -221,30 +255,18 @@ class DryGroup(_PythonGroup):
         """See `Group`."""
         return columns.new_zeros((columns.shape[0] if self.rank == 0 else 0, width))
 
-    def counters(self) -> CollectiveBytes:
-        """See `Group`."""
-        return {}
-
-    def set_dry(self, dry: bool) -> None:
-        """It is dry."""
-        assert dry, "a dry group exchanges nothing"
-
     def abort(self, reason: str) -> None:
         """Nobody is there to be told."""
-
-    def failure(self) -> str | None:
-        """Nothing is exchanged, so nothing fails."""
-        return None
 
     def close(self) -> None:
         """See `Group`."""
         if self.is_native:
             torch.ops.remora.group_close(self.number)
         else:
-            del _groups[self.number]
+            self.forget()
 
 
-class GlooGroup(_PythonGroup):
+class GlooGroup(PythonGroup):
     """Ranks of any hosts, over gloo's TCP connections; bytes only, all arithmetic is here.
 
     Args:
@@ -260,12 +282,8 @@ class GlooGroup(_PythonGroup):
         self, store: Any, *, rank: int, size: int, ip: str, deadline_s: float, generation: int = 0
     ) -> None:
         super().__init__(rank, size)
-        self.is_dry = False
-        self._counts = dict.fromkeys(COLLECTIVES, (0, 0, 0))
-        self._failure: str | None = None
         self._store, self._ip, self._deadline_s = store, ip, deadline_s
         self._gloo: Any = None
-        _groups[self.number] = self
         self.connect(generation)
 
     def connect(self, generation: int) -> None:
@@ -289,7 +307,7 @@ class GlooGroup(_PythonGroup):
         """See `Group`."""
         if self.is_dry:
             return part.clone()
-        self._note("sum", *(part.nbytes * (self.size - 1),) * 2)
+        self.note("sum", *(part.nbytes * (self.size - 1),) * 2)
         parts = self._all(part)
         total = parts[0].float()
         for other in parts[1:]:
@@ -303,7 +321,7 @@ class GlooGroup(_PythonGroup):
         most = part_of(0, self.size, num_rows)[1]
         padded = rows.new_zeros((most, rows.shape[1]))
         padded[: rows.shape[0]] = rows
-        self._note("gather_rows", *(padded.nbytes * (self.size - 1),) * 2)
+        self.note("gather_rows", *(padded.nbytes * (self.size - 1),) * 2)
         parts = self._all(padded)
         spans = [part_of(rank, self.size, num_rows) for rank in range(self.size)]
         return torch.cat(
@@ -318,7 +336,7 @@ class GlooGroup(_PythonGroup):
         spans = [part_of(rank, self.size, width) for rank in range(self.size)]
         most = columns.new_zeros((columns.shape[0], spans[0][1]))
         most[:, : columns.shape[1]] = columns
-        self._note("gather_columns", *(most.nbytes * (self.size - 1),) * 2)
+        self.note("gather_columns", *(most.nbytes * (self.size - 1),) * 2)
         parts = self._all(most)
         if self.rank == 0:
             for part, (begin, end) in zip(parts, spans, strict=True):
@@ -334,7 +352,7 @@ class GlooGroup(_PythonGroup):
         given = [len(part) for part in sent]
         received = torch.empty(sum(sizes), dtype=torch.uint8)
         self._run(lambda gloo: gloo.alltoall_base(received, torch.cat(sent), sizes, given))
-        self._note(operation, sum(given) - given[self.rank], sum(sizes) - sizes[self.rank])
+        self.note(operation, sum(given) - given[self.rank], sum(sizes) - sizes[self.rank])
         return list(received.split(sizes))
 
     def _all(self, mine: Tensor) -> list[Tensor]:
@@ -356,31 +374,15 @@ class GlooGroup(_PythonGroup):
             self._gloo = None  # the others must not wait for us
             raise
 
-    def _note(self, operation: str, sent: int, received: int) -> None:
-        before = self._counts[operation]
-        self._counts[operation] = (before[0] + 1, before[1] + sent, before[2] + received)
-
-    def counters(self) -> CollectiveBytes:
-        """See `Group`."""
-        return collective_bytes([value for triple in self._counts.values() for value in triple])
-
-    def set_dry(self, dry: bool) -> None:
-        """See `Group`."""
-        self.is_dry = dry
-
     def abort(self, reason: str) -> None:
         """See `Group`: the connections are closed, upon which the others' exchanges fail."""
         self._failure = self._failure or reason
         self._gloo = None
 
-    def failure(self) -> str | None:
-        """See `Group`."""
-        return self._failure
-
     def close(self) -> None:
         """See `Group`."""
         self._gloo = None
-        _groups.pop(self.number, None)
+        self.forget()
 
 
 _library = torch.library.Library("remora_group", "DEF")

@@ -6,7 +6,7 @@ holds them against the wheel). What is particular to that wheel, read from it:
 * a unique id is `bytes` of length 128 (a tuple before cupy 14);
 * communicators are blocking: `NcclConfig` has `split_share` and nothing else, and `NcclError(7)`
   (in progress) cannot even be made. So `NCCL_COMM_BLOCKING=0` must not be set, and a call that
-  waits for a peer cannot be interrupted: see `nccl_generation` for what follows;
+  waits for a peer cannot be interrupted: see `nccl_member` for what follows;
 * `destroy` and `abort` of a communicator that is gone do nothing; every other call on it fails with
   status 4 (invalid argument: NCCL's answer to a null handle). One that is dropped is destroyed;
 * streams and buffers are plain integers, so cupy's arrays are not needed: tensors are torch's.

@@ -1,34 +1,26 @@
-"""A generation's communicator in use by one rank: groups, waiting, failing, ending.
+"""A generation's communicator in use by one rank: the operations of a plan, and the end of a step.
 
-Everything runs on torch's current stream, so computing and sending are ordered by the stream and
-the host waits for nothing within a step, but for a shard's counts in `exact`. A step that fails is
-worthless from its first operation to its last: `finish` says so before any token leaves.
+A step that fails is worthless from its first operation to its last: `finish` says so before any
+token leaves.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from remora.comm import nccl_api as api
-from remora.comm.errors import DeadlineError, FencedError, PeerLostError
+from remora.comm.errors import FencedError
+from remora.comm.nccl_channel import Channel, Move
 from remora.comm.nccl_plan import Op, Part, Roster, phase
 
-POLL_S: Final = 50e-6  # between two looks at a mark; well below a step
 
-
-class Link:
-    """One rank's communicator, its place in the roster, and how it ends.
-
-    Used by the thread that enqueues the model; `note_lost` by any.
+class Link(Channel):
+    """One rank's communicator and its place in the roster.
 
     Args:
-        nccl: `load_nccl()` (or the tests' fake).
-        comm: communicator of this rank; the link aborts or destroys it.
-        device: where buffers lie and which stream is in use.
+        nccl, comm, device: as `Channel`.
         roster: members.
         uid: this member.
     """
@@ -43,23 +35,11 @@ class Link:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.nccl = nccl
-        self.device = device
+        name = f"generation {roster.generation}"
+        super().__init__(nccl, comm, device, name=name, uid=uid, clock=clock)
         self.roster = roster
-        self.uid = uid
         self.rank = roster.rank_of(uid)
-        self._comm: api.Communicator | None = comm
-        self._clock = clock
-        self._lost = threading.Event()
-        self._why_lost = ""
         self._faults: list[Tensor] = []
-
-    @property
-    def comm(self) -> api.Communicator:
-        """The communicator. Raises PeerLostError after its end."""
-        if self._comm is None:
-            raise PeerLostError(f"generation {self.roster.generation} is over: {self._why_lost}")
-        return self._comm
 
     def watch_fault(self, fault_1: Tensor) -> None:
         """`finish` reads this flag of the device and fails when it is not zero."""
@@ -75,14 +55,7 @@ class Link:
         Raises:
             PeerLostError: NCCL refused or failed; the communicator is aborted.
         """
-        comm, stream = self.comm, self.device.stream()
-        try:
-            with api.group(self.nccl):
-                for op in ops:
-                    move = api.send if op.is_send else api.recv
-                    move(self.nccl, comm, tensor_of[op.part, op.peer], op.peer, stream)
-        except self.nccl.NcclError as error:
-            raise self._failed(error) from error
+        self.move(Move(op.is_send, tensor_of[op.part, op.peer], op.peer) for op in ops)
 
     def connect(self) -> None:
         """One word with every partner, both ways, so that no later step pays for connecting."""
@@ -112,41 +85,10 @@ class Link:
                 0 if stays else api.NO_COLOR, into.rank_of(self.uid) if stays else 0
             )
         except self.nccl.NcclError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         if child is None:
             return None
         return Link(self.nccl, child, self.device, into, self.uid, clock=self._clock)
-
-    def wait(self, deadline_s: float) -> None:
-        """Until everything enqueued is over, polling for what NCCL and the cluster know.
-
-        The loop that NCCL's manual asks for: a stream is queried, not synchronised, since
-        an operation whose peer is gone never ends by itself.
-
-        Raises:
-            PeerLostError: NCCL reports an error, or `note_lost` was called.
-            DeadlineError: neither, and not done in time. In all cases the communicator is aborted.
-        """
-        mark = self.device.mark()
-        until = self._clock() + deadline_s
-        while not mark.ready():
-            self.check()
-            if self._clock() > until:
-                why = f"generation {self.roster.generation} did not finish in {deadline_s} s"
-                self.abort(why)
-                raise DeadlineError(why)
-            self._lost.wait(POLL_S)
-
-    def check(self) -> None:
-        """Raises PeerLostError, and aborts, when NCCL or the cluster knows of a failure."""
-        comm = self.comm
-        if self._lost.is_set():
-            self.abort(self._why_lost)
-            raise PeerLostError(self._why_lost)
-        try:
-            comm.check_async_error()
-        except self.nccl.NcclError as error:
-            raise self._failed(error) from error
 
     def finish(self, deadline_s: float) -> None:
         """End of a step: all of it is over and none of it failed.
@@ -162,27 +104,3 @@ class Link:
                 why = f"{self.uid}: a message of another generation or layer than expected"
                 self.abort(why)
                 raise FencedError(why)
-
-    def _failed(self, error: Exception) -> PeerLostError:
-        self.abort(f"{self.uid}: {error}")
-        return PeerLostError(f"generation {self.roster.generation}: {error}")
-
-    def note_lost(self, why: str) -> None:
-        """A member is gone: whoever waits stops waiting. From any thread."""
-        self._why_lost = self._why_lost or why
-        self._lost.set()
-
-    def abort(self, why: str) -> None:
-        """Ends what is enqueued; the generation is over. No effect on one that is."""
-        self._why_lost = self._why_lost or why
-        self._lost.set()
-        comm, self._comm = self._comm, None
-        if comm is not None:
-            comm.abort()
-
-    def destroy(self) -> None:
-        """Frees the communicator; its last step is over. No effect on one that is gone."""
-        self._why_lost = self._why_lost or "retired"
-        comm, self._comm = self._comm, None
-        if comm is not None:
-            comm.destroy()

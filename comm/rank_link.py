@@ -27,6 +27,7 @@ from remora.comm.view import Endpoint, View
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX: Final = 1 << 26
+PEEK_BYTES_MAX: Final = 1 << 16
 HANDSHAKE_S: Final = 10.0
 _LENGTH: Final = struct.Struct("<I")
 
@@ -41,10 +42,11 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How the group exchanges. With shared memory a descriptor follows (`send_descriptor`)."""
 
-    kind: str  # "shared" or "gloo"
+    kind: str  # "shared", "gloo" or "nccl"
     capacity: int = 0  # of one buffer in shared memory
     store_ip: str = ""  # of torch.distributed's store
     store_port: int = 0
+    unique_id: bytes = b""  # of NCCL's communicator
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -79,6 +81,13 @@ class Recover(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A step failed: leave it, and meet again as `generation`. Answered with what went wrong."""
 
     generation: int
+    unique_id: bytes = b""  # of NCCL's new communicator
+
+
+class Broke(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A rank's step failed. Unasked, and only where exchanges do not tell it themselves (NCCL)."""
+
+    reason: str
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -87,7 +96,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str | None = None
 
 
-Message = Hello | Setup | Order | Adopt | Compile | UseEager | Recover | Done
+Message = Hello | Setup | Order | Adopt | Compile | UseEager | Recover | Broke | Done
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 _encoder: Final = msgspec.msgpack.Encoder()
 
@@ -126,6 +135,28 @@ class Link:
             return message
         except TimeoutError as error:
             raise DeadlineError(f"no answer within {timeout_s:g} s") from error
+        except OSError as error:
+            raise PeerLostError(f"connection lost: {error}") from error
+        except msgspec.DecodeError as error:
+            raise FrameError(f"message: {error}") from error
+
+    def peek(self) -> Message | None:
+        """The next message if it has come whole and is not long; it stays to be received.
+
+        Raises:
+            PeerLostError, FrameError.
+        """
+        try:
+            if not select.select([self._sock], [], [], 0)[0]:
+                return None
+            data = self._sock.recv(PEEK_BYTES_MAX, socket.MSG_PEEK)
+            if not data:
+                raise PeerLostError("connection lost: its other end is closed")
+            end = _LENGTH.size + (_LENGTH.unpack_from(data)[0] if len(data) >= 4 else 1)
+            if len(data) < end:
+                return None
+            message: Message = _decoder.decode(data[_LENGTH.size : end])
+            return message
         except OSError as error:
             raise PeerLostError(f"connection lost: {error}") from error
         except msgspec.DecodeError as error:

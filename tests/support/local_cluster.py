@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from support.fake_nccl import CpuDevice, FakeNccl, World
 from support.tp_engine import together
 
 from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ExpertActor, ShardLaunch
+from remora.actors.hardware import Hardware
 from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
 from remora.comm.aio import connect_async
@@ -29,6 +32,7 @@ from remora.comm.messages import (
     encode,
 )
 from remora.comm.view import Member, View, contiguous_placement
+from remora.kernels.device import CPU
 
 TOKEN = b"a token for the tests, 32 bytes."
 LIMITS: dict[str, Any] = dict(
@@ -41,6 +45,12 @@ LIMITS: dict[str, Any] = dict(
     prefix_caching=True,
     call_timeout_s=30.0,
 )
+
+
+def pretended_gpu(world: World, name: str, device: torch.device = CPU) -> Hardware:
+    """A process of a fake NCCL; `device` computes."""
+    nccl = FakeNccl(world, name)
+    return Hardware(device=device, nccl_device=CpuDevice(nccl), nccl=lambda: nccl)
 
 
 @dataclass(frozen=True)
@@ -102,14 +112,29 @@ class LocalCluster:
         return DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
 
     @contextlib.contextmanager
-    def dense(self, *, num_ranks: int = 1, **limits: Any) -> Iterator["DenseClient"]:
-        """A dense group over the shards, ready to be asked; its ranks are threads too."""
+    def dense(
+        self, *, num_ranks: int = 1, world: World | None = None, **limits: Any
+    ) -> Iterator["DenseClient"]:
+        """A dense group over the shards, ready to be asked; its ranks are threads too.
+
+        Args:
+            world: ranks exchange over this NCCL and compute on the CPU.
+        """
         launches = [
-            msgspec.structs.replace(self.launch(**limits), rank=rank, num_ranks=num_ranks)
+            msgspec.structs.replace(
+                self.launch(**limits),
+                uid=f"dense-0.{rank}" if rank else "dense-0",
+                rank=rank,
+                num_ranks=num_ranks,
+                device="cpu" if world is None else "cuda",
+            )
             for rank in range(num_ranks)
         ]
-        actor = DenseActor(launches[0])
-        others = [RankActor(launch) for launch in launches[1:]]
+        hardware = [pretended_gpu(world, launch.uid) if world else None for launch in launches]
+        actor = DenseActor(launches[0], hardware[0])
+        others = [
+            RankActor(launch, own) for launch, own in zip(launches[1:], hardware[1:], strict=True)
+        ]
         starts = [functools.partial(other.start, actor.listen()) for other in others]
         member, *_ = together([actor.start, *starts])
         try:

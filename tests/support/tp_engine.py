@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.fake_nccl import CpuDevice, FakeNccl, World
 from support.local_engine import LocalEngine
 from torch import Tensor
 from torch import distributed as dist
@@ -21,6 +22,7 @@ from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_experts import SplitExperts
 from remora.comm.arena import Memory
 from remora.comm.collectives import GlooGroup, SharedGroup
+from remora.comm.nccl_group import NcclGroup
 from remora.kernels.native import native_available
 
 CAPACITY = 1 << 14  # small, so that larger tensors go in pieces
@@ -38,6 +40,35 @@ def gloo_groups(size: int, *, deadline_s: float = DEADLINE_S) -> list[GlooGroup]
         GlooGroup, dist.HashStore(), size=size, ip="127.0.0.1", deadline_s=deadline_s
     )
     return together([functools.partial(make, rank=rank) for rank in range(size)])
+
+
+def nccl_groups(
+    size: int, *, deadline_s: float = DEADLINE_S, reasons: list[str] | None = None
+) -> list[NcclGroup]:
+    """The ends of one group over the fake NCCL, for `size` threads that can tell each other.
+
+    Args:
+        reasons: what a rank tells the others goes there, and they look there.
+    """
+    world = World()
+    reasons = [] if reasons is None else reasons
+
+    def make(rank: int) -> NcclGroup:
+        nccl = FakeNccl(world, f"rank-{rank}")
+        return NcclGroup(
+            nccl, CpuDevice(nccl), rank=rank, size=size, name="dense-0", deadline_s=deadline_s,
+            watch=lambda: next(iter(reasons), None), tell=reasons.append,
+        )  # fmt: skip
+
+    groups = [make(rank) for rank in range(size)]
+    meet_over_nccl(groups)
+    return groups
+
+
+def meet_over_nccl(groups: list[NcclGroup]) -> None:
+    """All connect with an id of the first."""
+    unique_id = groups[0].make_id()
+    together([functools.partial(group.connect, unique_id) for group in groups])
 
 
 def shared_groups(

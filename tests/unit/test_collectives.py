@@ -1,4 +1,6 @@
-"""Sums and gathers of a tensor-parallel group: shared memory and gloo against plain arithmetic.
+"""Sums and gathers of a tensor-parallel group against plain arithmetic, whatever carries them.
+
+NCCL is the fake one with its rules of order (`support.fake_nccl`).
 
 Ranks are threads here, and processes where one is killed.
 """
@@ -18,14 +20,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tp_engine import gloo_groups, shared_groups, together
+from support.tp_engine import gloo_groups, nccl_groups, shared_groups, together
 from torch import Tensor
 
 from remora.comm.arena import Memory
 from remora.comm.collectives import DryGroup, SharedGroup, group_sum, part_of
 from remora.kernels.native import native_available
 
-KINDS = ["shared", "gloo"] if native_available() else ["gloo"]
+KINDS = ["shared", "gloo", "nccl"] if native_available() else ["gloo", "nccl"]
 needs_native = pytest.mark.skipif(not native_available(), reason="C++ kernels not built")
 CAPACITY = 192  # bytes: everything of some size goes in pieces
 
@@ -35,6 +37,8 @@ def kept_groups(kind: str, size: int) -> list[Any]:
     """Groups that examples share, as steps of an engine do."""
     if kind == "gloo":
         return gloo_groups(size)
+    if kind == "nccl":
+        return nccl_groups(size)
     return shared_groups(size, capacity=CAPACITY)
 
 
@@ -115,7 +119,7 @@ def test_not_a_number_stays_one() -> None:
     assert sums[0][1:].tolist() == [float("inf"), -float("inf"), 2.0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nccl"])
 def test_an_abort_reaches_a_rank_that_waits(kind: str) -> None:
     groups = gloo_groups(2) if kind == "gloo" else shared_groups(2)
     failed = threading.Event()

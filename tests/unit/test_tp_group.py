@@ -6,9 +6,11 @@ holds the interpreter's lock, which threads that wait for each other cannot shar
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import VOCAB, make_checkpoint
+from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
 from remora.comm.messages import SamplingParams
@@ -65,6 +67,41 @@ def test_without_shared_memory_gloo_carries_the_same(
 ) -> None:
     with cluster.dense(num_ranks=2, use_unix=False) as dense:
         assert tokens(dense) == expected
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_nccl_carries_the_same(
+    cluster: LocalCluster, expected: list[list[int]], num_ranks: int
+) -> None:
+    world = World()
+    with cluster.dense(num_ranks=num_ranks, world=world) as dense:
+        assert tokens(dense) == expected
+    assert world.num_copied_bytes > 0
+
+
+def test_over_nccl_a_rank_that_goes_ends_requests_with_its_name(cluster: LocalCluster) -> None:
+    with cluster.dense(num_ranks=2, world=World()) as dense:
+        dense.ask(asks(1))
+        dense.others[0].stop()
+        answer = dense.ask(asks(1))[0]
+        assert answer.finish_reason == "error"
+        assert "dense-0.1 is gone" in str(answer.outputs[-1].error)
+
+
+def test_over_nccl_a_step_that_nccl_fails_is_told_and_the_next_one_runs(
+    cluster: LocalCluster, expected: list[list[int]]
+) -> None:
+    """An asynchronous error on rank 1: all leave the step, meet anew, and serve again."""
+    with cluster.dense(num_ranks=2, world=World()) as dense:
+        assert tokens(dense) == expected
+        nccl: Any = dense.others[0].hardware.nccl()
+        nccl.communicators[-1].inject(6)
+        answer = dense.ask(asks(1))[0]
+        assert answer.finish_reason == "error"
+        error = str(answer.outputs[-1].error)
+        assert "tensor-parallel group of dense-0" in error and "REMOTE_ERROR" in error, error
+        assert tokens(dense) == expected
+        assert len(nccl.communicators) == 2
 
 
 def test_groups_stand_side_by_side_over_the_same_shards(
