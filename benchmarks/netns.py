@@ -103,6 +103,14 @@ class Hosts:
 
     def close(self) -> None:
         """Ends every process that runs in a host and removes the hosts."""
+        self.end_processes()
+        _remove(self._tag)
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
+        self._handlers.clear()
+
+    def end_processes(self) -> None:
+        """Ends what `popen` started: asked to, then killed."""
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
@@ -113,10 +121,6 @@ class Hosts:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        _remove(self._tag)
-        for name, handler in self._handlers.items():
-            signal.signal(name, handler)
-        self._handlers.clear()
 
     def shape(self, mbit: float | None) -> None:
         """Gives every shaped host's link another rate, each way."""
