@@ -12,7 +12,9 @@ compiler) builds one oneDNN primitive per row count, so there T is one of few bu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +25,13 @@ from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.step_laps import Laps
 from remora.comm.messages import TokenLogprobs
 from remora.kernels.attention import KVPages, build_plan
+from remora.kernels.device import CPU, make_pages
 from remora.kernels.linear import ROW_TILE, PackedLinear
 from remora.kernels.native import native_available
 from remora.kernels.sampling import RowLogprobs, RowParams, raw_logprobs, sample
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
 
 TAIL_FREE = 64  # values: two vectors of the widest kind, for each of two threads
 
@@ -67,25 +73,43 @@ def padded_rows(num_tokens: int, *, quantum: int, native: bool) -> int:
     return max(2, -(-num_tokens // quantum) * quantum)
 
 
-def allocate_pages(model: DenseModel, num_blocks: int) -> list[KVPages]:
-    """Key/value pages of every decoder layer, in the model's dtype."""
+def allocate_pages(model: DenseModel, num_blocks: int) -> list["KVPages | GpuKVPages"]:
+    """Key/value pages of every decoder layer, in the model's dtype and on its device."""
     return [
-        KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
+        make_pages(model.device, num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
         for a in model.spec.attention
     ]
 
 
+# Runs a step's model with the experts that answer it: (tokens, run) -> what `run` gave.
+StepFn = Callable[[int, Callable[[ExpertsFn], Tensor]], Tensor]
+
+
 class DenseRank:
-    """Runs steps. Not thread-safe: torch is called from one thread."""
+    """Runs steps. Not thread-safe: torch is called from one thread.
+
+    Args:
+        model, pages: of this rank.
+        experts: answers the rows of a step.
+        exact: numerics.
+        step: runs the model in its place, with experts of its own (NCCL: in step with others).
+    """
 
     def __init__(
-        self, *, model: DenseModel, pages: list[KVPages], experts: ExpertsFn, exact: bool
+        self,
+        *,
+        model: DenseModel,
+        pages: list["KVPages | GpuKVPages"],
+        experts: ExpertsFn,
+        exact: bool,
+        step: StepFn | None = None,
     ) -> None:
         self.model = model
+        self._step = step or (lambda num_tokens, run: run(self.experts))
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
         self._quantum = row_quantum(model) if exact else 1
-        self._native = native_available()
+        self._native = native_available() or model.device != CPU
         self.laps = Laps()  # the engine's loop marks its own parts of a step on it
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
@@ -95,19 +119,22 @@ class DenseRank:
             ClusterError: a shard did not answer; nothing of the step counts, it may be repeated.
         """
         num_rows = padded_rows(plan.num_tokens, quantum=self._quantum, native=self._native)
-        context = StepContext(
-            plan=build_plan(
-                [s.start for s in plan.slices],
-                [s.num_tokens for s in plan.slices],
-                [s.block_table for s in plan.slices],
-                num_rows,
-            ),
-            pages=self._pages,
-            experts=self.experts,
+        attention = build_plan(
+            [s.start for s in plan.slices],
+            [s.num_tokens for s in plan.slices],
+            [s.block_table for s in plan.slices],
+            num_rows,
         )
         inputs = step_inputs(plan, num_rows)
         self.laps.lap("inputs")
-        logits_RV = self.model.run(context, inputs.input_ids_T, inputs.rows_R)
+
+        def run(experts: ExpertsFn) -> Tensor:
+            context = StepContext(
+                plan=attention, pages=self._pages, experts=experts, device=self.model.device
+            )
+            return self.model.run(context, inputs.input_ids_T, inputs.rows_R)
+
+        logits_RV = self._step(plan.num_tokens, run).to(CPU)  # sampling is the CPU's
         self.laps.lap("model")
         results = slice_results(plan, logits_RV, inputs.num_sampled)
         self.laps.lap("sampling")

@@ -7,12 +7,12 @@ everything else that changes. Its loop ends with the connection to rank 0.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
+from remora.actors.dense_actor import DenseLaunch, connect_shards, on_host, peer_limits
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
@@ -32,6 +32,9 @@ from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, Us
 from remora.comm.view import Endpoint, View
 from remora.kernels.attention import KVPages, build_plan
 
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ class Follower:
         self,
         *,
         model: DenseModel,
-        pages: list[KVPages],
+        pages: list["KVPages | GpuKVPages"],
         group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
         connect: Callable[[View], ExpertsFn],
@@ -118,7 +121,9 @@ class Follower:
         if order.is_compiled != self.is_compiled:
             raise ClusterError(f"a step with compiled = {order.is_compiled}, not as here")
         plan = build_plan(order.starts, order.lengths, order.block_tables, order.num_rows)
-        context = StepContext(plan=plan, pages=self._pages, experts=self._experts)
+        context = StepContext(
+            plan=plan, pages=self._pages, experts=self._experts, device=self._model.device
+        )
         token_ids_T = torch.tensor(order.token_ids, dtype=torch.int64)
         self._model.run(context, token_ids_T, torch.tensor(order.logit_rows, dtype=torch.int64))
 
@@ -203,6 +208,7 @@ class RankActor:
             max_positions=launch.max_model_len,
             progress=self._note_progress,
             group=group,
+            device=self.hardware.device,
         )
         self._peers = PeerSet(
             token=launch.token,
@@ -215,7 +221,7 @@ class RankActor:
             pages=allocate_pages(model, launch.num_kv_blocks),
             group=group,
             link=self._link,
-            connect=lambda view: SplitExperts(self._connect(view), group),
+            connect=lambda view: SplitExperts(on_host(self._connect(view), model), group),
             exact=launch.exact,
         )
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)

@@ -9,7 +9,7 @@ the rank. A rank that is gone, or does not answer, ends the group for good: it m
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from remora.actors.dense_events import SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
@@ -23,6 +23,9 @@ from remora.comm.nccl_group import NcclGroup
 from remora.comm.rank_link import Adopt, Broke, Compile, Done, Message, Order, Recover, UseEager
 from remora.comm.view import View
 from remora.kernels.attention import KVPages
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +162,7 @@ class LeaderRank(DenseRank):
         leader: Leader,
         executor: Executor,
         model: DenseModel,
-        pages: list[KVPages],
+        pages: list["KVPages | GpuKVPages"],
         experts: ExpertsFn,
         exact: bool,
     ) -> None:
