@@ -28,12 +28,13 @@ from remora.actors.dense_surgery import CursorLayer
 from remora.actors.layer_program import Recording
 from remora.actors.merge_linears import MergeLinears
 from remora.actors.model_spec import ModelSpec
+from remora.actors.shuffle_surgery import slice_layers
 from remora.actors.step_context import StepContext, steps
 from remora.actors.step_program import Split, StepProgram, split
+from remora.actors.tp_shuffle import Sliced
 from remora.actors.tp_surgery import Part
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.collectives import DryGroup, Group
-from remora.kernels.device import CPU, home_of
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "post_grad_custom_pre_pass": MergeLinears(),
@@ -58,7 +59,7 @@ class DenseModel:
         layers: its decoder layers, in order.
         engine_id: its number in the step registry.
         part: which part of the model this is, where it is not the whole.
-        device: where it computes (`kernels.device`); tensors of a step come and go on the CPU.
+        sliced: layers that divide their rows among the ranks before their gate.
     """
 
     def __init__(
@@ -68,12 +69,11 @@ class DenseModel:
         dtype: torch.dtype,
         layers: list[CursorLayer],
         part: Part | None = None,
-        device: torch.device = CPU,
+        sliced: Sliced | None = None,
     ) -> None:
         self.model = model
-        self.device = device
-        self._home = home_of(device)
         self.part = part
+        self.sliced = sliced or Sliced()
         self.spec = spec
         self.dtype = dtype
         self.layers = layers
@@ -93,6 +93,11 @@ class DenseModel:
     def num_ranks(self) -> int:
         """Ranks that the model is divided over."""
         return 1 if self.part is None else self.part.group.size
+
+    @property
+    def num_slices(self) -> int:
+        """Equal slices that the rows of a step are divided into."""
+        return self.num_ranks if self.sliced.layers else 1
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -156,19 +161,11 @@ class DenseModel:
         return logits_RV
 
     def run(self, context: StepContext, token_ids_T: Tensor, logit_rows_R: Tensor) -> Tensor:
-        """`hidden` and `logits` in one step, of the rows `logit_rows_R` (int64).
-
-        Returns:
-            float32 [R, V] on the model's device, where it may yet be computed (`settle`).
-        """
+        """`hidden` and `logits` in one step: float32 [R, V] of the rows `logit_rows_R` (int64)."""
         steps.enter(self.engine_id, context)
         try:
-            ids_T, positions_T, rows_R = (
-                x.to(self._home, non_blocking=True)
-                for x in (token_ids_T, context.plan.positions_T, logit_rows_R)
-            )
-            hidden_TD = self.hidden(ids_T, positions_T)
-            logits_RV = self.logits(hidden_TD[rows_R]).float()
+            hidden_TD = self.hidden(token_ids_T, context.plan.positions_T)
+            logits_RV = self.logits(hidden_TD[logit_rows_R]).float()
             if self.part is not None:
                 self.part.group.settle()
             return logits_RV
@@ -253,7 +250,7 @@ def build_dense(
     max_positions: int | None = None,
     progress: Progress | None = None,
     group: Group | None = None,
-    device: torch.device = CPU,
+    slice_rows: bool = False,
 ) -> DenseModel:
     """Load the dense side of a checkpoint.
 
@@ -266,7 +263,8 @@ def build_dense(
             rotary embeddings that depend on the sequence length do. None: `spec.max_positions`.
         progress: called with (bytes done, bytes in all).
         group: load this rank's part only; every rank of the group does the same.
-        device: where it computes; a GPU has torch's linears and Triton's attention.
+        slice_rows: layers of the usual shape divide their rows among the ranks before their gate
+            (`shuffle_surgery`).
 
     Raises:
         WeightsError: naming file and tensor.
@@ -282,15 +280,19 @@ def build_dense(
             part, spec = tp_surgery.take_part(model, watch, spec, group)
             plan.cuts = part.plan.cuts
         dense_surgery.drop_experts(sites)
-        packer = dense_surgery.Packer(model, watch.linears, exact=exact, device=device)
-        dense_surgery.fill(model, plan, owned, packer, progress, device)
-    if home_of(device) != CPU:
-        model.to(home_of(device))  # what no checkpoint holds: tables of rotary embeddings
-    return _finish(model, spec, dtype, max_positions, part, device)
+        dense_surgery.fill(
+            model, plan, owned, dense_surgery.Packer(model, watch.linears, exact=exact), progress
+        )
+    return _finish(model, spec, dtype, max_positions, part, slice_rows)
 
 
 def build_hollow(
-    spec: ModelSpec, *, dtype: torch.dtype, exact: bool, group: Group | None = None
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    exact: bool,
+    group: Group | None = None,
+    slice_rows: bool = False,
 ) -> DenseModel:
     """The dense side with zeros for weights, which cost no memory until they are touched.
 
@@ -305,7 +307,7 @@ def build_hollow(
         if meta.is_meta:
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     prefix = model_build.decoder_layers(model)[0]
-    dense = _finish(model, spec, dtype, None, part)
+    dense = _finish(model, spec, dtype, None, part, slice_rows)
     called = [part.path_of(path) if part else path for path in watch.linears]
     for wrapped in dense.layers:
         start = f"{prefix}.{wrapped.index}."
@@ -331,7 +333,7 @@ def _finish(
     dtype: torch.dtype,
     max_positions: int | None,
     part: Part | None,
-    device: torch.device = CPU,
+    slice_rows: bool,
 ) -> DenseModel:
     if part is not None:
         tp_surgery.join(model, part)
@@ -339,4 +341,7 @@ def _finish(
     dense_surgery.point_config(model, engine_id)
     dense_surgery.pin_rotary(model, max_positions or spec.max_positions)
     layers = dense_surgery.wrap_layers(model, engine_id)
-    return DenseModel(model, spec, dtype, layers, part, device)
+    sliced = None
+    if part is not None and slice_rows:
+        sliced = slice_layers(layers, part, engine_id)
+    return DenseModel(model, spec, dtype, layers, part, sliced)

@@ -6,15 +6,14 @@ V vocabulary.
 Rows are padded for these reasons only. In `exact` numerics torch's transcendental functions must
 not have scalar tails, whose last bits differ from the vector part's: T times every width of the
 model is a multiple of `TAIL_FREE` (`row_quantum`; 1 or 2 rows for real widths; linears
-and attention do not need it, measured in benchmarks/notes/2026-11-21-exact-spike.md). A compiled
+and attention do not need it, measured in benchmarks/notes/2026-11-21-exact-spike.md). Layers that
+divide their rows among the ranks of a group do it into equal slices. A compiled
 layer would be specialised for T = 1, so T is at least 2. The torch path of the kernels (no
 compiler) builds one oneDNN primitive per row count, so there T is one of few buckets.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,15 +22,12 @@ from remora.actors.dense_events import Slice, SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.step_laps import Laps
+from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.messages import TokenLogprobs
 from remora.kernels.attention import KVPages, build_plan
-from remora.kernels.device import CPU, make_pages
 from remora.kernels.linear import ROW_TILE, PackedLinear
 from remora.kernels.native import native_available
 from remora.kernels.sampling import RowLogprobs, RowParams, raw_logprobs, sample
-
-if TYPE_CHECKING:
-    from remora.kernels.gpu_pages import GpuKVPages
 
 TAIL_FREE = 64  # values: two vectors of the widest kind, for each of two threads
 
@@ -65,52 +61,60 @@ def layer_widths(model: DenseModel) -> set[int]:
     return widths
 
 
-def padded_rows(num_tokens: int, *, quantum: int, native: bool) -> int:
-    """Rows that a step of `num_tokens` tokens is run with; see the head of this file."""
+def step_quantum(model: DenseModel, *, exact: bool) -> int:
+    """Rows that any step is padded to a multiple of: slices of it are equal and alike."""
+    return model.num_slices * (row_quantum(model) if exact else 1)
+
+
+def padded_rows(num_tokens: int, *, quantum: int, native: bool, slices: int = 1) -> int:
+    """Rows that a step of `num_tokens` tokens is run with; see the head of this file.
+
+    Args:
+        quantum: of `step_quantum`.
+        slices: equal parts of at least two rows that the step is divided into.
+    """
     if not native:
         bucket = 1 << max(1, (num_tokens - 1).bit_length())
         num_tokens = bucket if bucket < ROW_TILE else -(-num_tokens // ROW_TILE) * ROW_TILE
-    return max(2, -(-num_tokens // quantum) * quantum)
+    return max(2 * slices, -(-num_tokens // quantum) * quantum)
 
 
-def allocate_pages(model: DenseModel, num_blocks: int) -> list["KVPages | GpuKVPages"]:
-    """Key/value pages of every decoder layer, in the model's dtype and on its device."""
+def allocate_pages(model: DenseModel, num_blocks: int) -> list[KVPages]:
+    """Key/value pages of every decoder layer, in the model's dtype."""
     return [
-        make_pages(model.device, num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
+        KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
         for a in model.spec.attention
     ]
 
 
-# Runs a step's model with the experts that answer it: (tokens, run) -> what `run` gave.
-StepFn = Callable[[int, Callable[[ExpertsFn], Tensor]], Tensor]
-
-
 class DenseRank:
-    """Runs steps. Not thread-safe: torch is called from one thread.
-
-    Args:
-        model, pages: of this rank.
-        experts: answers the rows of a step.
-        exact: numerics.
-        step: runs the model in its place, with experts of its own (NCCL: in step with others).
-    """
+    """Runs steps. Not thread-safe: torch is called from one thread."""
 
     def __init__(
         self,
         *,
         model: DenseModel,
-        pages: list["KVPages | GpuKVPages"],
+        pages: list[KVPages],
         experts: ExpertsFn,
         exact: bool,
-        step: StepFn | None = None,
+        shuffle: TokenShuffle | None = None,
     ) -> None:
         self.model = model
-        self._step = step or (lambda num_tokens, run: run(self.experts))
+        self._shuffle = shuffle
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
-        self._quantum = row_quantum(model) if exact else 1
-        self._native = native_available() or model.device != CPU
+        self._quantum = step_quantum(model, exact=exact)
+        self._native = native_available()
         self.laps = Laps()  # the engine's loop marks its own parts of a step on it
+
+    def num_rows(self, plan: StepPlan) -> int:
+        """Rows that the step is run with."""
+        return padded_rows(
+            plan.num_tokens,
+            quantum=self._quantum,
+            native=self._native,
+            slices=self.model.num_slices,
+        )
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
         """Compute one step; one result per slice, in order.
@@ -118,23 +122,23 @@ class DenseRank:
         Raises:
             ClusterError: a shard did not answer; nothing of the step counts, it may be repeated.
         """
-        num_rows = padded_rows(plan.num_tokens, quantum=self._quantum, native=self._native)
-        attention = build_plan(
-            [s.start for s in plan.slices],
-            [s.num_tokens for s in plan.slices],
-            [s.block_table for s in plan.slices],
-            num_rows,
+        num_rows = self.num_rows(plan)
+        context = StepContext(
+            plan=build_plan(
+                [s.start for s in plan.slices],
+                [s.num_tokens for s in plan.slices],
+                [s.block_table for s in plan.slices],
+                num_rows,
+            ),
+            pages=self._pages,
+            experts=self.experts,
+            shuffle=self._shuffle,
         )
         inputs = step_inputs(plan, num_rows)
+        if self._shuffle is not None:
+            self._shuffle.begin_step(inputs.input_ids_T, plan.num_tokens)
         self.laps.lap("inputs")
-
-        def run(experts: ExpertsFn) -> Tensor:
-            context = StepContext(
-                plan=attention, pages=self._pages, experts=experts, device=self.model.device
-            )
-            return self.model.run(context, inputs.input_ids_T, inputs.rows_R)
-
-        logits_RV = self._step(plan.num_tokens, run).to(CPU)  # sampling is the CPU's
+        logits_RV = self.model.run(context, inputs.input_ids_T, inputs.rows_R)
         self.laps.lap("model")
         results = slice_results(plan, logits_RV, inputs.num_sampled)
         self.laps.lap("sampling")

@@ -62,11 +62,21 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
-def artefact_key(spec: ModelSpec, dtype: torch.dtype, *, exact: bool, num_ranks: int = 1) -> str:
+def artefact_key(
+    spec: ModelSpec, dtype: torch.dtype, *, exact: bool, num_ranks: int = 1, num_slices: int = 1
+) -> str:
     """What compiled artefacts depend on, as 32 hex digits."""
     config = spec.config.to_dict()
     facts = json.dumps(
-        [config, str(dtype), exact, num_ranks, kernel_fingerprint(), transformers.__version__],
+        [
+            config,
+            str(dtype),
+            exact,
+            num_ranks,
+            num_slices,
+            kernel_fingerprint(),
+            transformers.__version__,
+        ],
         sort_keys=True,
         default=str,
     )
@@ -88,7 +98,13 @@ class Executor:
         if not has_compiler():
             self._stay_eager("no C++ compiler found")
             return
-        key = artefact_key(model.spec, model.dtype, exact=exact, num_ranks=model.num_ranks)
+        key = artefact_key(
+            model.spec,
+            model.dtype,
+            exact=exact,
+            num_ranks=model.num_ranks,
+            num_slices=model.num_slices,
+        )
         self._marker = cache_dir() / "compiled" / key
         if wish == "compiled" or self._marker.exists():
             self._switch()
@@ -185,6 +201,7 @@ class Executor:
                 "dtype": str(self._model.dtype).removeprefix("torch."),
                 "exact": self._exact,
                 "num_ranks": self._model.num_ranks,
+                "slice_rows": self._model.num_slices > 1,
             }
         )
         with self._log_path().open("wb") as log:

@@ -30,9 +30,10 @@ TOKEN_MIXERS = (
 )
 
 
-# `transformers` sets torch's default dtype, which is the process' own, while it builds a model: two
-# threads that build (tests) would give each other theirs.
-_building = threading.Lock()
+# `transformers` sets torch's default dtype, which is the process' own, while it builds a model, and
+# torch.fx puts itself in the place of all modules' calls while it traces one: two threads that
+# build, probe or trace (tests) would disturb each other.
+building = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
 
     config = copy.deepcopy(config)
     try:
-        with _building, torch.device("meta"):
+        with building, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="eager"
             )

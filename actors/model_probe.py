@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from remora.actors.model_build import decoder_layers
+from remora.actors.model_build import building, decoder_layers
 from remora.comm.errors import UnsupportedModelError
 
 NUM_TOKENS = 5  # T of the probe
@@ -213,7 +213,7 @@ def watch_one_pass(model: Any) -> Watch:
     text = model.config.get_text_config()
     watch = Watch(model_type=model.config.model_type, hidden_size=text.hidden_size)
     ids = torch.zeros((1, NUM_TOKENS), dtype=torch.int64, device="meta")
-    with torch.no_grad(), _watching(model, watch):
+    with building, torch.no_grad(), _watching(model, watch):
         try:
             model(
                 input_ids=ids,

@@ -7,12 +7,12 @@ everything else that changes. Its loop ends with the connection to rank 0.
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.dense_actor import DenseLaunch, connect_shards, on_host, peer_limits
+from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
@@ -22,18 +22,16 @@ from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import join_ranks
+from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.warm import compile_and_warm, warm_up
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.dispatch import Dispatcher
-from remora.comm.errors import ClusterError, PeerLostError
+from remora.comm.errors import ClusterError, FrameError, PeerLostError
 from remora.comm.nccl_group import NcclGroup
 from remora.comm.peers import PeerSet
-from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, UseEager
+from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, Shuffle, UseEager
 from remora.comm.view import Endpoint, View
 from remora.kernels.attention import KVPages, build_plan
-
-if TYPE_CHECKING:
-    from remora.kernels.gpu_pages import GpuKVPages
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +43,15 @@ class Follower:
         self,
         *,
         model: DenseModel,
-        pages: list["KVPages | GpuKVPages"],
+        pages: list[KVPages],
         group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
         connect: Callable[[View], ExpertsFn],
         exact: bool,
+        shuffle: TokenShuffle,
     ) -> None:
         self._model = model
+        self._shuffle = shuffle
         self._pages = pages
         self._group = group
         self._link = link
@@ -75,7 +75,7 @@ class Follower:
                 case Order():
                     self._step(message)
                 case Adopt():
-                    self._answer(functools.partial(self._adopt, message.view))
+                    self._answer(functools.partial(self._adopt, message))
                 case Compile():
                     self._answer(self._compile)
                 case UseEager():
@@ -86,6 +86,7 @@ class Follower:
     def _recover(self, order: Recover) -> None:
         """Meet the other ranks again; what went wrong here is the answer."""
         error, self._error = self._error, None
+        self._shuffle.recover()
         if isinstance(self._group, GlooGroup):
             self._group.connect(order.generation)
         elif isinstance(self._group, NcclGroup):
@@ -122,14 +123,16 @@ class Follower:
             raise ClusterError(f"a step with compiled = {order.is_compiled}, not as here")
         plan = build_plan(order.starts, order.lengths, order.block_tables, order.num_rows)
         context = StepContext(
-            plan=plan, pages=self._pages, experts=self._experts, device=self._model.device
+            plan=plan, pages=self._pages, experts=self._experts, shuffle=self._shuffle
         )
         token_ids_T = torch.tensor(order.token_ids, dtype=torch.int64)
+        self._shuffle.begin_step(token_ids_T, plan.num_tokens)
         self._model.run(context, token_ids_T, torch.tensor(order.logit_rows, dtype=torch.int64))
 
-    def _adopt(self, view: View) -> None:
-        self._experts = self._connect(view)
-        self._epoch = view.epoch
+    def _adopt(self, message: Adopt) -> None:
+        self._experts = self._connect(message.view)
+        self._shuffle.adopt(message.view, message.rank_hosts)
+        self._epoch = message.view.epoch
 
     def _compile(self) -> None:
         use_cache()
@@ -154,6 +157,7 @@ class RankActor:
         self._peers: PeerSet | None = None
         self._dispatcher: Dispatcher | None = None
         self._follower: Follower | None = None
+        self._token_shuffle: TokenShuffle | None = None
         self._link: Link | None = None
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
@@ -183,6 +187,7 @@ class RankActor:
             "steps_total": follower.steps_total if follower else 0,
             "executor": "compiled" if follower and follower.is_compiled else "eager",
             "shards_connected": self._peers.live_uids if self._peers else [],
+            "token_shuffle": self._token_shuffle.status() if self._token_shuffle else {},
         }
 
     def stop(self) -> None:
@@ -200,6 +205,9 @@ class RankActor:
         take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
         group, self._link = join_ranks(self._endpoint, launch, self.hardware)
+        form = self._link.receive(launch.start_timeout_s)
+        if not isinstance(form, Shuffle):
+            raise FrameError(f"rank 0 sent {type(form).__name__}, expected is Shuffle")
         model = build_dense(
             launch.model,
             spec,
@@ -208,8 +216,10 @@ class RankActor:
             max_positions=launch.max_model_len,
             progress=self._note_progress,
             group=group,
-            device=self.hardware.device,
+            slice_rows=form.form == "speculative",
         )
+        shuffle = token_shuffle(form.form, group, spec, model.sliced)
+        self._token_shuffle = shuffle
         self._peers = PeerSet(
             token=launch.token,
             self_host=host_label(),
@@ -221,8 +231,9 @@ class RankActor:
             pages=allocate_pages(model, launch.num_kv_blocks),
             group=group,
             link=self._link,
-            connect=lambda view: SplitExperts(on_host(self._connect(view), model), group),
+            connect=lambda view: SplitExperts(self._connect(view), group, shuffle),
             exact=launch.exact,
+            shuffle=shuffle,
         )
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of dense weights", launch.uid, model.nbytes)

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from remora.actors.hardware import Hardware
 from remora.actors.launch import Launch, advertised_ip, host_label
+from remora.actors.tp_shuffle import ShuffleWish
 from remora.comm.arena import Memory
 from remora.comm.collectives import CAPACITY_BYTES_MAX, GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError, FrameError
@@ -41,6 +42,7 @@ class RankLaunch(Launch, frozen=True, kw_only=True):
 
     rank: int = 0
     num_ranks: int = 1
+    token_shuffle: ShuffleWish = "none"
     start_timeout_s: float = 900.0
     exchange_timeout_s: float = 65.0  # a rank may wait for another one that waits for a shard
 
@@ -51,6 +53,7 @@ class Ranks:
 
     group: SharedGroup | GlooGroup | NcclGroup
     links: dict[int, Link]
+    hosts: list[str]  # of each rank
 
 
 def gather_ranks(listener: RankListener, launch: RankLaunch, hardware: Hardware) -> Ranks:
@@ -63,13 +66,13 @@ def gather_ranks(listener: RankListener, launch: RankLaunch, hardware: Hardware)
     found = listener.accept(launch.num_ranks, launch.start_timeout_s)
     listener.close()
     links = {rank: link for rank, (_, link) in sorted(found.items())}
+    hosts = [host_label(), *(found[rank][0].host for rank in sorted(found))]
     if launch.device == "cuda":
-        return Ranks(group=_meet_over_nccl(links, launch, hardware), links=links)
-    hosts = {hello.host for hello, _ in found.values()} | {host_label()}
-    if len(hosts) == 1 and launch.use_unix and native_available():
-        return Ranks(group=_share_memory(links, launch), links=links)
-    logger.warning("ranks on %d hosts exchange over gloo, which is slower", len(hosts))
-    return Ranks(group=_meet_over_gloo(links, launch), links=links)
+        return Ranks(group=_meet_over_nccl(links, launch, hardware), links=links, hosts=hosts)
+    if len(set(hosts)) == 1 and launch.use_unix and native_available():
+        return Ranks(group=_share_memory(links, launch), links=links, hosts=hosts)
+    logger.warning("ranks on %d hosts exchange over gloo, which is slower", len(set(hosts)))
+    return Ranks(group=_meet_over_gloo(links, launch), links=links, hosts=hosts)
 
 
 def join_ranks(

@@ -9,23 +9,32 @@ the rank. A rank that is gone, or does not answer, ends the group for good: it m
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from remora.actors.dense_events import SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
-from remora.actors.dense_rank import DenseRank, padded_rows, step_inputs
+from remora.actors.dense_rank import DenseRank, step_inputs
 from remora.actors.executor import Executor, Wish
 from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_group import Ranks
+from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError
 from remora.comm.nccl_group import NcclGroup
-from remora.comm.rank_link import Adopt, Broke, Compile, Done, Message, Order, Recover, UseEager
+from remora.comm.rank_link import (
+    Adopt,
+    Broke,
+    Compile,
+    Done,
+    Message,
+    Order,
+    Recover,
+    Shuffle,
+    UseEager,
+)
+from remora.comm.shuffle import Form
 from remora.comm.view import View
 from remora.kernels.attention import KVPages
-
-if TYPE_CHECKING:
-    from remora.kernels.gpu_pages import GpuKVPages
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +53,7 @@ class Leader:
 
     def __init__(self, uid: str, ranks: Ranks, timeout_s: float) -> None:
         self.group = ranks.group
+        self.hosts = ranks.hosts
         self.epoch = 0
         self._uid = uid
         self._links = ranks.links
@@ -63,9 +73,13 @@ class Leader:
         if errors:
             raise ClusterError("; ".join(errors))
 
+    def settle_form(self, form: Form) -> None:
+        """Tell every rank how rows are shuffled, before any of them loads. Raises ClusterError."""
+        self._tell(Shuffle(form=form))
+
     def adopt(self, view: View) -> None:
         """Every rank connects to the shards of `view`. Raises ClusterError."""
-        self.ask(Adopt(view=view))
+        self.ask(Adopt(view=view, rank_hosts=self.hosts))
         self.epoch = view.epoch
 
     def step(self, order: Callable[[int, int], Order], run: Callable[[], T]) -> T:
@@ -162,17 +176,19 @@ class LeaderRank(DenseRank):
         leader: Leader,
         executor: Executor,
         model: DenseModel,
-        pages: list["KVPages | GpuKVPages"],
+        pages: list[KVPages],
         experts: ExpertsFn,
         exact: bool,
+        shuffle: TokenShuffle,
     ) -> None:
-        super().__init__(model=model, pages=pages, experts=experts, exact=exact)
+        super().__init__(model=model, pages=pages, experts=experts, exact=exact, shuffle=shuffle)
         self._leader = leader
+        self._recover = shuffle.recover
         self._executor = executor
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
         """As `DenseRank.run`."""
-        num_rows = padded_rows(plan.num_tokens, quantum=self._quantum, native=self._native)
+        num_rows = self.num_rows(plan)
         inputs = step_inputs(plan, num_rows)
 
         def order(epoch: int, sequence: int) -> Order:
@@ -188,7 +204,11 @@ class LeaderRank(DenseRank):
                 logit_rows=inputs.rows_R.tolist(),
             )
 
-        return self._leader.step(order, lambda: super(LeaderRank, self).run(plan))
+        try:
+            return self._leader.step(order, lambda: super(LeaderRank, self).run(plan))
+        except Exception:
+            self._recover()
+            raise
 
 
 class LeaderExecutor(Executor):

@@ -7,9 +7,10 @@ fit its model fails there and not in its numbers. Legend: T token rows, D model 
 one rank, V vocabulary.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,13 +62,31 @@ def shrink(model: Any, plan: TpPlan) -> None:
             module.out_features, module.in_features = new.shape
 
 
-def local_spec(model: Any, spec: ModelSpec, facts: ModelFacts, plan: TpPlan) -> ModelSpec:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a pass tells about a model's layers, as `shuffle_surgery` needs it.
+
+    Attributes:
+        ends: sums (path inside the layers, from the layer's index on) that are all that the module
+            around them returns, or its first result.
+        arguments: names that each decoder layer is called with, behind its rows; None where it is
+            given more than rows by position.
+    """
+
+    ends: frozenset[str]
+    arguments: tuple[frozenset[str] | None, ...]
+
+
+def local_spec(
+    model: Any, spec: ModelSpec, facts: ModelFacts, plan: TpPlan
+) -> tuple[ModelSpec, Shape]:
     """`spec` with the attention that this rank computes, seen by the probe in the shrunk model.
 
     Raises:
         UnsupportedModelError: the shrunk model does not run, or has other heads than planned.
     """
-    watch = model_probe.watch_one_pass(model)
+    with _seeing_shape(model, facts, plan) as shape:
+        watch = model_probe.watch_one_pass(model)
     local = []
     for index, full in enumerate(facts.attention):
         wanted = plan.local_attention(full, is_head_cut(plan, facts, index))
@@ -78,7 +97,51 @@ def local_spec(model: Any, spec: ModelSpec, facts: ModelFacts, plan: TpPlan) -> 
                 f"planned was {wanted}"
             )
         local.append(wanted)
-    return dataclasses.replace(spec, attention=tuple(local))
+    return dataclasses.replace(spec, attention=tuple(local)), shape()
+
+
+@contextlib.contextmanager
+def _seeing_shape(model: Any, facts: ModelFacts, plan: TpPlan) -> Iterator[Callable[[], Shape]]:
+    """Watch one pass; what is yielded gives the `Shape` afterwards."""
+    prefix, layers = model_build.decoder_layers(model)
+    assert prefix == facts.layers, f"{prefix} != {facts.layers}"
+    arguments: list[frozenset[str] | None] = [None] * len(layers)
+    sums: dict[str, Tensor] = {}
+    ends: set[str] = set()
+
+    def see_layer(index: int) -> Callable[..., None]:
+        def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            arguments[index] = frozenset(kwargs) if len(args) == 1 else None
+
+        return hook
+
+    def see_sum(path: str) -> Callable[..., None]:
+        def hook(_: Any, args: Any, output: Tensor) -> None:
+            sums[path] = output
+
+        return hook
+
+    def see_parent(path: str) -> Callable[..., None]:
+        def hook(_: Any, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if first is sums.get(path):
+                ends.add(path.removeprefix(f"{prefix}."))
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(see_layer(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    for path in plan.sums:
+        handles.append(model.get_submodule(path).register_forward_hook(see_sum(path)))
+        parent = model.get_submodule(path.rpartition(".")[0])
+        handles.append(parent.register_forward_hook(see_parent(path)))
+    try:
+        yield lambda: Shape(ends=frozenset(ends), arguments=tuple(arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +150,7 @@ class Part:
 
     plan: TpPlan
     group: Group
+    shape: Shape
     head_width: int | None  # logits of the whole head where it is cut
 
     def whole_logits(self, local_RC: Tensor) -> Tensor:
@@ -116,8 +180,8 @@ def take_part(
     plan = make_plan(facts, group.rank, group.size)
     shrink(model, plan)
     head_width = facts.shapes[f"{facts.head}.weight"][0] if facts.head else None
-    part = Part(plan=plan, group=group, head_width=head_width)
-    return part, local_spec(model, spec, facts, plan)
+    local, shape = local_spec(model, spec, facts, plan)
+    return Part(plan=plan, group=group, shape=shape, head_width=head_width), local
 
 
 def whole_text(plan: TpPlan) -> str:
@@ -151,10 +215,14 @@ def _replace(model: Any, path: str, make: Callable[[Any], nn.Module]) -> None:
 
 
 class SummedLinear(nn.Module):
-    """A linear over this rank's inputs whose results are added up over the ranks."""
+    """A linear over this rank's inputs whose results are added up over the ranks.
+
+    `is_partial`: whoever comes behind adds them up (`shuffle_surgery`).
+    """
 
     def __init__(self, linear: Any, group: Group) -> None:
         super().__init__()
+        self.is_partial = False
         self.linear: Any = linear
         self.group = group.number
         self.is_native = group.is_native
@@ -166,7 +234,10 @@ class SummedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] of this rank -> [..., D], the same on every rank."""
+        """[..., C] of this rank -> [..., D], the same on every rank unless it is partial."""
+        if self.is_partial:
+            partial: Tensor = self.linear(x)
+            return partial
         return group_sum(self.linear(x), self.group, self.is_native)
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from remora.actors.dense_model import DenseModel, build_hollow
-from remora.actors.dense_rank import allocate_pages, layer_widths, row_quantum
+from remora.actors.dense_rank import layer_widths, step_quantum
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import StepContext
 from remora.comm.collectives import DryGroup
-from remora.kernels.attention import BLOCK_SIZE, build_plan
+from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
 
 LOWEST_PRIORITY = 19  # niceness of the child that compiles beside a serving engine
 
@@ -35,14 +35,16 @@ def warm_rows(model: DenseModel, *, exact: bool) -> list[int]:
     the two for one symbol and compile anew for every other number of rows, and `exact` steps of
     just that many rows would run other code than the rest.
     """
-    quantum = row_quantum(model) if exact else 1
+    quantum = step_quantum(model, exact=exact)
+    smallest = 2 * model.num_slices
     widths = layer_widths(model)
     widths |= {size for a in model.spec.attention for size in (a.k_dim, a.v_dim)}
     widths |= {k * size for b in model.model.buffers() for size in b.shape for k in (1, 2)}
     counts = []
     for at_least in WARM_ROWS:
+        at_least = max(at_least, smallest)
         multiples = itertools.count(-(-at_least // quantum) * quantum, quantum)
-        counts.append(next(rows for rows in multiples if rows not in widths or rows == 2))
+        counts.append(next(rows for rows in multiples if rows not in widths or rows == smallest))
     return counts
 
 
@@ -64,8 +66,11 @@ def warm_up(model: DenseModel, *, exact: bool) -> None:
     for num_rows in warm_rows(model, exact=exact):
         num_blocks = -(-num_rows // BLOCK_SIZE)
         plan = build_plan([0], [num_rows], [list(range(num_blocks))], num_rows)
-        pages = allocate_pages(model, num_blocks)
-        context = StepContext(plan=plan, pages=pages, experts=silent_experts, device=model.device)
+        pages = [
+            KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
+            for a in model.spec.attention
+        ]
+        context = StepContext(plan=plan, pages=pages, experts=silent_experts)
         no_rows = torch.empty(0, dtype=torch.int64)
         with model.alone():
             model.run(context, torch.zeros(num_rows, dtype=torch.int64), no_rows)
@@ -79,7 +84,7 @@ def silent_experts(
 
 
 def main() -> None:
-    """Entry point of the child: `argv[1]` is JSON with model, dtype, exact and num_ranks."""
+    """Entry point of the child: `argv[1]` is JSON, see `executor`."""
     os.nice(LOWEST_PRIORITY)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     order = json.loads(sys.argv[1])
@@ -87,7 +92,9 @@ def main() -> None:
     spec = inspect_model(order["model"])
     dtype = resolve_dtype(spec, order["dtype"])
     group = DryGroup(0, order["num_ranks"]) if order["num_ranks"] > 1 else None
-    model = build_hollow(spec, dtype=dtype, exact=order["exact"], group=group)
+    model = build_hollow(
+        spec, dtype=dtype, exact=order["exact"], group=group, slice_rows=order["slice_rows"]
+    )
     compile_and_warm(model, exact=order["exact"])
 
 

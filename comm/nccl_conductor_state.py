@@ -28,6 +28,7 @@ from remora.comm.nccl_messages import (
     Ticket,
     TicketBroken,
     TicketOver,
+    ToConductor,
     ToMember,
 )
 from remora.comm.nccl_plan import Mode, Roster
@@ -66,10 +67,9 @@ class StepWanted:
 
     mode: Literal["decode", "exact"]
     capacity: int = 0
-    sources: tuple[str, ...] = ()  # dense ranks that have rows
 
 
-Event = ViewCame | IdMade | MemberLost | StepWanted | Built | NotBuilt | TicketOver | TicketBroken
+Event = ViewCame | IdMade | MemberLost | StepWanted | ToConductor
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +296,7 @@ class ConductorState:
         if self.wanted is None:
             return []
         wanted = self.wanted
-        return self._give(
-            self.current,
-            wanted.mode,
-            step=self.step,
-            capacity=wanted.capacity,
-            sources=wanted.sources,
-        )
+        return self._give(self.current, wanted.mode, step=self.step, capacity=wanted.capacity)
 
     def _give(self, roster: Roster, mode: Mode, **more: Any) -> list[Instruction]:
         self._number += 1

@@ -21,6 +21,7 @@ from remora.comm.nccl_messages import (
     TicketBroken,
     TicketOver,
     ToConductor,
+    ToMember,
 )
 from remora.comm.nccl_plan import Roster
 
@@ -55,7 +56,7 @@ class RunBroke:
     why: str
 
 
-Event = Build | Ticket | Stop | Commit | BuildOver | BuildBroke | RunOver | RunBroke
+Event = ToMember | BuildOver | BuildBroke | RunOver | RunBroke
 
 
 @dataclass(frozen=True, slots=True)

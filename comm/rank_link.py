@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import time
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -49,6 +49,12 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     unique_id: bytes = b""  # of NCCL's communicator
 
 
+class Shuffle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How rows are divided among the ranks (`comm/shuffle.py`); follows `Setup`, before loading."""
+
+    form: Literal["none", "exact", "speculative"]
+
+
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One step: everything that a rank must know to run it."""
 
@@ -67,6 +73,7 @@ class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Connect to the shards of a view. Answered."""
 
     view: View
+    rank_hosts: list[str]  # host of each rank: which shards it is near
 
 
 class Compile(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -96,7 +103,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str | None = None
 
 
-Message = Hello | Setup | Order | Adopt | Compile | UseEager | Recover | Broke | Done
+Message = Hello | Setup | Shuffle | Order | Adopt | Compile | UseEager | Recover | Broke | Done
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 _encoder: Final = msgspec.msgpack.Encoder()
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "phase.h"
 #include "shared_group.h"
 
 namespace remora {
@@ -53,6 +54,7 @@ void sum_parts(const std::vector<const char*>& parts, uint16_t* out, int64_t cou
 // What is aborted or late is told as an error of torch's; `group_abort_text` has the bare reason.
 template <class F>
 void guarded(F work) {
+  const PhaseTimer timer(Phase::kCollective);
   try {
     work();
   } catch (const GroupError& error) {

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from remora.actors import row_linear_patch
 from remora.actors.dense_model import DenseModel, build_dense
-from remora.actors.dense_rank import allocate_pages
 from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_model import CombineMode, ShardExperts, build_shard
 from remora.actors.step_context import ExpertsFn, StepContext
+from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.view import contiguous_placement
-from remora.kernels.attention import BLOCK_SIZE, build_plan
-from remora.kernels.device import CPU
+from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import combine_ordered
 
@@ -74,7 +73,7 @@ class LocalEngine:
     dense: DenseModel
     experts: ExpertsFn
     exact: bool
-    pages: list[Any] = field(default_factory=list)
+    pages: list[KVPages] = field(default_factory=list)
 
     @classmethod
     def load(
@@ -87,13 +86,10 @@ class LocalEngine:
         exact: bool = True,
         max_positions: int | None = None,
         is_int8: bool = False,
-        device: torch.device = CPU,
     ) -> "LocalEngine":
         """Inspect and load a checkpoint, experts in equal contiguous runs over the shards."""
         spec = inspect_model(path)
-        dense = build_dense(
-            path, spec, dtype=dtype, exact=exact, max_positions=max_positions, device=device
-        )
+        dense = build_dense(path, spec, dtype=dtype, exact=exact, max_positions=max_positions)
         uids = tuple(f"shard-{i}" for i in range(num_shards))
         placement = contiguous_placement(
             num_experts=spec.num_experts, moe_layers=spec.moe_layers, shard_uids=uids
@@ -106,7 +102,6 @@ class LocalEngine:
                 dtype=dtype,
                 exact=exact,
                 is_int8=is_int8,
-                device=device,
             )
             for uid in uids
         ]
@@ -115,9 +110,19 @@ class LocalEngine:
     def reset(self, num_sequences: int, num_tokens: int) -> None:
         """Fresh pages for `num_sequences` sequences of up to `num_tokens` tokens each."""
         self._blocks_each = -(-num_tokens // BLOCK_SIZE)
-        self.pages = allocate_pages(self.dense, num_sequences * self._blocks_each)
+        self.pages = [
+            KVPages.allocate(
+                num_sequences * self._blocks_each,
+                a.num_kv_heads,
+                a.k_dim,
+                a.v_dim,
+                self.dense.dtype,
+            )
+            for a in self.spec.attention
+        ]
 
     _blocks_each: int = 0
+    shuffle: TokenShuffle | None = None
 
     def step(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> Tensor:
         """Run (sequence, start position, token ids) parts in one step -> logits of every row.
@@ -126,7 +131,9 @@ class LocalEngine:
             float32 [sum of tokens, V].
         """
         tokens = [token for _, _, ids in parts for token in ids]
-        num_rows = -(-len(tokens) // ROW_TILE) * ROW_TILE if self.exact else max(2, len(tokens))
+        slices = self.dense.num_slices
+        quantum = ROW_TILE if self.exact else slices
+        num_rows = max(2 * slices, -(-len(tokens) // quantum) * quantum)
         table = [range(s * self._blocks_each, (s + 1) * self._blocks_each) for s, _, _ in parts]
         plan = build_plan(
             [start for _, start, _ in parts],
@@ -135,9 +142,11 @@ class LocalEngine:
             num_rows,
         )
         context = StepContext(
-            plan=plan, pages=self.pages, experts=self.experts, device=self.dense.device
+            plan=plan, pages=self.pages, experts=self.experts, shuffle=self.shuffle
         )
         ids_T = torch.tensor(tokens + [0] * (num_rows - len(tokens)))
+        if self.shuffle is not None:
+            self.shuffle.begin_step(ids_T, len(tokens))
         return self.dense.run(context, ids_T, torch.arange(len(tokens)))
 
     def greedy(self, prompts: Tensor, num_new: int) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from support.fake_nccl import CpuDevice, FakeNccl, World
 from support.local_engine import LocalEngine
@@ -20,9 +21,11 @@ from torch import distributed as dist
 from remora.actors.dense_model import build_dense
 from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_experts import SplitExperts
+from remora.actors.tp_shuffle import token_shuffle
 from remora.comm.arena import Memory
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.nccl_group import NcclGroup
+from remora.comm.shuffle import Form, copy_prices
 from remora.kernels.native import native_available
 
 CAPACITY = 1 << 14  # small, so that larger tensors go in pieces
@@ -134,19 +137,42 @@ class TpEngine(LocalEngine):
     others: list[LocalEngine] = field(default_factory=list)
 
     @classmethod
-    def load_ranks(cls, path: Path, whole: LocalEngine, size: int) -> "TpEngine":
-        """The model of `whole` on `size` ranks, over the same shards."""
-        parts = [
-            build_dense(path, whole.spec, dtype=whole.dense.dtype, exact=whole.exact, group=group)
-            for group in groups_of(size)
-        ]
+    def load_ranks(
+        cls,
+        path: Path,
+        whole: LocalEngine,
+        size: int,
+        form: Form = "none",
+        groups: list[Any] | None = None,
+    ) -> "TpEngine":
+        """The model of `whole` on `size` ranks, over the same shards.
+
+        Its ranks are near experts by turns: rank r those whose number is r modulo the ranks.
+        """
         shards = _OneAtATime(whole.experts)
-        first, *others = [
-            (part.spec, part, SplitExperts(shards, part.part.group), whole.exact)
-            for part in parts
-            if part.part is not None
-        ]
-        return cls(*first, others=[LocalEngine(*other) for other in others])
+        engines: list[tuple[Any, ...]] = []
+        shuffles = []
+        for group in groups or groups_of(size):
+            part = build_dense(
+                path,
+                whole.spec,
+                dtype=whole.dense.dtype,
+                exact=whole.exact,
+                group=group,
+                slice_rows=form == "speculative",
+            )
+            shuffle = token_shuffle(form, group, whole.spec, part.sliced)
+            hosts = [f"host-{rank}" for rank in range(size)]
+            table = (np.arange(whole.spec.num_experts) % size).astype(np.int16)[:, None]
+            tables = dict.fromkeys(whole.spec.moe_layers, table)
+            shuffle.set_prices(copy_prices(hosts, hosts), tables)
+            shuffles.append(shuffle)
+            engines.append((part.spec, part, SplitExperts(shards, group, shuffle), whole.exact))
+        first, *others = engines
+        made = cls(*first, others=[LocalEngine(*other) for other in others])
+        for engine, shuffle in zip((made, *made.others), shuffles, strict=True):
+            engine.shuffle = shuffle
+        return made
 
     def reset(self, num_sequences: int, num_tokens: int) -> None:
         """See `LocalEngine`."""

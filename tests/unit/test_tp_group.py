@@ -13,6 +13,7 @@ from support.checkpoints import VOCAB, make_checkpoint
 from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
+from remora.comm.errors import ClusterError
 from remora.comm.messages import SamplingParams
 
 
@@ -60,6 +61,56 @@ def test_a_group_says_what_one_rank_says(
         assert "mlp.gate.weight" in status["whole_on_every_rank"]
         steps = {other.status()["steps_total"] for other in dense.others}
         assert steps == {status["steps_total"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "num_ranks", "use_unix"),
+    [("exact", 2, True), ("speculative", 2, True), ("speculative", 4, True),
+     ("speculative", 2, False)],
+)  # fmt: skip
+def test_shuffled_rows_say_the_same(
+    cluster: LocalCluster, expected: list[list[int]], form: str, num_ranks: int, use_unix: bool
+) -> None:
+    """Over real sockets, twice: the second time ranks have learned from the first."""
+    options: dict[str, Any] = dict(num_ranks=num_ranks, token_shuffle=form, use_unix=use_unix)
+    with cluster.dense(**options, max_tokens_per_step=64) as dense:
+        assert tokens(dense) == expected
+        first = dense.actor.phases()["token_shuffle"]
+        assert tokens(dense) == expected
+        second = dense.actor.phases()["token_shuffle"]
+        assert second["form"] == form and second["layers"].startswith(form)
+        assert 0 < first["far_copies"] < second["far_copies"] < second["copies"]
+        moved = second["group_bytes"]
+        assert ("sum_slice" in moved) == (form == "speculative")
+        assert moved["gather_slices"]["sent_bytes"] > 0
+        ranks = [dense.actor.status(), *(other.status() for other in dense.others)]
+        calls = [{k: v["calls"] for k, v in r["token_shuffle"]["group_bytes"].items()}
+                 for r in ranks]  # fmt: skip
+        assert all(c == calls[0] for c in calls)
+
+
+@pytest.mark.parametrize("form", ["exact", "speculative"])
+def test_ranks_agree_again_after_a_step_that_failed_on_one(
+    cluster: LocalCluster, expected: list[list[int]], form: str
+) -> None:
+    """Rank 1 fails behind rows that rank 0 may have learned from: both begin anew."""
+    with cluster.dense(num_ranks=2, token_shuffle=form) as dense:
+        assert tokens(dense) == expected
+        follower = dense.others[0]._follower
+        assert follower is not None
+        experts = follower._experts
+
+        def fails(layer: int, *rest: Any) -> Any:
+            if layer > 0:
+                raise ClusterError("rank 1 does not like it")
+            assert experts is not None
+            return experts(layer, *rest)
+
+        follower._experts = fails
+        broken = dense.ask(asks(1))[0]
+        assert "rank 1 does not like it" in str(broken.outputs[-1].error)
+        follower._experts = experts
+        assert tokens(dense) == expected
 
 
 def test_without_shared_memory_gloo_carries_the_same(
