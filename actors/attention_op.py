@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from remora.actors.step_context import steps
-from remora.kernels.attention import attend
+from remora.kernels.device import attend_on
 
 IMPLEMENTATION = "remora"  # config._attn_implementation and config._experts_implementation
 ENGINE_ATTRIBUTE = "remora_engine_id"  # on the model's own copy of the config
@@ -53,12 +53,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: 
     """
     context = steps.current(engine_id)
     spec = steps.attention_of(engine_id)[context.layer]
-    return attend(
+    return attend_on(
         q,
         k,
         v,
         context.pages[context.layer],
-        context.plan,
+        context.device_plan,
         scale=spec.scale,
         sliding_window=spec.sliding_window,
         soft_cap=spec.soft_cap,

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from remora.actors.actor_thread import ActorThread
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_events import DenseLimits
@@ -24,21 +26,24 @@ from remora.actors.launch import (
     take_threads,
 )
 from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.nccl_node import NcclNode
+from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
-from remora.actors.tp_shuffle import TokenShuffle, settle_form, token_shuffle
+from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
+from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
 from remora.comm.rank_link import RankListener
 from remora.comm.server import FrameServer
-from remora.comm.shuffle import Form
 from remora.comm.view import Endpoint, Member, View
 from remora.comm.wire import combined_rows, dispatch_bytes
 from remora.kernels import phases
+from remora.kernels.device import CPU
 from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -71,6 +76,7 @@ class DenseActor:
         self._executor: Executor | None = None
         self._dispatcher: Dispatcher | None = None
         self._rank: DenseRank | None = None
+        self._node: NcclNode | None = None
         self._listener: RankListener | None = None
         if launch.num_ranks > 1:
             self._listener = RankListener(
@@ -177,12 +183,7 @@ class DenseActor:
         dtype = resolve_dtype(spec, launch.dtype)
         self._dtype = str(dtype).removeprefix("torch.")
         self._leader = self._lead()
-        form: Form = "none"
-        if self._leader is not None:
-            form = settle_form(
-                launch.token_shuffle, spec, dtype, self._leader.hosts, exact=launch.exact
-            )
-            self._leader.settle_form(form)
+        form = self._leader.settle_form(launch, spec, dtype) if self._leader else "none"
         model = build_dense(
             launch.model,
             spec,
@@ -191,9 +192,11 @@ class DenseActor:
             max_positions=launch.max_model_len,
             progress=self._note_progress,
             group=self._leader.group if self._leader else None,
+            device=self._hardware.device,
             slice_rows=form == "speculative",
         )
-        self._shuffle = self._make_shuffle(model, form)
+        if self._leader is not None:
+            self._shuffle = token_shuffle(form, self._leader.group, model.spec, model.sliced)
         self._progress = Progress(phase="compiling", bytes_done=1, bytes_total=1)
         self._executor = self._make_executor(model)
         self._peers = PeerSet(
@@ -202,6 +205,8 @@ class DenseActor:
             name=launch.uid,
             limits=peer_limits(model, launch),
         )
+        if launch.nccl is not None:
+            self._node = NcclNode(launch, self._hardware, model, self._wake)
         rank = self._rank = self._make_rank(model, self._executor)
         self._state = DenseState(_limits(model, launch))
         self._engine = DenseEngine(
@@ -213,8 +218,8 @@ class DenseActor:
         self._server = FrameServer(
             host_ip=launch.bind_ip,
             token=launch.token,
-            on_frame=self._engine.on_frame,
-            on_lost=self._engine.on_lost,
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
             unix=launch.use_unix,
             incarnation=launch.incarnation,
             advertise_ip=advertised_ip(launch.bind_ip),
@@ -232,17 +237,22 @@ class DenseActor:
         ranks = gather_ranks(self._listener, self._launch, self._hardware)
         return Leader(self._launch.uid, ranks, self._launch.exchange_timeout_s)
 
+    @property
+    def _wish(self) -> Wish:
+        """Layers are compiled for the CPU only."""
+        return self._launch.executor if self._hardware.device == CPU else "eager"
+
     def _make_executor(self, model: DenseModel) -> Executor:
         launch = self._launch
         if self._leader is None:
-            return Executor(model, wish=launch.executor, exact=launch.exact)
+            return Executor(model, wish=self._wish, exact=launch.exact)
         assert model.part is not None
         self._whole = whole_text(model.part.plan)
         logger.info("%s has %d ranks; %s", launch.uid, launch.num_ranks, self._whole)
         return LeaderExecutor(
             model,
             self._leader,
-            wish=launch.executor,
+            wish=self._wish,
             exact=launch.exact,
             timeout_s=launch.start_timeout_s,
         )
@@ -251,7 +261,8 @@ class DenseActor:
         pages = allocate_pages(model, self._launch.num_kv_blocks)
         exact = self._launch.exact
         if self._leader is None or self._shuffle is None:
-            return DenseRank(model=model, pages=pages, experts=_no_view, exact=exact)
+            step = self._node.source.step if self._node else None
+            return DenseRank(model=model, pages=pages, experts=_no_view, exact=exact, step=step)
         return LeaderRank(
             leader=self._leader,
             executor=executor,
@@ -262,13 +273,6 @@ class DenseActor:
             shuffle=self._shuffle,
         )
 
-    def _make_shuffle(self, model: DenseModel, form: Form) -> TokenShuffle | None:
-        if self._leader is None:
-            return None
-        layers = str(model.sliced) if form == "speculative" else f"{form} in all layers"
-        logger.info("%s token shuffle: %s", self._launch.uid, layers)
-        return token_shuffle(form, self._leader.group, model.spec, model.sliced)
-
     def _serve(self) -> None:
         assert self._engine is not None and self._server is not None and self._peers is not None
         try:
@@ -276,6 +280,8 @@ class DenseActor:
                 self._engine.stop()
             self._engine.run()
         finally:
+            if self._node is not None:
+                self._node.close()
             self._server.close()
             self._peers.close()
             if self._leader is not None:
@@ -283,13 +289,33 @@ class DenseActor:
 
     def _connect(self, rank: DenseRank, view: View) -> None:
         assert self._peers is not None
+        if self._node is not None:
+            self._node.adopt(view)
+            return
         if self._leader is not None:
             self._leader.adopt(view)
         self._dispatcher = connect_shards(self._peers, view, self._launch, self._dispatcher)
-        rank.experts = self._dispatcher.moe
+        rank.experts = on_host(self._dispatcher.moe, rank.model)
         if self._leader is not None and self._shuffle is not None:
             self._shuffle.adopt(view, self._leader.hosts)
             rank.experts = SplitExperts(rank.experts, self._leader.group, self._shuffle)
+
+    def _on_frame(self, connection: Connection, frame: Frame) -> None:
+        """In the server's thread: the conductor's are the node's, the others ingresses'."""
+        assert self._engine is not None
+        if self._node is None or not self._node.stream.takes(connection, frame):
+            self._engine.on_frame(connection, frame)
+
+    def _on_lost(self, connection: Connection) -> None:
+        assert self._engine is not None
+        if self._node is not None:
+            self._node.stream.on_lost(connection)
+        self._engine.on_lost(connection)
+
+    def _wake(self) -> None:
+        """Something of the conductor's has come."""
+        assert self._engine is not None and self._node is not None
+        self._engine.run_soon(self._node.source.attend)
 
     def _phases(self) -> dict[str, Any]:
         assert self._state is not None and self._rank is not None
@@ -327,6 +353,20 @@ def connect_shards(
     if missing:
         raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
     return dispatcher
+
+
+def on_host(experts: ExpertsFn, model: DenseModel) -> ExpertsFn:
+    """`experts` that read rows on the host, for a model that may compute elsewhere."""
+    if model.device == CPU:
+        return experts
+
+    def ask(
+        layer: int, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int
+    ) -> Tensor:
+        rows = (hidden_TD.to(CPU), index_TK.to(CPU), weights_TK.to(CPU))
+        return experts(layer, *rows, num_tokens).to(hidden_TD.device)
+
+    return ask
 
 
 def _no_view(*_: Any) -> Any:

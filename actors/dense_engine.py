@@ -143,6 +143,10 @@ class DenseEngine:
             self._inbox.put(_Do(action, done))
         done.result()
 
+    def run_soon(self, action: Callable[[], None]) -> None:
+        """Run `action`, which raises nothing, in the engine's thread when no step runs."""
+        self._inbox.put(_Do(action, Future()))
+
     def stop(self) -> None:
         """Leave the loop after the step in flight."""
         self._inbox.put(_Stop())

@@ -35,6 +35,7 @@ from remora.actors.tp_shuffle import Sliced
 from remora.actors.tp_surgery import Part
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.collectives import DryGroup, Group
+from remora.kernels.device import CPU, home_of
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "post_grad_custom_pre_pass": MergeLinears(),
@@ -59,6 +60,7 @@ class DenseModel:
         layers: its decoder layers, in order.
         engine_id: its number in the step registry.
         part: which part of the model this is, where it is not the whole.
+        device: where it computes (`kernels.device`); tensors of a step come and go on the CPU.
         sliced: layers that divide their rows among the ranks before their gate.
     """
 
@@ -69,9 +71,12 @@ class DenseModel:
         dtype: torch.dtype,
         layers: list[CursorLayer],
         part: Part | None = None,
+        device: torch.device = CPU,
         sliced: Sliced | None = None,
     ) -> None:
         self.model = model
+        self.device = device
+        self._home = home_of(device)
         self.part = part
         self.sliced = sliced or Sliced()
         self.spec = spec
@@ -161,11 +166,19 @@ class DenseModel:
         return logits_RV
 
     def run(self, context: StepContext, token_ids_T: Tensor, logit_rows_R: Tensor) -> Tensor:
-        """`hidden` and `logits` in one step: float32 [R, V] of the rows `logit_rows_R` (int64)."""
+        """`hidden` and `logits` in one step, of the rows `logit_rows_R` (int64).
+
+        Returns:
+            float32 [R, V] on the model's device, where it may yet be computed (`settle`).
+        """
         steps.enter(self.engine_id, context)
         try:
-            hidden_TD = self.hidden(token_ids_T, context.plan.positions_T)
-            logits_RV = self.logits(hidden_TD[logit_rows_R]).float()
+            ids_T, positions_T, rows_R = (
+                x.to(self._home, non_blocking=True)
+                for x in (token_ids_T, context.plan.positions_T, logit_rows_R)
+            )
+            hidden_TD = self.hidden(ids_T, positions_T)
+            logits_RV = self.logits(hidden_TD[rows_R]).float()
             if self.part is not None:
                 self.part.group.settle()
             return logits_RV
@@ -250,6 +263,7 @@ def build_dense(
     max_positions: int | None = None,
     progress: Progress | None = None,
     group: Group | None = None,
+    device: torch.device = CPU,
     slice_rows: bool = False,
 ) -> DenseModel:
     """Load the dense side of a checkpoint.
@@ -263,6 +277,7 @@ def build_dense(
             rotary embeddings that depend on the sequence length do. None: `spec.max_positions`.
         progress: called with (bytes done, bytes in all).
         group: load this rank's part only; every rank of the group does the same.
+        device: where it computes; a GPU has torch's linears and Triton's attention.
         slice_rows: layers of the usual shape divide their rows among the ranks before their gate
             (`shuffle_surgery`).
 
@@ -280,10 +295,11 @@ def build_dense(
             part, spec = tp_surgery.take_part(model, watch, spec, group)
             plan.cuts = part.plan.cuts
         dense_surgery.drop_experts(sites)
-        dense_surgery.fill(
-            model, plan, owned, dense_surgery.Packer(model, watch.linears, exact=exact), progress
-        )
-    return _finish(model, spec, dtype, max_positions, part, slice_rows)
+        packer = dense_surgery.Packer(model, watch.linears, exact=exact, device=device)
+        dense_surgery.fill(model, plan, owned, packer, progress, device)
+    if home_of(device) != CPU:
+        model.to(home_of(device))  # what no checkpoint holds: tables of rotary embeddings
+    return _finish(model, spec, dtype, max_positions, part, device, slice_rows)
 
 
 def build_hollow(
@@ -307,7 +323,7 @@ def build_hollow(
         if meta.is_meta:
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     prefix = model_build.decoder_layers(model)[0]
-    dense = _finish(model, spec, dtype, None, part, slice_rows)
+    dense = _finish(model, spec, dtype, None, part, slice_rows=slice_rows)
     called = [part.path_of(path) if part else path for path in watch.linears]
     for wrapped in dense.layers:
         start = f"{prefix}.{wrapped.index}."
@@ -333,7 +349,8 @@ def _finish(
     dtype: torch.dtype,
     max_positions: int | None,
     part: Part | None,
-    slice_rows: bool,
+    device: torch.device = CPU,
+    slice_rows: bool = False,
 ) -> DenseModel:
     if part is not None:
         tp_surgery.join(model, part)
@@ -344,4 +361,4 @@ def _finish(
     sliced = None
     if part is not None and slice_rows:
         sliced = slice_layers(layers, part, engine_id)
-    return DenseModel(model, spec, dtype, layers, part, sliced)
+    return DenseModel(model, spec, dtype, layers, part, device, sliced)

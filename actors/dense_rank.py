@@ -13,7 +13,9 @@ compiler) builds one oneDNN primitive per row count, so there T is one of few bu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +27,13 @@ from remora.actors.step_laps import Laps
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.messages import TokenLogprobs
 from remora.kernels.attention import KVPages, build_plan
+from remora.kernels.device import CPU, make_pages
 from remora.kernels.linear import ROW_TILE, PackedLinear
 from remora.kernels.native import native_available
 from remora.kernels.sampling import RowLogprobs, RowParams, raw_logprobs, sample
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
 
 TAIL_FREE = 64  # values: two vectors of the widest kind, for each of two threads
 
@@ -79,32 +85,45 @@ def padded_rows(num_tokens: int, *, quantum: int, native: bool, slices: int = 1)
     return max(2 * slices, -(-num_tokens // quantum) * quantum)
 
 
-def allocate_pages(model: DenseModel, num_blocks: int) -> list[KVPages]:
-    """Key/value pages of every decoder layer, in the model's dtype."""
+def allocate_pages(model: DenseModel, num_blocks: int) -> list["KVPages | GpuKVPages"]:
+    """Key/value pages of every decoder layer, in the model's dtype and on its device."""
     return [
-        KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
+        make_pages(model.device, num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
         for a in model.spec.attention
     ]
 
 
+# Runs a step's model with the experts that answer it: (tokens, run) -> what `run` gave.
+StepFn = Callable[[int, Callable[[ExpertsFn], Tensor]], Tensor]
+
+
 class DenseRank:
-    """Runs steps. Not thread-safe: torch is called from one thread."""
+    """Runs steps. Not thread-safe: torch is called from one thread.
+
+    Args:
+        model, pages: of this rank.
+        experts: answers the rows of a step.
+        exact: numerics.
+        step: runs the model in its place, with experts of its own (NCCL: in step with others).
+    """
 
     def __init__(
         self,
         *,
         model: DenseModel,
-        pages: list[KVPages],
+        pages: list["KVPages | GpuKVPages"],
         experts: ExpertsFn,
         exact: bool,
+        step: StepFn | None = None,
         shuffle: TokenShuffle | None = None,
     ) -> None:
         self.model = model
         self._shuffle = shuffle
+        self._step = step or (lambda num_tokens, run: run(self.experts))
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
         self._quantum = step_quantum(model, exact=exact)
-        self._native = native_available()
+        self._native = native_available() or model.device != CPU
         self.laps = Laps()  # the engine's loop marks its own parts of a step on it
 
     def num_rows(self, plan: StepPlan) -> int:
@@ -123,22 +142,28 @@ class DenseRank:
             ClusterError: a shard did not answer; nothing of the step counts, it may be repeated.
         """
         num_rows = self.num_rows(plan)
-        context = StepContext(
-            plan=build_plan(
-                [s.start for s in plan.slices],
-                [s.num_tokens for s in plan.slices],
-                [s.block_table for s in plan.slices],
-                num_rows,
-            ),
-            pages=self._pages,
-            experts=self.experts,
-            shuffle=self._shuffle,
+        attention = build_plan(
+            [s.start for s in plan.slices],
+            [s.num_tokens for s in plan.slices],
+            [s.block_table for s in plan.slices],
+            num_rows,
         )
         inputs = step_inputs(plan, num_rows)
         if self._shuffle is not None:
             self._shuffle.begin_step(inputs.input_ids_T, plan.num_tokens)
         self.laps.lap("inputs")
-        logits_RV = self.model.run(context, inputs.input_ids_T, inputs.rows_R)
+
+        def run(experts: ExpertsFn) -> Tensor:
+            context = StepContext(
+                plan=attention,
+                pages=self._pages,
+                experts=experts,
+                shuffle=self._shuffle,
+                device=self.model.device,
+            )
+            return self.model.run(context, inputs.input_ids_T, inputs.rows_R)
+
+        logits_RV = self._step(plan.num_tokens, run).to(CPU)  # sampling is the CPU's
         self.laps.lap("model")
         results = slice_results(plan, logits_RV, inputs.num_sampled)
         self.laps.lap("sampling")

@@ -20,6 +20,7 @@ from remora.actors.layer_program import Program, Recording
 from remora.actors.step_context import steps
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.errors import WeightsError
+from remora.kernels.device import CPU, home_of
 from remora.kernels.linear import DTYPES, PackedLinear
 
 
@@ -91,12 +92,14 @@ class Packer:
     """Replaces `nn.Linear` modules by `PackedLinear` once their tensors are there.
 
     Only modules whose `forward` the probe saw running: where a model reads `linear.weight` itself,
-    the weight must stay.
+    the weight must stay. On a GPU linears are torch's own and stay too.
     """
 
-    def __init__(self, model: Any, called: set[str], *, exact: bool) -> None:
+    def __init__(
+        self, model: Any, called: set[str], *, exact: bool, device: torch.device = CPU
+    ) -> None:
         self._model = model
-        self._called = called
+        self._called = called if device == CPU else set()
         self._exact = exact
 
     def filled(self, name: str) -> None:
@@ -119,8 +122,14 @@ def fill(
     owned: list[str],
     packer: Packer,
     progress: Progress | None,
+    device: torch.device = CPU,
 ) -> None:
-    """Load `owned` tensor by tensor; a tensor that the checkpoint holds once is shared."""
+    """Load `owned` tensor by tensor; a tensor that the checkpoint holds once is shared.
+
+    Args:
+        device: where the tensors go, one by one (`kernels.device`).
+    """
+    home = home_of(device)
     total, done = plan.nbytes(owned), 0
     shared = {name: source for name in owned if (source := plan.source_of(name)) is not None}
     kept = {name: Tensor() for name in shared.values()}
@@ -129,7 +138,8 @@ def fill(
     for name in waiting:
         if name in loaded:
             continue
-        for target, tensor in plan.load(name).items():
+        for target, loaded_tensor in plan.load(name).items():
+            tensor = loaded_tensor.to(home)
             if target in kept:
                 kept[target] = tensor
             assign(model, target, tensor)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from remora.actors.actor_thread import ActorThread
+from remora.actors.hardware import Hardware
 from remora.actors.launch import (
     Launch,
+    NcclLaunch,
     Progress,
     advertised_ip,
     host_label,
@@ -23,8 +25,12 @@ from remora.actors.launch import (
 )
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.nccl_expert import NcclShard
+from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_model import ShardExperts, build_shard
 from remora.comm.arena import DTYPE_CODES
+from remora.comm.connection import Connection, Frame
+from remora.comm.errors import FrameError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
@@ -44,8 +50,11 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
 class ExpertActor:
     """One expert shard. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
 
-    def __init__(self, launch: ShardLaunch) -> None:
+    def __init__(self, launch: ShardLaunch, hardware: Hardware | None = None) -> None:
         self._launch = launch
+        self._hardware = hardware or Hardware.of(launch.device)
+        self._nccl: NcclShard | None = None
+        self._stream: ConductorStream | None = None
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
         self._shard: ShardExperts | None = None
@@ -89,13 +98,16 @@ class ExpertActor:
             "slots_per_layer": launch.num_slots,
             "calls_served": self._calls_served + (pump.calls_served if pump else 0),
             "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
+            "tickets": self._nccl.tickets_total if self._nccl else 0,
             "peers": len(self._server.connections) if self._server else 0,
         }
 
     def stop(self) -> None:
         """Stop answering and close every socket; returns when the thread has ended."""
         self._stopping = True
-        if self._server is not None:  # else `_serve` sees that it is not wanted any more
+        if self._nccl is not None:
+            self._nccl.close()
+        elif self._server is not None:  # else `_serve` sees that it is not wanted any more
             self._server.stop()
         self._thread.join()
 
@@ -115,7 +127,10 @@ class ExpertActor:
             is_int8=launch.is_int8,
             num_slots=launch.num_slots,
             progress=self._note_progress,
+            device=self._hardware.device,
         )
+        if launch.nccl is not None:
+            return self._prepare_nccl(self._shard, launch.nccl)
         service = ExpertService(
             self._compute, incarnation=launch.incarnation, native=_native_compute(self._shard)
         )
@@ -132,6 +147,46 @@ class ExpertActor:
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of experts", launch.uid, self._shard.nbytes)
         return self._serve
+
+    def _prepare_nccl(self, shard: ShardExperts, nccl: NcclLaunch) -> Callable[[], None]:
+        """The same where rows come over NCCL: sockets carry the conductor's messages only."""
+        launch = self._launch
+        self._stream = ConductorStream(launch.uid, lambda message: member.take(message))
+        member = self._nccl = NcclShard(
+            self._hardware,
+            uid=launch.uid,
+            incarnation=launch.incarnation,
+            shard=shard,
+            presummed=not launch.exact,
+            launch=nccl,
+            reply=self._stream.reply,
+        )
+        self._server = FrameServer(
+            host_ip=launch.bind_ip,
+            token=launch.token,
+            on_frame=self._on_control,
+            on_lost=self._stream.on_lost,
+            unix=launch.use_unix,
+            incarnation=launch.incarnation,
+            advertise_ip=advertised_ip(launch.bind_ip),
+        )
+        self._server.start(f"remora-{launch.uid}-server")
+        self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
+        logger.info("%s holds %d bytes of experts", launch.uid, shard.nbytes)
+        return self._serve_nccl
+
+    def _on_control(self, connection: Connection, frame: Frame) -> None:
+        assert self._stream is not None
+        if not self._stream.takes(connection, frame):
+            raise FrameError(f"{self._launch.uid} takes rows over NCCL, not over sockets")
+
+    def _serve_nccl(self) -> None:
+        assert self._server is not None and self._nccl is not None
+        try:
+            if not self._stopping:
+                self._nccl.serve()
+        finally:
+            self._server.close()
 
     def _serve(self) -> None:
         assert self._server is not None

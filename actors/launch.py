@@ -23,6 +23,13 @@ class Progress:
     bytes_total: int = 0
 
 
+class NcclLaunch(msgspec.Struct, frozen=True, kw_only=True):
+    """How rows travel over NCCL."""
+
+    capacity_max: int  # rows of a dense rank in a step of fixed sizes; more go in exact ones
+    step_timeout_s: float
+
+
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What every data-plane process is told."""
 
@@ -36,6 +43,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"  # what computes: "cpu" or "cuda", the GPU that Ray gave the process
     num_threads: int  # of torch and of our kernels
     bind_ip: str = "127.0.0.1"  # address its sockets listen on
+    nccl: NcclLaunch | None = None  # rows travel over NCCL, not over sockets
     use_unix: bool = True  # listen on a Unix socket too, for peers of the same host
 
 

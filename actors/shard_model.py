@@ -23,7 +23,7 @@ from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.weights import Progress, WeightPlan
 from remora.kernels import native
-from remora.kernels.device import CPU, make_experts
+from remora.kernels.device import CPU, home_of, make_experts
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
@@ -45,6 +45,7 @@ class _ExpertLayer:
     packed: "PackedExperts | GpuExperts"
     slot_of: dict[int, int]  # logical expert -> slot
     slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
+    slot_there_E: Tensor  # the same where the weights are
     gate: Gate | None  # ours that computes what the host's does, if there is one
 
 
@@ -140,18 +141,34 @@ class ShardExperts:
         )
         if not isinstance(held.packed, PackedExperts):
             there = held.packed.device
-            with torch.no_grad():
-                return held.packed.forward(
-                    rows_MD.to(there),
-                    pair_row_N.to(there),
-                    slot_N.to(there),
-                    pair_weight_N.to(there),
-                    mode,
-                ).to(rows_MD.device)
+            tensors = rows_MD, pair_row_N, pair_expert_N, pair_weight_N
+            moved = [tensor.to(there) for tensor in tensors]
+            return self.forward_there(layer, *moved, mode=mode).to(rows_MD.device)
         pairs = pair_row_N, pair_expert_N, pair_weight_N
         if self.native is not None and layer in self.native:
             return self.native.call(layer, rows_MD, *pairs, presummed=mode == "presummed")
         return self.forward_in_steps(layer, rows_MD, *pairs, mode)
+
+    def forward_there(
+        self,
+        layer: int,
+        rows_MD: Tensor,
+        pair_row_N: Tensor,
+        pair_expert_N: Tensor,
+        pair_weight_N: Tensor,
+        *,
+        mode: CombineMode,
+    ) -> Tensor:
+        """As `forward` on a GPU, whose tensors these are; nothing waits for it.
+
+        A pair whose expert is negative, or not held, is none: zeros.
+        """
+        held = self._layers[layer]
+        assert not isinstance(held.packed, PackedExperts), f"layer {layer} is on the CPU"
+        index_N = pair_expert_N.long()
+        slot_N = held.slot_there_E[index_N.clamp(min=0)].masked_fill(index_N < 0, -1)
+        with torch.no_grad():
+            return held.packed.forward(rows_MD, pair_row_N, slot_N, pair_weight_N, mode)
 
     def forward_in_steps(
         self,
@@ -190,7 +207,7 @@ class ShardExperts:
         held.packed.load_slot(slot, tensors)
         digest = digest_expert(layer, expert, held.packed.export_slot(slot))
         held.slot_of[expert] = slot
-        held.slot_of_E[expert] = slot
+        held.slot_of_E[expert] = held.slot_there_E[expert] = slot
         self._digests[layer, expert] = digest
         return digest.digest
 
@@ -198,7 +215,7 @@ class ShardExperts:
         """Forget an expert; its slot is free."""
         held = self._layers[layer]
         held.packed.clear_slot(held.slot_of.pop(expert))
-        held.slot_of_E[expert] = -1
+        held.slot_of_E[expert] = held.slot_there_E[expert] = -1
         del self._digests[layer, expert]
 
     def _compute(
@@ -298,7 +315,7 @@ def build_shard(
                     tensors = held.packed.export_slot(slot)
                 digests[index, expert] = digest_expert(index, expert, tensors)
                 held.slot_of[expert] = slot
-                held.slot_of_E[expert] = slot
+                held.slot_of_E[expert] = held.slot_there_E[expert] = slot
                 counter.loaded(index)
     return ShardExperts(spec, layers, digests, dtype=dtype, exact=exact, is_int8=is_int8)
 
@@ -369,11 +386,13 @@ def _empty_layer(
         is_int8=is_int8,
     )
     assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
+    slot_of_E = torch.full((spec.num_experts,), -1, dtype=torch.int64)
     return _ExpertLayer(
         host=host,
         name=site.name,
         packed=packed,
         slot_of={},
-        slot_of_E=torch.full((spec.num_experts,), -1, dtype=torch.int64),
+        slot_of_E=slot_of_E,
+        slot_there_E=slot_of_E.to(home_of(device)),
         gate=gate,
     )

@@ -8,13 +8,19 @@ K top-k.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from remora.actors.model_probe import AttentionSpec
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.kernels.attention import AttentionPlan, KVPages
+from remora.kernels.device import CPU, plan_on
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages, GpuPlan
 
 # (layer, hidden_TD, top_k_index_TK int64, top_k_weights_TK, num_tokens) -> [T, D], rows beyond
 # num_tokens are padding: they are not routed, and come back as zeros.
@@ -26,10 +32,15 @@ class StepContext:
     """One step of one engine. Built by the runner, read by the ops."""
 
     plan: AttentionPlan  # kernels.attention.build_plan: num_tokens, positions_T, slots, tables
-    pages: Sequence[KVPages]  # one per decoder layer
+    pages: Sequence["KVPages | GpuKVPages"]  # one per decoder layer
     experts: ExpertsFn
     shuffle: TokenShuffle | None = None  # whose rows are whose, in a tensor-parallel group
+    device: torch.device = CPU  # where the model computes (`kernels.device`)
     layer: int = -1  # the cursor: decoder layer that runs now
+    device_plan: "AttentionPlan | GpuPlan" = field(init=False)  # the same for attention there
+
+    def __post_init__(self) -> None:
+        self.device_plan = plan_on(self.device, self.plan)
 
 
 class StepRegistry:

@@ -7,12 +7,12 @@ everything else that changes. Its loop ends with the connection to rank 0.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
+from remora.actors.dense_actor import DenseLaunch, connect_shards, on_host, peer_limits
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
@@ -33,6 +33,9 @@ from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, Sh
 from remora.comm.view import Endpoint, View
 from remora.kernels.attention import KVPages, build_plan
 
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +46,7 @@ class Follower:
         self,
         *,
         model: DenseModel,
-        pages: list[KVPages],
+        pages: list["KVPages | GpuKVPages"],
         group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
         connect: Callable[[View], ExpertsFn],
@@ -123,7 +126,11 @@ class Follower:
             raise ClusterError(f"a step with compiled = {order.is_compiled}, not as here")
         plan = build_plan(order.starts, order.lengths, order.block_tables, order.num_rows)
         context = StepContext(
-            plan=plan, pages=self._pages, experts=self._experts, shuffle=self._shuffle
+            plan=plan,
+            pages=self._pages,
+            experts=self._experts,
+            shuffle=self._shuffle,
+            device=self._model.device,
         )
         token_ids_T = torch.tensor(order.token_ids, dtype=torch.int64)
         self._shuffle.begin_step(token_ids_T, plan.num_tokens)
@@ -216,6 +223,7 @@ class RankActor:
             max_positions=launch.max_model_len,
             progress=self._note_progress,
             group=group,
+            device=self.hardware.device,
             slice_rows=form.form == "speculative",
         )
         shuffle = token_shuffle(form.form, group, spec, model.sliced)
@@ -231,7 +239,7 @@ class RankActor:
             pages=allocate_pages(model, launch.num_kv_blocks),
             group=group,
             link=self._link,
-            connect=lambda view: SplitExperts(self._connect(view), group, shuffle),
+            connect=lambda view: SplitExperts(on_host(self._connect(view), model), group, shuffle),
             exact=launch.exact,
             shuffle=shuffle,
         )

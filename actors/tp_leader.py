@@ -9,15 +9,18 @@ the rank. A rank that is gone, or does not answer, ends the group for good: it m
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from remora.actors.dense_events import SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
 from remora.actors.dense_rank import DenseRank, step_inputs
 from remora.actors.executor import Executor, Wish
+from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import ExpertsFn
-from remora.actors.tp_group import Ranks
-from remora.actors.tp_shuffle import TokenShuffle
+from remora.actors.tp_group import RankLaunch, Ranks
+from remora.actors.tp_shuffle import TokenShuffle, settle_form
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError
 from remora.comm.nccl_group import NcclGroup
@@ -35,6 +38,9 @@ from remora.comm.rank_link import (
 from remora.comm.shuffle import Form
 from remora.comm.view import View
 from remora.kernels.attention import KVPages
+
+if TYPE_CHECKING:
+    from remora.kernels.gpu_pages import GpuKVPages
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +79,15 @@ class Leader:
         if errors:
             raise ClusterError("; ".join(errors))
 
-    def settle_form(self, form: Form) -> None:
-        """Tell every rank how rows are shuffled, before any of them loads. Raises ClusterError."""
+    def settle_form(self, launch: RankLaunch, spec: ModelSpec, dtype: torch.dtype) -> Form:
+        """How rows are shuffled, told to every rank before any of them loads.
+
+        Raises:
+            ClusterError: a rank is gone.
+        """
+        form = settle_form(launch.token_shuffle, spec, dtype, self.hosts, exact=launch.exact)
         self._tell(Shuffle(form=form))
+        return form
 
     def adopt(self, view: View) -> None:
         """Every rank connects to the shards of `view`. Raises ClusterError."""
@@ -176,7 +188,7 @@ class LeaderRank(DenseRank):
         leader: Leader,
         executor: Executor,
         model: DenseModel,
-        pages: list[KVPages],
+        pages: list["KVPages | GpuKVPages"],
         experts: ExpertsFn,
         exact: bool,
         shuffle: TokenShuffle,

@@ -7,6 +7,7 @@ All ranks of a group compute the same orders from the same steps; the exchanges 
 not. Shape suffixes: T token rows of the step, R ranks, S shards, K top-k.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +26,7 @@ from remora.comm.shuffle_scores import OnlineScores, RowScores
 from remora.comm.slices import gather_slices
 from remora.comm.view import View
 
+log = logging.getLogger(__name__)
 ShuffleWish = Literal["auto", "none", "exact", "speculative"]
 
 
@@ -213,6 +215,7 @@ def token_shuffle(
             vocab_size=spec.vocab_size,
         )
     layers = str(sliced) if form == "speculative" else f"{form} in all layers"
+    log.info("rank %d of %d, token shuffle: %s", group.rank, group.size, layers)
     return TokenShuffle(group, form=form, sliced=sliced.layers, scores=scores, layers=layers)
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from remora.actors.dense_model import DenseModel, build_hollow
-from remora.actors.dense_rank import layer_widths, step_quantum
+from remora.actors.dense_rank import allocate_pages, layer_widths, step_quantum
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import StepContext
 from remora.comm.collectives import DryGroup
-from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
+from remora.kernels.attention import BLOCK_SIZE, build_plan
 
 LOWEST_PRIORITY = 19  # niceness of the child that compiles beside a serving engine
 
@@ -66,11 +66,8 @@ def warm_up(model: DenseModel, *, exact: bool) -> None:
     for num_rows in warm_rows(model, exact=exact):
         num_blocks = -(-num_rows // BLOCK_SIZE)
         plan = build_plan([0], [num_rows], [list(range(num_blocks))], num_rows)
-        pages = [
-            KVPages.allocate(num_blocks, a.num_kv_heads, a.k_dim, a.v_dim, model.dtype)
-            for a in model.spec.attention
-        ]
-        context = StepContext(plan=plan, pages=pages, experts=silent_experts)
+        pages = allocate_pages(model, num_blocks)
+        context = StepContext(plan=plan, pages=pages, experts=silent_experts, device=model.device)
         no_rows = torch.empty(0, dtype=torch.int64)
         with model.alone():
             model.run(context, torch.zeros(num_rows, dtype=torch.int64), no_rows)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from remora.actors.launch import host_label
 from remora.cluster.bootstrap import ClusterHandle
 from remora.comm.aio import AsyncConnection, connect_async
 from remora.comm.errors import ClusterError
@@ -25,6 +26,7 @@ class Timing:
     seconds: float  # until the last token
     first_s: float  # until every sequence had its first token
     num_tokens: int
+    gaps_s: tuple[float, ...]  # between messages of the engine, one a step, once all have begun
 
 
 class EngineLoad:
@@ -42,7 +44,7 @@ class EngineLoad:
         link = await connect_async(
             member.endpoint,
             handle.token,
-            member.endpoint.host,
+            host_label(),
             name="benchmark",
             incarnation=member.incarnation,
         )
@@ -75,8 +77,11 @@ class EngineLoad:
         for data in submits:
             self._link.send(data)
         begun, running, num_tokens, first_s = set[str](), len(prompts), 0, 0.0
+        arrivals_s: list[float] = []
         while running:
             message = decode_to_ingress(await anext(self._payloads))
+            if first_s:
+                arrivals_s.append(time.perf_counter())
             assert isinstance(message, StepOutputs), message
             for output in message.outputs:
                 if output.error is not None:
@@ -89,4 +94,5 @@ class EngineLoad:
                 if on_first is not None:
                     await on_first()
         seconds = time.perf_counter() - begin
-        return Timing(seconds=seconds, first_s=first_s, num_tokens=num_tokens)
+        gaps_s = tuple(b - a for a, b in itertools.pairwise(arrivals_s))
+        return Timing(seconds=seconds, first_s=first_s, num_tokens=num_tokens, gaps_s=gaps_s)

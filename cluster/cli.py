@@ -14,6 +14,7 @@ from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
+from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     _add_config(bench)
     _add_bench(bench)
     add_placement(commands)
+    add_trace(commands)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from remora.cluster.device_rules import Device, check_devices, resolve
 from remora.comm.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
@@ -34,6 +35,12 @@ class _Placed(_Section):
     resources: dict[str, float] = {}  # Ray custom resources
     labels: dict[str, str] = {}  # Ray node labels that must match (label selector)
     threads: Positive | None = None  # None: the machine's cores shared out by bootstrap
+    device: Device = "auto"  # what computes; auto: the GPU where num_gpus asks for one
+
+    @property
+    def computes_on(self) -> Literal["cpu", "cuda"]:
+        """`device`, resolved."""
+        return resolve(self.device, self.num_gpus)
 
 
 class DenseConfig(_Placed):
@@ -103,7 +110,8 @@ class ExpertsConfig(_Placed):
     placement: Literal["contiguous"] | Path = (
         "contiguous"  # or a placement file (docs/placement.md)
     )
-    transport: Literal["auto", "tcp"] = "auto"  # auto: Unix socket + memfd on the same host
+    # auto: Unix socket + memfd on the same host, else TCP; nccl: between GPUs
+    transport: Literal["auto", "tcp", "nccl"] = "auto"
     call_timeout_s: Seconds = 30.0  # one dispatch to one shard
 
 
@@ -163,6 +171,11 @@ class RemoraConfig(_Section):
                 f"http.queue_max x ingress_replicas = {admitted} is above dense.max_waiting x"
                 f" groups = {self.dense.max_waiting * self.dense.groups}: what is admitted must fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _devices_fit(self) -> "RemoraConfig":
+        check_devices(self)
         return self
 
     @property

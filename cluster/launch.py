@@ -9,7 +9,7 @@ import torch
 
 from remora.actors.dense_actor import DenseLaunch
 from remora.actors.expert_actor import ShardLaunch
-from remora.actors.launch import RAY_NAMESPACE, thread_environment
+from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
@@ -115,6 +115,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
     """What shard `uid` is told: which experts it holds, and how to serve them."""
     return ShardLaunch(
         **_common(config, uid, token),
+        device=config.experts.computes_on,
         num_threads=shard_threads(config),
         is_int8=config.experts_dtype == "int8",
         num_slots=config.experts.slots,
@@ -156,6 +157,7 @@ def dense_launch(
     )
     return DenseLaunch(
         **_common(config, uid, token),
+        device=config.dense.computes_on,
         num_threads=dense_threads(config),
         executor=config.executor,
         num_kv_blocks=num_kv_blocks,
@@ -194,7 +196,12 @@ def _common(config: RemoraConfig, uid: str, token: bytes) -> dict[str, Any]:
         "exact": config.numerics == "exact",
         "token": token,
         "bind_ip": config.bind_address,
-        "use_unix": config.experts.transport == "auto",
+        "use_unix": config.experts.transport != "tcp",
+        "nccl": NcclLaunch(
+            capacity_max=config.dense.max_num_seqs, step_timeout_s=config.experts.call_timeout_s
+        )
+        if config.experts.transport == "nccl"
+        else None,
     }
 
 

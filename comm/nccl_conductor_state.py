@@ -28,7 +28,6 @@ from remora.comm.nccl_messages import (
     Ticket,
     TicketBroken,
     TicketOver,
-    ToConductor,
     ToMember,
 )
 from remora.comm.nccl_plan import Mode, Roster
@@ -67,9 +66,10 @@ class StepWanted:
 
     mode: Literal["decode", "exact"]
     capacity: int = 0
+    sources: tuple[str, ...] = ()  # dense ranks that have rows
 
 
-Event = ViewCame | IdMade | MemberLost | StepWanted | ToConductor
+Event = ViewCame | IdMade | MemberLost | StepWanted | Built | NotBuilt | TicketOver | TicketBroken
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,13 @@ class ConductorState:
         if self.wanted is None:
             return []
         wanted = self.wanted
-        return self._give(self.current, wanted.mode, step=self.step, capacity=wanted.capacity)
+        return self._give(
+            self.current,
+            wanted.mode,
+            step=self.step,
+            capacity=wanted.capacity,
+            sources=wanted.sources,
+        )
 
     def _give(self, roster: Roster, mode: Mode, **more: Any) -> list[Instruction]:
         self._number += 1

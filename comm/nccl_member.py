@@ -65,6 +65,13 @@ class NcclMember:
         self._links: dict[int, Link] = {}
         self._building: dict[int, bool] = {}  # generation -> still wanted
 
+    @property
+    def roster_in_use(self) -> Roster | None:
+        """Members of the communicator that tickets run on. For the owner's thread."""
+        with self._lock:
+            link = self._links.get(self.state.in_use or 0)
+        return None if link is None else link.roster
+
     def post(self, event: machine.Event) -> None:
         """Takes an event; a Stop reaches a step that waits at once. From any thread."""
         if isinstance(event, Stop):
@@ -86,14 +93,33 @@ class NcclMember:
             Exception: what `work` raised and is no error of the cluster's.
         """
         try:
-            while (event := self._events.get()) is not None:
-                self._handle(event)
+            while self.serve_one(None):
+                pass
         finally:
-            with self._lock:
-                self._building = dict.fromkeys(self._building, False)
-                links, self._links = self._links, {}
-            for link in links.values():
-                link.abort("closed")
+            self.end()
+
+    def serve_one(self, timeout_s: float | None) -> bool:
+        """Handles the next event, for an owner with a loop of its own; False after `close`.
+
+        Args:
+            timeout_s: for an event to come (0: only what has come); None: as long as it takes.
+
+        Raises:
+            queue.Empty: none came.
+            ClusterError, Exception: as `serve`.
+        """
+        event = self._events.get(timeout_s != 0, timeout_s or None)
+        if event is not None:
+            self._handle(event)
+        return event is not None
+
+    def end(self) -> None:
+        """Aborts every communicator, also those that are being made."""
+        with self._lock:
+            self._building = dict.fromkeys(self._building, False)
+            links, self._links = self._links, {}
+        for link in links.values():
+            link.abort("closed")
 
     def _handle(self, event: machine.Event) -> None:
         for instruction in self.state.handle(event):

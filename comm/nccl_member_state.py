@@ -21,7 +21,6 @@ from remora.comm.nccl_messages import (
     TicketBroken,
     TicketOver,
     ToConductor,
-    ToMember,
 )
 from remora.comm.nccl_plan import Roster
 
@@ -56,7 +55,7 @@ class RunBroke:
     why: str
 
 
-Event = ToMember | BuildOver | BuildBroke | RunOver | RunBroke
+Event = Build | Ticket | Stop | Commit | BuildOver | BuildBroke | RunOver | RunBroke
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True, tag="ticket"):
     mode: Mode
     step: int = 0
     capacity: int = 0  # decode: the bucket
+    sources: tuple[str, ...] = ()  # dense ranks whose step this is; the others have no rows
     into: Roster | None = None
 
 
@@ -46,6 +47,19 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
     """Every member finished step `step`: what it made may leave."""
 
     step: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """No step runs until there is another view."""
+
+    why: str
+
+
+class Wants(msgspec.Struct, frozen=True, tag="wants"):
+    """A dense rank has a step to run; it is told by the ticket that names it."""
+
+    uid: str
+    num_tokens: int
 
 
 class Built(msgspec.Struct, frozen=True, tag="built"):
@@ -78,8 +92,8 @@ class TicketBroken(msgspec.Struct, frozen=True, tag="broken"):
     why: str
 
 
-ToMember = Build | Ticket | Stop | Commit
-ToConductor = Built | NotBuilt | TicketOver | TicketBroken
+ToMember = Build | Ticket | Stop | Commit | Refused
+ToConductor = Wants | Built | NotBuilt | TicketOver | TicketBroken
 
 
 def encode(message: ToMember | ToConductor) -> bytes:
@@ -87,13 +101,17 @@ def encode(message: ToMember | ToConductor) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
+_to_member: Final = msgspec.msgpack.Decoder(ToMember)
+_to_conductor: Final = msgspec.msgpack.Decoder(ToConductor)
+
+
 def decode_to_member(data: bytes) -> ToMember:
     """Inverse of `encode` at a member. Raises `msgspec.DecodeError` (or its subclass)."""
-    message: ToMember = msgspec.msgpack.decode(data, type=ToMember)
+    message: ToMember = _to_member.decode(data)
     return message
 
 
 def decode_to_conductor(data: bytes) -> ToConductor:
     """Inverse of `encode` at the conductor. Raises `msgspec.DecodeError` (or its subclass)."""
-    message: ToConductor = msgspec.msgpack.decode(data, type=ToConductor)
+    message: ToConductor = _to_conductor.decode(data)
     return message

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from remora.kernels import native
-from remora.kernels.attention import KVPages
+from remora.kernels.attention import AttentionPlan, KVPages, attend
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
 
 if TYPE_CHECKING:
     from remora.kernels.gpu_experts import GpuExperts
-    from remora.kernels.gpu_pages import GpuKVPages
+    from remora.kernels.gpu_pages import GpuKVPages, GpuPlan
 
 Implementation = Literal["native", "torch", "triton"]
 CPU = torch.device("cpu")
@@ -43,9 +43,50 @@ def implementation_of(device: torch.device) -> Implementation:
     raise ValueError(f"device {device}: Remora computes on cpu and cuda")
 
 
-def _home(device: torch.device) -> torch.device:
-    """Where tensors of a Triton device live."""
+def home_of(device: torch.device) -> torch.device:
+    """Where tensors of a device live."""
     return CPU if device == INTERPRETED_GPU else device
+
+
+def plan_on(device: torch.device, plan: AttentionPlan) -> "AttentionPlan | GpuPlan":
+    """The plan of a step, as attention on `device` takes it; does not wait for the device."""
+    if implementation_of(device) != "triton":
+        return plan
+    from remora.kernels.gpu_pages import GpuPlan
+
+    return GpuPlan.of(plan, home_of(device))
+
+
+def attend_on(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: "KVPages | GpuKVPages",
+    plan: "AttentionPlan | GpuPlan",
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """`attention.attend` where the pages are: [1, T, H, v_dim] in the dtype of `q`."""
+    if isinstance(pages, KVPages):
+        assert isinstance(plan, AttentionPlan), "a plan of another device"
+        return attend(
+            q, k, v, pages, plan,
+            scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks_H=sinks_H,
+        )  # fmt: skip
+    from remora.kernels.gpu_attention import gpu_attend
+    from remora.kernels.gpu_pages import GpuPlan, gpu_write_kv
+
+    assert isinstance(plan, GpuPlan), "a plan of another device"
+    q_THd, k_TJd, v_TJd = (x[0].transpose(0, 1).to(pages.dtype) for x in (q, k, v))
+    gpu_write_kv(pages, k_TJd, v_TJd, plan)
+    out_THd = gpu_attend(
+        q_THd, pages, plan,
+        scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks_H=sinks_H,
+    )  # fmt: skip
+    return out_THd[None].to(q.dtype)
 
 
 def make_experts(
@@ -92,7 +133,7 @@ def make_experts(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         dtype=dtype,
-        device=_home(device),
+        device=home_of(device),
         gate=gate,
         has_gate=has_gate,
         has_bias=has_bias,
@@ -120,4 +161,4 @@ def make_pages(
         return KVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype)
     from remora.kernels.gpu_pages import GpuKVPages
 
-    return GpuKVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype, _home(device))
+    return GpuKVPages.allocate(num_blocks, num_kv_heads, k_dim, v_dim, dtype, home_of(device))

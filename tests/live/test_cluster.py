@@ -110,7 +110,11 @@ def reference_tokens(model: Path) -> list[int]:
 
 
 def test_shards_go_where_gpus_and_labels_are(raylets: Cluster, model: Path) -> None:
-    settings = config(model, "placed", experts={"num_gpus": 1, "labels": {"remora/role": "expert"}})
+    settings = config(
+        model,
+        "placed",
+        experts={"num_gpus": 1, "device": "cpu", "labels": {"remora/role": "expert"}},
+    )
     handle = ensure_cluster(settings)
     try:
         view = handle.view()

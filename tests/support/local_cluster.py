@@ -20,6 +20,7 @@ from support.tp_engine import together
 from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ExpertActor, ShardLaunch
 from remora.actors.hardware import Hardware
+from remora.actors.launch import NcclLaunch
 from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
 from remora.comm.aio import connect_async
@@ -32,7 +33,7 @@ from remora.comm.messages import (
     encode,
 )
 from remora.comm.view import Member, View, contiguous_placement
-from remora.kernels.device import CPU
+from remora.kernels.device import CPU, INTERPRETED_GPU
 
 TOKEN = b"a token for the tests, 32 bytes."
 LIMITS: dict[str, Any] = dict(
@@ -77,8 +78,20 @@ class Answer:
 class LocalCluster:
     """`num_shards` shards of one checkpoint that any number of dense ranks may use."""
 
-    def __init__(self, model: Path, *, num_shards: int, dtype: str, exact: bool) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        num_shards: int,
+        dtype: str,
+        exact: bool,
+        world: World | None = None,
+    ) -> None:
+        """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted)."""
         self.spec = inspect_model(model)
+        self.world = world
+        self.processes: dict[str, Any] = {}  # of the fake NCCL
+        nccl = NcclLaunch(capacity_max=8, step_timeout_s=20.0) if world else None
         self._common = dict(
             deployment="test",
             incarnation=1,
@@ -87,6 +100,8 @@ class LocalCluster:
             exact=exact,
             token=TOKEN,
             num_threads=1,
+            nccl=nccl,
+            device="cuda" if world else "cpu",
         )
         uids = tuple(f"shard-{i}" for i in range(num_shards))
         placement = contiguous_placement(
@@ -100,7 +115,8 @@ class LocalCluster:
                         zip(placement.moe_layers, placement.slots[uid], strict=True)
                     ),
                     **self._common,
-                )
+                ),
+                self._gpu(uid),
             )
             for uid in uids
         ]
@@ -109,7 +125,7 @@ class LocalCluster:
 
     def launch(self, **limits: Any) -> DenseLaunch:
         """What a dense rank over the shards is told."""
-        return DenseLaunch(uid="dense-0", **self._common, **(LIMITS | limits))
+        return DenseLaunch(**({"uid": "dense-0"} | self._common | LIMITS | limits))
 
     @contextlib.contextmanager
     def dense(
@@ -144,6 +160,30 @@ class LocalCluster:
             actor.stop()
             for other in others:
                 other.stop()
+
+    @contextlib.contextmanager
+    def dense_over_nccl(self, *uids: str, **limits: Any) -> Iterator[list["DenseClient"]]:
+        """Dense ranks in one communicator with the shards, ready to be asked."""
+        actors = [self.more_dense(uid, **limits) for uid in uids]
+        members = [actor.start() for actor in actors]
+        view = msgspec.structs.replace(self.view, members=(*members, *self.view.members))
+        try:
+            together([functools.partial(actor.adopt_view, view) for actor in actors])
+            yield [DenseClient(a, member) for a, member in zip(actors, members, strict=True)]
+        finally:
+            for actor in actors:
+                actor.stop()
+
+    def more_dense(self, uid: str, **limits: Any) -> DenseActor:
+        """A dense rank of the communicator, not started."""
+        return DenseActor(self.launch(uid=uid, **limits), self._gpu(uid))
+
+    def _gpu(self, uid: str) -> Hardware | None:
+        if self.world is None:
+            return None
+        hardware = pretended_gpu(self.world, uid, INTERPRETED_GPU)
+        self.processes[uid] = hardware.nccl()
+        return hardware
 
     def close(self) -> None:
         for shard in self.shards:

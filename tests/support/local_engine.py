@@ -15,12 +15,14 @@ from torch import Tensor
 
 from remora.actors import row_linear_patch
 from remora.actors.dense_model import DenseModel, build_dense
+from remora.actors.dense_rank import allocate_pages
 from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_model import CombineMode, ShardExperts, build_shard
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.view import contiguous_placement
-from remora.kernels.attention import BLOCK_SIZE, KVPages, build_plan
+from remora.kernels.attention import BLOCK_SIZE, build_plan
+from remora.kernels.device import CPU
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import combine_ordered
 
@@ -73,7 +75,7 @@ class LocalEngine:
     dense: DenseModel
     experts: ExpertsFn
     exact: bool
-    pages: list[KVPages] = field(default_factory=list)
+    pages: list[Any] = field(default_factory=list)
 
     @classmethod
     def load(
@@ -86,10 +88,13 @@ class LocalEngine:
         exact: bool = True,
         max_positions: int | None = None,
         is_int8: bool = False,
+        device: torch.device = CPU,
     ) -> "LocalEngine":
         """Inspect and load a checkpoint, experts in equal contiguous runs over the shards."""
         spec = inspect_model(path)
-        dense = build_dense(path, spec, dtype=dtype, exact=exact, max_positions=max_positions)
+        dense = build_dense(
+            path, spec, dtype=dtype, exact=exact, max_positions=max_positions, device=device
+        )
         uids = tuple(f"shard-{i}" for i in range(num_shards))
         placement = contiguous_placement(
             num_experts=spec.num_experts, moe_layers=spec.moe_layers, shard_uids=uids
@@ -102,6 +107,7 @@ class LocalEngine:
                 dtype=dtype,
                 exact=exact,
                 is_int8=is_int8,
+                device=device,
             )
             for uid in uids
         ]
@@ -110,16 +116,7 @@ class LocalEngine:
     def reset(self, num_sequences: int, num_tokens: int) -> None:
         """Fresh pages for `num_sequences` sequences of up to `num_tokens` tokens each."""
         self._blocks_each = -(-num_tokens // BLOCK_SIZE)
-        self.pages = [
-            KVPages.allocate(
-                num_sequences * self._blocks_each,
-                a.num_kv_heads,
-                a.k_dim,
-                a.v_dim,
-                self.dense.dtype,
-            )
-            for a in self.spec.attention
-        ]
+        self.pages = allocate_pages(self.dense, num_sequences * self._blocks_each)
 
     _blocks_each: int = 0
     shuffle: TokenShuffle | None = None
@@ -142,7 +139,11 @@ class LocalEngine:
             num_rows,
         )
         context = StepContext(
-            plan=plan, pages=self.pages, experts=self.experts, shuffle=self.shuffle
+            plan=plan,
+            pages=self.pages,
+            experts=self.experts,
+            shuffle=self.shuffle,
+            device=self.dense.device,
         )
         ids_T = torch.tensor(tokens + [0] * (num_rows - len(tokens)))
         if self.shuffle is not None:

@@ -3,33 +3,20 @@
 import argparse
 import json
 import struct
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from support.programs import benchmarks_on_path
+from support.programs import program as module
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_path() -> Iterator[None]:
-    """The programs import each other as scripts do."""
-    before, names = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path[:] = before
-    for name in set(sys.modules) - names:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def module(name: str) -> Any:
-    """A program of benchmarks/."""
-    return import_module(name)
+    with benchmarks_on_path():
+        yield
 
 
 def samples_of(rates: dict[str, list[float]], case: str) -> Any:

@@ -1,0 +1,191 @@
+"""The conductor at work: dials every member of the view and carries out what its machine says.
+
+One for a deployment, in the process of dense rank 0, in a thread of its own. It dials the frame
+servers that members have anyway; a stream that ends says that its member is gone.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from remora.comm import nccl_conductor_state as machine
+from remora.comm.aio import AsyncConnection, connect_async
+from remora.comm.errors import ClusterError
+from remora.comm.nccl_api import Nccl
+from remora.comm.nccl_messages import (
+    Commit,
+    Refused,
+    ToMember,
+    Wants,
+    decode_to_conductor,
+    encode,
+)
+from remora.comm.nccl_wants_state import WantsState
+from remora.comm.view import Member, View
+
+log = logging.getLogger(__name__)
+
+PEER_NAME: Final = "nccl-conductor"  # what members know its streams by
+STOP_S: Final = 10.0
+
+
+class NcclConductor:
+    """Gives the members of a deployment's communicator their tickets.
+
+    Args:
+        nccl: makes unique ids; this process serves the bootstrap.
+        token, self_host: as of `connect_async`.
+        capacity_max: rows of a source in the largest step of fixed sizes.
+    """
+
+    def __init__(
+        self, nccl: Callable[[], Nccl], *, token: bytes, self_host: str, capacity_max: int
+    ) -> None:
+        self._nccl = nccl
+        self._token = token
+        self._self_host = self_host
+        self._state = machine.ConductorState()
+        self._wants = WantsState(capacity_max)
+        self._members: dict[str, Member] = {}
+        self._streams: dict[str, AsyncConnection] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._refused: str | None = None
+        self._loop = asyncio.new_event_loop()
+        self._ending = asyncio.Event()
+        self._adopting = asyncio.Lock()
+        self._thread = threading.Thread(target=self._run, name=PEER_NAME, daemon=True)
+
+    def start(self) -> None:
+        """Begins; it waits for a view."""
+        self._thread.start()
+
+    def adopt(self, view: View) -> None:
+        """The newest view, or the same one again after a failure. From any thread."""
+        asyncio.run_coroutine_threadsafe(self._adopt(view), self._loop)
+
+    def close(self) -> None:
+        """Ends every stream; members see that. From any thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._ending.set)
+            self._thread.join(STOP_S)
+
+    # -- its own thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._until_closed())
+
+    async def _until_closed(self) -> None:
+        await self._ending.wait()
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _adopt(self, view: View) -> None:
+        """Dial who is new, then tell the machine: what it sends must reach all."""
+        async with self._adopting:
+            self._refused = None
+            lives = {(member.uid, member.incarnation) for member in view.members}
+            for uid, old in list(self._members.items()):
+                if (uid, old.incarnation) not in lives:
+                    self._end(uid, f"{uid} is not in view {view.epoch}")
+            for member in view.members:
+                if member.uid in self._streams:
+                    continue
+                try:
+                    await self._dial(member)
+                except ClusterError as error:
+                    self._refuse(f"{member.uid} cannot be reached: {error}")
+                    return
+            self._handle(machine.ViewCame(view))
+            if self._state.current is None and self._state.next is None:
+                self._refuse(f"view {view.epoch} names members that have been lost")
+
+    async def _dial(self, member: Member) -> None:
+        stream = await connect_async(
+            member.endpoint, self._token, self._self_host,
+            name=PEER_NAME, incarnation=member.incarnation,
+        )  # fmt: skip
+        self._members[member.uid], self._streams[member.uid] = member, stream
+        self._tasks[member.uid] = self._loop.create_task(self._listen(member.uid, stream))
+
+    async def _listen(self, uid: str, stream: AsyncConnection) -> None:
+        """One member's stream until its end."""
+        try:
+            async for payload in stream:
+                self._receive(payload)
+        except (ClusterError, msgspec.DecodeError) as error:
+            log.warning("%s is lost: %s", uid, error)
+            self._end(uid, f"{uid} is gone: {error}")
+        finally:
+            await stream.close()
+
+    def _end(self, uid: str, why: str) -> None:
+        """A member is not one any more."""
+        member = self._members.pop(uid)
+        del self._streams[uid]
+        task = self._tasks.pop(uid)
+        if task is not asyncio.current_task():
+            task.cancel()
+        self._wants.lost(uid)
+        self._handle(machine.MemberLost(uid, member.incarnation, why))
+
+    def _receive(self, payload: bytes) -> None:
+        message = decode_to_conductor(payload)
+        if not isinstance(message, Wants):
+            self._handle(message)
+        elif self._refused is not None:
+            self._send(message.uid, Refused(self._refused))
+        else:
+            self._wants.want(message.uid, message.num_tokens)
+            self._begin()
+
+    def _begin(self) -> None:
+        wanted = self._wants.begin()
+        if wanted is not None:
+            self._handle(wanted)
+
+    def _handle(self, event: machine.Event) -> None:
+        for instruction in self._state.handle(event):
+            match instruction:
+                case machine.MakeId(generation):
+                    self._make_id(generation)
+                case machine.Send(uids, message):
+                    for uid in uids:
+                        self._send(uid, message)
+                    if isinstance(message, Commit):
+                        self._wants.committed()
+                        self._begin()
+                case machine.NeedView(lost):
+                    self._refuse(lost.why)
+                case machine.GiveUp(why):
+                    self._refuse(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
+
+    def _make_id(self, generation: int) -> None:
+        nccl = self._nccl()
+        try:
+            unique_id = nccl.get_unique_id()
+        except nccl.NcclError as error:
+            self._refuse(f"NCCL makes no id: {error}")
+            return
+        self._handle(machine.IdMade(generation, unique_id))
+
+    def _refuse(self, why: str) -> None:
+        """Whoever waits for a step waits in vain, until another view comes."""
+        log.error("no step runs over NCCL: %s", why)
+        self._refused = why
+        for uid in list(self._streams):
+            self._send(uid, Refused(why))
+
+    def _send(self, uid: str, message: ToMember) -> None:
+        stream = self._streams.get(uid)
+        if stream is None:
+            return  # it is gone, which the machine knows
+        try:
+            stream.send(encode(message))
+        except ClusterError as error:
+            log.warning("%s cannot be told: %s", uid, error)  # its stream ends: `_listen` tells

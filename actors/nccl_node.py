@@ -1,0 +1,75 @@
+"""What a dense rank's process has of NCCL: its source, and in `dense-0` the conductor of all."""
+
+from collections.abc import Callable
+
+from remora.actors.dense_model import DenseModel
+from remora.actors.hardware import Hardware
+from remora.actors.launch import Launch, host_label
+from remora.actors.nccl_conductor import NcclConductor
+from remora.actors.nccl_dense import NcclSource
+from remora.actors.nccl_stream import ConductorStream
+from remora.actors.tp_group import RankLaunch
+from remora.comm.view import View
+
+CONDUCTOR_UID = "dense-0"
+BUILD_S = 4  # times a step's deadline, for the communicator of a view
+
+
+class NcclNode:
+    """Made with the model; `stream` goes to the frame server.
+
+    Args:
+        launch: with `nccl`.
+        hardware, model: of the rank.
+        wake: has the engine's thread call `source.attend` soon.
+    """
+
+    def __init__(
+        self, launch: RankLaunch, hardware: Hardware, model: DenseModel, wake: Callable[[], None]
+    ) -> None:
+        assert launch.nccl is not None, f"{launch.uid} exchanges over sockets"
+        self._build_s = BUILD_S * launch.nccl.step_timeout_s
+        self.stream = ConductorStream(launch.uid, lambda message: self.source.take(message))
+        self.source = NcclSource(
+            hardware,
+            uid=launch.uid,
+            incarnation=launch.incarnation,
+            spec=model.spec,
+            dtype=model.dtype,
+            presummed=not launch.exact,
+            launch=launch.nccl,
+            self_host=host_label(),
+            reply=self.stream.reply,
+            wake=wake,
+        )
+        self._conductor = _conductor_of(launch, hardware)
+
+    def adopt(self, view: View) -> None:
+        """Exchange with the members of `view`, from the engine's thread.
+
+        Raises:
+            ClusterError: they do not come together.
+        """
+        self.source.see(view)
+        if self._conductor is not None:
+            self._conductor.adopt(view)
+        self.source.wait_for(view, self._build_s)
+
+    def close(self) -> None:
+        """Ends the communicators, and tells all if this is the conductor's process."""
+        if self._conductor is not None:
+            self._conductor.close()
+        self.source.close()
+
+
+def _conductor_of(launch: Launch, hardware: Hardware) -> NcclConductor | None:
+    if launch.uid != CONDUCTOR_UID or launch.nccl is None:
+        return None
+    conductor = NcclConductor(
+        hardware.nccl,
+        token=launch.token,
+        self_host=host_label(),
+        capacity_max=launch.nccl.capacity_max,
+    )
+    conductor.start()
+    return conductor

@@ -1,0 +1,50 @@
+"""The conductor's stream as a member has it: one connection of the frame server it has anyway."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from remora.actors.nccl_conductor import PEER_NAME
+from remora.comm.connection import Connection, Frame
+from remora.comm.errors import FrameError, PeerLostError
+from remora.comm.nccl_messages import ToConductor, ToMember, decode_to_member, encode
+from remora.comm.wire import Kind
+
+
+class ConductorStream:
+    """Where messages of the conductor come from and answers go to; the newest conductor counts.
+
+    Args:
+        uid: of this member, for errors.
+        take: gets every message, in the frame server's thread.
+    """
+
+    def __init__(self, uid: str, take: Callable[[ToMember], None]) -> None:
+        self._uid = uid
+        self._take = take
+        self._connection: Connection | None = None
+
+    def takes(self, connection: Connection, frame: Frame) -> bool:
+        """Whether the frame was the conductor's. Raises FrameError for one that it never sends."""
+        if connection.peer_name != PEER_NAME:
+            return False
+        if frame.header.kind != Kind.CONTROL:
+            raise FrameError(f"frame kind {frame.header.kind} from the conductor")
+        try:
+            message = decode_to_member(bytes(frame.body))
+        except msgspec.DecodeError as error:
+            raise FrameError(f"the conductor's message: {error}") from error
+        self._connection = connection
+        self._take(message)
+        return True
+
+    def on_lost(self, connection: Connection) -> None:
+        """A connection of the server has ended."""
+        if connection is self._connection:
+            self._connection = None
+
+    def reply(self, message: ToConductor) -> None:
+        """Sends to the conductor. From any thread. Raises PeerLostError without one."""
+        connection = self._connection
+        if connection is None or not connection.send_control(encode(message)):
+            raise PeerLostError(f"{self._uid} has no conductor: dense rank 0 is gone, or starting")
