@@ -67,7 +67,7 @@ class DenseActor:
 
     def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
         self._launch = launch
-        self._hardware = hardware or Hardware.of(launch.device)
+        self._given = hardware
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
         self._engine: DenseEngine | None = None
@@ -146,7 +146,11 @@ class DenseActor:
             "preemptions_total": stats.preemptions_total if stats else 0,
             "executor": stats.executor if stats else "eager",
             "why_eager": self._executor.why_eager if self._executor else None,
-            "shards_connected": peers.live_uids if peers else [],
+            "shards_connected": self._node.shards
+            if self._node
+            else peers.live_uids
+            if peers
+            else [],
             "tensor_parallel": self._launch.num_ranks,
             "whole_on_every_rank": self._whole,
             "token_shuffle": self._shuffle.status() if self._shuffle else {},
@@ -179,6 +183,7 @@ class DenseActor:
         """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
+        self._hardware = self._given or Hardware.of(launch.device)
         spec = inspect_model(launch.model)
         dtype = resolve_dtype(spec, launch.dtype)
         self._dtype = str(dtype).removeprefix("torch.")

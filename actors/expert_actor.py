@@ -52,7 +52,7 @@ class ExpertActor:
 
     def __init__(self, launch: ShardLaunch, hardware: Hardware | None = None) -> None:
         self._launch = launch
-        self._hardware = hardware or Hardware.of(launch.device)
+        self._given = hardware
         self._nccl: NcclShard | None = None
         self._stream: ConductorStream | None = None
         self._progress = Progress(phase="starting")
@@ -117,6 +117,7 @@ class ExpertActor:
         """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
+        self._hardware = self._given or Hardware.of(launch.device)
         spec = inspect_model(launch.model)
         self._shard = build_shard(
             launch.model,

@@ -54,6 +54,7 @@ class NcclConductor:
         self._streams: dict[str, AsyncConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._refused: str | None = None
+        self._view: View | None = None
         self._loop = asyncio.new_event_loop()
         self._ending = asyncio.Event()
         self._adopting = asyncio.Lock()
@@ -88,22 +89,29 @@ class NcclConductor:
     async def _adopt(self, view: View) -> None:
         """Dial who is new, then tell the machine: what it sends must reach all."""
         async with self._adopting:
-            self._refused = None
-            lives = {(member.uid, member.incarnation) for member in view.members}
-            for uid, old in list(self._members.items()):
-                if (uid, old.incarnation) not in lives:
-                    self._end(uid, f"{uid} is not in view {view.epoch}")
-            for member in view.members:
-                if member.uid in self._streams:
-                    continue
-                try:
-                    await self._dial(member)
-                except ClusterError as error:
-                    self._refuse(f"{member.uid} cannot be reached: {error}")
-                    return
-            self._handle(machine.ViewCame(view))
+            self._refused, self._view = None, view
+            try:
+                for member in view.members:
+                    await self._reach(member)
+                self._handle(machine.ViewCame(view))
+            except Exception as error:  # told to whoever waits for a step
+                log.exception("view %d is not adopted", view.epoch)
+                self._refuse(f"view {view.epoch}: {error}")
+                return
             if self._state.current is None and self._state.next is None:
                 self._refuse(f"view {view.epoch} names members that have been lost")
+
+    async def _reach(self, member: Member) -> None:
+        """Has a stream to this life of a member. Raises ClusterError naming it."""
+        uid, known = member.uid, self._members.get(member.uid)
+        if known is not None and known.incarnation == member.incarnation:
+            return
+        if known is not None:
+            self._end(uid, f"{uid} has another life")
+        try:
+            await self._dial(member)
+        except ClusterError as error:
+            raise ClusterError(f"{uid} cannot be reached: {error}") from error
 
     async def _dial(self, member: Member) -> None:
         stream = await connect_async(
@@ -121,6 +129,9 @@ class NcclConductor:
         except (ClusterError, msgspec.DecodeError) as error:
             log.warning("%s is lost: %s", uid, error)
             self._end(uid, f"{uid} is gone: {error}")
+        except Exception as error:  # a fault of ours: told, like any other
+            log.exception("the conductor failed on a message of %s", uid)
+            self._refuse(f"the conductor: {type(error).__name__}: {error}")
         finally:
             await stream.close()
 
@@ -161,9 +172,14 @@ class NcclConductor:
                         self._wants.committed()
                         self._begin()
                 case machine.NeedView(lost):
-                    self._refuse(lost.why)
+                    if self._is_wanted(lost):  # else it left, or a newer life took its place
+                        self._refuse(lost.why)
                 case machine.GiveUp(why):
                     self._refuse(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
+
+    def _is_wanted(self, lost: machine.MemberLost) -> bool:
+        members = self._view.members if self._view is not None else ()
+        return any((m.uid, m.incarnation) == (lost.uid, lost.incarnation) for m in members)
 
     def _make_id(self, generation: int) -> None:
         nccl = self._nccl()

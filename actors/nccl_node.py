@@ -55,6 +55,12 @@ class NcclNode:
             self._conductor.adopt(view)
         self.source.wait_for(view, self._build_s)
 
+    @property
+    def shards(self) -> list[str]:
+        """Shards of the communicator in use. From any thread."""
+        roster = self.source.member.roster_in_use
+        return [] if roster is None else list(roster.shard_uids)
+
     def close(self) -> None:
         """Ends the communicators, and tells all if this is the conductor's process."""
         if self._conductor is not None:

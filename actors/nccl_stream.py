@@ -7,7 +7,13 @@ import msgspec
 from remora.actors.nccl_conductor import PEER_NAME
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import FrameError, PeerLostError
-from remora.comm.nccl_messages import ToConductor, ToMember, decode_to_member, encode
+from remora.comm.nccl_messages import (
+    Refused,
+    ToConductor,
+    ToMember,
+    decode_to_member,
+    encode,
+)
 from remora.comm.wire import Kind
 
 
@@ -42,6 +48,7 @@ class ConductorStream:
         """A connection of the server has ended."""
         if connection is self._connection:
             self._connection = None
+            self._take(Refused("dense-0, which conducts, is gone"))
 
     def reply(self, message: ToConductor) -> None:
         """Sends to the conductor. From any thread. Raises PeerLostError without one."""

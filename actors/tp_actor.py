@@ -158,7 +158,7 @@ class RankActor:
     def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
         assert launch.rank > 0, f"rank {launch.rank} is a DenseActor"
         self._launch = launch
-        self.hardware = hardware or Hardware.of(launch.device)
+        self._given = hardware
         self._progress = Progress(phase="starting")
         self._endpoint: Endpoint | None = None
         self._peers: PeerSet | None = None
@@ -210,6 +210,7 @@ class RankActor:
         launch = self._launch
         assert self._endpoint is not None
         take_threads(launch.num_threads)
+        self.hardware = self._given or Hardware.of(launch.device)
         spec = inspect_model(launch.model)
         group, self._link = join_ranks(self._endpoint, launch, self.hardware)
         form = self._link.receive(launch.start_timeout_s)

@@ -20,7 +20,15 @@ from remora.comm import nccl_member_state as machine
 from remora.comm.errors import ClusterError, DeadlineError, FencedError, PeerLostError
 from remora.comm.nccl_api import Device, Nccl
 from remora.comm.nccl_link import Link
-from remora.comm.nccl_messages import Stop, Ticket, ToConductor
+from remora.comm.nccl_messages import (
+    Built,
+    NotBuilt,
+    Stop,
+    Ticket,
+    TicketBroken,
+    TicketOver,
+    ToConductor,
+)
 from remora.comm.nccl_plan import Roster
 
 log = logging.getLogger(__name__)
@@ -67,7 +75,7 @@ class NcclMember:
 
     @property
     def roster_in_use(self) -> Roster | None:
-        """Members of the communicator that tickets run on. For the owner's thread."""
+        """Members of the communicator that tickets run on. From any thread."""
         with self._lock:
             link = self._links.get(self.state.in_use or 0)
         return None if link is None else link.roster
@@ -161,12 +169,12 @@ class NcclMember:
             link.finish(self._step_deadline_s)
         except (PeerLostError, DeadlineError, FencedError) as error:
             log.warning("%s: ticket %d: %s", self._uid, ticket.number, error)
-            self._handle(machine.RunBroke(ticket.number, str(error)))
+            self._handle(TicketBroken(self._uid, ticket.number, str(error)))
         except Exception as error:  # ours alone: the others must not wait for us
-            self._handle(machine.RunBroke(ticket.number, f"{type(error).__name__}: {error}"))
+            self._handle(TicketBroken(self._uid, ticket.number, f"{type(error).__name__}: {error}"))
             raise
         else:
-            self._handle(machine.RunOver(ticket.number))
+            self._handle(TicketOver(self._uid, ticket.number))
 
     def _split(self, link: Link, into: Roster) -> None:
         child = link.split(into)
@@ -198,7 +206,7 @@ class NcclMember:
             with self._lock:
                 wanted = self._building.pop(generation)
             if wanted:
-                self._events.put(machine.BuildBroke(generation, str(error)))
+                self._events.put(NotBuilt(self._uid, generation, str(error)))
             return
         link = Link(self._nccl, comm, self._device, roster, self._uid)
         with self._lock:
@@ -206,6 +214,6 @@ class NcclMember:
             if wanted:
                 self._links[generation] = link
         if wanted:
-            self._events.put(machine.BuildOver(generation))
+            self._events.put(Built(self._uid, generation))
         else:
             link.abort("given up while it was created")

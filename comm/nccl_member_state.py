@@ -24,38 +24,8 @@ from remora.comm.nccl_messages import (
 )
 from remora.comm.nccl_plan import Roster
 
-
-@dataclass(frozen=True, slots=True)
-class BuildOver:
-    """The communicator of `generation` is there."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class BuildBroke:
-    """Creating it failed."""
-
-    generation: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunOver:
-    """A ticket's operations are over and none failed."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunBroke:
-    """A ticket failed."""
-
-    number: int
-    why: str
-
-
-Event = Build | Ticket | Stop | Commit | BuildOver | BuildBroke | RunOver | RunBroke
+# What the conductor says, and what became of a build or a ticket here, as it will be told.
+Event = Build | Ticket | Stop | Commit | Built | NotBuilt | TicketOver | TicketBroken
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +104,17 @@ class MemberState:
         match event:
             case Build():
                 out = self._build(event)
-            case BuildOver(generation):
-                out = self._build_over(generation)
-            case BuildBroke(generation, why):
-                self.phase.pop(generation, None)
-                out = [Reply(NotBuilt(self.uid, generation, why))]
+            case Built():
+                out = self._build_over(event)
+            case NotBuilt():
+                self.phase.pop(event.generation, None)
+                out = [Reply(event)]
             case Ticket():
                 out = self._ticket(event)
-            case RunOver(number):
-                out = self._run_over(number)
-            case RunBroke(number, why):
-                out = self._run_broke(number, why)
+            case TicketOver():
+                out = self._run_over(event)
+            case TicketBroken():
+                out = self._run_broke(event)
             case Stop(generation, why):
                 out = self._drop(generation, why)
             case Commit(step):
@@ -173,11 +143,12 @@ class MemberState:
         self.phase[generation] = "building"
         return [*out, StartBuild(roster, build.unique_id)]
 
-    def _build_over(self, generation: int) -> list[Instruction]:
+    def _build_over(self, built: Built) -> list[Instruction]:
+        generation = built.generation
         if generation not in self.phase:  # abandoned while it was on its way to us
             return [Abort(generation, "abandoned")]
         self.phase[generation] = "ready"
-        return [Reply(Built(self.uid, generation))]
+        return [Reply(built)]
 
     def _ticket(self, ticket: Ticket) -> list[Instruction]:
         assert self.running is None, f"{ticket} while {self.running} runs"
@@ -200,19 +171,19 @@ class MemberState:
         self.running = ticket
         return [*out, Run(ticket)]
 
-    def _run_over(self, number: int) -> list[Instruction]:
-        ticket = self._ran(number)
+    def _run_over(self, over: TicketOver) -> list[Instruction]:
+        ticket = self._ran(over.number)
         if ticket.into is not None and ticket.into.has(self.uid, self.incarnation):
             self.newest = max(self.newest, ticket.into.generation)
             self.phase[ticket.into.generation] = "ready"
-        return [Reply(TicketOver(self.uid, number))]
+        return [Reply(over)]
 
-    def _run_broke(self, number: int, why: str) -> list[Instruction]:
-        ticket = self._ran(number)
-        out = self._drop(ticket.generation, why)
+    def _run_broke(self, broken: TicketBroken) -> list[Instruction]:
+        ticket = self._ran(broken.number)
+        out = self._drop(ticket.generation, broken.why)
         if ticket.into is not None:
-            out.append(Abort(ticket.into.generation, why))
-        return [*out, Reply(TicketBroken(self.uid, number, why))]
+            out.append(Abort(ticket.into.generation, broken.why))
+        return [*out, Reply(broken)]
 
     def _ran(self, number: int) -> Ticket:
         ticket, self.running = self.running, None

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from remora.kernels.attention_torch import BLOCK_SIZE, Rules, attention_torch, write_torch
 from remora.kernels.native import native_available
+from remora.kernels.page_pair import PagePair, check_pages
 
 __all__ = [
     "BLOCK_SIZE",
@@ -43,7 +44,7 @@ _WORD_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class KVPages:
+class KVPages(PagePair):
     """Keys and values of one layer. The layout is private to this file and the C++ kernel.
 
     A key is cut into 32-bit words and the sixteen keys of a block lie side by side, a value's words
@@ -70,15 +71,9 @@ class KVPages:
 
         Raises ValueError for dtypes other than bfloat16 and float32, block sizes other than 16.
         """
-        if dtype not in _WORD_ELEMENTS:
-            raise ValueError(f"KV dtype {dtype}: allowed are bfloat16 and float32")
+        check_pages(num_blocks, num_kv_heads, k_dim, v_dim, dtype, tuple(_WORD_ELEMENTS))
         if block_size != BLOCK_SIZE:
             raise ValueError(f"KV block size {block_size}: only {BLOCK_SIZE} is supported")
-        if min(num_blocks, num_kv_heads, k_dim, v_dim) < 1:
-            raise ValueError(
-                f"KV pages need positive sizes, got blocks {num_blocks}, heads {num_kv_heads}, "
-                f"key width {k_dim}, value width {v_dim}"
-            )
         e = _WORD_ELEMENTS[dtype]
         words, width = -(-k_dim // e), -(-v_dim // 16) * 16
         k_size, v_size = words * BLOCK_SIZE * e, BLOCK_SIZE * width
@@ -98,27 +93,10 @@ class KVPages:
             v_dim=v_dim,
         )
 
-    @staticmethod
-    def block_nbytes(num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of one layer: what a memory budget is divided by."""
-        e = _WORD_ELEMENTS[dtype]
-        return num_kv_heads * BLOCK_SIZE * 4 * (-(-k_dim // e) + -(-v_dim // 16) * 16 // e)
-
     @property
-    def num_blocks(self) -> int:
-        return self.k_NJWBE.shape[0]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.k_NJWBE.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k_NJWBE.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.k_NJWBE.nbytes + self.v_NJPDE.nbytes
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """See `PagePair`."""
+        return self.k_NJWBE, self.v_NJPDE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -28,6 +28,7 @@ from remora.kernels.linear import (
     torch_linear,
     unpack,
 )
+from remora.kernels.slots import ExpertSlots, expert_shapes
 
 
 class GroupedWeights:
@@ -118,7 +119,7 @@ class GroupedWeights:
         return y_NO
 
 
-class PackedExperts:
+class PackedExperts(ExpertSlots):
     """Weights of up to `num_slots` experts of one layer, packed for the kernels.
 
     Args:
@@ -156,7 +157,7 @@ class PackedExperts:
                 f"experts need sizes >= 1 and bfloat16 or float32, got {num_slots} slots, "
                 f"{hidden_size} x {intermediate_size}, {dtype}"
             )
-        self.num_slots = num_slots
+        super().__init__(num_slots)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.dtype = dtype
@@ -180,7 +181,6 @@ class PackedExperts:
                 is_int8=is_int8,
             ),
         }
-        self._loaded: set[int] = set()
 
     @property
     def is_native(self) -> bool:
@@ -197,20 +197,13 @@ class PackedExperts:
         """Bytes of all slots, loaded or not."""
         return sum(projection.nbytes for projection in self._projections.values())
 
-    @property
-    def loaded_slots(self) -> frozenset[int]:
-        """Slots that hold an expert."""
-        return frozenset(self._loaded)
-
     def slot_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of one expert's tensors, for `load_slot` and `export_slot`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, projection in self._projections.items():
-            shape = (projection.num_outputs, projection.num_inputs)
-            shapes[name] = shape[::-1] if self.is_transposed else shape
-            if self.has_bias:
-                shapes[f"{name}_bias"] = shape[:1]
-        return shapes
+        weights = {
+            name: (projection.num_outputs, projection.num_inputs)
+            for name, projection in self._projections.items()
+        }
+        return expert_shapes(weights, has_bias=self.has_bias, is_transposed=self.is_transposed)
 
     def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies one expert's tensors into a slot, replacing what was there.
@@ -222,8 +215,8 @@ class PackedExperts:
         Raises:
             ValueError: a name that is missing or unknown, a wrong shape or dtype.
         """
-        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
-        self._check(tensors)
+        shapes, dtypes = self._wanted(tensors)
+        self.check_load(slot, tensors, shapes, dtypes)
         for name, projection in self._projections.items():
             weight = tensors[name].detach()
             projection.load(
@@ -234,7 +227,10 @@ class PackedExperts:
             )
         self._loaded.add(slot)
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+    def _wanted(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+        """Shapes and dtypes: of the model's, or where there are scales of quantised tensors."""
         shapes = self.slot_shapes()
         dtypes = dict.fromkeys(shapes, self.dtype)
         if self.is_int8 and any(name.endswith("_scale") for name in tensors):
@@ -242,21 +238,14 @@ class PackedExperts:
                 dtypes[name] = torch.int8
                 shapes[f"{name}_scale"] = (projection.num_outputs,)
                 dtypes[f"{name}_scale"] = torch.float32
-        if tensors.keys() != shapes.keys():
-            raise ValueError(f"an expert has tensors {sorted(shapes)}, got {sorted(tensors)}")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtypes[name]:
-                raise ValueError(
-                    f"{name} must be {list(shapes[name])} {dtypes[name]}, "
-                    f"got {list(tensor.shape)} {tensor.dtype}"
-                )
+        return shapes, dtypes
 
     def export_slot(self, slot: int) -> dict[str, Tensor]:
         """One expert's tensors as they are held, bit for bit, contiguous, sorted by name.
 
         As they were loaded; int8 experts give the quantised weights and `<projection>_scale` [O].
         """
-        assert slot in self._loaded, f"slot {slot} is empty; loaded: {sorted(self._loaded)}"
+        self.check_loaded(slot)
         tensors: dict[str, Tensor] = {}
         for name, projection in self._projections.items():
             weight = projection.weight(slot)
@@ -266,10 +255,6 @@ class PackedExperts:
             if projection.bias_SO is not None:
                 tensors[f"{name}_bias"] = projection.bias_SO[slot].clone()
         return dict(sorted(tensors.items()))
-
-    def clear_slot(self, slot: int) -> None:
-        """Forgets the expert of a slot; its room may be loaded again."""
-        self._loaded.discard(slot)
 
     def up(self, x_ND: Tensor, offsets_S1: Tensor) -> Tensor:
         """[N, D] -> [N, U]: rows offsets[s]..offsets[s+1] times `gate_up_proj` of slot s.

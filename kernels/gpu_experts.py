@@ -16,6 +16,7 @@ from torch import Tensor
 
 from remora.kernels import triton_experts
 from remora.kernels.gates import Gate
+from remora.kernels.slots import ExpertSlots, expert_shapes
 from remora.kernels.triton_experts import Projection, Routing, choose_tiles
 from remora.kernels.triton_routing import map_tiles, sort_pairs, sum_pairs
 from remora.kernels.triton_runtime import check_device
@@ -36,7 +37,7 @@ def quantise_int8(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight_OK / safe_O1).to(torch.int8), scale_O
 
 
-class GpuExperts:
+class GpuExperts(ExpertSlots):
     """Weights of up to `num_slots` experts of one layer, on a device.
 
     Args:
@@ -83,7 +84,7 @@ class GpuExperts:
         if isinstance(gate, Gate) and (gate.columns == 2) != has_gate:
             raise ValueError(f"has_gate is {has_gate}, but the gate is {gate}")
         check_device(device)
-        self.num_slots = num_slots
+        super().__init__(num_slots)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.dtype = dtype
@@ -101,27 +102,19 @@ class GpuExperts:
             self.up_name: self._allocate(up_size, hidden_size),
             "down_proj": self._allocate(hidden_size, intermediate_size),
         }
-        self._loaded: set[int] = set()
 
     @property
     def weight_nbytes(self) -> int:
         """Bytes of all slots, loaded or not."""
         return sum(projection.nbytes for projection in self._projections.values())
 
-    @property
-    def loaded_slots(self) -> frozenset[int]:
-        """Slots that hold an expert."""
-        return frozenset(self._loaded)
-
     def slot_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of one expert's tensors, for `load_slot` and `export_slot`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, projection in self._projections.items():
-            shape = tuple(projection.weight_SOK.shape[1:])
-            shapes[name] = shape[::-1] if self.is_transposed else shape
-            if self.has_bias:
-                shapes[f"{name}_bias"] = shape[:1]
-        return shapes
+        weights = {
+            name: tuple(projection.weight_SOK.shape[1:])
+            for name, projection in self._projections.items()
+        }
+        return expert_shapes(weights, has_bias=self.has_bias, is_transposed=self.is_transposed)
 
     def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies one expert's tensors (`slot_shapes`, any device) into a slot.
@@ -129,16 +122,8 @@ class GpuExperts:
         Raises:
             ValueError: a name that is missing or unknown, a wrong shape or dtype.
         """
-        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         shapes = self.slot_shapes()
-        if tensors.keys() != shapes.keys():
-            raise ValueError(f"an expert has tensors {sorted(shapes)}, got {sorted(tensors)}")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != shapes[name] or tensor.dtype != self.dtype:
-                raise ValueError(
-                    f"{name} must be {list(shapes[name])} {self.dtype}, "
-                    f"got {list(tensor.shape)} {tensor.dtype}"
-                )
+        self.check_load(slot, tensors, shapes, dict.fromkeys(shapes, self.dtype))
         for name, projection in self._projections.items():
             weight = tensors[name].detach().to(self.device)
             weight_OK = self._outputs_in_order(name, weight.t() if self.is_transposed else weight)
@@ -158,7 +143,7 @@ class GpuExperts:
 
         Bit for bit as they were loaded; with `int8` what the kernels compute with, in `dtype`.
         """
-        assert slot in self._loaded, f"slot {slot} is empty; loaded: {sorted(self._loaded)}"
+        self.check_loaded(slot)
         tensors: dict[str, Tensor] = {}
         for name, projection in self._projections.items():
             weight_OK = projection.weight_SOK[slot]
@@ -171,10 +156,6 @@ class GpuExperts:
                 bias_O = self._outputs_as_loaded(name, projection.bias_SO[slot])
                 tensors[f"{name}_bias"] = bias_O.contiguous().cpu()
         return {name: tensors[name].clone() for name in sorted(tensors)}
-
-    def clear_slot(self, slot: int) -> None:
-        """Forgets the expert of a slot; its room may be loaded again."""
-        self._loaded.discard(slot)
 
     def forward(
         self,

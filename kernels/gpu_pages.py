@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from remora.kernels.attention import BLOCK_SIZE, AttentionPlan
+from remora.kernels.page_pair import PagePair, check_pages
 from remora.kernels.triton_runtime import check_device, jit, power_of_two, tl
 
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,7 +23,7 @@ SHORT_MAX: Final = 4  # new tokens up to which a sequence's context is split ove
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GpuKVPages:
+class GpuKVPages(PagePair):
     """Keys and values of one layer on a device, plain: a block of a head is 16 rows."""
 
     k_NJBd: Tensor  # [N, J, 16, k_dim], contiguous
@@ -44,13 +45,7 @@ class GpuKVPages:
             ValueError: a size below one, or a dtype other than bfloat16, float16 and float32.
             RuntimeError: no Triton, or no such GPU.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"KV dtype {dtype}: allowed are {DTYPES}")
-        if min(num_blocks, num_kv_heads, k_dim, v_dim) < 1:
-            raise ValueError(
-                f"KV pages need positive sizes, got blocks {num_blocks}, heads {num_kv_heads}, "
-                f"key width {k_dim}, value width {v_dim}"
-            )
+        check_pages(num_blocks, num_kv_heads, k_dim, v_dim, dtype, DTYPES)
         check_device(device)
         shape = (num_blocks, num_kv_heads, BLOCK_SIZE)
         return cls(
@@ -58,18 +53,10 @@ class GpuKVPages:
             v_NJBd=torch.zeros((*shape, v_dim), dtype=dtype, device=device),
         )
 
-    @staticmethod
-    def block_nbytes(num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of one layer: what a memory budget is divided by."""
-        return num_kv_heads * BLOCK_SIZE * (k_dim + v_dim) * dtype.itemsize
-
     @property
-    def num_blocks(self) -> int:
-        return self.k_NJBd.shape[0]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.k_NJBd.shape[1]
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """See `PagePair`."""
+        return self.k_NJBd, self.v_NJBd
 
     @property
     def k_dim(self) -> int:
@@ -78,14 +65,6 @@ class GpuKVPages:
     @property
     def v_dim(self) -> int:
         return self.v_NJBd.shape[3]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k_NJBd.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.k_NJBd.nbytes + self.v_NJBd.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

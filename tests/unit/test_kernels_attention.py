@@ -288,7 +288,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="only 16"):
         KVPages.allocate(1, 1, 8, 8, torch.float32, block_size=32)
     pages = KVPages.allocate(2, 2, 8, 8, torch.float32)
-    assert pages.nbytes == 2 * KVPages.block_nbytes(2, 8, 8, torch.float32)
+    assert pages.nbytes == sum(tensor.nbytes for tensor in pages.tensors)
     plan = build_plan([0], [1], [[2]], 1)
     kv = torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match=r"slot 32|block 2"):

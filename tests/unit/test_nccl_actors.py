@@ -91,7 +91,7 @@ def test_two_dense_groups_run_in_step(cluster: LocalCluster, expected: list[list
 def test_a_view_with_other_members_is_a_generation_beside(
     cluster: LocalCluster, expected: list[list[int]]
 ) -> None:
-    """A second dense rank joins: the communicator of three is swapped for one of four."""
+    """A second dense rank joins and leaves: a communicator of four takes the place of three."""
     with cluster.dense_over_nccl("dense-0") as (one,):
         assert tokens(one, asks(0, 1)) == expected[:1]
         second = cluster.more_dense("dense-1")
@@ -102,8 +102,11 @@ def test_a_view_with_other_members_is_a_generation_beside(
             together([lambda: one.actor.adopt_view(view), lambda: second.adopt_view(view)])
             said = together([lambda: tokens(one, asks(0, 2)), lambda: tokens(two, asks(2, 2))])
             assert [*said[0], *said[1]] == expected
+            one.actor.adopt_view(over(cluster, one, epoch=3))
+            assert tokens(one, asks(1, 1)) == expected[1:2]
         finally:
             second.stop()
+        assert tokens(one, asks(0, 1)) == expected[:1]
 
 
 def test_an_error_of_nccl_repeats_the_step(

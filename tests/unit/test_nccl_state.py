@@ -22,6 +22,7 @@ from remora.comm.nccl_messages import (
     Stop,
     Ticket,
     TicketBroken,
+    TicketOver,
     decode_to_conductor,
     decode_to_member,
     encode,
@@ -142,8 +143,8 @@ class Simulation:
                 if ticket.into is not None and uid in ticket.into.uids:
                     self.rosters[ticket.into.generation] = ticket.into
                     process.alive.add(ticket.into.generation)
-            done = member.RunBroke(ticket.number, why) if why else member.RunOver(ticket.number)
-            self._apply(uid, process, done)
+            done: Any = TicketOver(uid, ticket.number)
+            self._apply(uid, process, TicketBroken(uid, ticket.number, why) if why else done)
             return
         built = [g for g in process.building if self._built(g)]
         if built and (not process.inbox or self.chance.random() < 0.5):
@@ -152,7 +153,7 @@ class Simulation:
             if generation in process.abandoned:
                 return
             process.alive.add(generation)
-            self._apply(uid, process, member.BuildOver(generation))
+            self._apply(uid, process, Built(uid, generation))
         elif process.inbox:
             self._apply(uid, process, process.inbox.popleft())
 
@@ -261,11 +262,11 @@ def test_the_generation_before_is_kept_until_the_new_one_has_proved_itself() -> 
     state = member.MemberState("shard-0", 1)
     for generation in (1, 2):
         state.handle(Build(roster_of(generation), b""))
-        assert state.handle(member.BuildOver(generation)) == [
+        assert state.handle(Built("shard-0", generation)) == [
             member.Reply(Built("shard-0", generation))
         ]
         state.handle(Ticket(number=generation, generation=generation, mode="warm"))
-        state.handle(member.RunOver(generation))
+        state.handle(TicketOver("shard-0", generation))
     assert state.before == 1
     back = state.handle(Ticket(number=3, generation=1, mode="exact"))  # it failed for another
     assert isinstance(back[0], member.Abort) and back[0].generation == 2
@@ -277,4 +278,4 @@ def test_a_superseded_build_is_abandoned() -> None:
     state.handle(Build(roster_of(1), b""))
     abandon, start = state.handle(Build(roster_of(2), b""))
     assert abandon == member.Abandon(1) and isinstance(start, member.StartBuild)
-    assert state.handle(member.BuildOver(1)) == [member.Abort(1, "abandoned")]
+    assert state.handle(Built("shard-0", 1)) == [member.Abort(1, "abandoned")]

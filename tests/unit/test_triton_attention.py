@@ -282,7 +282,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="sees no GPU"):
         GpuKVPages.allocate(1, 1, 8, 8, torch.float32, torch.device("cuda"))
     pages = GpuKVPages.allocate(2, 2, 8, 8, torch.float32, CPU)
-    assert pages.nbytes == 2 * GpuKVPages.block_nbytes(2, 8, 8, torch.float32)
+    assert pages.nbytes == sum(tensor.nbytes for tensor in pages.tensors)
     plan = GpuPlan.of(build_plan([0], [1], [[2]], 1), CPU)
     kv = torch.zeros(1, 2, 8)
     with pytest.raises(ValueError, match="block 2 of 2"):
