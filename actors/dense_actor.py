@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from remora.actors.actor_thread import ActorThread
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_events import DenseLimits
@@ -18,6 +16,7 @@ from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor, Wish
 from remora.actors.hardware import Hardware
+from remora.actors.host_experts import on_host
 from remora.actors.launch import (
     Progress,
     advertised_ip,
@@ -27,7 +26,6 @@ from remora.actors.launch import (
 )
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
-from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
@@ -358,20 +356,6 @@ def connect_shards(
     if missing:
         raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
     return dispatcher
-
-
-def on_host(experts: ExpertsFn, model: DenseModel) -> ExpertsFn:
-    """`experts` that read rows on the host, for a model that may compute elsewhere."""
-    if model.device == CPU:
-        return experts
-
-    def ask(
-        layer: int, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int
-    ) -> Tensor:
-        rows = (hidden_TD.to(CPU), index_TK.to(CPU), weights_TK.to(CPU))
-        return experts(layer, *rows, num_tokens).to(hidden_TD.device)
-
-    return ask
 
 
 def _no_view(*_: Any) -> Any:

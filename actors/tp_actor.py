@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.dense_actor import DenseLaunch, connect_shards, on_host, peer_limits
+from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
 from remora.actors.hardware import Hardware
+from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, host_label, take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.step_context import ExpertsFn, StepContext
