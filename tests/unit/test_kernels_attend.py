@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.attention_isas import ISAS, is_here
 from torch import Tensor
 
 from remora.kernels import attention
@@ -22,10 +23,9 @@ from remora.kernels.attention import (
     paged_attention,
     write_kv,
 )
-from remora.kernels.native import native_available, native_isa
+from remora.kernels.native import native_available
 from remora.kernels.reference_attention import attention_reference
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 native_only = pytest.mark.skipif(not native_available(), reason="C++ kernels not built")
 
 
@@ -35,10 +35,6 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def here(isa: str) -> bool:
-    return native_available() and ISAS.index(isa) <= ISAS.index(native_isa())
 
 
 def random_plan(
@@ -171,7 +167,7 @@ def test_shared_contexts_have_the_same_bits(
     attention_chunk: int | None,
 ) -> None:
     """However many threads share a context of six spans; prompt, its end, and one token alone."""
-    if not here(isa):
+    if not is_here(isa):
         pytest.skip(f"no {isa} here")
     monkeypatch.setattr(attention, "_ISA_MAX", ISAS.index(isa))
     generator = torch.Generator().manual_seed(11)
@@ -204,6 +200,47 @@ def test_shared_contexts_have_the_same_bits(
             )
             if first == 0:
                 assert torch.equal(out, whole)
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_steps_are_shared_and_have_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, isa: str, batch: int
+) -> None:
+    """Decode over a context that is worth several threads, by heads and by spans.
+
+    4,001 keys x 8 query heads x (64 + 64) are 4.1 million products for each key/value head, eight
+    times what `attention_run.cpp` leaves to one thread. With one key/value head there is nothing
+    to cut but spans.
+    """
+    if not is_here(isa):
+        pytest.skip(f"no {isa} here")
+    monkeypatch.setattr(attention, "_ISA_MAX", ISAS.index(isa))
+    generator = torch.Generator().manual_seed(5)
+    length = 4001
+    for kv_heads in (1, 2):
+        plan = random_plan(generator, [(length - 1 - 7 * s, 1) for s in range(batch)], batch)
+        pages = random_pages(generator, plan, kv_heads, (64, 64), torch.bfloat16)
+        q, k, v = (
+            torch.randn((1, h, batch, 64), generator=generator).bfloat16()
+            for h in (8 * kv_heads, kv_heads, kv_heads)
+        )
+        alone = attend(q, k, v, pages, plan, scale=0.2)  # one thread: nothing is cut
+        table, count = plan.block_table_SM[0].tolist(), length
+        k_LJd = pages.k_NJWBE[table].permute(0, 3, 1, 2, 4).reshape(-1, kv_heads, 64)[:count]
+        v_LJd = pages.v_NJPDE[table].permute(0, 2, 4, 1, 3).reshape(-1, kv_heads, 64)[:count]
+        weights = torch.einsum(
+            "jgd,ljd->jgl", q[0, :, 0].double().view(kv_heads, 8, 64), k_LJd.double()
+        )
+        expected = torch.einsum("jgl,ljd->jgd", (weights * 0.2).softmax(2), v_LJd.double())
+        torch.testing.assert_close(
+            alone[0, 0].double().view(kv_heads, 8, 64), expected, rtol=1.5e-2, atol=1.5e-2
+        )
+        for num_threads in (2, 3, 8):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(attend(q, k, v, pages, plan, scale=0.2), alone)
+        torch.set_num_threads(1)
 
 
 def test_attend_refuses_what_does_not_fit() -> None:

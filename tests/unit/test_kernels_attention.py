@@ -11,14 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from support.attention_isas import ISAS, best_isa, is_here
 from torch import Tensor
 
 from remora.kernels import attention
 from remora.kernels.attention import KVPages, build_plan, paged_attention, write_kv
-from remora.kernels.native import native_available, native_isa
 from remora.kernels.reference_attention import attention_reference
-
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.fixture(autouse=True, params=["torch", *ISAS])
@@ -27,7 +25,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     name = str(request.param)
     if name == "torch":
         monkeypatch.setattr(attention, "native_available", lambda: False)
-    elif not native_available() or ISAS.index(name) > ISAS.index(native_isa()):
+    elif not is_here(name):
         pytest.skip(f"no {name} here")
     else:
         monkeypatch.setattr(attention, "_ISA_MAX", ISAS.index(name))
@@ -306,7 +304,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 def test_ops_can_be_traced(path: str) -> None:
     """Their schemas say what they write, and their fake versions give the real shapes."""
-    if path != native_isa():
+    if path != best_isa():
         pytest.skip("ops of the C++ path, once")
     pages = KVPages.allocate(2, 2, 8, 8, torch.float32)
     plan = build_plan([0], [5], [[1]], 6)
