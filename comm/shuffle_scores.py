@@ -1,9 +1,10 @@
 """Which rank a row will want, guessed before its gate has run: what speculative shuffles sort by.
 
 Two tables for each MoE layer, learned from the rows that the group itself has served: copies that a
-rank saved for a *token id*, and for each *expert that the layer before chose*. A row is scored by
-the more confident of the two: the one whose best rank is further ahead of its second best (the
-token-id table and the two-layer table of arXiv 2503.04398, at device level and in fixed point).
+rank saved for a *token id*, and for each *expert that the layer before chose* (the token-id table
+and the two-layer table of arXiv 2503.04398, at device level and in fixed point). A row's score is
+the sum of both. Taking the more confident of the two instead, as the paper has it, closed 0.73 of
+the gap to an oracle where the sum closed 0.84 (benchmarks/notes/2026-11-28-token-shuffle.md).
 
 All ranks of a group learn the same rows in the same order, and all arithmetic is on integers, so
 they agree without a word. Old counts fade: a row of a table is halved when it is full.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from remora.comm.shuffle import SCALE
 
 TABLE_ROWS_MAX: Final = 1 << 15  # token ids beyond share rows
-SEEN_MAX: Final = 64  # then a row of the token table is halved; experts: a thousand times as many
+SEEN_MAX: Final = 1024  # then a row of the token table is halved; experts: a thousand times as many
 PRIOR: Final = 1  # rows that saved nothing, before the first: what was seen once is not certain
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -32,7 +33,7 @@ class RowScores(Protocol):
     def scores(
         self, layer: int, token_ids_T: NDArray[np.int64], previous_TK: NDArray[np.int64] | None
     ) -> NDArray[np.int64]:
-        """[T, R]: copies that rank r is expected to save for a row, times `SCALE`.
+        """[T, R]: the higher, the more copies rank r is expected to save for a row; |score| < 2^40.
 
         Args:
             layer: MoE layer, counted from 0.
@@ -70,36 +71,18 @@ def _learn(rows_T, cost_TR, seen_max, saved_VR, seen_V):  # type: ignore[no-unty
 
 
 @_jit
-def _margin(score_R):  # type: ignore[no-untyped-def]
-    """How far the best is ahead of the second best."""
-    best = second = 0
-    for score in score_R:
-        if score > best:
-            best, second = score, best
-        elif score > second:
-            second = score
-    return best - second
-
-
-@_jit
 def _score(token_T, previous_TK, saved_VR, seen_V, saved_ER, seen_E, prior, scale, score_TR):  # type: ignore[no-untyped-def]  # fmt: skip
     num_rows, num_ranks = score_TR.shape
-    other_R = np.empty(num_ranks, np.int64)
+    top_k = previous_TK.shape[1]
     for t in range(num_rows):
         v = token_T[t]
         for r in range(num_ranks):
             score_TR[t, r] = scale * saved_VR[v, r] // (seen_V[v] + prior)
-        if previous_TK.shape[1] == 0:
-            continue
-        other_R[:] = 0
-        for k in range(previous_TK.shape[1]):
+        for k in range(top_k):
             e = previous_TK[t, k]
             if e >= 0:
                 for r in range(num_ranks):
-                    other_R[r] += scale * saved_ER[e, r] // (seen_E[e] + prior)
-        other_R //= previous_TK.shape[1]
-        if _margin(other_R) > _margin(score_TR[t]):
-            score_TR[t] = other_R
+                    score_TR[t, r] += scale * saved_ER[e, r] // ((seen_E[e] + prior) * top_k)
 
 
 class OnlineScores:
