@@ -144,11 +144,8 @@ class DenseActor:
             "preemptions_total": stats.preemptions_total if stats else 0,
             "executor": stats.executor if stats else "eager",
             "why_eager": self._executor.why_eager if self._executor else None,
-            "shards_connected": self._node.shards
-            if self._node
-            else peers.live_uids
-            if peers
-            else [],
+            "shards_connected": self._node.shards if self._node else [],
+            **(peers.status() if peers and not self._node else {}),
             "tensor_parallel": self._launch.num_ranks,
             "whole_on_every_rank": self._whole,
             "token_shuffle": self._shuffle.status() if self._shuffle else {},

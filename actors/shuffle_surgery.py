@@ -196,7 +196,9 @@ def _check_row_wise(node: fx.Node, layer: Any, moe: str) -> None:
             return
     if node.op == "call_module":
         module = layer.get_submodule(node.target)
-        if len(node.all_input_nodes) == 1 and (node.target == moe or _is_norm(module)):
+        if len(node.all_input_nodes) > 1:
+            raise _Unlike(f"{node.target} behind attention is given more than rows")
+        if node.target == moe or _is_norm(module):
             return
         raise _Unlike(f"{node.target} behind attention is neither a norm nor the experts")
     raise _Unlike(f"{node.target} behind attention is not known to work row by row")

@@ -194,7 +194,7 @@ class RankActor:
             "tensor_parallel": self._launch.num_ranks,
             "steps_total": follower.steps_total if follower else 0,
             "executor": "compiled" if follower and follower.is_compiled else "eager",
-            "shards_connected": self._peers.live_uids if self._peers else [],
+            **(self._peers.status() if self._peers else {"shards_connected": []}),
             "token_shuffle": self._token_shuffle.status() if self._token_shuffle else {},
         }
 

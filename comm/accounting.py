@@ -54,6 +54,10 @@ class TrafficCounters:
         """The counters of one peer, made at first use."""
         return self.links.setdefault(uid, LinkCounters())
 
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes out and back by peer uid."""
+        return {uid: of.sent_bytes + of.received_bytes for uid, of in self.links.items()}
+
     def total(self) -> LinkCounters:
         """Sum over all peers."""
         total = LinkCounters()

@@ -113,6 +113,10 @@ class PeerSet:
             raise peer.error
         return peer
 
+    def status(self) -> dict[str, object]:
+        """For `remora status`: who is connected, and bytes out and back so far, by uid."""
+        return {"shards_connected": self.live_uids, "shard_bytes": self.counters.num_bytes()}
+
     @property
     def live_uids(self) -> list[str]:
         """Peers whose connection is open, sorted. The one thing that any thread may ask."""

@@ -1,0 +1,100 @@
+"""Token shuffle: how much a guessed one saves of what an oracle saves, and what a real group moves.
+
+    benchmarks/shuffle.py                                       records the demo model first
+    benchmarks/shuffle.py --plan PLAN.trace --heldout OTHER.trace --no-live
+
+Simulation (`shuffle_gap.py`): four ranks beside four shards, experts placed in runs. Live
+(`shuffle_live.py`): two ranks and two shards as actors on this machine.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import numpy as np
+import shuffle_live
+from engines_report import Bar, Spread
+from shuffle_gap import Gap, Routed, shuffle_gap
+
+from remora.comm.trace_reader import read_trace
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+NUM_RANKS = 4
+TARGET = 0.6
+TOKENS_MAX = 1_000_000  # of a recording
+
+
+def main() -> None:
+    """Parse flags, measure, report."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", type=Path, default=SHARED / "models" / "remora-demo")
+    parser.add_argument("--texts", type=Path, default=SHARED / "data" / "text")
+    parser.add_argument("--plan", type=Path, help="trace to learn from")
+    parser.add_argument("--heldout", type=Path, help="trace to judge on")
+    parser.add_argument("--no-live", action="store_true", help="simulation alone")
+    args = parser.parse_args()
+    gaps = simulate(args.model, args.texts, args.plan, args.heldout)
+    rows: list[common.Row] = [_row(step, gap) for step, gap in gaps.items()]
+    if not args.no_live:
+        rows += shuffle_live.measure(args.model, _texts(args.texts, "heldout"), quick=args.quick)
+    closed = Spread.of([gap.closed for gap in gaps.values()])
+    bars = [Bar("shuffle_oracle_gap_closed", closed, "share", ">=", TARGET)]
+    common.finish("shuffle", args, rows, bars)
+
+
+def simulate(model: Path, texts: Path, plan: Path | None, heldout: Path | None) -> dict[int, Gap]:
+    """By tokens of a step. Traces that are not given are recorded (minutes, once) and kept."""
+    learned = _routed(plan or _record(model, texts, "plan"))
+    judged = _routed(heldout or _record(model, texts, "heldout"))
+    num_layers, num_experts = learned.experts_NLK.shape[1], int(learned.experts_NLK.max()) + 1
+    shard_LE = np.tile(np.arange(num_experts) * NUM_RANKS // num_experts, (num_layers, 1))
+    return {step: shuffle_gap(learned, judged, shard_LE, step) for step in (8, 32, 128)}
+
+
+def _record(model: Path, texts: Path, split: str) -> Path:
+    path = Path.home() / ".cache" / "remora" / f"shuffle-{model.name}-{split}.trace"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = sorted(texts.glob(f"*.{split}.jsonl"))
+    command = [sys.executable.replace("python", "remora"), "trace", "record", str(model)]
+    command += ["-o", str(path), "--max-tokens", str(TOKENS_MAX)]
+    subprocess.run([*command, *(a for f in files for a in ("--text", str(f)))], check=True)
+    return path
+
+
+def _routed(path: Path) -> Routed:
+    trace = read_trace(path)
+    order = np.lexsort((trace.position_T, trace.request_T))
+    return Routed(
+        token_N=trace.token_T[order].astype(np.int64),
+        experts_NLK=np.ascontiguousarray(trace.experts_LTK.transpose(1, 0, 2)[order]),
+        length_Q=np.unique(trace.request_T, return_counts=True)[1],
+    )
+
+
+def _texts(folder: Path, split: str) -> list[str]:
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob(f"*.{split}.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    order = np.random.default_rng(0).permutation(len(lines))
+    return [lines[i] for i in order]
+
+
+def _row(step_tokens: int, gap: Gap) -> dict[str, float | int | str]:
+    return {
+        "tokens_of_a_step": step_tokens,
+        "copies_none": round(gap.none, 4),
+        "copies_speculative": round(gap.speculative, 4),
+        "copies_oracle": round(gap.oracle, 4),
+        "gap_closed": round(gap.closed, 4),
+        "by_layer": " ".join(f"{share:.2f}" for share in gap.closed_by_layer),
+    }
+
+
+if __name__ == "__main__":
+    main()
