@@ -145,7 +145,7 @@ class NativeLayers:
         self._client.configure(
             routes.view.epoch, *self._settings, self._peers.limits.region_bytes,
             routes.local_S.ctypes.data, routes.usable_S.ctypes.data, len(routes.uids),
-            int(self._peers.spin_s * 1e9), park_address(), tables,
+            0, park_address(), tables,
         )  # fmt: skip
 
     def _describe(self, shard: int, peer: Peer) -> None:

@@ -34,12 +34,11 @@ class NativePump:
     Args:
         compute: what computes.
         incarnation: of this shard; frames for another one are Python's.
-        spin_s: how long it polls without sleeping after an answer.
     """
 
-    def __init__(self, compute: NativeCompute, *, incarnation: int, spin_s: float = 0.0) -> None:
+    def __init__(self, compute: NativeCompute, *, incarnation: int) -> None:
         self._pump: Any = native_extension().Pump(
-            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, int(spin_s * 1e9), park_address()
+            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, 0, park_address()
         )
 
     def set_epoch(self, epoch: int) -> None:

@@ -142,17 +142,20 @@ class NcclGroup(PythonGroup):
         runs = [flat.new_empty(end - begin) for _ in range(self.size)]
         runs[self.rank] = flat[begin:end]
         self._exchange(
-            "sum",
+            None,
             [Move(True, flat[slice(*spans[peer])], peer) for peer in self._others],
             [Move(False, runs[peer], peer) for peer in self._others],
         )
         total = torch.empty_like(flat)
         total[begin:end] = _ordered_sum(runs)
         self._exchange(
-            "sum",
+            None,
             [Move(True, total[begin:end], peer) for peer in self._others],
             [Move(False, total[slice(*spans[peer])], peer) for peer in self._others],
         )
+        own, rest = runs[self.rank].nbytes, flat.nbytes - runs[self.rank].nbytes
+        both = rest + own * len(self._others)  # out to be summed, and the sums; in alike
+        self.note("sum", both, both)
         return total.view(part.shape)
 
     def gather_rows(self, rows: Tensor, num_rows: int) -> Tensor:
@@ -218,9 +221,10 @@ class NcclGroup(PythonGroup):
         )
         return parts
 
-    def _exchange(self, operation: str, sends: list[Move], receives: list[Move]) -> None:
+    def _exchange(self, operation: str | None, sends: list[Move], receives: list[Move]) -> None:
         sent, received = (sum(m.tensor.nbytes for m in moves) for moves in (sends, receives))
-        self.note(operation, sent, received)
+        if operation is not None:  # else the caller counts
+            self.note(operation, sent, received)
         self._guarded(lambda channel: channel.move((*sends, *receives)))
 
     def _guarded(self, action: Callable[[Channel], None]) -> None:

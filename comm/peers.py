@@ -33,8 +33,6 @@ class PeerSet:
         self_host: host label of this process; equal labels use Unix sockets and shared memory.
         name: what peers call us in their logs.
         limits: what to ask of every peer.
-        spin_s: how long `finish` polls without sleeping first. Saves a wake-up (3-5 us) where a
-            core can be spared, and costs the shard its time slice where it cannot: off by default.
     """
 
     def __init__(
@@ -44,13 +42,11 @@ class PeerSet:
         self_host: str,
         name: str = "",
         limits: PeerLimits | None = None,
-        spin_s: float = 0.0,
     ) -> None:
         self._token = check_token(token)
         self.self_host = self_host
         self._name = name
         self.limits = limits or PeerLimits()
-        self.spin_s = spin_s
         self.counters = TrafficCounters()
         self._peers: dict[str, Peer] = {}
         self._by_fd: dict[int, Peer] = {}
@@ -158,18 +154,11 @@ class PeerSet:
         """
         pending = _num_pending(calls)
         until = time.monotonic() + deadline_s if until_s is None else until_s
-        spin_until = time.monotonic() + self.spin_s if self.spin_s else 0.0
         poll = self._epoll.poll
         while pending > 0:
-            if spin_until:
-                events = poll(0)
-                if not events and time.monotonic() < spin_until:
-                    continue
-                spin_until = 0.0
-            else:
-                events = poll(max(0.0, until - time.monotonic()))
-                if not events and time.monotonic() >= until:
-                    break
+            events = poll(max(0.0, until - time.monotonic()))
+            if not events and time.monotonic() >= until:
+                break
             for fd, event in events:
                 self._on_event(fd, event)
             pending = _num_pending(calls)

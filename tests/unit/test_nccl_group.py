@@ -58,6 +58,10 @@ def test_a_large_sum_moves_what_an_all_reduce_moves(monkeypatch: pytest.MonkeyPa
     meet_over_nccl(groups)
     together([functools.partial(group.sum, torch.ones(1000)) for group in groups])
     assert world.num_copied_bytes == 2 * 3 * 1000 * 4  # of 4 * 3 * 1000 * 4 in whole parts
+    counted = [group.counters()["sum"] for group in groups]
+    assert all(count["calls"] == 1 for count in counted)
+    for direction in ("sent_bytes", "received_bytes"):
+        assert sum(count[direction] for count in counted) == world.num_copied_bytes
 
 
 def test_an_asynchronous_error_ends_the_exchange_with_the_groups_name() -> None:
