@@ -21,7 +21,7 @@ ROOMS := kernels comm actors autoscale cluster manifests
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
-KERNEL_SOURCES := $(wildcard kernels/csrc/* comm/csrc/*)
+BUILT_SOURCES := $(wildcard kernels/csrc/* comm/csrc/* comm/*.proto)
 
 # Usage reports are off; tests reach no hub. Two OpenMP teams that spin collapse when anything else
 # runs on these cores, so their waiting threads sleep.
@@ -67,7 +67,7 @@ bench-%: setup ## one benchmark, quick: make bench-parity runs benchmarks/parity
 
 clean: ## remove what was built and cached, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f kernels/_C*.so comm/_C*.so $(BUILT)
+	rm -f kernels/_C*.so comm/_C*.so comm/*_pb2.py comm/*_pb2.pyi $(BUILT)
 
 # torch goes first and alone: asked for by a dependency, pip may prefer a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt
@@ -82,7 +82,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
-$(BUILT): $(DEPENDENCIES) setup.py $(KERNEL_SOURCES)
+$(BUILT): $(DEPENDENCIES) setup.py $(BUILT_SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@$(BIN)/python -P -c 'from remora.kernels.native import native_isa; print("kernels:", native_isa())'
 	@touch $@

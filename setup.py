@@ -1,15 +1,20 @@
-"""Builds the C++ extensions when there is a compiler; everything else is in pyproject.toml.
+"""Builds the C++ extensions when there is a compiler, and the modules of the gRPC services.
 
 `remora.kernels._C` needs torch too, `remora.comm._C` does not. Without a compiler the wheel is
 still complete: `remora.kernels` then serves through torch, `remora.comm` through Python; slower.
+
+`comm/*.proto` become `remora.comm.*_pb2`: into the wheel, or (editable) beside the .proto files,
+where git ignores them. Everything else is in pyproject.toml.
 """
 
 import hashlib
 import os
 import platform
 import shutil
+import tempfile
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 KERNELS = os.path.join("kernels", "csrc")
 COMM = os.path.join("comm", "csrc")
@@ -97,4 +102,43 @@ def kernel_extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions() if platform.system() == "Linux" else [])
+class BuildWithMessages(build_py):
+    """`build_py` that also compiles `comm/*.proto`."""
+
+    def run(self) -> None:
+        """Build; fails where a module could not be made: what is missing would show at run time."""
+        super().run()
+        root = os.path.dirname(os.path.abspath(__file__))
+        target = os.path.join(root if self.editable_mode else self.build_lib + "/remora", "comm")
+        compile_protos(os.path.join(root, "comm"), target)
+
+
+def compile_protos(folder: str, target: str) -> None:
+    """`folder`/*.proto to Python modules and their types in `target`.
+
+    protoc sees the files as remora/comm/*.proto, so that the modules import each other by the names
+    under which they are installed.
+    """
+    from grpc_tools import protoc
+
+    with tempfile.TemporaryDirectory() as scratch:
+        seen = os.path.join(scratch, "remora", "comm")
+        made = os.path.join(scratch, "out")
+        os.makedirs(seen)
+        os.makedirs(made)
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".proto"))
+        for name in names:
+            shutil.copy(os.path.join(folder, name), seen)
+        options = [f"-I{scratch}", f"--python_out={made}", f"--pyi_out={made}"]
+        files = [os.path.join(seen, name) for name in names]
+        if protoc.main(["protoc", *options, *files]) != 0:
+            raise SystemExit(f"remora: protoc failed on {names}")
+        os.makedirs(target, exist_ok=True)
+        for name in os.listdir(os.path.join(made, "remora", "comm")):
+            shutil.copy(os.path.join(made, "remora", "comm", name), target)
+
+
+setup(
+    ext_modules=extensions() if platform.system() == "Linux" else [],
+    cmdclass={"build_py": BuildWithMessages},
+)

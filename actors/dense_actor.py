@@ -26,6 +26,7 @@ from remora.actors.launch import (
 )
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
+from remora.actors.router_reporter import RouterReporter, report_to_router
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
@@ -81,6 +82,7 @@ class DenseActor:
                 host_ip=launch.bind_ip, use_unix=launch.use_unix, token=launch.token
             )
         self._leader: Leader | None = None
+        self._reporter: RouterReporter | None = None
         self._whole = ""
         self._shuffle: TokenShuffle | None = None  # of the ranks, where there are several
         self._stopping = False
@@ -100,7 +102,8 @@ class DenseActor:
             OSError: the address cannot be bound.
         """
         self._thread.start()
-        assert self._server is not None
+        assert self._server is not None and self._state is not None
+        self._reporter = report_to_router(self._launch, self._state.stats, take_sketch=bytes)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
     def adopt_view(self, view: View) -> None:
@@ -168,6 +171,8 @@ class DenseActor:
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
         self._stopping = True
+        if self._reporter is not None:
+            self._reporter.close()
         if self._engine is not None:  # else `_serve` sees that it is not wanted any more
             self._engine.stop()
         self._thread.join()

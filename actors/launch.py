@@ -45,6 +45,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     bind_ip: str = "127.0.0.1"  # address its sockets listen on
     nccl: NcclLaunch | None = None  # rows travel over NCCL, not over sockets
     use_unix: bool = True  # listen on a Unix socket too, for peers of the same host
+    report_every_s: float | None = None  # dense groups, to the router; None: there is none
 
 
 def actor_name(deployment: str, uid: str, incarnation: int) -> str:
@@ -55,6 +56,11 @@ def actor_name(deployment: str, uid: str, incarnation: int) -> str:
 def coordinator_name(deployment: str) -> str:
     """Ray name of a deployment's coordinator, in namespace `remora`."""
     return f"remora/{deployment}/coordinator"
+
+
+def router_name(deployment: str) -> str:
+    """Ray name of a deployment's router, in namespace `remora`."""
+    return f"remora/{deployment}/router"
 
 
 def host_label() -> str:

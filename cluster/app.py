@@ -12,29 +12,22 @@ about 13 us, as the replica writes to its own socket (measured, 32 streams, Zen 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
-from remora.actors.launch import host_label
-from remora.actors.model_spec import inspect_model
-from remora.actors.tokenizer import Tokenizer
 from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, find_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig, load_config
-from remora.cluster.engine_client import EngineClient
+from remora.cluster.connect import connected_service
 from remora.cluster.errors_http import as_request_error, from_validation
 from remora.cluster.generation import Generation
 from remora.cluster.ingress import build_app
 from remora.cluster.model_source import local_checkpoint
 from remora.cluster.openai_schema import ChatRequest, CompletionRequest
-from remora.cluster.request_plan import ModelInfo
-from remora.cluster.service import Service, fingerprint_of, make_service
 from remora.cluster.sse import Format, collect
 from remora.comm.errors import ClusterError, RequestError
-from remora.comm.view import Member
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +86,7 @@ class IngressReplica:
         config = config_from_args(args)
         self._name = config.name
         cluster = await asyncio.to_thread(_bring_up, config)
-        self._service = await _service(config, cluster)
+        self._service = await connected_service(config, cluster)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor for the application it is to serve."""
@@ -124,7 +117,7 @@ class IngressReplica:
         """
         generation, _ = await self._planned(request)
         try:
-            generation.start()
+            await generation.start()
             while pieces := await generation.next():
                 for piece in pieces:
                     yield {
@@ -158,35 +151,9 @@ class IngressReplica:
             raise as_request_error(error) from error
 
 
-async def _service(config: RemoraConfig, cluster: ClusterHandle) -> Service:
-    """A connected service over a data plane that is up."""
-
-    async def members() -> list[Member]:
-        return await asyncio.to_thread(cluster.dense_members)
-
-    engine = EngineClient(members, token=cluster.token, self_host=host_label())
-    await engine.start()
-    model = await asyncio.to_thread(_model_info, config)
-    tokenizer = await asyncio.to_thread(Tokenizer, config.model)
-    return make_service(config, model=model, tokenizer=tokenizer, engine=engine)
-
-
 def _bring_up(config: RemoraConfig) -> ClusterHandle:
     resolved = config.model_copy(update={"model": local_checkpoint(config.model)})
     return ensure_cluster(resolved)
-
-
-def _model_info(config: RemoraConfig) -> ModelInfo:
-    path = local_checkpoint(config.model)
-    spec = inspect_model(path)
-    return ModelInfo(
-        id=config.model_id,
-        root=config.model,
-        created_unix_s=int((Path(path) / "config.json").stat().st_mtime),
-        max_model_len=config.dense.max_model_len or spec.max_positions,
-        vocab_size=spec.vocab_size,
-        fingerprint=fingerprint_of(config),
-    )
 
 
 def _is_being_deleted() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
+from remora.actors.router_actor import router_address
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
 from remora.cluster.instances import instances_dir
@@ -23,7 +24,9 @@ COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
-DATA_PLANE = ("dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts")
+DATA_PLANE = (
+    "dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts", "router",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,20 @@ class ClusterHandle:
         """The committed view. Raises ClusterError when nothing serves."""
         view: View = _call(self.coordinator.view.remote())
         return view
+
+    def router_address(self) -> str | None:
+        """Where the router listens; None when it is off, or not up just now."""
+        return router_address(self.name)
+
+    def rebalance(self, *, dry_run: bool) -> dict[str, Any]:
+        """As `Coordinator.rebalance`."""
+        report: dict[str, Any] = _call(self.coordinator.rebalance.remote(dry_run))
+        return report
+
+    def rebalance_gauges(self) -> dict[str, float]:
+        """As `Coordinator.rebalance_gauges`."""
+        gauges: dict[str, float] = _call(self.coordinator.rebalance_gauges.remote())
+        return gauges
 
     def dense_members(self) -> list[Member]:
         """The dense groups' first ranks: where ingresses connect."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
+from remora.cluster.rebalance_command import add_rebalance, run_rebalance, run_trace
 from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(bench)
     add_placement(commands)
     add_trace(commands)
+    add_rebalance(commands).set_defaults(run=_rebalance)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),
@@ -215,6 +217,17 @@ def _manage(options: argparse.Namespace) -> int:
 
     run = manage_command.run_stop if options.command == "stop" else manage_command.run_status
     return run(name, instance, options.ray_address, as_json=options.json)
+
+
+def _rebalance(options: argparse.Namespace) -> int:
+    if options.trace is not None:
+        return run_trace(options)
+    name, instance = _which(options.name, options.ray_address)
+    if name is None:
+        return missing("no deployment runs on this machine", options.json)
+    return run_rebalance(
+        name, instance, options.ray_address, dry_run=options.dry_run, as_json=options.json
+    )
 
 
 def _placement_export(options: argparse.Namespace) -> int:

@@ -107,12 +107,35 @@ class ExpertsConfig(_Placed):
 
     shards: Annotated[int, Field(ge=1, le=4096)] = 2
     slots: Positive | None = None  # of a shard in a MoE layer; None: what the placement needs
-    placement: Literal["contiguous"] | Path = (
-        "contiguous"  # or a placement file (docs/placement.md)
-    )
+    # latest: what was last decided (router.state_dir); or a placement file (docs/placement.md)
+    placement: Literal["contiguous", "latest"] | Path = "contiguous"
     # auto: Unix socket + memfd on the same host, else TCP; nccl: between GPUs
     transport: Literal["auto", "tcp", "nccl"] = "auto"
     call_timeout_s: Seconds = 30.0  # one dispatch to one shard
+
+
+class RebalanceConfig(_Section):
+    """When a better placement is worth its moves (autoscale/rebalance.py)."""
+
+    horizon_tokens: Annotated[float, Field(gt=0, le=1e15)] = 1e6  # that it will serve
+    gain_min: Annotated[float, Field(ge=0, le=1)] = 0.05  # share of the cost that it must save
+    confirmations: Annotated[int, Field(ge=1, le=100)] = 2  # plans in a row that must say so
+    cooldown_s: Annotated[float, Field(ge=0, le=1e7)] = 600.0
+    tokens_min: Annotated[float, Field(ge=1, le=1e12)] = 5_000.0  # of statistics
+    moves_max: Positive = 4096  # experts in one round, over all layers
+
+
+class RouterConfig(_Section):
+    """The router: dense groups for requests, statistics of traffic, plans (docs/router.md)."""
+
+    enabled: bool = True
+    bind_address: str | None = None  # of its gRPC server; None: that of the data plane
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: one that is free
+    route_timeout_s: Seconds = 0.05  # an ingress decides alone after this
+    report_every_s: Seconds = 2.0  # asked of dense groups
+    state_dir: Path | None = None  # histories, decisions, placements; None: kept nowhere
+    rebalance_every_s: Seconds | None = None  # between plans of the online loop; None: by hand only
+    rebalance: RebalanceConfig = RebalanceConfig()
 
 
 class HttpConfig(_Section):
@@ -159,9 +182,16 @@ class RemoraConfig(_Section):
     start_timeout_s: Seconds = 900.0
     dense: DenseConfig = DenseConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    router: RouterConfig = RouterConfig()
     http: HttpConfig = HttpConfig()
     security: SecurityConfig = SecurityConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _latest_is_somewhere(self) -> "RemoraConfig":
+        if self.experts.placement == "latest" and self.router.state_dir is None:
+            raise ValueError("experts.placement = latest: router.state_dir must say where it lies")
+        return self
 
     @model_validator(mode="after")
     def _queues_fit(self) -> "RemoraConfig":
@@ -264,8 +294,10 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
         experts = absolute(config.experts, ("placement",))
     http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
     security = absolute(config.security, ("token_file",))
+    router = absolute(config.router, ("state_dir",))
     update: dict[str, Any] = {
         "experts": config.experts.model_copy(update=experts),
+        "router": config.router.model_copy(update=router),
         "http": config.http.model_copy(update=http),
         "security": config.security.model_copy(update=security),
     }

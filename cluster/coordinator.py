@@ -43,6 +43,14 @@ from remora.cluster.members import (
     asked_of_ray,
     why_late,
 )
+from remora.cluster.rebalancer import Rebalancer
+from remora.cluster.router_process import (
+    kill_router,
+    make_rebalancer,
+    router_status,
+    start_router,
+    stop_router,
+)
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
 
@@ -75,6 +83,8 @@ class Coordinator:
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
         self._ranks: list[RankPlan] = []  # of dense groups
+        self._router: Any = None
+        self._rebalancer: Rebalancer | None = None
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
 
@@ -121,7 +131,7 @@ class Coordinator:
         """Phase, members and their own accounts of themselves; plain data for the CLI."""
         with self._lock:
             phase, failure, view = self._phase, self._failure, self._view
-            handles = dict(self._handles)
+            handles, router = dict(self._handles), self._router
         members = {}
         pending = {uid: handle.status.remote() for uid, handle in handles.items()}
         for uid, answer in answers_within(pending, STATUS_S).items():
@@ -142,6 +152,7 @@ class Coordinator:
             "view_hash": view.view_hash if view else None,
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
+            "router": router_status(router),
         }
 
     def progress(self) -> dict[str, Progress]:
@@ -157,6 +168,22 @@ class Coordinator:
                 answer = Progress(phase=f"died: {str(answer).splitlines()[0]}")
             report[uid] = answer
         return report
+
+    def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        """A round of rebalancing now; see `Rebalancer.propose` and `move`.
+
+        Raises:
+            ClusterError: nothing serves, the router is off, or it has no plan to give.
+            ConfigError: not a dry run, and nowhere to keep a placement.
+        """
+        rebalancer = self._rebalancer
+        if rebalancer is None:
+            raise ClusterError(f"deployment {self._config.name!r} has no router that serves")
+        return rebalancer.propose() if dry_run else rebalancer.move()
+
+    def rebalance_gauges(self) -> dict[str, float]:
+        """Metrics of the online loop by name; empty before its first move."""
+        return self._rebalancer.gauges() if self._rebalancer is not None else {}
 
     # ---- up and down ----
 
@@ -216,6 +243,10 @@ class Coordinator:
         config = self._config
         spec = inspect_model(config.model)
         placement = placement_of(config, spec)
+        if config.router.enabled:
+            router = start_router(config, self._token)
+            with self._lock:
+                self._router = router
         shard_uids = tuple(placement.slots)
         dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
         for uid in shard_uids:
@@ -228,13 +259,16 @@ class Coordinator:
             for plan in plans:
                 self._create(plan.actor_class, plan.uid, plan.launch, plan.options)
         try:
-            return self._connect(shard_uids, dense_uids, placement, until_s)
+            view = self._connect(shard_uids, dense_uids, placement, until_s)
         except LateError as late:
             missing = {uid: self._handles[uid] for uid in late.uids}
             raise ClusterError(
                 f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
                 f" {why_late(missing, self._asked)}"
             ) from late
+        if self._router is not None:
+            self._rebalancer = make_rebalancer(config, spec, view, self._router)
+        return view
 
     def _connect(
         self,
@@ -250,7 +284,10 @@ class Coordinator:
         num_experts = len(placement.moe_layers) * placement.num_experts
         self._keep_manifest(shard_uids, num_experts, until_s)
         view = View(epoch=1, members=tuple(filter(None, started.values())), placement=placement)
-        all_answers({uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}, until_s)
+        adopted = {uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}
+        if self._router is not None:
+            adopted["router"] = self._router.adopt_view.remote(view)
+        all_answers(adopted, until_s)
         return view
 
     def _create(
@@ -277,6 +314,7 @@ class Coordinator:
 
     def _stop_members(self) -> None:
         """Ask all to stop. Dense ranks first: one whose shards vanish would report a fault."""
+        stop_router(self._router)
         followers = {plan.uid for plan in self._ranks if plan.launch.rank}
         leaders = {plan.uid for plan in self._ranks} - followers
         for uids in (leaders, followers, self._handles.keys() - leaders - followers):
@@ -290,6 +328,11 @@ class Coordinator:
         with self._lock:
             handles, self._handles = dict(self._handles), {}
             ranks, self._ranks = self._ranks, []
+            router, self._router = self._router, None
+            rebalancer, self._rebalancer = self._rebalancer, None
+        if rebalancer is not None:
+            rebalancer.close()
+        kill_router(router)
         for handle in handles.values():
             ray.kill(handle, no_restart=True)
         remove_placement_groups(ranks)

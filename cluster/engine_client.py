@@ -1,8 +1,9 @@
 """The ingress' side of the control stream: one connection to each dense group's first rank.
 
-Sequences go to the group that has the fewest of ours under way plus those it says it queues. A lost
-group fails its sequences with a `ClusterError` (503) and is dialled again, under whatever address
-the members then have. Everything runs on one event loop; nothing here blocks.
+Sequences go where the router says, and where it says nothing to the group that has the fewest of
+ours under way plus those it says it queues. A lost group fails its sequences with a `ClusterError`
+(503) and is dialled again, under whatever address the members then have. Everything runs on one
+event loop; nothing here blocks.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from remora.cluster.inbox import Inbox
+from remora.cluster.router_client import RouterClient
 from remora.comm.aio import AsyncConnection, connect_async
 from remora.comm.errors import AuthError, ClusterError, PeerLostError, RemoraError
 from remora.comm.messages import (
@@ -59,6 +61,7 @@ class EngineClient:
         members: the first ranks that there are now; asked at the start and whenever one is missing.
         token: the cluster's token.
         self_host: label of the host this process is on; the same label means a Unix socket.
+        router: asked for a group for each sequence where there are several; None: nobody is.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class EngineClient:
         *,
         token: bytes,
         self_host: str,
+        router: RouterClient | None = None,
     ) -> None:
         self._members = members
+        self.router = router
         self._token = token
         self._self_host = self_host
         self._groups: dict[str, _Group] = {}
@@ -90,6 +95,8 @@ class EngineClient:
         self._num_groups = len(members)
         for member in members:
             await self._connect(member)
+        if self.router is not None:
+            await self.router.start()
         self._spawn(self._keep_connected())
         self._spawn(self._keep_pinging())
 
@@ -98,6 +105,8 @@ class EngineClient:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.router is not None:
+            await self.router.close()
         for group in list(self._groups.values()):
             self._drop(group, PeerLostError("this ingress is closing"))
             await group.link.close()
@@ -121,16 +130,28 @@ class EngineClient:
         """Newest gauges by group uid."""
         return {uid: group.stats for uid, group in self._groups.items()}
 
-    def submit(self, submits: Sequence[Submit], inbox: Inbox) -> None:
-        """Send a request's sequences, each to the least loaded group; outputs come to `inbox`.
+    def routed(self) -> dict[str, int]:
+        """Sequences so far by who chose their group: the router, or this ingress alone."""
+        router = self.router
+        return {"router": router.num_routed, "alone": router.num_alone} if router else {}
+
+    async def submit(self, submits: Sequence[Submit], inbox: Inbox) -> None:
+        """Send a request's sequences to groups of the router's or our own choice; outputs come to
+        `inbox`.
 
         Raises:
             ClusterError: no group is connected. Nothing was sent then.
         """
+        chosen: list[str | None] = [None] * len(submits)
+        if self.router is not None and len(self._groups) > 1:
+            silent = [uid for uid, group in self._groups.items() if not group.serving]
+            chosen = await self.router.groups(submits, silent)
         if not self._groups:
             raise ClusterError("no dense group is connected; try again shortly")
-        for submit in submits:
-            group = min(self._groups.values(), key=lambda g: (not g.serving, g.load))
+        for submit, uid in zip(submits, chosen, strict=True):
+            group = self._groups.get(uid or "")
+            if group is None or not group.serving:  # none was chosen, or it is gone meanwhile
+                group = min(self._groups.values(), key=lambda g: (not g.serving, g.load))
             group.inboxes[submit.request_id] = inbox
             self._owner[submit.request_id] = group
             self._send(group, encode(submit))

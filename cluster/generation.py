@@ -55,8 +55,8 @@ class Generation:
         self._timer: asyncio.TimerHandle | None = None
         self._admitted = 0
 
-    def start(self) -> None:
-        """Admit and submit.
+    async def start(self) -> None:
+        """Admit, ask where to, submit.
 
         Raises:
             OverloadedError: the queue is full (429).
@@ -89,7 +89,7 @@ class Generation:
             )
             for choice in self.choices
         ]
-        serving.engine.submit(submits, self._inbox)
+        await serving.engine.submit(submits, self._inbox)
 
     async def next(self) -> list[Piece]:
         """What the next step adds, at least one piece; empty when every choice is finished.

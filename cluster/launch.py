@@ -1,5 +1,6 @@
 """From a deployment's configuration to what each data-plane actor is told and how Ray places it."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
-from remora.cluster.placement_file import check_fits, read_placement
+from remora.cluster.placement_file import LATEST, check_fits, read_placement
 from remora.comm.errors import ConfigError
 from remora.comm.view import Placement, contiguous_placement
+
+logger = logging.getLogger(__name__)
 
 ACTOR_THREADS = 4  # start, progress, status and stop answer beside each other
 
@@ -78,6 +81,10 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
     uids = tuple(f"shard-{index}" for index in range(experts.shards))
     if isinstance(experts.placement, Path):
         return _placement_in(experts.placement, uids, experts.slots, spec)
+    if experts.placement == "latest":
+        found = _latest(config, uids, spec)
+        if found is not None:
+            return found
     if experts.shards > spec.num_experts:
         raise ConfigError(
             f"experts.shards = {experts.shards}: the model has {spec.num_experts} experts a layer"
@@ -91,6 +98,19 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
         )
     except ValueError as wrong:
         raise ConfigError(f"experts.slots = {experts.slots}: {wrong}") from None
+
+
+def _latest(config: RemoraConfig, uids: tuple[str, ...], spec: ModelSpec) -> Placement | None:
+    """What was last decided, unless there is none or it is for another deployment's shape."""
+    assert config.router.state_dir is not None, "the configuration was checked"
+    path = config.router.state_dir / LATEST
+    if not path.exists():
+        return None
+    try:
+        return _placement_in(path, uids, config.experts.slots, spec)
+    except ConfigError as misfit:
+        logger.warning("%s does not fit any more, contiguous runs are taken: %s", path, misfit)
+        return None
 
 
 def _placement_in(
@@ -167,6 +187,7 @@ def dense_launch(
         max_waiting=dense.max_waiting,
         prefix_caching=dense.prefix_caching,
         call_timeout_s=config.experts.call_timeout_s,
+        report_every_s=config.router.report_every_s if config.router.enabled else None,
         rank=rank,
         num_ranks=dense.tensor_parallel,
         token_shuffle=dense.token_shuffle,

@@ -41,15 +41,36 @@ _TOTALS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("remora_engine_steps", "Steps of the dense group", lambda s: s.steps_total),
 )
 
+_REBALANCE: tuple[tuple[str, str], ...] = (
+    (
+        "remora_rebalance_predicted_gain_ratio",
+        "Share of copies and load that the last move was to save",
+    ),
+    (
+        "remora_rebalance_achieved_gain_ratio",
+        "Share that it saves on the traffic since; absent until enough came",
+    ),
+    ("remora_seconds_since_last_rebalance", "Since the last move was decided"),
+)
+
 
 class IngressMetrics:
     """Everything one ingress counts.
 
     Args:
         stats: dense group uid -> its newest gauges; read at every scrape.
+        routed: sequences by who chose their group; the same.
+
+    Attributes:
+        rebalance: gauges of the online loop by name, as the coordinator told them last.
     """
 
-    def __init__(self, stats: Callable[[], Mapping[str, EngineStats]]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], Mapping[str, EngineStats]],
+        routed: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        self.rebalance: Mapping[str, float] = {}
         self.registry = CollectorRegistry()
         reg = self.registry
         self.ttft_s = Histogram(
@@ -88,6 +109,7 @@ class IngressMetrics:
             "remora_ingress_sequences", "Sequences admitted and not ended", registry=reg
         )
         reg.register(_EngineCollector(stats))
+        reg.register(_RouterCollector(routed, lambda: self.rebalance))
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -110,3 +132,24 @@ class _EngineCollector(Collector):
             for uid, group in stats.items():
                 total.add_metric([uid], value(group))
             yield total
+
+
+class _RouterCollector(Collector):
+    def __init__(
+        self,
+        routed: Callable[[], Mapping[str, int]],
+        rebalance: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._routed, self._rebalance = routed, rebalance
+
+    def collect(self) -> Iterable[Metric]:
+        total = CounterMetricFamily(
+            "remora_routed_sequences", "Sequences by who chose their group", labels=["by"]
+        )
+        for who, count in self._routed().items():
+            total.add_metric([who], count)
+        yield total
+        values = self._rebalance()
+        for name, text in _REBALANCE:
+            if name in values:
+                yield GaugeMetricFamily(name, text, value=values[name])

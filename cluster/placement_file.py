@@ -16,6 +16,7 @@ import msgspec
 from remora.comm.errors import ConfigError
 from remora.comm.view import Placement
 
+LATEST = "placement.yaml"  # in `router.state_dir`: what was last decided
 FILE_BYTES_MAX = 64 << 20
 NAMED_MAX = 8  # experts or shards that an error lists
 

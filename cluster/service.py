@@ -41,6 +41,7 @@ class Service:
     serving: Serving
     keys: Keys
     body_bytes_max: int
+    watch: asyncio.Task[None] | None = None  # ends with the service
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(TOKENIZER_THREADS, "remora-tokenizer")
     )
@@ -77,6 +78,9 @@ class Service:
 
     async def close(self) -> None:
         """Let go of engines and threads."""
+        if self.watch is not None:
+            self.watch.cancel()
+            await asyncio.gather(self.watch, return_exceptions=True)
         await self.serving.engine.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -102,7 +106,7 @@ def make_service(
             engine=engine,
             tokenizer=tokenizer,
             admission=Admission(http.queue_max),
-            metrics=IngressMetrics(engine.stats),
+            metrics=IngressMetrics(engine.stats, engine.routed),
             timeout_s=http.request_timeout_s,
         ),
         keys=Keys(

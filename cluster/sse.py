@@ -97,7 +97,7 @@ class EventStream(Response):
         watcher = asyncio.ensure_future(_watch(receive, generation))
         started = False
         try:
-            generation.start()
+            await generation.start()
             pieces = await generation.next()
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
             started = True
@@ -127,7 +127,7 @@ async def collect(
     """
     watcher = asyncio.ensure_future(_watch(receive, generation)) if receive else None
     try:
-        generation.start()
+        await generation.start()
         while pieces := await generation.next():
             form.add(pieces)
         return form.answer()

@@ -44,7 +44,7 @@ def run(*command: str | Path, cwd: Path, timeout: float = RUN_S_MAX) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the wheel is built from."""
     source = tmp_path_factory.mktemp("source")
-    built = shutil.ignore_patterns("__pycache__", "*.so")
+    built = shutil.ignore_patterns("__pycache__", "*.so", "*_pb2.py*")
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=built)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -81,13 +81,16 @@ def home(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_rooms(source: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    kinds = {".py", ".yaml", ".json", ".html", ".js", ".css"}
+    kinds = {".py", ".yaml", ".json", ".html", ".js", ".css", ".proto"}
     paths = [path for room in ROOMS for path in (source / room).rglob("*")]
     wanted = {
         f"remora/{path.relative_to(source).as_posix()}"
         for path in paths
         if path.suffix in kinds or path.name == "py.typed"
     }
+    protos = [path for path in paths if path.suffix == ".proto"]
+    assert protos, "the services of the router are described somewhere"
+    wanted |= {f"remora/comm/{path.stem}_pb2.{kind}" for path in protos for kind in ("py", "pyi")}
     assert not wanted - names, f"missing from the wheel: {sorted(wanted - names)}"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
@@ -104,6 +107,8 @@ def test_imports_are_the_wheels(home: Path) -> None:
         f"    assert module.__file__.startswith({str(home)!r}), module.__file__\n"
         "for name in preset_names():\n"
         "    load_config(preset=name, overrides={'model': 'any'})\n"
+        "from remora.comm.router_grpc import METHODS\n"
+        "assert len(METHODS) == 5\n"
         "from remora.comm.native import native_extension\n"
         "from remora.kernels.native import native_available\n"
         "plane = native_extension() is not None\n"
@@ -124,6 +129,8 @@ def test_imports_are_the_wheels(home: Path) -> None:
 
 def test_command_line_works(home: Path) -> None:
     text = run(home / "bin" / "remora", "--help", cwd=home)
-    assert all(command in text for command in ("serve", "status", "stop", "plan")), text
+    assert all(command in text for command in ("serve", "status", "stop", "plan", "rebalance")), (
+        text
+    )
     plan = run(home / "bin" / "remora", "plan", MODEL, "--preset", "tiny_cpu", cwd=home)
     assert "shard-0" in plan and "shard-1" in plan, plan

@@ -1,0 +1,258 @@
+"""Which dense group takes a request. Pure: events in, answers out; time is an argument.
+
+    ViewAdopted, LoadReported, HomesLearned --+
+    RouteAsked -------------------------------+--> handle() -> list[Choice]
+
+A group's cost for a prompt, in tokens to compute:
+
+    SEQUENCE_TOKENS x sequences that it has, what was routed since its last report included
+    + prompt tokens that are not in its prefix cache
+    + COPY_TOKENS x remote copies that a token of it is expected to make x prompt tokens
+
+The prefix index remembers where prompts went, not what a cache still holds: a wrong guess costs the
+prefill that it hoped to save. Keys are a SHA-256 chain over blocks of 16 tokens, as the dense
+groups' own (`blocks.py`). Everything is bounded.
+"""
+
+import hashlib
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from remora.comm.view import View
+
+BLOCK_TOKENS = 16
+SEQUENCE_TOKENS = 256.0  # what a sequence that runs delays a new one by: chosen, not measured
+COPY_TOKENS = 0.25  # one remote copy of a token in every layer: chosen, not measured
+PREFIX_BLOCKS_MAX = 1 << 16
+PREFIX_GROUPS_MAX = 4  # groups remembered of one block, the latest
+KEY_BYTES = 12
+SETTLE_S = 1.0  # a report counts what was routed longer ago than this
+FORGET_S = 60.0  # a group that never reports: what was routed is taken to be over
+SILENT_S = 30.0  # a group that reported and stopped is asked last
+ROUTED_MAX = 1 << 14  # noted of one group between two reports
+
+
+@dataclass(frozen=True, slots=True)
+class ViewAdopted:
+    """The coordinator committed a view; its dense members are the groups."""
+
+    view: View
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReported:
+    """What a dense group has to do."""
+
+    group: str
+    incarnation: int
+    num_running: int
+    num_waiting: int
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HomesLearned:
+    """Remote copies of a token, per layer, by host of its dense group."""
+
+    copies: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of a request."""
+
+    token_ids: tuple[int, ...]  # at least the beginning
+    num_tokens: int  # of all of it
+    num_sequences: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteAsked:
+    """Where these prompts go."""
+
+    prompts: tuple[Prompt, ...]
+    now_s: float
+    unreachable: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Where one prompt goes."""
+
+    group: str
+    prefix_tokens: int
+    expected_copies: float  # negative: unknown
+
+
+Event = ViewAdopted | LoadReported | HomesLearned | RouteAsked
+
+
+@dataclass(slots=True)
+class _Group:
+    host: str
+    incarnation: int
+    reported: int = 0  # sequences at the last report
+    reported_s: float | None = None
+    routed: deque[tuple[float, int]] = field(default_factory=deque)  # since its last report
+    num_routed: int = 0  # sequences in `routed`
+
+    def sequences(self, now_s: float) -> int:
+        """That it has, as far as is known."""
+        self.settle(now_s, FORGET_S)
+        return self.reported + self.num_routed
+
+    def take(self, count: int, now_s: float) -> None:
+        """It is being sent that many more."""
+        self.routed.append((now_s, count))
+        self.num_routed += count
+        if len(self.routed) > ROUTED_MAX:
+            self.num_routed -= self.routed.popleft()[1]
+
+    def settle(self, now_s: float, age_s: float) -> None:
+        """What was routed longer ago than `age_s` counts no more."""
+        while self.routed and now_s - self.routed[0][0] > age_s:
+            self.num_routed -= self.routed.popleft()[1]
+
+    def is_silent(self, now_s: float) -> bool:
+        """It reported once, and stopped."""
+        return self.reported_s is not None and now_s - self.reported_s > SILENT_S
+
+
+class RouterState:
+    """See the head of this file."""
+
+    def __init__(self) -> None:
+        self.view: View | None = None
+        self._groups: dict[str, _Group] = {}
+        self._copies: dict[str, float] = {}
+        self._prefixes: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+
+    @property
+    def epoch(self) -> int:
+        """Of the view in force; 0 before the first."""
+        return self.view.epoch if self.view is not None else 0
+
+    def handle(self, event: Event) -> list[Choice]:
+        """Take an event in; a choice for each prompt of `RouteAsked`, none for other events.
+
+        No group that can be used gives no choices: the caller decides alone then.
+        """
+        if isinstance(event, RouteAsked):
+            return self._route(event)
+        if isinstance(event, ViewAdopted):
+            self._adopt(event.view)
+        elif isinstance(event, LoadReported):
+            self._note_load(event)
+        else:
+            self._copies = dict(event.copies)
+        return []
+
+    def loads(self, now_s: float) -> dict[str, int]:
+        """Sequences of each group as they are counted now."""
+        return {uid: group.sequences(now_s) for uid, group in self._groups.items()}
+
+    def _adopt(self, view: View) -> None:
+        if self.view is not None and view.epoch < self.view.epoch:
+            return
+        self.view = view
+        groups = {}
+        for member in view.members:
+            if member.role != "dense":
+                continue
+            known = self._groups.get(member.uid)
+            if known is not None and known.incarnation == member.incarnation:
+                groups[member.uid] = known
+            else:  # a new life has an empty cache
+                self._forget_prefixes(member.uid)
+                groups[member.uid] = _Group(member.endpoint.host, member.incarnation)
+        for uid in self._groups.keys() - groups.keys():
+            self._forget_prefixes(uid)
+        self._groups = groups
+
+    def _note_load(self, event: LoadReported) -> None:
+        group = self._groups.get(event.group)
+        if group is None or group.incarnation != event.incarnation:
+            return  # of a life that is over, or of a view to come
+        group.reported = event.num_running + event.num_waiting
+        group.reported_s = event.now_s
+        group.settle(event.now_s, SETTLE_S)
+
+    def _route(self, event: RouteAsked) -> list[Choice]:
+        usable = {u: g for u, g in self._groups.items() if u not in event.unreachable}
+        if not usable:
+            return []
+        choices = []
+        for prompt in event.prompts:
+            keys = block_keys(prompt.token_ids)
+            cached = self._cached(keys)
+            best = min(
+                usable,
+                key=lambda uid: (
+                    usable[uid].is_silent(event.now_s),
+                    self._cost(usable[uid], prompt, cached.get(uid, 0), event.now_s),
+                    uid,
+                ),
+            )
+            group = usable[best]
+            group.take(max(1, prompt.num_sequences), event.now_s)
+            self._remember(keys, best)
+            choices.append(
+                Choice(
+                    group=best,
+                    prefix_tokens=cached.get(best, 0) * BLOCK_TOKENS,
+                    expected_copies=self._copies.get(group.host, -1.0),
+                )
+            )
+        return choices
+
+    def _cost(self, group: _Group, prompt: Prompt, cached_blocks: int, now_s: float) -> float:
+        fresh = max(0, prompt.num_tokens - cached_blocks * BLOCK_TOKENS)
+        copies = self._copies.get(group.host, 0.0)
+        return (
+            SEQUENCE_TOKENS * group.sequences(now_s)
+            + fresh
+            + COPY_TOKENS * copies * prompt.num_tokens
+        )
+
+    def _cached(self, keys: list[bytes]) -> dict[str, int]:
+        """Blocks from the beginning that each group has been sent before."""
+        found: dict[str, int] = {}
+        for number, key in enumerate(keys, 1):
+            groups = self._prefixes.get(key)
+            if groups is None:
+                break
+            for uid in groups:
+                if found.get(uid, 0) == number - 1:
+                    found[uid] = number
+        return found
+
+    def _remember(self, keys: list[bytes], uid: str) -> None:
+        for key in reversed(keys):  # the end of a prefix is forgotten before its beginning
+            others = tuple(g for g in self._prefixes.pop(key, ()) if g != uid)
+            self._prefixes[key] = (uid, *others[: PREFIX_GROUPS_MAX - 1])
+        while len(self._prefixes) > PREFIX_BLOCKS_MAX:
+            self._prefixes.popitem(last=False)
+
+    def _forget_prefixes(self, uid: str) -> None:
+        for key, groups in list(self._prefixes.items()):
+            if uid in groups:
+                left = tuple(g for g in groups if g != uid)
+                if left:
+                    self._prefixes[key] = left
+                else:
+                    del self._prefixes[key]
+
+
+def block_keys(token_ids: tuple[int, ...]) -> list[bytes]:
+    """A key for each whole block of the prompt, over all tokens up to its end.
+
+    The last token is left out: its row is always computed, for its logits.
+    """
+    keys = []
+    chain = hashlib.sha256()
+    for begin in range(0, max(0, len(token_ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
+        block = token_ids[begin : begin + BLOCK_TOKENS]
+        chain.update(b"".join(token.to_bytes(4, "little") for token in block))
+        keys.append(chain.copy().digest()[:KEY_BYTES])
+    return keys

@@ -1,0 +1,262 @@
+"""What the router keeps of traffic, and plans from. Any thread may call.
+
+Histories are saved every `SAVE_EVERY_TOKENS` tokens and when the router stops (`history_file.py`).
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from remora.comm.bundles import LayerBundles
+from remora.comm.errors import ClusterError, FrameError
+from remora.comm.grouping import GroupingProblem, Objective, bundle_cost, plan_placement
+from remora.comm.history_file import pack_history, unpack_history
+from remora.comm.sketch import decode_sketch
+from remora.comm.statistics import HistoryLimits, RoutingHistory
+from remora.comm.topology import Topology, held_of, placement_from
+from remora.comm.view import Placement, View
+
+logger = logging.getLogger(__name__)
+
+PLAN_TOKENS_MIN: Final = 256.0  # fewer say too little of what comes
+SAVE_EVERY_TOKENS: Final = 50_000.0  # a router that is killed loses no more
+FRESH: Final = HistoryLimits(bytes_max=8 << 20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOutcome:
+    """One layer of a plan."""
+
+    layer: int  # decoder layer
+    copies_before: float  # rows to remote hosts, per token
+    copies_after: float
+    load_before: float  # largest over mean load of a shard
+    load_after: float
+    moved: int  # copies that some shard must fetch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOutcome:
+    """A plan against the placement in force; costs on what was reported."""
+
+    placement: Placement
+    tokens: float  # weight of the statistics
+    layers: tuple[LayerOutcome, ...]
+
+    def mean(self, name: str) -> float:
+        """Mean over the layers of one field of `LayerOutcome`."""
+        return float(np.mean([getattr(layer, name) for layer in self.layers]))
+
+    @property
+    def moved_experts(self) -> int:
+        """Copies that some shard must fetch, over all layers."""
+        return sum(layer.moved for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementCost:
+    """What one placement costs on what was reported."""
+
+    tokens: float
+    copies: float
+    load: float
+
+
+def topology_of(view: View, slots: int | None) -> Topology:
+    """Shards of a view, their hosts, and their slots.
+
+    Args:
+        slots: of a shard in a layer; None: the most that it holds of any.
+    """
+    uids = tuple(sorted(view.placement.slots))
+    host_of = {member.uid: member.endpoint.host for member in view.members}
+    hosts = tuple(sorted({host_of[member.uid] for member in view.members}))
+    return Topology(
+        uids=uids,
+        hosts=hosts,
+        host_of_S=tuple(hosts.index(host_of[uid]) for uid in uids),
+        slots_S=tuple(slots or max(map(len, view.placement.slots[uid])) for uid in uids),
+    )
+
+
+def plan_from(
+    layers: list[LayerBundles],
+    placement: Placement,
+    topology: Topology,
+    seed: int,
+    objective: Objective | None = None,
+) -> PlanOutcome:
+    """The best placement found for `layers` against the one in force."""
+    old_L = tuple(held_of(placement, topology.uids))
+    problem = GroupingProblem(
+        layers=tuple(layers), num_experts=placement.num_experts, topology=topology, old_L=old_L
+    )
+    result = plan_placement(problem, seed=seed, objective=objective)
+    before = [bundle_cost(b, h, topology, seed=seed) for b, h in zip(layers, old_L, strict=True)]
+    outcomes = tuple(
+        LayerOutcome(
+            layer=layer,
+            copies_before=old.copies_per_token,
+            copies_after=new.copies_per_token,
+            load_before=old.load_max_over_mean,
+            load_after=new.load_max_over_mean,
+            moved=int((held & ~old_held).sum()),
+        )
+        for layer, old, new, held, old_held in zip(
+            placement.moe_layers, before, result.costs_L, result.held_L, old_L, strict=True
+        )
+    )
+    return PlanOutcome(
+        placement=placement_from(
+            list(result.held_L), uids=topology.uids, moe_layers=placement.moe_layers
+        ),
+        tokens=float(np.mean([b.num_tokens for b in layers])),
+        layers=outcomes,
+    )
+
+
+def cost_of(layers: list[LayerBundles], placement: Placement, topology: Topology) -> PlacementCost:
+    """What `placement` costs on `layers`."""
+    held_L = held_of(placement, topology.uids)
+    costs = [bundle_cost(b, h, topology) for b, h in zip(layers, held_L, strict=True)]
+    return PlacementCost(
+        tokens=float(np.mean([b.num_tokens for b in layers])),
+        copies=float(np.mean([c.copies_per_token for c in costs])),
+        load=float(np.mean([c.load_max_over_mean for c in costs])),
+    )
+
+
+class RouterStatistics:
+    """The history of one deployment.
+
+    Args:
+        slots: `experts.slots` of the deployment.
+        path: where it is saved; None: nowhere.
+    """
+
+    def __init__(self, *, slots: int | None, path: Path | None) -> None:
+        self._slots = slots
+        self._path = path
+        self._lock = threading.Lock()
+        self._history: RoutingHistory | None = None
+        self._fresh: RoutingHistory | None = None  # since this router's start, nothing restored
+        self._reports = 0
+        self._since_homes = 0.0
+        self._since_save = 0.0
+
+    def add(self, data: bytes) -> float:
+        """Count one sketch; returns the tokens since `copies_by_host` was last asked.
+
+        Raises:
+            FrameError: it is none, or one of another model.
+        """
+        sketch = decode_sketch(data)
+        with self._lock:
+            if self._history is None:
+                self._history = RoutingHistory.of(sketch)
+            if self._fresh is None:
+                self._fresh = RoutingHistory.of(sketch, FRESH)
+            self._fresh.add(sketch)
+            before = self._history.tokens_total
+            self._history.add(sketch)
+            self._reports += 1
+            new = self._history.tokens_total - before
+            self._since_homes += new
+            self._since_save += new
+            is_due = self._since_save >= SAVE_EVERY_TOKENS
+            if is_due:
+                self._since_save = 0.0
+        if is_due:
+            self.save()
+        return self._since_homes
+
+    def copies_by_host(self, view: View) -> dict[str, float]:
+        """Remote copies of a token, per layer, by host of its dense group, under `view`."""
+        topology = topology_of(view, self._slots)
+        layers = self._bundles(topology)
+        self._since_homes = 0.0
+        copies = {}
+        held_L = held_of(view.placement, topology.uids)
+        for index, host in enumerate(topology.hosts):
+            there = [
+                LayerBundles(
+                    experts_BK=bundles.experts_BK,
+                    source_B=np.full_like(bundles.source_B, index),
+                    weight_B=bundles.weight_B,
+                )
+                for bundles in layers
+            ]
+            costs = [bundle_cost(b, h, topology) for b, h in zip(there, held_L, strict=True)]
+            copies[host] = float(np.mean([cost.copies_per_token for cost in costs]))
+        return copies
+
+    def plan(self, view: View, seed: int) -> PlanOutcome:
+        """A placement for what was reported, against that of `view`.
+
+        Raises:
+            ClusterError: too little was reported.
+        """
+        topology = topology_of(view, self._slots)
+        return plan_from(self._bundles(topology), view.placement, topology, seed)
+
+    def fresh_cost(self, view: View, placement: Placement) -> PlacementCost:
+        """What a placement of the same shards costs on what came since this router's start.
+
+        Raises:
+            ClusterError: too little came.
+        """
+        topology = topology_of(view, self._slots)
+        return cost_of(self._bundles(topology, fresh=True), placement, topology)
+
+    def status(self) -> dict[str, Any]:
+        """For `remora status`."""
+        with self._lock:
+            history = self._history
+            return {
+                "reports": self._reports,
+                "tokens": history.tokens_total if history else 0.0,
+                "bytes": history.nbytes if history else 0,
+                "domains": len(history.recent_shares()) if history else 0,
+            }
+
+    def _bundles(self, topology: Topology, *, fresh: bool = False) -> list[LayerBundles]:
+        with self._lock:
+            history = self._fresh if fresh else self._history
+            seen = history.tokens_total if history else 0.0
+            if history is None or seen < PLAN_TOKENS_MIN:
+                raise ClusterError(
+                    f"{seen:.0f} tokens were reported: at least {PLAN_TOKENS_MIN:.0f} are needed"
+                )
+            return history.bundles(topology.hosts)
+
+    def restore(self) -> None:
+        """Take up what an earlier router saved; what cannot be used is set aside, with a warning:
+        statistics come again by themselves."""
+        if self._path is None or not self._path.exists():
+            return
+        try:
+            history = unpack_history(self._path.read_bytes())
+        except (OSError, FrameError) as unusable:
+            logger.warning("%s: %s: statistics begin anew", self._path, unusable)
+            self._path.replace(self._path.with_suffix(".unusable"))
+            return
+        with self._lock:
+            self._history = history
+
+    def save(self) -> None:
+        """Keep what was counted for the next router, whole or not at all."""
+        with self._lock:
+            if self._path is None or self._history is None:
+                return
+            data = pack_history(self._history)
+        half = self._path.with_suffix(".half")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            half.write_bytes(data)
+            half.replace(self._path)
+        except OSError as failed:
+            logger.warning("%s: statistics are not kept: %s", self._path, failed.strerror)

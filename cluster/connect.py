@@ -1,0 +1,74 @@
+"""From a data plane that is up to a service connected to it: what an ingress starts with."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+from remora.actors.launch import host_label
+from remora.actors.model_spec import inspect_model
+from remora.actors.tokenizer import Tokenizer
+from remora.cluster.bootstrap import ClusterHandle
+from remora.cluster.config import RemoraConfig
+from remora.cluster.engine_client import EngineClient
+from remora.cluster.metrics import IngressMetrics
+from remora.cluster.model_source import local_checkpoint
+from remora.cluster.request_plan import ModelInfo
+from remora.cluster.router_client import RouterClient
+from remora.cluster.service import Service, fingerprint_of, make_service
+from remora.comm.errors import ClusterError
+from remora.comm.view import Member
+
+logger = logging.getLogger(__name__)
+
+GAUGES_EVERY_S = 10.0
+
+
+async def connected_service(config: RemoraConfig, cluster: ClusterHandle) -> Service:
+    """A service over a data plane that is up.
+
+    Raises:
+        ClusterError: no dense group can be reached.
+    """
+
+    async def members() -> list[Member]:
+        return await asyncio.to_thread(cluster.dense_members)
+
+    async def router_address() -> str | None:
+        return await asyncio.to_thread(cluster.router_address)
+
+    router = None
+    if config.router.enabled:
+        timeout_s = config.router.route_timeout_s
+        router = RouterClient(router_address, token=cluster.token, timeout_s=timeout_s)
+    engine = EngineClient(members, token=cluster.token, self_host=host_label(), router=router)
+    await engine.start()
+    model = await asyncio.to_thread(_model_info, config)
+    tokenizer = await asyncio.to_thread(Tokenizer, config.model)
+    service = make_service(config, model=model, tokenizer=tokenizer, engine=engine)
+    if config.router.enabled:
+        service.watch = asyncio.ensure_future(_keep_gauges(cluster, service.serving.metrics))
+    return service
+
+
+async def _keep_gauges(cluster: ClusterHandle, metrics: IngressMetrics) -> None:
+    """What the coordinator knows of rebalancing, for `/metrics`."""
+    while True:
+        try:
+            metrics.rebalance = await asyncio.to_thread(cluster.rebalance_gauges)
+        except ClusterError as error:  # it is gone: what was known grows old, and is left out
+            logger.info("no figures of rebalancing: %s", error)
+            metrics.rebalance = {}
+        await asyncio.sleep(GAUGES_EVERY_S)
+
+
+def _model_info(config: RemoraConfig) -> ModelInfo:
+    path = local_checkpoint(config.model)
+    spec = inspect_model(path)
+    return ModelInfo(
+        id=config.model_id,
+        root=config.model,
+        created_unix_s=int((Path(path) / "config.json").stat().st_mtime),
+        max_model_len=config.dense.max_model_len or spec.max_positions,
+        vocab_size=spec.vocab_size,
+        fingerprint=fingerprint_of(config),
+    )

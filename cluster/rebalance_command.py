@@ -1,0 +1,162 @@
+"""`remora rebalance`: what a better placement would be, of a deployment or of recorded traffic."""
+
+import json
+from argparse import ArgumentParser, Namespace, _SubParsersAction
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remora.cluster.instances import Instance
+from remora.comm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from remora.comm.topology import Topology
+    from remora.comm.trace import Trace
+    from remora.comm.view import Placement
+
+OK = 0
+
+
+def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentParser:
+    """The command line of it; what it runs is set by the caller."""
+    command = commands.add_parser(
+        "rebalance", help="plan a better placement; without --dry-run the next start takes it"
+    )
+    command.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
+    command.add_argument("--ray-address", help="Ray cluster that it runs in")
+    command.add_argument("--dry-run", action="store_true", help="show it, write nothing")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.add_argument(
+        "--trace", type=Path, metavar="FILE", help="plan from a routing trace; no deployment needed"
+    )
+    trace = command.add_argument_group("with --trace")
+    trace.add_argument("--model", help="checkpoint; default: the one that the trace names")
+    trace.add_argument("--hosts", type=int, default=2, help="hosts (default 2)")
+    trace.add_argument("--shards-per-host", type=int, default=1, help="default 1")
+    trace.add_argument("--slots", type=int, help="of a shard in a layer; default: no spare ones")
+    trace.add_argument("--placement", type=Path, help="the one in force; default: contiguous runs")
+    trace.add_argument("--output", type=Path, metavar="FILE", help="where the new one is written")
+    return command
+
+
+def run_rebalance(
+    name: str, instance: Instance | None, ray_address: str | None, *, dry_run: bool, as_json: bool
+) -> int:
+    """A round on a running deployment. Returns the exit status: 3 when there is none.
+
+    Raises:
+        ClusterError: the router has no plan to give.
+        ConfigError: not a dry run, and `router.state_dir` is not set.
+    """
+    from remora.cluster.bootstrap import find_cluster
+    from remora.cluster.instances import missing
+    from remora.cluster.manage_command import connected, nothing_of
+
+    with connected(instance.ray_address if instance else ray_address) as found:
+        cluster = find_cluster(name) if found else None
+        if cluster is None:
+            return missing(nothing_of(name), as_json)
+        report = cluster.rebalance(dry_run=dry_run)
+    return _print(report, as_json)
+
+
+def run_trace(options: Namespace) -> int:
+    """A round on recorded traffic, against a placement of a cluster that need not exist.
+
+    Raises:
+        TraceError: no trace.
+        ConfigError: a topology without room, a placement that does not fit, no checkpoint.
+    """
+    from remora.actors.model_spec import inspect_model, resolve_dtype
+    from remora.actors.router_statistics import plan_from
+    from remora.autoscale.rebalance import RebalancePolicy
+    from remora.cluster.placement_file import write_placement
+    from remora.cluster.rebalance_report import round_of
+    from remora.comm.bundles import count_bundles
+    from remora.comm.trace_reader import read_trace
+
+    if not options.dry_run and options.output is None:
+        raise ConfigError("with --trace, say --dry-run or where to write: --output FILE")
+    trace = read_trace(options.trace)
+    model = options.model or trace.header.model
+    if not Path(model).is_dir():
+        raise ConfigError(f"--model: the trace names {model!r}, which is not here: say where it is")
+    spec = inspect_model(model)
+    topology, placement = _situation(options, trace)
+    source_T = _sources(trace, topology)
+    layers = [count_bundles(ids_TK, source_T) for ids_TK in trace.experts_LTK]
+    dtype = resolve_dtype(spec, "auto")
+    policy = RebalancePolicy()
+    found = round_of(
+        policy,
+        plan_from(layers, placement, topology, 0),
+        placement,
+        expert_bytes=spec.expert_nbytes(dtype),
+        row_bytes=2 * spec.hidden_size * dtype.itemsize,
+    )
+    is_worth = found.proposal.gain_ratio >= policy.gain_min and bool(found.proposal.layers)
+    report: dict[str, Any] = {
+        "epoch": 0,
+        **found.fields(),
+        "verdict": "move" if is_worth else "keep",
+        "reason": f"gain {found.proposal.gain_ratio:.1%}, {policy.gain_min:.1%} is needed",
+        "moves": [asdict(move) for move in found.moves],
+    }
+    if not options.dry_run:
+        write_placement(options.output, found.placement)
+        report["written"] = str(options.output)
+    return _print(report, options.json)
+
+
+def _situation(options: Namespace, trace: "Trace") -> "tuple[Topology, Placement]":
+    """The cluster of the command line, and what its shards hold."""
+    from remora.cluster.placement_file import check_fits, read_placement
+    from remora.comm.topology import uniform_topology
+    from remora.comm.view import contiguous_placement
+
+    header = trace.header
+    shards = options.hosts * options.shards_per_host
+    if options.hosts < 1 or options.shards_per_host < 1 or shards > header.num_experts:
+        raise ConfigError(
+            f"--hosts {options.hosts} x --shards-per-host {options.shards_per_host}:"
+            f" 1 to {header.num_experts} shards are possible"
+        )
+    slots = options.slots or -(-header.num_experts // shards)
+    topology = uniform_topology(
+        num_hosts=options.hosts, shards_per_host=options.shards_per_host, slots=slots
+    )
+    if options.placement is not None:
+        placement = read_placement(options.placement)
+        check_fits(
+            placement,
+            source=str(options.placement),
+            num_experts=header.num_experts,
+            moe_layers=header.moe_layers,
+            shard_uids=topology.uids,
+            slots=slots,
+        )
+        return topology, placement
+    try:
+        placement = contiguous_placement(
+            num_experts=header.num_experts,
+            moe_layers=header.moe_layers,
+            shard_uids=topology.uids,
+            slots=slots,
+        )
+    except ValueError as wrong:
+        raise ConfigError(f"--slots {slots}: {wrong}") from None
+    return topology, placement
+
+
+def _sources(trace: "Trace", topology: "Topology") -> Any:
+    """Hosts of the tokens: as recorded where they were several, else requests in turn."""
+    if len(trace.sources) > 1:
+        return trace.source_T % topology.num_hosts
+    return trace.request_T % topology.num_hosts
+
+
+def _print(report: dict[str, Any], as_json: bool) -> int:
+    from remora.cluster.rebalance_report import report_text
+
+    print(json.dumps(report) if as_json else report_text(report))
+    return OK

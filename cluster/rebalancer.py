@@ -1,0 +1,229 @@
+"""The online loop of one deployment: plans asked of the router, decided, logged, written down.
+
+Until experts move while a deployment serves, what is decided is a placement file in
+`router.state_dir`, which a start with `experts.placement: latest` takes. After that start the gain
+is measured on the traffic that came since, and logged beside what had been predicted.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from remora.actors.router_statistics import PlacementCost, PlanOutcome
+from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide
+from remora.cluster.decision_log import DecisionLog
+from remora.cluster.placement_file import LATEST, read_placement, write_placement
+from remora.cluster.rebalance_report import Round, round_of
+from remora.comm.errors import ClusterError, ConfigError, RemoraError
+from remora.comm.view import Placement, View
+
+logger = logging.getLogger(__name__)
+
+BEFORE: Final = "placement.before.yaml"  # what the last move replaced
+SEED: Final = 0
+
+
+class Planner(Protocol):
+    """What the loop asks the router; each raises ClusterError when it cannot be answered now."""
+
+    def plan(self, seed: int) -> PlanOutcome:
+        """Against the placement in force."""
+
+    def fresh_cost(self, placement: Placement) -> PlacementCost:
+        """Of a placement, on what was reported since the deployment started."""
+
+
+class Rebalancer:
+    """See the head of this file. Threads may call.
+
+    Args:
+        view: in force.
+        expert_bytes: one expert's weights in one layer.
+        row_bytes: one copy of a row, there and back.
+        folder: `router.state_dir`; None: nothing can be written.
+    """
+
+    def __init__(
+        self,
+        *,
+        planner: Planner,
+        policy: RebalancePolicy,
+        view: View,
+        expert_bytes: int,
+        row_bytes: int,
+        folder: Path | None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._planner = planner
+        self._policy = policy
+        self._view = view
+        self._bytes = {"expert_bytes": expert_bytes, "row_bytes": row_bytes}
+        self._folder = folder
+        self._log = DecisionLog(folder) if folder is not None else None
+        self._clock, self._wall = clock, wall
+        self._memory = RebalanceMemory()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._gauges: dict[str, float] = {}
+        self._moved = self._last_move()
+
+    # -- by hand ------------------------------------------------------------------------------
+
+    def propose(self) -> dict[str, Any]:
+        """What a round would do now; nothing is remembered or written.
+
+        Raises:
+            ClusterError: the router has no plan to give.
+        """
+        with self._lock:
+            found, report = self._plan()
+            decision, _ = decide(
+                self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
+            )
+            return report | asdict(decision)
+
+    def move(self) -> dict[str, Any]:
+        """Plan, and write the placement for the next start if anything is worth its moves.
+
+        Raises:
+            ClusterError: the router has no plan to give.
+            ConfigError: there is no `router.state_dir`, or it cannot be written.
+        """
+        if self._folder is None:
+            raise ConfigError(
+                "router.state_dir is not set: there is nowhere to keep a placement for the next"
+                " start (--dry-run only shows one)"
+            )
+        with self._lock:
+            found, report = self._plan()
+            if not found.proposal.layers:
+                reason = "no layer is worth its moves"
+                return self._note(report, {"verdict": "keep", "reason": reason})
+            verdict = {"verdict": "move", "reason": "asked for"}
+            self._memory = RebalanceMemory(last_move_s=self._clock())
+            return self._note(self._write(found, report), verdict)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def start(self, every_s: float) -> None:
+        """A round every so often, until `close`."""
+        self._thread = threading.Thread(
+            target=self._run, args=(every_s,), name="remora-rebalance", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """No more rounds; one that runs is not waited for."""
+        self._closing.set()
+
+    def step(self) -> dict[str, Any]:
+        """One round of the loop: plan, decide, log; write when it says move.
+
+        Raises:
+            RemoraError: as `move`.
+        """
+        with self._lock:
+            self._measure()
+            found, report = self._plan()
+            decision, self._memory = decide(
+                self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
+            )
+            if decision.verdict == "move":
+                report = self._write(found, report)
+            return self._note(report, asdict(decision))
+
+    def gauges(self) -> dict[str, float]:
+        """By metric: predicted and achieved gain, and seconds since the last move."""
+        with self._lock:
+            found = dict(self._gauges)
+            if self._moved is not None:
+                since_s = max(0.0, self._wall() - self._moved["unix_s"])
+                found["remora_seconds_since_last_rebalance"] = since_s
+                found["remora_rebalance_predicted_gain_ratio"] = self._moved["predicted_gain_ratio"]
+            return found
+
+    # -- inside, under the lock ---------------------------------------------------------------
+
+    def _run(self, every_s: float) -> None:
+        while not self._closing.wait(every_s):
+            try:
+                self.step()
+            except ClusterError as error:
+                logger.info("no plan yet: %s", error)
+            except RemoraError:
+                logger.exception("a round of rebalancing failed")
+
+    def _plan(self) -> tuple[Round, dict[str, Any]]:
+        outcome = self._planner.plan(SEED)
+        found = round_of(self._policy, outcome, self._view.placement, **self._bytes)
+        moves = [asdict(move) for move in found.moves]
+        return found, {"epoch": self._view.epoch, **found.fields(), "moves": moves}
+
+    def _write(self, found: Round, report: dict[str, Any]) -> dict[str, Any]:
+        if self._folder is None:
+            logger.warning("router.state_dir is not set: a placement worth moving to is not kept")
+            return report
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_placement(self._folder / BEFORE, self._view.placement)
+        write_placement(self._folder / LATEST, found.placement)
+        return report | {"written": str(self._folder / LATEST)}
+
+    def _note(self, report: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
+        report = report | verdict
+        unix_s = self._wall()
+        line = {key: value for key, value in report.items() if key != "moves"}
+        if self._log is not None:
+            self._log.append("decision", line | {"unix_s": unix_s}, unix_s)
+        if report["verdict"] == "move":
+            self._moved = line | {"unix_s": unix_s}
+            self._gauges.pop("remora_rebalance_achieved_gain_ratio", None)
+        logger.info("rebalance: %s (%s)", report["verdict"], report["reason"])
+        return report
+
+    def _last_move(self) -> dict[str, Any] | None:
+        """The last move in the log, with what it achieved if that is known."""
+        moved = None
+        for line in self._log.lines() if self._log is not None else ():
+            if line["kind"] == "decision" and line["verdict"] == "move":
+                moved = line
+                self._gauges = {}
+            elif line["kind"] == "achieved":
+                achieved = line["achieved_gain_ratio"]
+                self._gauges = {"remora_rebalance_achieved_gain_ratio": achieved}
+        return moved
+
+    def _measure(self) -> None:
+        """Log what the last move achieved, once its placement serves and enough came since."""
+        name = "remora_rebalance_achieved_gain_ratio"
+        if self._moved is None or self._folder is None or name in self._gauges:
+            return
+        latest, before = self._folder / LATEST, self._folder / BEFORE
+        if not (latest.exists() and before.exists()):
+            return
+        if read_placement(latest).slots != self._view.placement.slots:
+            return  # it does not serve yet
+        now = self._planner.fresh_cost(self._view.placement)
+        if now.tokens < self._policy.tokens_min:
+            return
+        then = self._planner.fresh_cost(read_placement(before))
+        load = self._policy.load_copies
+        costs = [c.copies + load * max(0.0, c.load - 1) for c in (then, now)]
+        gain = 1 - costs[1] / costs[0] if costs[0] > 0 else 0.0
+        self._gauges[name] = gain
+        fields = {
+            "tokens": round(now.tokens),
+            "predicted_gain_ratio": self._moved["predicted_gain_ratio"],
+            "achieved_gain_ratio": gain,
+            "copies_before": then.copies,
+            "copies_after": now.copies,
+            "load_before": then.load,
+            "load_after": now.load,
+        }
+        if self._log is not None:
+            self._log.append("achieved", fields, self._wall())

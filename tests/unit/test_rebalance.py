@@ -1,0 +1,285 @@
+"""The online loop over real statistics and the real planner: decided, written, logged, measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.router_rig import TOKEN, channel_to, running_router, view_of
+from support.router_traffic import encoded, paired_tokens
+
+from remora.actors.router_statistics import PlacementCost, PlanOutcome, RouterStatistics
+from remora.autoscale.rebalance import RebalancePolicy
+from remora.cluster.cli import main
+from remora.cluster.config import parse_config
+from remora.cluster.decision_log import DecisionLog
+from remora.cluster.placement_file import read_placement
+from remora.cluster.rebalance_report import mixed_placement, moves_between, report_text
+from remora.cluster.rebalancer import BEFORE, LATEST, Rebalancer
+from remora.comm import router_pb2
+from remora.comm.errors import ClusterError, ConfigError
+from remora.comm.router_grpc import (
+    PLAN,
+    REPORT,
+    credentials_of,
+    placement_from_message,
+    unary_call,
+)
+from remora.comm.trace import TraceHeader, TraceWriter, make_trace
+from remora.comm.view import Placement, View
+
+LAYERS = (1, 2)
+
+
+class Direct:
+    """The router's statistics asked without a process between."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.statistics = RouterStatistics(slots=None, path=None)
+
+    def report(self, *, shift: int = 0, tokens: int = 4000, seed: int = 0) -> None:
+        for source in ("a", "b"):
+            ids = paired_tokens(len(LAYERS), tokens, seed=seed, shift=shift)
+            self.statistics.add(encoded(ids, source, LAYERS))
+
+    def plan(self, seed: int) -> PlanOutcome:
+        return self.statistics.plan(self.view, seed)
+
+    def fresh_cost(self, placement: Placement) -> PlacementCost:
+        return self.statistics.fresh_cost(self.view, placement)
+
+
+def loop(planner: Direct, folder: Path | None, **policy: Any) -> tuple[Rebalancer, list[float]]:
+    now = [0.0]
+    settings = {"confirmations": 2, "cooldown_s": 100.0, "tokens_min": 1000.0, **policy}
+    rebalancer = Rebalancer(
+        planner=planner,
+        policy=RebalancePolicy(**settings),
+        view=planner.view,
+        expert_bytes=1000,
+        row_bytes=64,
+        folder=folder,
+        clock=lambda: now[0],
+        wall=lambda: 1_700_000_000.0 + now[0],
+    )
+    return rebalancer, now
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return list(DecisionLog(folder).lines())
+
+
+def test_a_pattern_is_found_written_and_measured_after_the_next_start(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    rebalancer, now = loop(planner, tmp_path)
+    with pytest.raises(ClusterError, match="0 tokens were reported"):
+        rebalancer.step()
+    planner.report()
+    first = rebalancer.step()
+    assert first["verdict"] == "confirm" and not (tmp_path / LATEST).exists()
+    assert rebalancer.gauges() == {}
+    second = rebalancer.step()
+    assert second["verdict"] == "move" and second["written"] == str(tmp_path / LATEST)
+    assert second["copies_after"] < 0.75 * second["copies_before"]
+    assert second["load_after"] < second["load_before"] + 0.05
+    placement = read_placement(tmp_path / LATEST)
+    assert read_placement(tmp_path / BEFORE) == planner.view.placement
+    for first_expert in range(4):  # what is picked together lies together
+        holders = {
+            uid
+            for uid, layers in placement.slots.items()
+            if {first_expert, first_expert + 4} <= set(layers[0])
+        }
+        assert len(holders) == 1
+    assert len(second["moves"]) == second["moved_experts"] == 8, "two of four, on each shard"
+    now[0] = 50.0
+    assert rebalancer.gauges() == {
+        "remora_seconds_since_last_rebalance": 50.0,
+        "remora_rebalance_predicted_gain_ratio": second["predicted_gain_ratio"],
+    }
+
+    served = Direct(view_of(epoch=1, placement=placement))  # the next start
+    again, now = loop(served, tmp_path)
+    assert again.gauges()["remora_rebalance_predicted_gain_ratio"] > 0
+    served.report(tokens=200)
+    assert again.step()["verdict"] == "wait"
+    assert "remora_rebalance_achieved_gain_ratio" not in again.gauges(), "too little came yet"
+    served.report(seed=1)
+    assert again.step()["verdict"] == "keep", "nothing is left to gain"
+    achieved = again.gauges()["remora_rebalance_achieved_gain_ratio"]
+    assert achieved == pytest.approx(second["predicted_gain_ratio"], abs=0.05)
+    kinds = [(line["kind"], line.get("verdict")) for line in lines(tmp_path)]
+    assert kinds == [
+        ("decision", "confirm"),
+        ("decision", "move"),
+        ("decision", "wait"),
+        ("achieved", None),
+        ("decision", "keep"),
+    ]
+    assert lines(tmp_path)[3]["achieved_gain_ratio"] == achieved
+    third, _ = loop(served, tmp_path)
+    assert third.gauges()["remora_rebalance_achieved_gain_ratio"] == achieved, "it is remembered"
+
+
+def test_what_was_predicted_and_does_not_come_shows(tmp_path: Path) -> None:
+    """The traffic turns after the move: the achieved gain says so, whatever was promised."""
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, tmp_path, confirmations=1)
+    predicted = rebalancer.step()["predicted_gain_ratio"]
+    served = Direct(view_of(placement=read_placement(tmp_path / LATEST)))
+    served.report(shift=1, seed=5)
+    again, _ = loop(served, tmp_path)
+    again.step()
+    assert again.gauges()["remora_rebalance_achieved_gain_ratio"] < predicted - 0.2
+
+
+def test_a_dry_run_writes_and_remembers_nothing(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, tmp_path)
+    reports = [rebalancer.propose() for _ in range(3)]
+    assert {report["verdict"] for report in reports} == {"confirm"}
+    assert reports[0] == reports[1], "the same statistics give the same plan"
+    assert list(tmp_path.iterdir()) == []
+    text = report_text(reports[0])
+    assert "remote copies a token and layer" in text and "expert" in text
+
+
+def test_by_hand_it_moves_at_once_or_says_why_not(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    planner.report()
+    with pytest.raises(ConfigError, match=r"router\.state_dir is not set"):
+        loop(planner, None)[0].move()
+    report = loop(planner, tmp_path)[0].move()
+    assert report["verdict"] == "move" and (tmp_path / LATEST).exists()
+    served = Direct(view_of(placement=read_placement(tmp_path / LATEST)))
+    served.report()
+    assert loop(served, tmp_path / "other")[0].move()["verdict"] == "keep"
+    assert not (tmp_path / "other" / LATEST).exists()
+
+
+def test_a_round_changes_whole_layers_and_bounds_its_moves(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, tmp_path, moves_max=4, confirmations=1)
+    report = rebalancer.step()
+    assert report["moved_experts"] == 4 and len(report["layers"]) == 1
+    placement = read_placement(tmp_path / LATEST)
+    [layer] = report["layers"]
+    untouched = 1 - LAYERS.index(layer)
+    for uid, layers in placement.slots.items():
+        assert layers[untouched] == planner.view.placement.slots[uid][untouched]
+
+
+def test_mixed_placements_and_moves() -> None:
+    old = view_of().placement
+    turned = {"shard-0": old.slots["shard-1"], "shard-1": old.slots["shard-0"]}
+    new = Placement(num_experts=8, moe_layers=LAYERS, slots=turned)
+    mixed = mixed_placement(old, new, (2,))
+    assert mixed.slots["shard-0"] == (old.slots["shard-0"][0], new.slots["shard-0"][1])
+    moves = moves_between(old, mixed)
+    assert {(m.layer, m.expert, m.to_shard, m.from_shards) for m in moves} == {
+        (2, e, f"shard-{1 - e // 4}", (f"shard-{e // 4}",)) for e in range(8)
+    }
+
+
+def test_the_decision_log_is_bounded_and_rotated(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path, bytes_max=500)
+    for number in range(40):
+        log.append("decision", {"number": number}, 1_700_000_000.0 + number)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"decisions.jsonl", "decisions.jsonl.1"}
+    assert max(sizes.values()) <= 500
+    numbers = [line["number"] for line in log.lines()]
+    assert numbers == list(range(numbers[0], 40)) and len(numbers) >= 6
+    assert next(iter(log.lines()))["time"].startswith("2023-11-14T22:13:")
+    with log.path.open("a") as file:
+        file.write('{"kind": "dec')
+    assert [line["number"] for line in log.lines()] == numbers, "a cut line is left out"
+
+
+def test_reports_and_plans_over_grpc() -> None:
+    view = view_of()
+    with running_router(view) as server, channel_to(server) as channel:
+        report, plan = unary_call(channel, REPORT), unary_call(channel, PLAN)
+        known = {"timeout": 60.0, "metadata": credentials_of(TOKEN)}
+        for number, source in enumerate(("a", "b")):
+            ids = paired_tokens(len(LAYERS), 2000, seed=number)
+            report(
+                router_pb2.ReportRequest(
+                    group=f"dense-{number}",
+                    incarnation=1,
+                    num_running=3,
+                    sketch=encoded(ids, source, LAYERS),
+                ),
+                **known,
+            )
+        status = server.status()
+        assert status["groups"] == {"dense-0": 3, "dense-1": 3}
+        assert status["statistics"]["tokens"] == pytest.approx(4000)
+        answer = plan(router_pb2.PlanRequest(seed=3), **known)
+        assert answer.epoch == 1 and answer.copies_after < 0.75 * answer.copies_before
+        assert answer.moved_experts == 8
+        found = placement_from_message(answer.placement)
+        found.check()
+        assert len(moves_between(view.placement, found)) == 8
+
+
+def test_a_trace_is_planned_from_without_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model: Path
+) -> None:
+    trace = tmp_path / "t.trace"
+    num_experts, layers = _shape(small_model)
+    ids = paired_tokens(len(layers), 3000, num_experts=num_experts).astype(np.int16)
+    header = TraceHeader(
+        model=str(small_model), num_experts=num_experts, top_k=2, moe_layers=layers
+    )
+    with TraceWriter(trace, header) as writer:
+        writer.append(
+            make_trace(header, experts_LTK=ids, request_T=np.arange(3000, dtype=np.int32) // 50)
+        )
+    asked = ["rebalance", "--trace", str(trace), "--hosts", "2", "--json"]
+    assert main([*asked, "--dry-run"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "move" and report["copies_after"] < report["copies_before"]
+    assert len(report["moves"]) == report["moved_experts"] > 0
+    assert main(asked) == 2
+    assert "--output" in capsys.readouterr().out
+    out = tmp_path / "new.yaml"
+    assert main([*asked, "--output", str(out)]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--placement", str(out), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "keep", "nothing is left to gain"
+    assert main([*asked, "--dry-run", "--slots", "1"]) == 2
+    assert "--slots 1" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3_moe")
+
+
+def _shape(model: Path) -> tuple[int, tuple[int, ...]]:
+    from remora.actors.model_spec import inspect_model
+
+    spec = inspect_model(model)
+    return spec.num_experts, spec.moe_layers
+
+
+def test_latest_wants_a_place_to_lie(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"router\.state_dir must say"):
+        parse_config({"model": "m", "experts": {"placement": "latest"}})
+    config = parse_config(
+        {
+            "model": "m",
+            "experts": {"placement": "latest"},
+            "router": {"state_dir": str(tmp_path), "rebalance": {"gain_min": 0.1}},
+        }
+    )
+    assert parse_config(config.to_args()) == config
+    assert RebalancePolicy(**config.router.rebalance.model_dump()).gain_min == 0.1

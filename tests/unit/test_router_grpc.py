@@ -1,0 +1,230 @@
+"""The router's gRPC contract, over a real server on loopback."""
+
+import threading
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.router_rig import TOKEN, channel_to, running_router, view_of
+
+from remora.comm import coordinator_pb2, router_pb2
+from remora.comm.errors import ClusterError
+from remora.comm.router_grpc import (
+    GET_VIEW,
+    MESSAGE_BYTES_MAX,
+    METHODS,
+    PLAN,
+    PROMPT_TOKENS_MAX,
+    PROMPTS_MAX,
+    REPORT,
+    ROUTE,
+    WATCH_VIEW,
+    Method,
+    bearer_of,
+    credentials_of,
+    placement_from_message,
+    stream_call,
+    unary_call,
+)
+
+SOON_S = 20.0
+ASKED = router_pb2.RouteRequest(prompts=[router_pb2.RoutePrompt(token_ids=range(40))])
+
+
+def call(channel: Any, method: Method, request: Any, token: bytes = TOKEN) -> Any:
+    return unary_call(channel, method)(request, timeout=SOON_S, metadata=credentials_of(token))
+
+
+def refused(channel: Any, method: Method, request: Any, **options: Any) -> grpc.RpcError:
+    make = stream_call if method.is_stream else unary_call
+    with pytest.raises(grpc.RpcError) as caught:
+        answer = make(channel, method)(request, **{"timeout": SOON_S, **options})
+        if method.is_stream:
+            next(answer)
+    return caught.value
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        (),
+        (("authorization", f"Bearer {bearer_of(b'another token, also 32 bytes....')}"),),
+        (("authorization", TOKEN.hex()),),
+        (("authorization", "Bearer "),),
+    ],
+    ids=["none", "another", "the token itself", "empty"],
+)
+def test_no_call_without_the_clusters_token(method: Method, metadata: Any) -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        error = refused(channel, method, method.request(), metadata=metadata)
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert TOKEN.hex() not in str(error) and bearer_of(TOKEN) not in str(error)
+        assert server.status()["calls"][method.name] == 0
+
+
+def test_reflection_needs_the_token_and_describes_both_services() -> None:
+    asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    symbol = [reflection_pb2.ServerReflectionRequest(file_containing_symbol="remora.v1.Router")]
+    with running_router() as server, channel_to(server) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.ServerReflectionInfo(iter(asked), timeout=SOON_S))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        known = {"timeout": SOON_S, "metadata": credentials_of(TOKEN)}
+        [answer] = stub.ServerReflectionInfo(iter(asked), **known)
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"remora.v1.Router", "remora.v1.Views", "grpc.health.v1.Health"} <= names
+        [answer] = stub.ServerReflectionInfo(iter(symbol), **known)
+        assert answer.file_descriptor_response.file_descriptor_proto
+
+
+def test_health_is_open_and_true() -> None:
+    with running_router() as server, channel_to(server) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "remora.v1.Router", "remora.v1.Views"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=SOON_S)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(health_pb2.HealthCheckRequest(service="other"), timeout=SOON_S)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_route_answers_every_prompt_and_needs_a_group() -> None:
+    with running_router() as server, channel_to(server) as channel:
+        error = refused(channel, ROUTE, ASKED, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE and "no dense group" in error.details()
+        server.adopt_view(view_of(epoch=3))
+        answer = call(channel, ROUTE, ASKED)
+        assert answer.epoch == 3 and [c.group for c in answer.choices] == ["dense-0"]
+        assert answer.choices[0].expected_remote_copies < 0, "nothing is known yet"
+        again = call(channel, ROUTE, ASKED)
+        assert (again.choices[0].group, again.choices[0].prefix_tokens) in {
+            ("dense-0", 32),
+            ("dense-1", 0),
+        }
+        both = router_pb2.RouteRequest(prompts=ASKED.prompts, unreachable=["dense-0", "dense-1"])
+        error = refused(channel, ROUTE, both, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (router_pb2.RouteRequest(), "0 prompts"),
+        (
+            router_pb2.RouteRequest(prompts=[router_pb2.RoutePrompt()] * (PROMPTS_MAX + 1)),
+            f"{PROMPTS_MAX + 1} prompts",
+        ),
+        (
+            router_pb2.RouteRequest(
+                prompts=[router_pb2.RoutePrompt(token_ids=[1] * (PROMPT_TOKENS_MAX + 1))]
+            ),
+            f"{PROMPT_TOKENS_MAX + 1} token ids",
+        ),
+    ],
+)
+def test_what_is_beyond_the_bounds_is_refused(request_: Any, complaint: str) -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        error = refused(channel, ROUTE, request_, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and complaint in error.details()
+
+
+def test_messages_are_bounded_and_sketches_checked() -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        bad = router_pb2.ReportRequest(group="dense-0", sketch=b"no sketch")
+        error = refused(channel, REPORT, bad, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "routing sketch" in error.details()
+        large = router_pb2.ReportRequest(group="dense-0", sketch=b"x" * MESSAGE_BYTES_MAX)
+        with grpc.insecure_channel(server.address) as unbounded:
+            error = refused(unbounded, REPORT, large, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call(channel, REPORT, router_pb2.ReportRequest(group="dense-0")).report_after_s > 0
+
+
+def test_a_plan_without_statistics_says_so() -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        error = refused(channel, PLAN, PLAN.request(), metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE and "0 tokens" in error.details()
+
+
+def test_a_call_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        monkeypatch.setattr(server.statistics, "plan", lambda *_: held.wait(SOON_S))
+        error = refused(channel, PLAN, PLAN.request(), metadata=credentials_of(TOKEN), timeout=0.2)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        error = refused(channel, PLAN, PLAN.request(), metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE and "is being made" in error.details()
+        assert call(channel, ROUTE, ASKED).choices, "the others go on"
+        held.set()
+
+
+def test_the_servers_own_limit_holds_where_a_caller_sets_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(
+        "remora.actors.router_service.METHODS",
+        tuple(
+            Method(**{**{f: getattr(m, f) for f in Method.__slots__}, "limit_s": 0.1})
+            for m in METHODS
+        ),
+    )
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        monkeypatch.setattr(server.statistics, "plan", lambda *_: held.wait(SOON_S))
+        error = refused(channel, PLAN, PLAN.request(), metadata=credentials_of(TOKEN), timeout=None)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        held.set()
+
+
+def test_views_are_told_as_they_come() -> None:
+    first, second = view_of(epoch=1), view_of(epoch=2, hosts=("a", "b", "c"), num_experts=9)
+    known = {"timeout": SOON_S, "metadata": credentials_of(TOKEN)}
+    with running_router() as server, channel_to(server) as channel:
+        error = refused(channel, GET_VIEW, GET_VIEW.request(), metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        watch = stream_call(channel, WATCH_VIEW)(coordinator_pb2.WatchViewRequest(), **known)
+        server.adopt_view(first)
+        seen = next(watch)
+        assert (seen.epoch, seen.view_hash) == (1, first.view_hash)
+        assert placement_from_message(seen.placement) == first.placement
+        assert {m.uid: m.host for m in seen.members} == {
+            m.uid: m.endpoint.host for m in first.members
+        }
+        assert seen.members[0].labels["zone"] == "a"
+        server.adopt_view(first)
+        server.adopt_view(second)
+        assert next(watch).view_hash == second.view_hash
+        server.adopt_view(first)
+        assert call(channel, GET_VIEW, GET_VIEW.request()).epoch == 2, "an older view is ignored"
+        late = stream_call(channel, WATCH_VIEW)(
+            coordinator_pb2.WatchViewRequest(after_epoch=2), **known
+        )
+        third = view_of(epoch=3)
+        server.adopt_view(third)
+        assert next(late).epoch == next(watch).epoch == 3
+        late.cancel()
+        watch.cancel()
+
+
+def test_watchers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remora.actors.router_service.WATCHERS_MAX", 1)
+    known = {"timeout": SOON_S, "metadata": credentials_of(TOKEN)}
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        watch = stream_call(channel, WATCH_VIEW)(WATCH_VIEW.request(), **known)
+        next(watch)
+        error = refused(channel, WATCH_VIEW, WATCH_VIEW.request(), metadata=known["metadata"])
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with running_router() as server:
+        port = int(server.address.rpartition(":")[2])
+        with pytest.raises(ClusterError, match=f"cannot listen on 127.0.0.1:{port}"):
+            with running_router(port=port):
+                pass
