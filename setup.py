@@ -12,8 +12,9 @@ import os
 import platform
 import shutil
 import tempfile
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_py import build_py
 
 KERNELS = os.path.join("kernels", "csrc")
@@ -113,6 +114,23 @@ class BuildWithMessages(build_py):
         compile_protos(os.path.join(root, "comm"), target)
 
 
+class Protos(Command):
+    """`python setup.py protos`: the modules of `comm/*.proto` and nothing else, in a second."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        """There are none."""
+
+    def finalize_options(self) -> None:
+        """There are none."""
+
+    def run(self) -> None:
+        """Compile."""
+        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "comm")
+        compile_protos(folder, folder)
+
+
 def compile_protos(folder: str, target: str) -> None:
     """`folder`/*.proto to Python modules and their types in `target`.
 
@@ -140,5 +158,5 @@ def compile_protos(folder: str, target: str) -> None:
 
 setup(
     ext_modules=extensions() if platform.system() == "Linux" else [],
-    cmdclass={"build_py": BuildWithMessages},
+    cmdclass={"build_py": BuildWithMessages, "protos": Protos},
 )

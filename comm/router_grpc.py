@@ -17,7 +17,8 @@ try:
     from remora.comm import coordinator_pb2, router_pb2
 except ImportError as missing:  # a checkout that is older than its .proto files
     raise ImportError(
-        "the modules of comm/*.proto are not built: run `make setup` (or pip install -e .)"
+        "the modules of comm/*.proto are not built: run `make setup`, or, in a checkout that is set"
+        " up but older than they are, `.venv/bin/python setup.py -q protos`"
     ) from missing
 
 from remora.comm.view import Placement, View
