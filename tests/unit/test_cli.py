@@ -81,7 +81,7 @@ def test_a_name_that_is_none_of_ours_is_told_with_those_that_are(
         name="one", pid=os.getpid(), ray_address="a:1", ray_token="t", url="u", model="m"
     )
     with written_down(one):
-        for command in ("status", "stop"):
+        for command in ("status", "stop", "rebalance"):
             assert main([command, "nope"]) == 3
             message = capsys.readouterr().err
             assert "'nope'" in message and "one" in message and "--ray-address" in message
