@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import grpc
 
+import remora.comm.router_pb2 as router_pb2
 from remora.actors.launch import Launch
 from remora.actors.router_actor import router_address
-from remora.comm import router_pb2
 from remora.comm.messages import EngineStats
 from remora.comm.router_grpc import REPORT, channel_options, credentials_of, unary_call
 

@@ -17,6 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+import remora.comm.router_pb2 as router_pb2
 from remora.actors.router_state import (
     HomesLearned,
     LoadReported,
@@ -26,7 +27,6 @@ from remora.actors.router_state import (
     ViewAdopted,
 )
 from remora.actors.router_statistics import PlanOutcome, RouterStatistics
-from remora.comm import router_pb2
 from remora.comm.errors import ClusterError, FrameError, RemoraError
 from remora.comm.router_grpc import (
     CALLS_MAX,

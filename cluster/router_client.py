@@ -13,7 +13,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from remora.comm import router_pb2
+import remora.comm.router_pb2 as router_pb2
 from remora.comm.messages import Submit
 from remora.comm.router_grpc import (
     PROMPT_TOKENS_MAX,

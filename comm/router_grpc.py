@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 
 try:
-    from remora.comm import coordinator_pb2, router_pb2
+    import remora.comm.coordinator_pb2 as coordinator_pb2
+    import remora.comm.router_pb2 as router_pb2
 except ImportError as missing:  # a checkout that is older than its .proto files
     raise ImportError(
         "the modules of comm/*.proto are not built: run `make setup`, or, in a checkout that is set"
