@@ -17,8 +17,9 @@ from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.tp_plan import check_heads, make_plan
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import kv_bytes_per_token, placement_of
-from remora.comm import plan as choice
-from remora.comm.topology import held_of
+from remora.comm.bundles import NO_SOURCE
+from remora.comm.replay import choose_all
+from remora.comm.topology import held_of, uniform_topology
 from remora.comm.view import Placement
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
 
@@ -134,14 +135,9 @@ def _sampled_copies(held_SE: NDArray[np.bool_], top_k: int) -> float:
     num_shards, num_experts = held_SE.shape
     draws = np.random.default_rng(0).random((SAMPLED, num_experts))
     index_TK = np.argpartition(draws, top_k - 1, axis=1)[:, :top_k].astype(np.int64)
-    table_ER = np.full((num_experts, num_shards), -1, np.int16)
-    for expert in range(num_experts):
-        holders = np.flatnonzero(held_SE[:, expert])
-        table_ER[expert, : len(holders)] = holders
-    shard_TK = np.zeros(index_TK.shape, np.int32)
-    call_TK = np.full(index_TK.shape, choice.PENDING, np.int32)
-    local_S, usable_S = np.zeros(num_shards, np.uint8), np.ones(num_shards, np.uint8)
-    choice.choose(index_TK, SAMPLED, table_ER, local_S, usable_S, shard_TK, call_TK)
+    topology = uniform_topology(num_hosts=num_shards, shards_per_host=1, slots=num_experts)
+    nowhere_T = np.full(SAMPLED, NO_SOURCE)
+    shard_TK = choose_all(index_TK, nowhere_T, held_SE, topology)
     ordered_TK = np.sort(shard_TK, axis=1)
     return 1.0 + float((np.diff(ordered_TK, axis=1) > 0).sum()) / SAMPLED
 

@@ -31,7 +31,8 @@ SKIPPED: Final = -2  # a pair whose expert index was negative: it contributes no
 
 UNIT: Final = 720720 * 64  # the price of one copy to a remote host; divides by 1 .. 16
 OPEN_SHARD: Final = UNIT // 8  # a row to one more shard of a host that gets it anyway
-GAIN: Final = 4  # a shard 1 / GAIN over the mean load costs one copy a pair more
+GAIN_ONE: Final = 16
+GAIN: Final = 4 * GAIN_ONE  # a shard a quarter over the mean load costs one copy a pair more
 PAIR: Final = 64  # load of one pair: decay needs fractions
 DECAY_SHIFT: Final = 13  # load is forgotten over 2 ** 13 tokens
 PRIOR: Final = 256 * PAIR  # load per shard that counts as none: no price on the first few pairs
@@ -53,11 +54,11 @@ def _count(bits):  # type: ignore[no-untyped-def]
 
 @_jit
 def begin_prices(load_S, num_tokens, gain, price_S):  # type: ignore[no-untyped-def]
-    """Forgets a little of `load_S` and sets the prices of a dispatch of `num_tokens` by it.
+    """Sets the prices of a dispatch of `num_tokens` by the load so far.
 
     Args:
-        load_S: int64 load in 1 / PAIR pairs, decayed in place.
-        gain: GAIN, or 0 for no prices.
+        load_S: int64 load in 1 / PAIR pairs.
+        gain: in 1 / GAIN_ONE; 0 for no prices.
         price_S: int64 in UNIT, written.
 
     Returns:
@@ -67,13 +68,21 @@ def begin_prices(load_S, num_tokens, gain, price_S):  # type: ignore[no-untyped-
     forget = min(num_tokens, 1 << DECAY_SHIFT)
     total = 0
     for s in range(num_shards):
-        load_S[s] -= (load_S[s] * forget) >> DECAY_SHIFT
-        total += load_S[s]
-    slope = gain * UNIT * num_shards // (total + PRIOR * num_shards)
+        price_S[s] = load_S[s] - ((load_S[s] * forget) >> DECAY_SHIFT)
+        total += price_S[s]
+    slope = gain * UNIT * num_shards // (GAIN_ONE * (total + PRIOR * num_shards))
     mean = total // num_shards
     for s in range(num_shards):
-        price_S[s] = (load_S[s] - mean) * slope
+        price_S[s] = (price_S[s] - mean) * slope
     return PAIR * slope
+
+
+@_jit
+def decay(load_S, num_tokens):  # type: ignore[no-untyped-def]
+    """Forgets of `load_S` what `num_tokens` further tokens make old; as `begin_prices` priced."""
+    forget = min(num_tokens, 1 << DECAY_SHIFT)
+    for s in range(load_S.shape[0]):
+        load_S[s] -= (load_S[s] * forget) >> DECAY_SHIFT
 
 
 @_jit
@@ -219,8 +228,9 @@ def choose(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S
         replicas_ER: int16 shards that hold each expert, padded with -1.
         host_S: int32 host of each shard, `own_host` is ours (-1: no shard is on it).
         usable_S: uint8: connected and not suspected.
-        load_S: int64 recent load of this layer (see `begin_prices`); raised by the pairs chosen.
-        gain: GAIN, or 0 for no prices.
+        load_S: int64 recent load of this layer (see `begin_prices`); decayed and raised by the
+            pairs chosen where there was something to choose (R > 1) and nothing is missing.
+        gain: see `begin_prices`.
         shard_TK, call_TK: int32, written and read.
 
     Returns:
@@ -244,10 +254,21 @@ def choose(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S
         )  # fmt: skip
         if missing >= 0:
             return missing
-        for k in range(index_TK.shape[1]):
-            if call_TK[t, k] == PENDING:
-                load_S[shard_TK[t, k]] += PAIR
+    if replicas_ER.shape[1] > 1:
+        decay(load_S, num_tokens)
+        for t in range(num_tokens):
+            for k in range(index_TK.shape[1]):
+                if call_TK[t, k] == PENDING:
+                    load_S[shard_TK[t, k]] += PAIR
     return -1
+
+
+def warm() -> None:
+    """Compiles `choose`."""
+    none_T1, none32_T1 = np.zeros((0, 1), np.int64), np.zeros((0, 1), np.int32)
+    host_S, usable_S, load_S = np.zeros(1, np.int32), np.zeros(1, np.uint8), np.zeros(1, np.int64)
+    table_ER = np.zeros((1, 1), np.int16)
+    choose(none_T1, 0, table_ER, host_S, 0, usable_S, load_S, GAIN, none32_T1, none32_T1)
 
 
 def choose_naive(
@@ -268,7 +289,7 @@ def choose_naive(
     """
     forget = min(len(index_TK), 2**DECAY_SHIFT)
     load[:] = [x - x * forget // 2**DECAY_SHIFT for x in load]
-    slope = gain * UNIT * len(load) // (sum(load) + PRIOR * len(load))
+    slope = gain * UNIT * len(load) // (GAIN_ONE * (sum(load) + PRIOR * len(load)))
     price = [(x - sum(load) // len(load)) * slope for x in load]
     chosen: list[list[int]] = []
     for row in index_TK.tolist():

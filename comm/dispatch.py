@@ -5,7 +5,7 @@
     sent = dispatcher.dispatch(layer, hidden_TD, index_TK, weights_TK, num_tokens)
     rows = dispatcher.combine(sent)
 
-Every (token, expert) pair goes to one replica (`plan.choose`), a token's row to each shard once.
+Every (token, expert) pair goes to one replica (`choice.choose`), a token's row to each shard once.
 A shard that does not hold an expert, is lost or is late costs a retry of its pairs on what the
 refreshed view says: calls are stateless and replicas bitwise equal, so the result is the same.
 
@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from remora.comm import plan
 from remora.comm.accounting import TrafficCounters
+from remora.comm.choice import TOP_K_MAX
 from remora.comm.dispatch_handle import Dispatch
 from remora.comm.native import native_extension
 from remora.comm.native_dispatch import NativeLayers
@@ -164,7 +164,7 @@ class Dispatcher:
 
 
 def _check(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int) -> None:
-    assert index_TK.shape == weights_TK.shape and index_TK.shape[1] <= plan.TOP_K_MAX, (
+    assert index_TK.shape == weights_TK.shape and index_TK.shape[1] <= TOP_K_MAX, (
         f"index {tuple(index_TK.shape)}, weights {tuple(weights_TK.shape)}, k <= 16"
     )
     assert 0 <= num_tokens <= index_TK.shape[0] == hidden_TD.shape[0], (

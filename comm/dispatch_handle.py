@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora.comm import plan
 from remora.comm.arena import Memory
 from remora.comm.call import Call
+from remora.comm.choice import PENDING
 from remora.comm.errors import ClusterError
 
 _NO_CALLS_C = np.zeros(0, np.int32)
@@ -63,7 +63,7 @@ class Dispatch:
     ) -> "Dispatch":
         """One with every pair PENDING; arguments as `Dispatcher.dispatch`."""
         plan_3TK = np.empty((3, *index_TK.shape), np.int32)
-        plan_3TK[0] = plan.PENDING
+        plan_3TK[0] = PENDING
         if weights_TK.dtype is not torch.float32:
             weights_TK = weights_TK.float()
         return cls(

@@ -87,8 +87,9 @@ def eplb_held(
 
     Args:
         load_E: pairs of each expert.
-        topology: equal slots in every shard; for `hierarchical`, equal shards on every host, in
-            order of hosts.
+        topology: for `hierarchical`, equal slots in every shard and equal shards on every host, in
+            order of hosts. Unequal slots, which the original does not know, are filled by the same
+            greedy rule.
         hierarchical: experts are packed to hosts first (groups of one expert: the models here have
             no group-limited routing).
 
@@ -96,13 +97,16 @@ def eplb_held(
     the highest load per replica that the shard does not hold.
     """
     num_shards, num_experts = topology.num_shards, len(load_E)
-    assert len(set(topology.slots_S)) == 1, f"EPLB needs equal shards, slots {topology.slots_S}"
+    rooms = [min(room, num_experts) for room in topology.slots_S]
+    assert sum(rooms) >= num_experts, f"{num_experts} experts in {sum(rooms)} slots"
+    if len(set(rooms)) > 1:
+        return _held_in_unequal(load_E, rooms)
     num_nodes = topology.num_hosts if hierarchical else 1
     if hierarchical:
         shards_per_host = num_shards // num_nodes
         expected = tuple(s // shards_per_host for s in range(num_shards))
         assert topology.host_of_S == expected, f"hosts in order, got {topology.host_of_S}"
-    room = topology.slots_S[0]
+    room = rooms[0]
     slots = eplb_slots(
         load_E,
         num_physical=room * num_shards,
@@ -112,8 +116,30 @@ def eplb_held(
     )
     held_SE = np.zeros((num_shards, num_experts), np.bool_)
     held_SE[np.repeat(np.arange(num_shards), room), slots] = True
-    for shard in range(num_shards):
-        while held_SE[shard].sum() < min(room, num_experts):
+    _fill(held_SE, load_E, rooms)
+    return held_SE
+
+
+def _held_in_unequal(load_E: NDArray[np.floating], rooms: list[int]) -> NDArray[np.bool_]:
+    held_SE = np.zeros((len(rooms), len(load_E)), np.bool_)
+    physical = np.array(replicate(load_E.astype(np.float64), sum(rooms)))
+    share_P = (load_E / np.bincount(physical))[physical]
+    sums = np.zeros(len(rooms))
+    first_last = np.argsort(-share_P, kind="stable")
+    for p in sorted(first_last.tolist(), key=lambda p: p >= len(load_E)):  # every expert first
+        able = [s for s, room in enumerate(rooms) if held_SE[s].sum() < room]
+        able = [s for s in able if not held_SE[s, physical[p]]]
+        if able:
+            shard = min(able, key=sums.__getitem__)
+            held_SE[shard, physical[p]] = True
+            sums[shard] += share_P[p]
+    _fill(held_SE, load_E, rooms)
+    return held_SE
+
+
+def _fill(held_SE: NDArray[np.bool_], load_E: NDArray[np.floating], rooms: list[int]) -> None:
+    """Free slots go to the expert with the highest load per replica that the shard lacks."""
+    for shard, room in enumerate(rooms):
+        while held_SE[shard].sum() < room:
             share_E = np.where(held_SE[shard], -1.0, load_E / held_SE.sum(0))
             held_SE[shard, int(np.argmax(share_E))] = True
-    return held_SE

@@ -141,11 +141,14 @@ class NativeLayers:
         routes = self._routes
         self._view = routes.view
         self._linked = [None] * len(routes.uids)
-        tables = [(layer, t.ctypes.data, *t.shape) for layer, t in routes.tables.items()]
+        tables = [
+            (layer, t.ctypes.data, *t.shape, routes.load[layer].ctypes.data)
+            for layer, t in routes.tables.items()
+        ]
         self._client.configure(
             routes.view.epoch, *self._settings, self._peers.limits.region_bytes,
-            routes.local_S.ctypes.data, routes.usable_S.ctypes.data, len(routes.uids),
-            0, park_address(), tables,
+            routes.host_S.ctypes.data, routes.own_host, routes.usable_S.ctypes.data,
+            routes.gain.ctypes.data, len(routes.uids), 0, park_address(), tables,
         )  # fmt: skip
 
     def _describe(self, shard: int, peer: Peer) -> None:

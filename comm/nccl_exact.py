@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm import plan
+from remora.comm import choice, plan
 from remora.comm.errors import PeerLostError
 
 
@@ -61,10 +61,13 @@ def plan_source(
     """
     num_shards, (num_rows, top_k) = len(local_S), index_TK.shape
     shard_TK = np.empty(index_TK.shape, np.int32)
-    call_TK, row_TK, pos_TK = np.full((3, num_rows, top_k), plan.PENDING, np.int32)
+    call_TK, row_TK, pos_TK = np.full((3, num_rows, top_k), choice.PENDING, np.int32)
     usable_S = np.ones(num_shards, np.uint8)
-    missing = plan.choose(
-        index_TK, num_tokens, replicas_ER, local_S, usable_S, shard_TK, call_TK
+    host_S = np.where(local_S, 0, np.arange(1, num_shards + 1)).astype(np.int32)
+    load_S = np.zeros(num_shards, np.int64)  # of this dispatch alone: all ranks plan alike
+    missing = choice.choose(
+        index_TK, num_tokens, replicas_ER, host_S, 0, usable_S, load_S, choice.GAIN, shard_TK,
+        call_TK,
     )  # fmt: skip
     if missing >= 0:
         raise PeerLostError(f"expert {missing} has no replica in this generation")

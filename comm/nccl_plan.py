@@ -198,7 +198,7 @@ def home_shards(
 ) -> NDArray[np.int64]:
     """The shard that source number `source` asks for each expert in decode: `[E + 1]`.
 
-    A device cannot run `plan.choose` without a host in between, so the replica is fixed for the
+    A device cannot run `choice.choose` without a host in between, so the replica is fixed for the
     life of a view: one on our own host if there is one, else spread over the replicas by source and
     expert, so that sources and experts share them out. Entry E is S: no expert, no shard.
 

@@ -28,7 +28,7 @@ _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
 
 @_jit
-def _index(ids_BK, num_experts):  # type: ignore[no-untyped-def]
+def index_bundles(ids_BK, num_experts):  # type: ignore[no-untyped-def]
     """Bundles of each expert: (start_E1, bundle_N)."""
     start = np.zeros(num_experts + 1, np.int64)
     for b in range(ids_BK.shape[0]):
@@ -316,7 +316,7 @@ class PartitionSearch:
         self._ids_BK = np.ascontiguousarray(bundles.experts_BK)
         self._source_B = bundles.source_B.astype(np.int64)
         self._weight_B = bundles.weight_B
-        self._index = _index(self._ids_BK, num_experts)
+        self._index = index_bundles(self._ids_BK, num_experts)
         self._host_S = np.array(topology.host_of_S, np.int64)
         self._load_E = load_E
         self._weights = weights

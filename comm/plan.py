@@ -1,24 +1,22 @@
-"""Which replica computes which (token, expert) pair, and how the rows of a call are laid out.
+"""How the rows of a dispatch are laid out in calls, packed, and summed when they come back.
+
+Which replica computes which (token, expert) pair is decided before (`choice.py`).
 
 Compiled with numba: the integer work of a dispatch is a few microseconds, in Python it would be
-milliseconds. `choose_naive` and `combine_naive` are the slow twins that tests compare with.
+milliseconds. `combine_naive` is the slow twin that tests compare with.
 
 Shape suffixes: T tokens, K top-k, E experts, R most replicas of one expert, S shards, C calls,
 D model width. Addresses are of this process, as int64.
-
-Choice (traffic.md, method 5): per token a greedy set cover over its k <= 16 experts, shards of our
-own host first, then whoever covers most of the rest; ties go to the shard with fewer pairs in this
-dispatch so far, then to the lower index. Deterministic in its arguments.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.comm import choice
 from remora.comm.addresses import (
     as_float32,
     as_int32,
@@ -28,92 +26,9 @@ from remora.comm.addresses import (
     copy_bytes,
     float32_of_bits,
 )
-
-TOP_K_MAX: Final = 16
-PENDING: Final = -1  # a pair that no call has taken yet
-SKIPPED: Final = -2  # a pair whose expert index was negative: it contributes nothing
+from remora.comm.choice import PENDING
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
-
-
-@_jit
-def _best(candidates, cover_S, remaining, local_S, load_S):  # type: ignore[no-untyped-def]
-    """The shard that comes next: local before remote, most covered, least load, lowest index."""
-    best = -1
-    best_score = 0
-    for s in candidates:
-        bits = cover_S[s] & remaining
-        score = 0
-        while bits:
-            bits &= bits - 1
-            score += 1
-        if score == 0:
-            continue
-        score += local_S[s] * (TOP_K_MAX + 1)
-        tie = score == best_score and best >= 0
-        lighter = tie and (load_S[s] < load_S[best] or (load_S[s] == load_S[best] and s < best))
-        if score > best_score or lighter:
-            best, best_score = s, score
-    return best
-
-
-@_jit
-def choose(index_TK, num_tokens, replicas_ER, local_S, usable_S, shard_TK, call_TK):  # type: ignore[no-untyped-def]
-    """Sets `shard_TK` for every PENDING pair of the first `num_tokens` tokens.
-
-    Args:
-        index_TK: int64 logical experts; negative = SKIPPED.
-        replicas_ER: int16 shards that hold each expert, padded with -1.
-        local_S, usable_S: uint8 flags: on our host; connected and not suspected.
-        shard_TK, call_TK: int32, written and read.
-
-    Returns:
-        -1, or the first expert that no usable shard holds (also one out of range).
-    """
-    top_k = index_TK.shape[1]
-    num_experts, num_replicas = replicas_ER.shape
-    num_shards = local_S.shape[0]
-    cover_S = np.zeros(num_shards, np.int32)
-    load_S = np.zeros(num_shards, np.int64)
-    candidates = np.empty(num_shards, np.int32)
-    for t in range(num_tokens):
-        num_candidates = 0
-        remaining = 0
-        for k in range(top_k):
-            if call_TK[t, k] != PENDING:
-                continue
-            e = index_TK[t, k]
-            if e < 0:
-                call_TK[t, k] = SKIPPED
-                continue
-            if e >= num_experts:
-                return e
-            covered = False
-            for r in range(num_replicas):
-                s = replicas_ER[e, r]
-                if s < 0:
-                    break
-                if usable_S[s]:
-                    covered = True
-                    if cover_S[s] == 0:
-                        candidates[num_candidates] = s
-                        num_candidates += 1
-                    cover_S[s] |= 1 << k
-            if not covered:
-                for c in range(num_candidates):
-                    cover_S[candidates[c]] = 0
-                return e
-            remaining |= 1 << k
-        while remaining:
-            best = _best(candidates[:num_candidates], cover_S, remaining, local_S, load_S)
-            for k in range(top_k):
-                if cover_S[best] & remaining & (1 << k):
-                    shard_TK[t, k] = best
-                    load_S[best] += 1
-            remaining &= ~cover_S[best]
-        for c in range(num_candidates):
-            cover_S[candidates[c]] = 0
-    return -1
 
 
 @_jit
@@ -282,44 +197,12 @@ def warm() -> None:
     none_T1 = np.zeros((0, 1), np.int64)
     none32_T1 = np.zeros((0, 1), np.int32)
     weight_T1 = np.zeros((0, 1), np.float32)
-    flag_S = np.zeros(1, np.uint8)
     call_C, address_C = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    choose(none_T1, 0, np.zeros((1, 1), np.int16), flag_S, flag_S, none32_T1, none32_T1)
+    choice.warm()
     lay_out(none_T1, 0, 1, 1, 1, 0, none32_T1, none32_T1, none32_T1, none32_T1, call_C, call_C, call_C)  # fmt: skip  # noqa: E501
     pack(none_T1, weight_T1, 0, 0, 2, 0, 0, none32_T1, none32_T1, none32_T1, call_C, call_C, address_C)  # fmt: skip  # noqa: E501
     pairs_fit(0, 0, 0)
     combine(weight_T1, 0, 1, True, True, none32_T1, none32_T1, none32_T1, address_C, 0, 0)
-
-
-def choose_naive(
-    index_TK: NDArray[np.int64],
-    holders: list[list[int]],
-    local: set[int],
-) -> list[list[int]]:
-    """Slow twin of `choose`: the shard of each pair, -1 for negative experts.
-
-    Args:
-        index_TK: logical experts.
-        holders: usable shards per expert.
-        local: shards of our host.
-    """
-    load: dict[int, int] = {}
-    chosen: list[list[int]] = []
-    for row in index_TK.tolist():
-        left = {k: set(holders[e]) for k, e in enumerate(row) if e >= 0}
-        shard_K = [-1] * len(row)
-        while left:
-            candidates = set().union(*left.values())
-            cover = {s: [k for k in left if s in left[k]] for s in candidates}
-            best = min(
-                candidates, key=lambda s: (s not in local, -len(cover[s]), load.get(s, 0), s)
-            )
-            for k in cover[best]:
-                shard_K[k] = best
-                del left[k]
-            load[best] = load.get(best, 0) + len(cover[best])
-        chosen.append(shard_K)
-    return chosen
 
 
 def combine_naive(rows_TKD: Tensor, weight_TK: Tensor) -> Tensor:

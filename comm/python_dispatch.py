@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remora.comm import plan
+from remora.comm import choice, plan
 from remora.comm.arena import DTYPE_CODES, Memory
 from remora.comm.call import Call
 from remora.comm.dispatch_handle import Dispatch
@@ -96,9 +96,10 @@ class PythonLayers:
         while True:
             routes = self._routes
             table_ER = routes.tables[sent.layer]
-            missing = plan.choose(
-                sent.index_TK, sent.num_tokens, table_ER, routes.local_S, routes.usable_S,
-                shard_TK, sent.call_TK,
+            missing = choice.choose(
+                sent.index_TK, sent.num_tokens, table_ER, routes.host_S, routes.own_host,
+                routes.usable_S, routes.load[sent.layer], int(routes.gain[0]), shard_TK,
+                sent.call_TK,
             )  # fmt: skip
             if missing < 0:
                 break
@@ -195,7 +196,7 @@ class PythonLayers:
             if attempt > RETRIES_MAX:
                 assert sent.error is not None, f"calls {sent.failed} failed without an error"
                 raise sent.error
-            sent.call_TK[np.isin(sent.call_TK, sent.failed)] = plan.PENDING
+            sent.call_TK[np.isin(sent.call_TK, sent.failed)] = choice.PENDING
             sent.failed.clear()
             self._routes.refresh()
             self._plan(sent)

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.choice import GAIN, PAIR, PENDING, TOP_K_MAX, begin_prices, choose_token
+from remora.comm.choice import GAIN, PAIR, PENDING, TOP_K_MAX, begin_prices, choose_token, decay
 from remora.comm.topology import Topology
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -78,7 +78,7 @@ def replay(
         source_T: host of each token, an index into `topology.hosts`; negative: no host of it.
         weight_T: tokens that each row stands for; 1 when None.
         policy: "cover" is `choice.choose`; "random" any replica, evenly, by `seed`.
-        gain: of the load prices; 0 switches them off.
+        gain: of the load prices, in 1 / GAIN_ONE; 0 switches them off.
         step_tokens: rows between two exchanges of load.
     """
     num_tokens = len(expert_ids_TK)
@@ -158,6 +158,7 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
         pair_price = begin_prices(load_S, end - first, gain, price_S)
         for x in range(num_hosts + 1):
             price_XS[x] = price_S
+        decay(load_S, end - first)
         for t in range(first, end):
             call_K[:] = PENDING
             source = source_T[t]

@@ -14,11 +14,21 @@ themselves more cleverly make the truth a little better than `gain` and `loss` s
 Shape suffixes: B bundles, K top-k, E experts, R most replicas, S shards, H hosts.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from remora.comm.bundles import LayerBundles
+from remora.comm.choice import GAIN, GAIN_ONE
+from remora.comm.objective import Objective
+from remora.comm.replay import choose_all, replay
+from remora.comm.topology import Topology
+
+LOAD_PRICE: Final = 16.0  # rows a token for all of the load over the cap
+
+Held = NDArray[np.bool_]  # [S, E]
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
@@ -80,3 +90,83 @@ def load_prices(load_S: NDArray[np.float64], gain: float) -> NDArray[np.float64]
     """Copies that a pair costs on each shard: `gain` times its share over the mean."""
     mean = load_S.mean()
     return gain * (load_S / mean - 1.0) if mean > 0 else np.zeros_like(load_S)
+
+
+def replayed_value(
+    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
+) -> float:
+    """The objective as a replay finds it, per token; load over the cap is dear."""
+    cost = replay(
+        bundles.experts_BK, bundles.source_B, held_SE, topology, weight_T=bundles.weight_B
+    )
+    tokens = max(cost.tokens, 1e-30)
+    rows = objective.b_host * cost.remote_copies + objective.b_dev * cost.shard_copies
+    worst = objective.mu * cost.load_S.max() + objective.kappa * cost.ingress_H.max()
+    over = max(0.0, cost.load_max_over_mean - 1 - objective.load_eps)
+    return float((rows + worst) / tokens + LOAD_PRICE * over)
+
+
+def tables_of(
+    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """`change_tables` of a replay, and the load it led to."""
+    shard_BK = choose_all(
+        bundles.experts_BK, bundles.source_B, held_SE, topology, weight_T=bundles.weight_B
+    )
+    weight_BK = np.where(shard_BK >= 0, bundles.weight_B[:, None], 0.0)
+    load_S = np.bincount(
+        np.maximum(shard_BK, 0).ravel(), weight_BK.ravel(), topology.num_shards
+    ).astype(np.float64)
+    gain_ES, loss_ES = change_tables(
+        bundles.experts_BK, bundles.source_B.astype(np.int64), bundles.weight_B, shard_BK, held_SE,
+        np.array(topology.host_of_S, np.int64), topology.num_hosts,
+        load_prices(load_S, GAIN / GAIN_ONE), objective.b_dev, objective.b_host,
+    )  # fmt: skip
+    return gain_ES, loss_ES, load_S
+
+
+def hosts_wanted(topology: Topology, num_experts: int) -> int:
+    """Hosts that each expert should have a copy on: 2 where slots allow, else 1."""
+    room = sum(min(slots, num_experts) for slots in topology.slots_S)
+    return 2 if topology.num_hosts > 1 and room >= 2 * num_experts else 1
+
+
+def hosts_holding(held_SE: Held, topology: Topology) -> NDArray[np.int64]:
+    """`[E]` hosts that hold each expert."""
+    held_HE = np.zeros((topology.num_hosts, held_SE.shape[1]), np.bool_)
+    np.logical_or.at(held_HE, np.array(topology.host_of_S), held_SE)
+    return held_HE.sum(0)
+
+
+def add_coverage(
+    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
+) -> None:
+    """Copies on a second host where slots allow (`hosts_wanted`), where they save most."""
+    if hosts_wanted(topology, held_SE.shape[1]) < 2:
+        return
+    host_S, slots_S = np.array(topology.host_of_S), np.array(topology.slots_S)
+    gain_ES, _, _ = tables_of(bundles, topology, held_SE, objective)
+    order = np.argsort(-gain_ES.max(1), kind="stable")
+    for expert in order[hosts_holding(held_SE, topology)[order] < 2].tolist():
+        other_S = ~np.isin(host_S, host_S[held_SE[:, expert]]) & (held_SE.sum(1) < slots_S)
+        if other_S.any():
+            # ties, and what saves nothing: to the emptiest shard
+            key_S = gain_ES[expert] + 1e-9 * (slots_S - held_SE.sum(1))
+            held_SE[int(np.where(other_S, key_S, -np.inf).argmax()), expert] = True
+
+
+def add_replicas(
+    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
+) -> None:
+    """Fills spare slots of `held_SE`, best gain first, a few between two passes of the choice."""
+    slots_S = np.minimum(topology.slots_S, held_SE.shape[1])
+    while (num_free := int((slots_S - held_SE.sum(1)).sum())) > 0:
+        gain_ES, _, _ = tables_of(bundles, topology, held_SE, objective)
+        gain_ES[held_SE.T] = -1.0
+        for _ in range(max(1, num_free // 6)):
+            gain_ES[:, held_SE.sum(1) >= slots_S] = -1.0
+            expert, shard = divmod(int(np.argmax(gain_ES)), topology.num_shards)
+            if gain_ES[expert, shard] < 0:  # every expert had its turn in this pass
+                break
+            held_SE[shard, expert] = True
+            gain_ES[expert] = -1.0

@@ -1,4 +1,4 @@
-"""A placement as the tables that `plan.choose` reads.
+"""A placement as the tables that `choice.choose` reads.
 
 Shape suffixes: E experts, R most replicas of one expert.
 """

@@ -50,7 +50,10 @@ Status Client::begin(const LayerInput& input) {
   input_.weight_TK = weight_TK;
   const Routing routing = routing_of(input, weight_TK);
   const auto num_shards = static_cast<int64_t>(links.size());
-  if (!layout_.choose(routing, table->second, local_S, usable_S, num_shards))
+  layout_.resize(routing);
+  int32_t* shard_TK = layout_.shard_TK.data();
+  int32_t* call_TK = layout_.call_TK.data();
+  if (!chooser_.choose(routing, table->second, shards, shard_TK, call_TK))
     return Status::kNotNative;
   const auto row_bytes = static_cast<int64_t>(input.width * item_bytes(input.dtype));
   const int64_t back = presummed ? 1 : input.top_k;
@@ -59,6 +62,7 @@ Status Client::begin(const LayerInput& input) {
   layout_.lay_out(routing, table->second.num_experts, num_shards,
                   std::max<int64_t>(1, std::min(rows_per_call_max, fitting)));
   if (!place(input)) return Status::kNotNative;
+  chooser_.settle(routing, table->second, shards, shard_TK, call_TK);
   layout_.pack_pairs(routing, column_C_);
   open_ = true;
   send_all();

@@ -88,8 +88,7 @@ class Client {
   double deadline_s = 0;
   int64_t rows_per_call_max = 1, region_bytes_asked = 0;
   int64_t spin_ns = 0;
-  const uint8_t* local_S = nullptr;
-  const uint8_t* usable_S = nullptr;
+  ShardTable shards;
   void (*park)() = nullptr;  // called before this thread waits for another process
   std::unordered_map<int32_t, ReplicaTable> tables;
   std::vector<Link> links;
@@ -118,6 +117,7 @@ class Client {
   bool take_body(Link& link, LayerCall& call);
 
   LayerInput input_{};
+  Chooser chooser_;
   Layout layout_;
   std::vector<float> weight_TK_;
   std::vector<LayerCall> calls_;

@@ -40,11 +40,11 @@ void client_dealloc(PyObject* object) {
   Py_DECREF(type);
 }
 
-// (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, local_S, usable_S, num_shards,
-//  spin_ns, park, [(layer, table_ER, num_experts, num_replicas), ...])
+// (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, host_S, own_host, usable_S, gain,
+//  num_shards, spin_ns, park, [(layer, table_ER, num_experts, num_replicas, load_S), ...])
 PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   const Arguments arguments(items, count);
-  if (!arguments.expect(11)) return nullptr;
+  if (!arguments.expect(13)) return nullptr;
   auto* self = reinterpret_cast<ClientObject*>(object);
   Client& client = self->client;
   client.epoch = arguments.natural(0);
@@ -52,28 +52,33 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   client.deadline_s = arguments.real(2);
   client.rows_per_call_max = arguments.integer(3);
   client.region_bytes_asked = arguments.integer(4);
-  client.local_S = arguments.address<const uint8_t>(5);
-  client.usable_S = arguments.address<const uint8_t>(6);
-  const int64_t num_shards = arguments.integer(7);
-  client.spin_ns = arguments.integer(8);
-  client.park = reinterpret_cast<void (*)()>(arguments.address<void>(9));
+  ShardTable shards;
+  shards.host_S = arguments.address<const int32_t>(5);
+  shards.own_host = static_cast<int32_t>(arguments.integer(6));
+  shards.usable_S = arguments.address<const uint8_t>(7);
+  shards.gain = arguments.address<const int64_t>(8);
+  const int64_t num_shards = shards.num_shards = arguments.integer(9);
+  client.spin_ns = arguments.integer(10);
+  client.park = reinterpret_cast<void (*)()>(arguments.address<void>(11));
   if (PyErr_Occurred()) return nullptr;
+  client.shards = shards;
   client.close();
   drop_lists(self);
   self->free_lists.assign(num_shards, nullptr);
   client.links.assign(num_shards, Link{});
   client.tables.clear();
-  PyObject* tables = arguments.object(10);
+  PyObject* tables = arguments.object(12);
   if (!PyList_Check(tables)) return PyErr_Format(PyExc_TypeError, "tables must be a list");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
     int layer;
-    unsigned long long address;
+    unsigned long long address, load;
     long long num_experts, num_replicas;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(tables, i), "iKLL", &layer, &address, &num_experts,
-                          &num_replicas))
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(tables, i), "iKLLK", &layer, &address, &num_experts,
+                          &num_replicas, &load))
       return nullptr;
     client.tables[layer] = {reinterpret_cast<const int16_t*>(static_cast<uintptr_t>(address)),
-                            num_experts, num_replicas};
+                            num_experts, num_replicas,
+                            reinterpret_cast<int64_t*>(static_cast<uintptr_t>(load))};
   }
   Py_RETURN_NONE;
 }

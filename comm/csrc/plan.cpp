@@ -1,75 +1,13 @@
 #include "plan.h"
 
-#include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace remora {
 
-bool Layout::choose(const Routing& routing, const ReplicaTable& table, const uint8_t* local_S,
-                    const uint8_t* usable_S, int64_t num_shards) {
+void Layout::resize(const Routing& routing) {
   const int64_t num_pairs = routing.num_tokens * routing.top_k;
-  shard_TK.resize(num_pairs);
-  call_TK.resize(num_pairs);
-  row_TK.resize(num_pairs);
-  pos_TK.resize(num_pairs);
-  if (table.num_replicas == 1) {  // nothing to choose
-    for (int64_t p = 0; p < num_pairs; ++p) {
-      const int64_t expert = routing.index_TK[p];
-      call_TK[p] = expert < 0 ? kSkipped : 0;
-      if (expert < 0) continue;
-      if (expert >= table.num_experts) return false;
-      const int16_t shard = table.shard_ER[expert];
-      if (shard < 0 || !usable_S[shard]) return false;
-      shard_TK[p] = shard;
-    }
-    return true;
-  }
-  cover_S_.assign(num_shards, 0);
-  load_S_.assign(num_shards, 0);
-  candidates_.resize(num_shards);
-  for (int64_t t = 0; t < routing.num_tokens; ++t) {
-    int num_candidates = 0;
-    int32_t remaining = 0;
-    for (int64_t k = 0; k < routing.top_k; ++k) {
-      const int64_t p = t * routing.top_k + k;
-      const int64_t expert = routing.index_TK[p];
-      call_TK[p] = expert < 0 ? kSkipped : 0;
-      if (expert < 0) continue;
-      if (expert >= table.num_experts) return false;
-      bool covered = false;
-      for (int64_t r = 0; r < table.num_replicas; ++r) {
-        const int16_t s = table.shard_ER[expert * table.num_replicas + r];
-        if (s < 0) break;
-        if (!usable_S[s]) continue;
-        covered = true;
-        if (cover_S_[s] == 0) candidates_[num_candidates++] = s;
-        cover_S_[s] |= 1 << k;
-      }
-      if (!covered) return false;
-      remaining |= 1 << k;
-    }
-    while (remaining) {  // local before remote, most covered, least load, lowest index
-      int32_t best = -1, best_score = 0;
-      for (int c = 0; c < num_candidates; ++c) {
-        const int32_t s = candidates_[c];
-        int32_t score = std::popcount(static_cast<uint32_t>(cover_S_[s] & remaining));
-        if (score == 0) continue;
-        score += local_S[s] * (kTopKMax + 1);
-        const bool tie = score == best_score && best >= 0;
-        const bool lighter = tie && (load_S_[s] < load_S_[best] ||
-                                     (load_S_[s] == load_S_[best] && s < best));
-        if (score > best_score || lighter) best = s, best_score = score;
-      }
-      const int32_t taken = cover_S_[best] & remaining;
-      for (int64_t k = 0; k < routing.top_k; ++k)
-        if (taken >> k & 1) shard_TK[t * routing.top_k + k] = best;
-      load_S_[best] += std::popcount(static_cast<uint32_t>(taken));
-      remaining &= ~taken;
-    }
-    for (int c = 0; c < num_candidates; ++c) cover_S_[candidates_[c]] = 0;
-  }
-  return true;
+  for (std::vector<int32_t>* column : {&shard_TK, &call_TK, &row_TK, &pos_TK})
+    column->resize(num_pairs);
 }
 
 void Layout::lay_out(const Routing& routing, int64_t num_experts, int64_t num_shards,

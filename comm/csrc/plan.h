@@ -1,4 +1,4 @@
-// Replica choice, layout and packing of one layer: the C++ twin of `comm/plan.py`.
+// Layout and packing of one layer: the C++ twin of `comm/plan.py`.
 //
 // Shape suffixes as there: T tokens, K top-k, E experts, R most replicas of one expert, S shards,
 // C calls.
@@ -7,25 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "choice.h"
+
 namespace remora {
-
-constexpr int kTopKMax = 16;
-constexpr int32_t kSkipped = -2;  // plan.SKIPPED: a pair whose expert is negative
-
-// Shards that hold each expert of one decoder layer, padded with -1 (`replicas.replica_tables`).
-struct ReplicaTable {
-  const int16_t* shard_ER = nullptr;
-  int64_t num_experts = 0;
-  int64_t num_replicas = 0;
-};
-
-// Routing of one layer as it came; contiguous.
-struct Routing {
-  const int64_t* index_TK;
-  const float* weight_TK;
-  int64_t num_tokens;
-  int64_t top_k;
-};
 
 // Which call takes each pair, as its row and pair number what; memory is kept between layers.
 struct Layout {
@@ -34,9 +18,8 @@ struct Layout {
   std::vector<std::vector<int32_t>> token_CN;  // token of each row of each call
   int32_t num_calls = 0;
 
-  // As `plan.choose` on pairs that are all PENDING; false when an expert has no usable replica.
-  bool choose(const Routing& routing, const ReplicaTable& table, const uint8_t* local_S,
-              const uint8_t* usable_S, int64_t num_shards);
+  // Room for the routing's pairs.
+  void resize(const Routing& routing);
   // As `plan.lay_out` with first_call 0.
   void lay_out(const Routing& routing, int64_t num_experts, int64_t num_shards, int64_t rows_max);
   // The pair columns of every call, as `plan.pack`; `column_C[c]` is where they begin.
@@ -45,8 +28,7 @@ struct Layout {
   void pack_rows(int32_t c, const char* hidden, uint64_t row_bytes, char* body) const;
 
  private:
-  std::vector<int32_t> cover_S_, candidates_, open_S_, last_token_S_, start_CE_;
-  std::vector<int64_t> load_S_;
+  std::vector<int32_t> open_S_, last_token_S_, start_CE_;
 };
 
 // As `plan.combine`: sums the answers' rows into [out_rows, width] at `out`. `reply_C[c]` is where

@@ -1,94 +1,14 @@
-"""Replica choice and layout against their slow twins."""
+"""Layout and packing against their slow twins."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.choice_rig import problems, run_choose
 
 from remora.comm import plan
 from remora.comm.wire import dispatch_bytes
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[np.ndarray, list[list[int]], set[int]]:
-    num_shards = draw(st.integers(1, 7))
-    num_experts = draw(st.integers(1, 20))
-    top_k = draw(st.integers(1, min(16, num_experts)))
-    shard = st.integers(0, num_shards - 1)
-    holders = [sorted(draw(st.sets(shard, min_size=1, max_size=3))) for _ in range(num_experts)]
-    token = st.permutations(range(num_experts)).map(lambda p: list(p)[:top_k])
-    rows = draw(st.lists(token, min_size=1, max_size=12))
-    index_TK = np.array(rows, np.int64)
-    if draw(st.booleans()):
-        index_TK[draw(st.integers(0, len(rows) - 1)), 0] = -1
-    return index_TK, holders, draw(st.sets(shard))
-
-
-def tables(holders: list[list[int]]) -> np.ndarray:
-    table_ER = np.full((len(holders), max(map(len, holders)) + 1), -1, np.int16)
-    for expert, shards in enumerate(holders):
-        table_ER[expert, : len(shards)] = shards
-    return table_ER
-
-
-def flags(shards: set[int], num_shards: int) -> np.ndarray:
-    return np.array([s in shards for s in range(num_shards)], np.uint8)
-
-
-def run_choose(
-    index_TK: np.ndarray, holders: list[list[int]], local: set[int], usable: set[int]
-) -> tuple[int, np.ndarray, np.ndarray]:
-    num_shards = 1 + max(max(h, default=0) for h in holders)
-    num_shards = max(num_shards, 1 + max(local | usable, default=0))
-    shard_TK = np.full(index_TK.shape, -7, np.int32)
-    call_TK = np.full(index_TK.shape, plan.PENDING, np.int32)
-    missing = plan.choose(
-        index_TK, len(index_TK), tables(holders), flags(local, num_shards),
-        flags(usable, num_shards), shard_TK, call_TK,
-    )  # fmt: skip
-    return missing, shard_TK, call_TK
-
-
-@settings(max_examples=40, deadline=None)
-@given(problems())
-def test_choice_equals_the_slow_twin(
-    problem: tuple[np.ndarray, list[list[int]], set[int]],
-) -> None:
-    index_TK, holders, local = problem
-    missing, shard_TK, call_TK = run_choose(index_TK, holders, local, set(range(7)))
-    assert missing == -1
-    chosen = plan.choose_naive(index_TK, holders, local)
-    for t, row in enumerate(index_TK):
-        for k, expert in enumerate(row):
-            if expert < 0:
-                assert call_TK[t, k] == plan.SKIPPED and chosen[t][k] == -1
-            else:
-                assert shard_TK[t, k] == chosen[t][k] and shard_TK[t, k] in holders[expert]
-
-
-def test_local_first_then_fewest_shards() -> None:
-    holders = [[0, 2], [1, 2], [2], [0, 1]]
-    index_TK = np.array([[0, 1, 2, 3]], np.int64)
-    everyone = {0, 1, 2}
-    assert run_choose(index_TK, holders, set(), everyone)[1].tolist() == [[2, 2, 2, 0]]
-    assert run_choose(index_TK, holders, {1}, everyone)[1].tolist() == [[2, 1, 2, 1]]
-    assert run_choose(index_TK, holders, {0}, everyone)[1].tolist() == [[0, 2, 2, 0]]
-
-
-def test_ties_spread_the_load() -> None:
-    _, shard_TK, _ = run_choose(np.zeros((6, 1), np.int64), [[0, 1, 2]], set(), {0, 1, 2})
-    assert shard_TK.ravel().tolist() == [0, 1, 2, 0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("index", "usable", "missing"), [([0, 1], {0}, 1), ([0, 2], {0, 1}, 2), ([0, 1], set(), 0)]
-)
-def test_an_expert_without_a_usable_holder_is_named(
-    index: list[int], usable: set[int], missing: int
-) -> None:
-    found, _, _ = run_choose(np.array([index], np.int64), [[0], [1]], set(), usable)
-    assert found == missing
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,7 +19,7 @@ def test_layout_and_packed_bodies(
     """Every pair once, rows once a call, pairs sorted, bodies as `wire` says."""
     index_TK, holders, local = problem
     num_tokens, top_k = index_TK.shape
-    _, shard_TK, call_TK = run_choose(index_TK, holders, local, set(range(7)))
+    _, shard_TK, call_TK, _ = run_choose(index_TK, holders, local, set(range(7)))
     row_TK, pos_TK = np.zeros_like(call_TK), np.zeros_like(call_TK)
     call_3C = np.zeros((3, 7 + index_TK.size), np.int32)
     num_calls = plan.lay_out(

@@ -1,0 +1,97 @@
+"""Request homes: which host's dense group takes which request.
+
+A token whose experts lie on its own host leaves it once less. Requests of one kind pick experts
+alike, so that a request is cheap on the host that holds the experts of its kind, and a placement
+planned for such sources (`plan_homes_and_placement`) makes them cheaper still.
+
+*When it is decided.* A home is decided from what exists then: at admission from predicted bundles
+of the prompt, or after the first chunk of the prompt (`probe_tokens`) has run under a provisional
+home, from the bundles of that chunk alone. Its KV pages then move with the request (or the chunk is
+computed again), and from there on they pin it.
+
+Shape suffixes: Q requests, T tokens, L MoE layers, K top-k, E experts, S shards, H hosts.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
+
+CAPACITY_EPS: Final = 0.1  # tokens of a host over the mean that homes may cause
+
+
+def assign_homes(
+    cost_QH: NDArray[np.floating],
+    size_Q: NDArray[np.floating],
+    *,
+    load_H: NDArray[np.floating] | None = None,
+    eps: float = CAPACITY_EPS,
+) -> NDArray[np.int64]:
+    """Home of each request: least cost, no host over (1 + `eps`) of the mean load where possible.
+
+    One min-cost flow from requests (supply `size_Q`) to hosts (capacity); its basic optimum splits
+    at most H - 1 requests, which go, largest first, to the cheapest host that still has room, or to
+    the one with most room.
+
+    Args:
+        cost_QH: of the whole request: expected remote copies, less what a reused prefix saves.
+        size_Q: tokens that a request will occupy its host with.
+        load_H: tokens that hosts have already.
+
+    Returns:
+        Index of a host for each request; deterministic.
+    """
+    num_requests, num_hosts = cost_QH.shape
+    load_H = np.zeros(num_hosts) if load_H is None else np.asarray(load_H, np.float64)
+    size_Q = np.asarray(size_Q, np.float64)
+    if num_requests == 0:
+        return np.zeros(0, np.int64)
+    total = load_H.sum() + size_Q.sum()
+    room_H = np.maximum((1 + eps) * total / num_hosts - load_H, 0.0)
+    if room_H.sum() < size_Q.sum():  # some hosts are over already: the others share what is left
+        room_H = np.maximum(room_H, 0) * (size_Q.sum() / max(room_H.sum(), 1e-9)) * (1 + 1e-9)
+    variables = np.arange(num_requests * num_hosts)
+    per_request = coo_matrix((np.ones(len(variables)), (variables // num_hosts, variables)))
+    sizes = np.repeat(size_Q, num_hosts)
+    per_host = coo_matrix((sizes, (variables % num_hosts, variables)))
+    solved = linprog(
+        cost_QH.ravel(), A_ub=per_host.tocsr(), b_ub=room_H + 1e-6, A_eq=per_request.tocsr(),
+        b_eq=np.ones(num_requests), bounds=(0, 1), method="highs-ds",
+    )  # fmt: skip
+    assert solved.status == 0, f"the flow of {num_requests} requests: {solved.message}"
+    share_QH = solved.x.reshape(num_requests, num_hosts)
+    home_Q = np.full(num_requests, -1, np.int64)
+    whole_Q = share_QH.max(1) > 1 - 1e-6
+    home_Q[whole_Q] = share_QH[whole_Q].argmax(1)
+    room_H = room_H - np.bincount(home_Q[whole_Q], size_Q[whole_Q], num_hosts)
+    for request in sorted(np.flatnonzero(~whole_Q).tolist(), key=lambda q: (-size_Q[q], q)):
+        fits_H = room_H >= size_Q[request]
+        masked_H = np.where(fits_H, cost_QH[request], np.inf)
+        home = int(masked_H.argmin()) if fits_H.any() else int(room_H.argmax())
+        home_Q[request] = home
+        room_H[home] -= size_Q[request]
+    return home_Q
+
+
+def hits_of(
+    ids_TLK: NDArray[np.integer],
+    request_T: NDArray[np.integer],
+    num_requests: int,
+    held_L: Sequence[NDArray[np.bool_]],
+    host_of_S: Sequence[int],
+    num_hosts: int,
+) -> NDArray[np.float64]:
+    """`[Q, H]` (token, layer) pairs of each request that find an expert on each host: the copies
+    that the request saves when the host is its home."""
+    hits_QH = np.zeros((num_requests, num_hosts))
+    for index, held_SE in enumerate(held_L):
+        held_HE = np.zeros((num_hosts, held_SE.shape[1]), np.bool_)
+        np.logical_or.at(held_HE, np.asarray(host_of_S), held_SE)
+        ids_TK = ids_TLK[:, index].astype(np.int64)
+        for host in range(num_hosts):
+            hit_T = (held_HE[host][ids_TK] & (ids_TK >= 0)).any(1)
+            hits_QH[:, host] += np.bincount(request_T[hit_T], minlength=num_requests)
+    return hits_QH

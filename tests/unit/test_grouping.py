@@ -1,0 +1,200 @@
+"""Planner: invariants, exact increments against a recount, small cases against brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remora.comm import partition_search
+from remora.comm.bundles import LayerBundles, count_bundles
+from remora.comm.grouping import GroupingProblem, plan_placement
+from remora.comm.layer_plan import expert_loads, one_copy, relabel, warm_layer
+from remora.comm.objective import Objective
+from remora.comm.partition_search import PartitionSearch
+from remora.comm.replica_search import hosts_holding
+from remora.comm.topology import Topology, uniform_topology
+
+QUICK = Objective(rounds=3)
+
+
+def topical(seed: int, *, tokens: int = 300, experts: int = 16, top_k: int = 3) -> np.ndarray:
+    """Tokens of four topics that prefer four experts each: there is something to group."""
+    rng = np.random.default_rng(seed)
+    scores = rng.gumbel(size=(tokens, experts)) + rng.standard_normal(experts) * 0.3
+    topic = rng.integers(0, 4, tokens)
+    scores += 2.0 * (np.arange(experts) % 4 == topic[:, None])
+    return np.argsort(-scores, axis=1)[:, :top_k]
+
+
+def layer(seed: int, hosts: int, **shape: int) -> LayerBundles:
+    ids_TK = topical(seed, **shape)
+    return count_bundles(ids_TK, np.arange(len(ids_TK)) % hosts)
+
+
+def brute_cost(
+    bundles: LayerBundles, shard_E: np.ndarray, topology: Topology, objective: Objective
+) -> float:
+    """The objective by its definition, bundle by bundle."""
+    rows, ingress = 0.0, np.zeros(topology.num_hosts)
+    for ids, source, weight in zip(
+        bundles.experts_BK.tolist(), bundles.source_B, bundles.weight_B, strict=True
+    ):
+        shards = {int(shard_E[e]) for e in ids if e >= 0}
+        hosts = {topology.host_of_S[s] for s in shards} - {int(source)}
+        rows += weight * (objective.b_dev * len(shards) + objective.b_host * len(hosts))
+        ingress[list(hosts)] += weight
+    load = np.bincount(shard_E, expert_loads(bundles, len(shard_E)), topology.num_shards)
+    return float(rows + objective.mu * load.max() + objective.kappa * ingress.max())
+
+
+def searcher(
+    bundles: LayerBundles, topology: Topology, objective: Objective, num_experts: int
+) -> PartitionSearch:
+    weights = (objective.b_dev, objective.b_host, objective.mu, objective.kappa)
+    return PartitionSearch(bundles, topology, expert_loads(bundles, num_experts), weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2), (1, 4)]), st.booleans())
+def test_every_swap_changes_the_objective_by_what_is_predicted(
+    seed: int, shape: tuple[int, int], worst: bool
+) -> None:
+    topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=4)
+    objective = Objective(mu=0.3 * worst, kappa=0.7 * worst)
+    bundles = layer(seed, shape[0], tokens=80)
+    search = searcher(bundles, topology, objective, 16)
+    shard_E = np.random.default_rng(seed).permutation(np.repeat(np.arange(4), 4))
+    _, cost = search.descend(shard_E, cap=np.inf, swaps_max=0)
+    assert cost == pytest.approx(brute_cost(bundles, shard_E, topology, objective))
+    load_S = np.bincount(shard_E, search._load_E, 4)
+    for a, b in itertools.combinations(range(0, 16, 3), 2):
+        if shard_E[a] == shard_E[b]:
+            continue
+        swapped_E = shard_E.copy()
+        swapped_E[[a, b]] = shard_E[[b, a]]
+        change = partition_search.swap_change(
+            a, b, search._ids_BK, search._source_B, search._weight_B, *search._index, shard_E,
+            search._host_S, search._count_BS, search._count_BH, search._ingress_H, load_S,
+            search._load_E, search._stay_ES, search._weights,
+        )  # fmt: skip
+        expected = brute_cost(bundles, swapped_E, topology, objective) - cost
+        assert change == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2)]))
+def test_what_the_search_books_is_what_a_recount_finds(seed: int, shape: tuple[int, int]) -> None:
+    topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=4)
+    bundles, objective = layer(seed, shape[0]), Objective()
+    search = searcher(bundles, topology, objective, 16)
+    start_E = np.repeat(np.arange(4), 4)
+    cap = 1.3 * search._load_E.sum() / 4
+    found_E, cost = search.descend(start_E, cap=cap)
+    assert cost == pytest.approx(brute_cost(bundles, found_E, topology, objective))
+    assert (np.bincount(found_E, minlength=4) == 4).all()
+    loads = np.bincount(found_E, search._load_E, 4)
+    assert loads.max() <= max(cap, np.bincount(start_E, search._load_E, 4).max()) + 1e-9
+
+
+def test_the_optimum_of_a_small_case_is_found() -> None:
+    """Eight experts on two hosts of four: all 70 partitions are tried."""
+    topology = uniform_topology(num_hosts=2, shards_per_host=1, slots=4)
+    objective = Objective(load_eps=10.0, rounds=20)
+    for seed in range(5):
+        bundles = layer(seed, 2, experts=8, tokens=120)
+        result = plan_placement(
+            GroupingProblem(layers=(bundles,), num_experts=8, topology=topology),
+            seed=seed, objective=objective,
+        )  # fmt: skip
+        optimum = min(
+            brute_cost(bundles, np.isin(np.arange(8), first).astype(int), topology, objective)
+            for first in itertools.combinations(range(8), 4)
+        )
+        found_E = result.held_L[0].argmax(0)
+        assert brute_cost(bundles, found_E, topology, objective) == pytest.approx(optimum)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 50), st.sampled_from([(4, 1), (2, 2)]), st.integers(4, 7))
+def test_invariants_of_a_plan(seed: int, shape: tuple[int, int], slots: int) -> None:
+    topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=slots)
+    problem = GroupingProblem(
+        layers=(layer(seed, shape[0]), layer(seed + 1, shape[0])), num_experts=16, topology=topology
+    )
+    done: list[int] = []
+    result = plan_placement(
+        problem, seed=seed, objective=QUICK, progress=lambda at, of: done.append(at * 10 + of)
+    )
+    assert done == [12, 22]
+    for held_SE, cost, eplb in zip(result.held_L, result.costs_L, result.eplb_costs_L, strict=True):
+        assert held_SE.any(0).all(), "an expert without a copy"
+        assert (held_SE.sum(1) <= slots).all()
+        assert cost.remote_copies <= eplb.remote_copies
+        bound = max(eplb.load_max_over_mean, 1 + QUICK.load_eps)
+        assert cost.load_max_over_mean <= bound + 1e-9
+    again = plan_placement(problem, seed=seed, objective=QUICK)
+    assert all(np.array_equal(a, b) for a, b in zip(result.held_L, again.held_L, strict=True))
+
+
+def test_a_warm_start_keeps_what_it_need_not_move() -> None:
+    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=5)
+    one, other = layer(3, 4), layer(4, 4)
+    fresh = plan_placement(
+        GroupingProblem(layers=(one,), num_experts=16, topology=topology), seed=0, objective=QUICK
+    )
+    assert fresh.moved == 0  # nothing was there before
+    dear = Objective(rounds=3, nu=1e12)
+    kept, moved = (
+        plan_placement(
+            GroupingProblem(layers=(other,), num_experts=16, topology=topology, old_L=fresh.held_L),
+            seed=0,
+            objective=objective,
+        )
+        for objective in (dear, Objective(rounds=3, nu=0.0))
+    )
+    assert kept.moved == 0 and np.array_equal(kept.held_L[0], fresh.held_L[0])
+    assert moved.moved == int((moved.held_L[0] & ~fresh.held_L[0]).sum())
+    assert moved.costs_L[0].remote_copies <= kept.costs_L[0].remote_copies
+
+
+def test_an_old_placement_that_no_longer_fits_is_repaired() -> None:
+    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=5)
+    old = np.zeros((4, 16), bool)
+    old[0, :8] = True  # too many here, and experts 8 .. 15 nowhere
+    held = warm_layer(layer(1, 4), topology, old, QUICK)
+    assert held.any(0).all() and (held.sum(1) == 5).all()
+
+
+def test_two_hosts_hold_every_expert_where_slots_allow() -> None:
+    topology = uniform_topology(num_hosts=2, shards_per_host=2, slots=9)
+    result = plan_placement(
+        GroupingProblem(layers=(layer(2, 2),), num_experts=16, topology=topology),
+        seed=1, objective=QUICK,
+    )  # fmt: skip
+    assert (hosts_holding(result.held_L[0], topology) == 2).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_relabelling_brings_weights_back_to_where_they_were(shape: tuple[int, int]) -> None:
+    topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=4)
+    held = one_copy(np.repeat(np.arange(4), 4), topology)
+    names = [2, 3, 1, 0] if shape == (2, 2) else [3, 1, 0, 2]
+    bundles = layer(0, shape[0])
+    heavy = Objective(nu=1e9)
+    assert np.array_equal(relabel(held[names], held, bundles, topology, heavy), held)
+    free = relabel(held, None, bundles, topology, heavy)
+    assert sorted(map(tuple, free.tolist())) == sorted(map(tuple, held.tolist()))
+
+
+def test_unequal_shards_are_filled_as_far_as_they_go() -> None:
+    topology = Topology(
+        uids=("a", "b", "c"), hosts=("x", "y"), host_of_S=(0, 0, 1), slots_S=(3, 7, 10)
+    )
+    result = plan_placement(
+        GroupingProblem(layers=(layer(5, 2),), num_experts=16, topology=topology),
+        seed=0, objective=QUICK,
+    )  # fmt: skip
+    held = result.held_L[0]
+    assert held.any(0).all() and held.sum(1).tolist() == [3, 7, 10]
