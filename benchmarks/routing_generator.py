@@ -2,7 +2,7 @@
 
     ids_TK = generate(num_tokens=100_000, num_experts=256, top_k=8, skew=FITTED, seed=0)
 
-A token belongs to a *topic* (topics as unequal as 1 / rank). Its score for an expert is the
+A token belongs to one of equally frequent *topics*. Its score for an expert is the
 expert's popularity + the topic's liking of it + Gumbel noise; it takes the top k, which draws k
 experts without replacement in proportion to exp(score). Two numbers fix the skew, and are fitted
 (`python benchmarks/routing_generator.py`) so that two statistics agree with DeepSeek-V2-Lite's
@@ -31,7 +31,7 @@ class Skew:
     num_topics: int
 
 
-FITTED = Skew(popularity=0.2, liking=1.25, num_topics=16)
+FITTED = Skew(popularity=0.3, liking=4.0, num_topics=32)
 
 
 def generate(
@@ -41,8 +41,7 @@ def generate(
     rng = np.random.default_rng(seed)
     popularity_E = skew.popularity * rng.standard_normal(num_experts)
     liking_ZE = skew.liking * rng.standard_normal((skew.num_topics, num_experts))
-    share_Z = 1.0 / np.arange(1, skew.num_topics + 1)
-    topic_T = rng.choice(skew.num_topics, num_tokens, p=share_Z / share_Z.sum())
+    topic_T = rng.integers(0, skew.num_topics, num_tokens)
     ids_TK = np.empty((num_tokens, top_k), np.int16)
     for first in range(0, num_tokens, 8192):
         topic = topic_T[first : first + 8192]
@@ -83,9 +82,9 @@ def main() -> None:
     wanted = np.mean([statistics(real[:, layer], 64) for layer in range(real.shape[1])], axis=0)
     print(f"real: spread {wanted[0]:.3f}, lift {wanted[1]:.3f}")
     best = None
-    for num_topics in (8, 16, 32):
-        for popularity in (0.0, 0.2, 0.4, 0.6):
-            for liking in (0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
+    for num_topics in (16, 32, 64, 128):
+        for popularity in (0.0, 0.3, 0.6):
+            for liking in (1.0, 2.0, 3.0, 4.0, 5.0):
                 skew = Skew(popularity=popularity, liking=liking, num_topics=num_topics)
                 found = np.mean([trial(skew, seed) for seed in range(2)], axis=0)
                 distance = float(np.abs(found / wanted - 1).sum())

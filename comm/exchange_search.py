@@ -30,7 +30,8 @@ from remora.comm.replica_search import (
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
-CANDIDATES: Final = 48  # of each kind, a round
+CANDIDATES: Final = 160  # of each kind, a round
+TOP: Final = 10  # best gains and least losses of a shard that are combined
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
@@ -185,8 +186,8 @@ def _candidates(
     loss_ES = np.where(spare_ES, loss_ES, np.inf)
     found: list[tuple[float, Move]] = []
     for shard in range(num_shards):
-        new_N = np.argsort(-gain_ES[:, shard], kind="stable")[:6].tolist()
-        out_N = np.argsort(loss_ES[:, shard], kind="stable")[:4].tolist()
+        new_N = np.argsort(-gain_ES[:, shard], kind="stable")[:TOP].tolist()
+        out_N = np.argsort(loss_ES[:, shard], kind="stable")[:TOP].tolist()
         for new in new_N:
             for out in out_N:
                 net = float(gain_ES[new, shard] - loss_ES[out, shard])
@@ -194,7 +195,7 @@ def _candidates(
                     found.append((net, ((shard, out), (shard, new))))
     found = sorted(found, key=lambda f: (-f[0], f[1]))[:CANDIDATES]
     swaps: list[tuple[float, Move]] = []
-    tops = [np.argsort(-gain_ES[:, s], kind="stable")[:6].tolist() for s in range(num_shards)]
+    tops = [np.argsort(-gain_ES[:, s], kind="stable")[:TOP].tolist() for s in range(num_shards)]
     for one in range(num_shards):
         for two in range(one + 1, num_shards):
             for a in tops[two]:

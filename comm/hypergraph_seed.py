@@ -7,7 +7,7 @@ each host; its deterministic preset depends on the seed alone.
 Shape suffixes: B bundles, E experts, S shards.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import mtkahypar
 import numpy as np
@@ -18,7 +18,7 @@ from remora.comm.topology import Topology
 
 EDGES_MAX: Final = 20_000  # heaviest bundles; the seed need not see the tail
 
-_threads: list[object] = []  # mt-kahypar is initialised once in a process
+_threads: list[Any] = []  # mt-kahypar is initialised once in a process
 
 
 def hypergraph_seed(
@@ -66,10 +66,10 @@ def _parts(
             _threads.append(mtkahypar.initialize(1))
         mtkahypar.set_seed(seed % 2**31)
         maker = _threads[0]
-        context = maker.context_from_preset(mtkahypar.PresetType.DETERMINISTIC)  # type: ignore[attr-defined]  # fmt: skip
+        context = maker.context_from_preset(mtkahypar.PresetType.DETERMINISTIC)
         context.set_partitioning_parameters(num_parts, 0.0, mtkahypar.Objective.KM1)
         context.logging = False
-        graph = maker.create_hypergraph(  # type: ignore[attr-defined]
+        graph = maker.create_hypergraph(
             context, len(experts), len(edges), edges, [1] * len(experts), weights
         )
         partition = graph.partition(context)

@@ -135,7 +135,8 @@ def hosts_holding(held_SE: Held, topology: Topology) -> NDArray[np.int64]:
     """`[E]` hosts that hold each expert."""
     held_HE = np.zeros((topology.num_hosts, held_SE.shape[1]), np.bool_)
     np.logical_or.at(held_HE, np.array(topology.host_of_S), held_SE)
-    return held_HE.sum(0)
+    count_E: NDArray[np.int64] = held_HE.sum(0)
+    return count_E
 
 
 def add_coverage(
