@@ -13,8 +13,9 @@ import numpy as np
 
 from remora.comm.bundles import LayerBundles
 from remora.comm.errors import ClusterError, FrameError
-from remora.comm.grouping import GroupingProblem, Objective, bundle_cost, plan_placement
+from remora.comm.grouping import GroupingProblem, bundle_cost, plan_placement
 from remora.comm.history_file import pack_history, unpack_history
+from remora.comm.objective import Objective
 from remora.comm.sketch import decode_sketch
 from remora.comm.statistics import HistoryLimits, RoutingHistory
 from remora.comm.topology import Topology, held_of, placement_from

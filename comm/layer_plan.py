@@ -149,7 +149,8 @@ def relabel(
     worth_HH = np.zeros((topology.num_hosts, topology.num_hosts))
     inner: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
     for group, mine in enumerate(shards_of):
-        uses_B = (held_SE[mine].any(0)[np.maximum(ids_BK, 0)] & (ids_BK >= 0)).any(1)
+        held_E: NDArray[np.bool_] = np.logical_or.reduce(held_SE[mine])
+        uses_B = (held_E[np.maximum(ids_BK, 0)] & (ids_BK >= 0)).any(1)
         weight_B = uses_B * bundles.weight_B[known]
         worth_HH[group] = objective.b_host * np.bincount(
             bundles.source_B[known], weight_B, topology.num_hosts
