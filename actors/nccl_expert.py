@@ -19,10 +19,15 @@ from remora.comm.nccl_shard import ShardExchange
 
 
 class SlotExperts:
-    """`DeviceExperts` over a shard's slots on a GPU; experts that are not held give zeros."""
+    """`DeviceExperts` over a shard's slots on a GPU; experts that are not held give zeros.
 
-    def __init__(self, shard: ShardExperts) -> None:
+    Attributes:
+        fault_1: int32 on the device, nonzero once an expert was asked for that is not held.
+    """
+
+    def __init__(self, shard: ShardExperts, device: torch.device) -> None:
         self._shard = shard
+        self.fault_1 = torch.zeros(1, dtype=torch.int32, device=device)
         self._row_of: dict[tuple[int, int], Tensor] = {}  # (M, K) -> row of each pair
 
     def masked(
@@ -43,6 +48,7 @@ class SlotExperts:
                 top_k
             )
         row_N = self._row_of[num_rows, top_k]
+        self._note_missing(layer, expert_MK)
         out_BD.copy_(
             self._shard.forward_there(
                 layer, rows_MD, row_N, expert_MK.reshape(-1), weight_MK.reshape(-1),
@@ -61,6 +67,7 @@ class SlotExperts:
         presummed: bool,
     ) -> Tensor:
         """See `DeviceExperts`."""
+        self._note_missing(layer, expert_P)
         return self._shard.forward_there(
             layer,
             rows_MD,
@@ -69,6 +76,10 @@ class SlotExperts:
             weight_P,
             mode="presummed" if presummed else "ordered",
         )
+
+    def _note_missing(self, layer: int, experts: Tensor) -> None:
+        if experts.numel():
+            self.fault_1.add_(self._shard.missing_there(layer, experts).any())
 
 
 class NcclShard:
@@ -96,7 +107,6 @@ class NcclShard:
     ) -> None:
         assert hardware.nccl_device is not None, "NCCL joins GPUs"
         self._shard = shard
-        self._experts = SlotExperts(shard)
         self._presummed = presummed
         self._deadline_s = launch.step_timeout_s
         self._exchanges: dict[tuple[int, int], ShardExchange] = {}
@@ -137,11 +147,13 @@ class NcclShard:
         if (generation, capacity) not in self._exchanges:
             kept = self._exchanges.items()
             self._exchanges = {k: v for k, v in kept if k[0] >= generation - 1}
+            experts = SlotExperts(self._shard, link.device.torch_device)
+            link.watch_fault(experts.fault_1)
             self._exchanges[generation, capacity] = ShardExchange(
                 link,
                 shape_of(link.roster, self._shard.spec, capacity, presummed=self._presummed),
                 dtype=self._shard.dtype,
-                experts=self._experts,
+                experts=experts,
                 deadline_s=self._deadline_s,
             )
         return self._exchanges[generation, capacity]

@@ -141,8 +141,7 @@ class ShardExperts:
         )
         if not isinstance(held.packed, PackedExperts):
             there = held.packed.device
-            tensors = rows_MD, pair_row_N, pair_expert_N, pair_weight_N
-            moved = [tensor.to(there) for tensor in tensors]
+            moved = [x.to(there) for x in (rows_MD, pair_row_N, pair_expert_N, pair_weight_N)]
             return self.forward_there(layer, *moved, mode=mode).to(rows_MD.device)
         pairs = pair_row_N, pair_expert_N, pair_weight_N
         if self.native is not None and layer in self.native:
@@ -159,16 +158,18 @@ class ShardExperts:
         *,
         mode: CombineMode,
     ) -> Tensor:
-        """As `forward` on a GPU, whose tensors these are; nothing waits for it.
-
-        A pair whose expert is negative, or not held, is none: zeros.
-        """
+        """As `forward` on a GPU, whose tensors these are; without waiting. Not held: zeros."""
         held = self._layers[layer]
         assert not isinstance(held.packed, PackedExperts), f"layer {layer} is on the CPU"
         index_N = pair_expert_N.long()
         slot_N = held.slot_there_E[index_N.clamp(min=0)].masked_fill(index_N < 0, -1)
         with torch.no_grad():
             return held.packed.forward(rows_MD, pair_row_N, slot_N, pair_weight_N, mode)
+
+    def missing_there(self, layer: int, experts: Tensor) -> Tensor:
+        """Which of `experts` (on the GPU, negative = none) are not held: bool, same shape."""
+        slots = self._layers[layer].slot_there_E[experts.long().clamp(min=0)]
+        return (experts >= 0) & (slots < 0)
 
     def forward_in_steps(
         self,

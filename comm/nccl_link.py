@@ -95,12 +95,12 @@ class Link(Channel):
 
         Raises:
             PeerLostError, DeadlineError: as `wait`.
-            FencedError: a message of another generation or layer came: the members disagree.
+            FencedError: a message of another generation, layer or placement: the members disagree.
         """
         self.wait(deadline_s)
         self.check()
         for fault_1 in self._faults:
             if int(fault_1.item()):
-                why = f"{self.uid}: a message of another generation or layer than expected"
+                why = f"{self.uid}: a message of another generation, layer or placement than ours"
                 self.abort(why)
                 raise FencedError(why)

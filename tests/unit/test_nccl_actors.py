@@ -121,6 +121,21 @@ def test_an_error_of_nccl_repeats_the_step(
         assert len(nccl.communicators) == 2
 
 
+def test_an_expert_that_is_not_where_the_view_says_fails_the_step(cluster: LocalCluster) -> None:
+    """It is never taken for zeros."""
+    with cluster.dense_over_nccl("dense-0") as (dense,):
+        tokens(dense, asks(0, 1))
+        shard = cluster.shards[1]._shard
+        assert shard is not None
+        layer = shard.layers[0]
+        for expert in shard.experts_of(layer):
+            shard.drop_expert(layer, expert)
+        answer = dense.ask(asks(0, 1))[0]
+        assert answer.finish_reason == "error"
+        error = str(answer.outputs[-1].error)
+        assert "shard-1" in error and "placement" in error, error
+
+
 def test_a_shard_that_is_lost_is_named(cluster: LocalCluster) -> None:
     with cluster.dense_over_nccl("dense-0") as (dense,):
         tokens(dense, asks(0, 1))
