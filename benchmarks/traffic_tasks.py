@@ -1,0 +1,84 @@
+"""The parts of `traffic.py` as tasks that processes share: trace, shape, fold, what to run."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from typing import Literal
+
+import traffic_data as data
+from traffic_data import Trace
+from traffic_ladder import BASELINES, REMORA, Held, Method, Result, Shape, run_fold
+from traffic_record import demo, second
+from traffic_shift import run_shift
+from traffic_token_ids import run_token_ids
+
+from remora.comm.topology import Topology
+
+Kind = Literal["ladder", "token ids", "shift"]
+FOLDS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Runs on its own; `index` is a fold, or the domain that traffic turns to."""
+
+    kind: Kind
+    trace: str  # "v2lite", "demo", "second"
+    shape: Shape
+    index: int
+    layers: tuple[int, ...] | None = None  # None: all
+    documents: int = 48  # held-out ones of each domain of the demo model
+
+
+@lru_cache(maxsize=4)
+def load(trace: str, documents: int, layers: tuple[int, ...] | None) -> Trace | None:
+    """A trace by name, or None where its data are not."""
+    if trace == "v2lite":
+        found = data.deepseek_v2_lite()
+    elif trace == "demo":
+        found = demo(documents)
+    else:
+        found = second()
+    return found if found is None or layers is None else found.layers(layers)
+
+
+@lru_cache(maxsize=2)
+def _folds(trace: str, documents: int, layers: tuple[int, ...] | None) -> list[tuple[Trace, Trace]]:
+    found = load(trace, documents, layers)
+    assert found is not None, f"no data for {trace}"
+    return list(data.folds(found, FOLDS))
+
+
+def oracle_of(judge: Trace) -> Method:
+    """Remora planned on the very tokens that it is judged on: what better prediction could give."""
+
+    def place(_: Trace, topology: Topology) -> Held:
+        return REMORA.place(judge, topology)
+
+    return Method("B6 planned on held-out", place, REMORA.choose)
+
+
+def run(task: Task) -> list[Result]:
+    """All results of a task."""
+    if task.kind == "shift":
+        whole = load(task.trace, task.documents, task.layers)
+        assert whole is not None, f"no data for {task.trace}"
+        return run_shift(whole, task.index, task.shape)
+    plan, judge = _folds(task.trace, task.documents, task.layers)[task.index]
+    if task.kind == "token ids":
+        return run_token_ids(plan, judge, task.shape, task.index)
+    methods: list[Method] = [*BASELINES, REMORA]
+    if task.trace == "v2lite" and task.shape in (Shape(8, 1, 0.0), Shape(8, 1, 0.25)):
+        methods.append(oracle_of(judge))
+    return run_fold(methods, plan, judge, task.shape, task.trace, task.index)
+
+
+def run_all(tasks: Sequence[Task], processes: int) -> Iterator[list[Result]]:
+    """Results as tasks end, in their order."""
+    if processes == 1:
+        yield from map(run, tasks)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(run, tasks)
