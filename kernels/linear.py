@@ -20,6 +20,7 @@ ROW_TILE: Final = 64  # rows of a step are padded to a multiple of this in `exac
 PANEL: Final = 16  # output columns of one AVX-512 register of float32
 GROUP: Final = 64  # output columns of one packed group: one sequential stream of memory
 DTYPES: Final = (torch.bfloat16, torch.float32)
+_AMX_INPUTS: Final = 32  # bfloat16 of one tile row of AMX
 _SCALARS_PER_STEP: Final = {torch.bfloat16: 2, torch.float32: 1}
 
 
@@ -34,7 +35,15 @@ def in_row_tiles(function: Callable[[Tensor], Tensor], x_TK: Tensor) -> Tensor:
 
 
 def torch_linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None, *, exact: bool) -> Tensor:
-    """`F.linear`; in `exact` on fixed row tiles. The path without C++ kernels."""
+    """`F.linear`; in `exact` on fixed row tiles. The path without C++ kernels.
+
+    With other widths than multiples of 32, oneDNN's bfloat16 matmul on AMX reads beyond a row and
+    multiplies what it finds by zero: a NaN in the next row becomes one of this row (torch 2.13.0,
+    Intel Xeon). Zeros are appended then; the copy of the weight costs few models anything.
+    """
+    padding = -weight_OK.shape[1] % _AMX_INPUTS if weight_OK.dtype == torch.bfloat16 else 0
+    if padding:
+        x, weight_OK = F.pad(x, (0, padding)), F.pad(weight_OK, (0, padding))
     if not exact:
         return F.linear(x, weight_OK, bias_O)
     flat = x.reshape(-1, x.shape[-1])

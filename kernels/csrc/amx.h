@@ -1,4 +1,5 @@
-// bfloat16 panels on AMX tiles; see amx.cpp.
+// bfloat16 and one-byte panels on AMX tiles; see amx_tiling.h. Rows lie one stride apart (x, never
+// x_rows).
 #pragma once
 
 #include "panel.h"
@@ -6,12 +7,14 @@
 namespace remora::amx {
 
 void panel_bfloat16(const PanelCall& call);  // where amx_is_there()
+void panel_int8(const PanelCall& call);
 void panel_emulated(const PanelCall& call);  // the same tiling in plain C++, for tests
+void panel_int8_emulated(const PanelCall& call);
 
 // Whether the machine has AMX bf16 and the system lets this process use it.
 bool amx_is_there();
 
-// Whether the tiles give what the emulation gives, on sums that are exact. Only where it is there.
+// Whether the tiles give the bits that the emulation gives. Only where it is there.
 bool amx_works();
 
 }  // namespace remora::amx

@@ -17,7 +17,6 @@
 namespace remora {
 namespace {
 
-constexpr int64_t kRowBlock = 240;              // rows of one task: 40 tiles of 6
 constexpr int64_t kDownTaskBytes = 96 << 10;    // of weights; smaller ones cost more than they balance
 constexpr int64_t kBlocksPerWorker = 6;         // from so many on a block is one task
 constexpr int64_t kSumElements = 1 << 14;       // of one task of sums
@@ -41,6 +40,13 @@ UpUnits up_units(const ExpertLayer& layer) {
   return {1, {0, 0}, 1, true, up.num_outputs};
 }
 
+// What one worker has of its own.
+struct Worker {
+  char* tile;             // columns of `up` before the gate; a row of sums
+  char* rows;             // those of `gathered`, one behind the other; null where nobody wants that
+  int64_t gathered = -1;  // first place of a block
+};
+
 struct Run {
   const ExpertLayer& layer;
   ExpertScratch& scratch;
@@ -54,8 +60,9 @@ struct Run {
   PanelKernel kernel;
   char* hidden;
   char* outputs;
-  char* tiles;
+  char* tiles;  // then gathered rows, of each worker
   int64_t tile_bytes;
+  int64_t gather_bytes;  // 0 where the kernel takes rows from anywhere
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> down_left{0};
 
@@ -66,9 +73,29 @@ struct Run {
     return group < weights.shape.num_groups() ? weights.group_call(slot, group).weights : nullptr;
   }
 
-  void up_columns(const ExpertScratch::Block& block, int64_t group, const void* next, char* out) {
+  // A worker keeps the rows of its last block: all units of a block want the same ones.
+  const char* gathered_rows(const ExpertScratch::Block& block, Worker& worker) {
+    const void* const* from = scratch.x_rows.data() + block.row;
+    if (block.num_rows == 1) return static_cast<const char*>(from[0]);
+    if (worker.gathered != block.row) {
+      const int64_t row_bytes = layer.up.shape.num_inputs * size();
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        std::memcpy(worker.rows + row * row_bytes, from[row], row_bytes);
+      }
+      worker.gathered = block.row;
+    }
+    return worker.rows;
+  }
+
+  void up_columns(const ExpertScratch::Block& block, int64_t group, const void* next,
+                  Worker& worker, char* out) {
     PanelCall call = layer.up.group_call(block.slot, group);
-    call.x_rows = scratch.x_rows.data() + block.row;
+    if (gather_bytes != 0) {
+      call.x = gathered_rows(block, worker);
+      call.x_stride = layer.up.shape.num_inputs;
+    } else {
+      call.x_rows = scratch.x_rows.data() + block.row;
+    }
     call.num_rows = block.num_rows;
     call.out = out;
     call.out_stride = units.tile_columns;
@@ -77,7 +104,7 @@ struct Run {
   }
 
   // One unit of `up`, and what the gate makes of it.
-  void up(const ExpertScratch::Block& block, int64_t unit, const void* next, char* tile) {
+  void up(const ExpertScratch::Block& block, int64_t unit, const void* next, Worker& worker) {
     const PackedShape& down = layer.down.shape;
     const int64_t num_groups = units.whole ? layer.up.shape.num_groups() : units.num_parts;
     for (int64_t part = 0; part < num_groups; ++part) {
@@ -85,7 +112,7 @@ struct Run {
       const int64_t after = units.whole ? group + 1 : units.groups[(part + 1) % 2] + unit;
       const bool last = part + 1 == num_groups;
       up_columns(block, group, last ? next : start_of(layer.up, block.slot, after),
-                 tile + part * kGroup * size());
+                 worker, worker.tile + part * kGroup * size());
     }
     int64_t width = down.num_inputs;  // columns of `down`'s input that this unit makes
     int64_t column = 0;
@@ -95,7 +122,7 @@ struct Run {
       width = std::min(columns, down.num_inputs - column);
     }
     char* target = hidden + (block.row * down.padded_inputs() + column) * size();
-    gate_rows(layer.gate, down.bfloat16, tile, units.tile_columns, target, down.padded_inputs(),
+    gate_rows(layer.gate, down.bfloat16, worker.tile, units.tile_columns, target, down.padded_inputs(),
               block.num_rows, width);
     if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
       const int64_t padding = (down.padded_inputs() - down.num_inputs) * size();
@@ -121,17 +148,17 @@ struct Run {
     down_left.fetch_sub(1, std::memory_order_release);
   }
 
-  void up_task(const ExpertScratch::Task& task, char* tile) {
+  void up_task(const ExpertScratch::Task& task, Worker& worker) {
     const ExpertScratch::Block& block = scratch.blocks[task.block];
     if (!whole_blocks) {
-      up(block, task.unit, nullptr, tile);
+      up(block, task.unit, nullptr, worker);
       scratch.left[task.block].fetch_sub(1, std::memory_order_release);
       return;
     }
     for (int64_t unit = 0; unit < units.num_units; ++unit) {
       const bool last = unit + 1 == units.num_units;
       up(block, unit, last ? start_of(layer.down, block.slot, 0)
-                           : start_of(layer.up, block.slot, units.groups[0] + unit + 1), tile);
+                           : start_of(layer.up, block.slot, units.groups[0] + unit + 1), worker);
     }
     down(block, 0, layer.down.shape.num_groups());
   }
@@ -174,17 +201,18 @@ struct Run {
     return std::max<int64_t>(1, kSumElements / layer.down.shape.num_outputs);
   }
 
-  void work(int worker) {
-    char* tile = tiles + worker * tile_bytes;
+  void work(int number) {
+    Worker worker{tiles + number * (tile_bytes + gather_bytes)};
+    worker.rows = worker.tile + tile_bytes;
     const int64_t num_tasks = static_cast<int64_t>(scratch.tasks.size());
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
       const ExpertScratch::Task& task = scratch.tasks[i];
       if (i < num_up_tasks) {
-        up_task(task, tile);
+        up_task(task, worker);
       } else if (i < num_up_tasks + num_down_tasks) {
         down_task(task);
       } else {
-        sum(task, tile);
+        sum(task, worker.tile);
       }
     }
   }
@@ -331,8 +359,11 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   run.tile_bytes = std::max<int64_t>(tallest * run.units.tile_columns * up.element_size(),
                                      down.num_outputs * static_cast<int64_t>(sizeof(float)));
   run.tile_bytes = (run.tile_bytes + 127) / 128 * 128;
+  run.gather_bytes = panel_is_tiled(up.bfloat16)
+                         ? (tallest * up.num_inputs * up.element_size() + 127) / 128 * 128
+                         : 0;
   run.hidden = scratch.hidden.take(num_pairs * down.padded_inputs() * down.element_size());
-  run.tiles = scratch.tiles.take(num_workers * run.tile_bytes);
+  run.tiles = scratch.tiles.take(num_workers * (run.tile_bytes + run.gather_bytes));
   run.outputs =
       scratch.outputs.take(any_sums ? num_pairs * down.num_outputs * down.element_size() : 0);
   const bool outputs_missing = any_sums && num_pairs > 0 && run.outputs == nullptr;

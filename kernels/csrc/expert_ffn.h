@@ -3,10 +3,10 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "expert_call.h"
 #include "gates.h"
 #include "packed_shape.h"
@@ -37,30 +37,6 @@ struct ExpertLayer {
   const int64_t* slot_of_expert;  // [num_experts], -1 where it is not held; read at every call
 };
 
-// Memory that grows and is used again: a call allocates nothing once it has seen its sizes.
-class Buffer {
- public:
-  // At least `size` bytes, 64-aligned; what was there is lost. Null where there is no memory.
-  char* take(int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      size_ = (size + size / 4 + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-      if (data_ == nullptr) size_ = 0;
-    }
-    return data_;
-  }
-
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
 struct ExpertScratch {
   // Rows of one slot, at most a block's worth.
   struct Block {
@@ -87,7 +63,7 @@ struct ExpertScratch {
   std::vector<int64_t> call_start;     // first row of each call in term_start
   Buffer hidden;                       // [N, padded I]
   Buffer outputs;                      // [N, D], where they are summed afterwards
-  Buffer tiles;                        // a tile of up's columns for each worker, and a row of sums
+  Buffer tiles;                        // see Worker in expert_ffn.cpp
 };
 
 // What RemoraExpertsFn does, of one layer.

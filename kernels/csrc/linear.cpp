@@ -20,7 +20,6 @@
 namespace remora {
 namespace {
 
-constexpr int64_t kRowBlock = 240;        // rows of one task: 40 tiles of 6 over weights kept in L2
 constexpr int64_t kDotRowBlock = 8;       // rows of one task of row_linear: two tiles
 
 bool is_bfloat16(const at::Tensor& x) {

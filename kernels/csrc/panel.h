@@ -9,8 +9,9 @@
 // [step][panel][4 runs of 4 columns][2][column][2]. Both halves of a run widen in place to what
 // `vdpbf16ps` wants.
 //
-// Every output element is one float32 accumulator over the steps in ascending order, whatever the
-// number of rows and the tile it falls into: rows are independent of each other bit for bit.
+// Every output element is one float32 accumulator over the steps in one fixed order (ascending; on
+// AMX even and odd k of 32 apart, see amx_tiling.h), whatever the number of rows and the tile it
+// falls into: rows are independent of each other bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,8 @@ struct PanelCall {
   void* out;            // first row, first column of the group
   int64_t out_stride;   // elements between rows
   int num_columns;      // columns to write: 16 * (num_panels - 1) < num_columns <= 16 * num_panels
-  const void* const* x_rows = nullptr;  // where rows lie anywhere: one pointer each, instead of x
+  const void* const* x_rows = nullptr;  // where rows lie anywhere: one pointer each, instead of x;
+                                        // not where panel_is_tiled
   void* const* out_rows = nullptr;      // and instead of out; the group's column is out_column
   int64_t out_column = 0;
   const void* next = nullptr;  // weights that the same thread reads afterwards, if it is known
@@ -46,6 +48,12 @@ using PanelKernel = void (*)(const PanelCall&);
 
 // The kernel for this machine and dtype of the rows; `int8`: bfloat16 rows, one-byte weights.
 PanelKernel panel_kernel(bool bfloat16, bool int8 = false);
+
+// Whether that kernel works on tiles (AMX), which are loaded from rows one stride apart.
+bool panel_is_tiled(bool bfloat16);
+
+// Most rows of one task, over weights that stay in the second cache: 32 tiles of 6, 6 pairs of AMX's.
+constexpr int64_t kRowBlock = 192;
 
 // Rows times an ordinary weight [O, K] (a router's): see row_tiles.h for the order of the sum.
 struct RowCall {

@@ -15,6 +15,8 @@ namespace {
 
 #include "simd_avx512.h"
 
+#include "simd_int8.h"
+
 #include "panel_tiles.h"
 
 #include "row_tiles.h"
@@ -42,28 +44,6 @@ struct BFloat16 : Avx512<uint16_t> {
   }
 };
 
-// Bytes of bfloat16(0..127), low and high, as tables for a permutation of bytes: an index has seven
-// bits there, so the sign above them falls away by itself.
-struct Bytes {
-  alignas(64) uint8_t low[128];
-  alignas(64) uint8_t high[128];
-};
-
-constexpr Bytes widened_bytes() {
-  Bytes tables{};
-  for (int value = 1; value < 128; ++value) {
-    int exponent = 0;
-    while ((value >> (exponent + 1)) != 0) ++exponent;
-    const int mantissa = (value << (7 - exponent)) & 0x7f;
-    const int bits = ((127 + exponent) << 7) | mantissa;
-    tables.low[value] = static_cast<uint8_t>(bits & 0xff);
-    tables.high[value] = static_cast<uint8_t>(bits >> 8);
-  }
-  return tables;
-}
-
-constexpr Bytes kBytes = widened_bytes();
-
 struct HalfWeights {
   __m512bh first;
   __m512bh second;
@@ -78,15 +58,8 @@ struct Int8 : Avx512<uint16_t> {
   static constexpr int kRows = 4;  // 16 accumulators, 8 weights, 4 tables, 2 x of 32 registers
   static constexpr int kPanels = 4;
   REMORA_INLINE Weights load_weights(const uint8_t* w) {
-    const __m512i bytes = _mm512_loadu_si512(w);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kBytes.low), bytes,
-                                                 _mm512_load_si512(kBytes.low + 64));
-    const __m512i magnitude = _mm512_permutex2var_epi8(_mm512_load_si512(kBytes.high), bytes,
-                                                       _mm512_load_si512(kBytes.high + 64));
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    const __m512i high = _mm512_ternarylogic_epi32(magnitude, bytes, sign, 0xf8);  // a | (b & c)
-    return {reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(low, high)),
-            reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(low, high))};
+    const WideStep wide = widen_step(w);
+    return {reinterpret_cast<__m512bh>(wide.first), reinterpret_cast<__m512bh>(wide.second)};
   }
   REMORA_INLINE HalfWeights load_x(const uint16_t* x) {
     return {BFloat16::load_x(x), BFloat16::load_x(x + 2)};

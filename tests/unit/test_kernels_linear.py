@@ -107,7 +107,7 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_inputs", [63, 64])
+@pytest.mark.parametrize("num_inputs", [63, 64, 68])
 def test_a_poisoned_row_stays_alone(path: str, dtype: torch.dtype, num_inputs: int) -> None:
     weight = random(50, num_inputs, dtype=dtype, seed=1)
     linear = PackedLinear.pack(weight, exact=True)
