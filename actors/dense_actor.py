@@ -27,20 +27,22 @@ from remora.actors.launch import (
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
 from remora.actors.router_reporter import RouterReporter, report_to_router
+from remora.actors.routing_tap import RoutingTap, tap_of
+from remora.actors.shard_links import connect_shards, peer_limits
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
 from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
+from remora.comm.accounting import TrafficMeter
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
-from remora.comm.peer import PeerLimits
+from remora.comm.messages import Traffic
 from remora.comm.peers import PeerSet
 from remora.comm.rank_link import RankListener
 from remora.comm.server import FrameServer
 from remora.comm.view import Endpoint, Member, View
-from remora.comm.wire import combined_rows, dispatch_bytes
 from remora.kernels import phases
 from remora.kernels.device import CPU
 from remora.kernels.fingerprint import kernel_fingerprint
@@ -83,6 +85,8 @@ class DenseActor:
             )
         self._leader: Leader | None = None
         self._reporter: RouterReporter | None = None
+        self._tap: RoutingTap | None = None
+        self._meter: TrafficMeter | None = None
         self._whole = ""
         self._shuffle: TokenShuffle | None = None  # of the ranks, where there are several
         self._stopping = False
@@ -103,7 +107,9 @@ class DenseActor:
         """
         self._thread.start()
         assert self._server is not None and self._state is not None
-        self._reporter = report_to_router(self._launch, self._state.stats, take_sketch=bytes)
+        self._reporter = report_to_router(
+            self._launch, self._state.stats, take_sketch=self.take_sketch
+        )
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
     def adopt_view(self, view: View) -> None:
@@ -168,6 +174,10 @@ class DenseActor:
         self._engine.between_steps(lambda: result.update(self._phases()))
         return result
 
+    def take_sketch(self) -> bytes:
+        """What was routed since the last call (`comm/sketch.py`), encoded; empty: nothing."""
+        return self._tap.take_sketch(host_label()) if self._tap else b""
+
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
         self._stopping = True
@@ -213,12 +223,15 @@ class DenseActor:
         if launch.nccl is not None:
             self._node = NcclNode(launch, self._hardware, model, self._wake)
         rank = self._rank = self._make_rank(model, self._executor)
+        self._tap = rank.tap = tap_of(spec)
+        self._meter = TrafficMeter(spec.top_k)
         self._state = DenseState(_limits(model, launch))
         self._engine = DenseEngine(
             state=self._state,
             rank=rank,
             executor=self._executor,
             connect=lambda view: self._connect(rank, view),
+            traffic=self._traffic,
         )
         self._server = FrameServer(
             host_ip=launch.bind_ip,
@@ -289,6 +302,8 @@ class DenseActor:
                 self._node.close()
             self._server.close()
             self._peers.close()
+            if self._tap is not None:
+                self._tap.close()
             if self._leader is not None:
                 self._leader.close()
 
@@ -304,6 +319,18 @@ class DenseActor:
         if self._leader is not None and self._shuffle is not None:
             self._shuffle.adopt(view, self._leader.hosts)
             rank.experts = SplitExperts(rank.experts, self._leader.group, self._shuffle)
+        if self._tap is not None:
+            rank.experts = self._tap.watch(rank.experts)
+
+    def _traffic(self) -> Traffic | None:
+        """In the engine's thread. None where no dispatcher of this process counts."""
+        if self._dispatcher is None or self._meter is None or self._peers is None:
+            return None
+        members = {m.uid: m for m in self._dispatcher.view.members if m.role == "shard"}
+        links = {uid: self._peers.counters.link(uid) for uid in members}
+        host = self._peers.self_host
+        local = [uid for uid, member in members.items() if member.endpoint.host == host]
+        return self._meter.read(links, local)
 
     def _on_frame(self, connection: Connection, frame: Frame) -> None:
         """In the server's thread: the conductor's are the node's, the others ingresses'."""
@@ -337,29 +364,6 @@ class DenseActor:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
 
 
-def connect_shards(
-    peers: PeerSet, view: View, launch: DenseLaunch, before: Dispatcher | None
-) -> Dispatcher:
-    """A dispatcher by `view`; `before` is the one that it takes the place of.
-
-    Raises:
-        ClusterError: a shard cannot be reached.
-    """
-    if before is not None:
-        for uid in before.suspects:  # a shard that hangs does not shake hands
-            peers.disconnect(uid)
-    dispatcher = Dispatcher(
-        view=view,
-        peers=peers,
-        combine="ordered" if launch.exact else "presummed",
-        deadline_s=launch.call_timeout_s,
-    )
-    missing = sorted(set(view.placement.slots) - set(peers.live_uids))
-    if missing:
-        raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
-    return dispatcher
-
-
 def _no_view(*_: Any) -> Any:
     raise ClusterError("no view has been adopted yet: shards are still loading")
 
@@ -375,17 +379,3 @@ def _limits(model: DenseModel, launch: DenseLaunch) -> DenseLimits:
         max_waiting=launch.max_waiting,
         prefix_caching=launch.prefix_caching,
     )
-
-
-def peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
-    """Regions that hold the largest call and its answer; pages are touched on use only."""
-    row_bytes = model.spec.hidden_size * model.dtype.itemsize
-    num_rows = launch.max_tokens_per_step
-    num_pairs = num_rows * model.spec.top_k
-    back = combined_rows(num_rows, num_pairs, presummed=not launch.exact)
-    call_bytes = dispatch_bytes(num_rows, num_pairs, row_bytes) + back * row_bytes
-    return PeerLimits(region_bytes=_round_up(call_bytes + 4096, 1 << 16))
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -36,7 +36,7 @@ from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
-from remora.comm.messages import Abort, Ping, Pong, Submit, decode_to_engine, encode
+from remora.comm.messages import Abort, Ping, Pong, Submit, Traffic, decode_to_engine, encode
 from remora.comm.view import View
 from remora.comm.wire import Kind
 
@@ -79,6 +79,7 @@ class DenseEngine:
 
     Args:
         connect: makes the rank's shards those of a view; raises ClusterError when it cannot.
+        traffic: what pongs tell of the links to the shards; asked in the engine's thread.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class DenseEngine:
         rank: DenseRank,
         executor: Executor,
         connect: Callable[[View], None],
+        traffic: Callable[[], Traffic | None],
     ) -> None:
         self._state = state
         self._rank = rank
         self._laps = rank.laps
         self._executor = executor
         self._connect = connect
+        self._traffic = traffic
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._ending = threading.Lock()  # nobody may start to wait for a loop that has ended
         self._ended = False
@@ -223,6 +226,7 @@ class DenseEngine:
                     stats=self._state.stats(),
                     serving=self._why_not is None,
                     why_not=self._why_not,
+                    traffic=self._traffic(),
                 )
                 connection.send_control(encode(pong))
 

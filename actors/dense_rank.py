@@ -14,6 +14,7 @@ compiler) builds one oneDNN primitive per row count, so there T is one of few bu
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from remora.actors.dense_events import Slice, SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
+from remora.actors.routing_tap import RoutingTap
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.step_laps import Laps
 from remora.actors.tp_shuffle import TokenShuffle
@@ -124,6 +126,7 @@ class DenseRank:
         self.experts = experts  # replaced when another view is adopted
         self._quantum = step_quantum(model, exact=exact)
         self._native = native_available() or model.device != CPU
+        self.tap: RoutingTap | None = None  # looks at what `experts` is asked
         self.laps = Laps()  # the engine's loop marks its own parts of a step on it
 
     def num_rows(self, plan: StepPlan) -> int:
@@ -163,7 +166,8 @@ class DenseRank:
             )
             return self.model.run(context, inputs.input_ids_T, inputs.rows_R)
 
-        logits_RV = self._step(plan.num_tokens, run).to(CPU)  # sampling is the CPU's
+        with self.tap.step(plan, num_rows) if self.tap else nullcontext():
+            logits_RV = self._step(plan.num_tokens, run).to(CPU)  # sampling is the CPU's
         self.laps.lap("model")
         results = slice_results(plan, logits_RV, inputs.num_sampled)
         self.laps.lap("sampling")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.dense_actor import DenseLaunch, connect_shards, peer_limits
+from remora.actors.dense_actor import DenseLaunch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
@@ -20,6 +20,7 @@ from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, host_label, take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.shard_links import connect_shards, peer_limits
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import join_ranks

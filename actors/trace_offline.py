@@ -104,7 +104,7 @@ def record_texts(
     window = min(plan.window, spec.max_positions)
     with TraceWriter(output, header, overwrite=overwrite) as writer:
         model = _load(checkpoint, resolve_dtype(spec, "auto"))
-        taken = _watch(model)
+        taken = watch_experts(model)
         request = 0
         for file in files:
             windows = _windows(tokenizer, file.path, window)
@@ -144,7 +144,7 @@ def _load(checkpoint: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _watch(model: Any) -> list[tuple[Tensor, Tensor]]:
+def watch_experts(model: Any) -> list[tuple[Tensor, Tensor]]:
     """Hooks that append (index, weights) of every experts module as it is called."""
     taken: list[tuple[Tensor, Tensor]] = []
 

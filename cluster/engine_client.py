@@ -23,6 +23,7 @@ from remora.comm.messages import (
     Pong,
     StepOutputs,
     Submit,
+    Traffic,
     decode_to_ingress,
     encode,
 )
@@ -44,6 +45,7 @@ class _Group:
         self.link = link
         self.inboxes: dict[str, Inbox] = {}  # request id -> who waits
         self.stats = EngineStats()
+        self.traffic: Traffic | None = None
         self.serving = True
         self.why_not: str | None = None
         self.pong_s = asyncio.get_running_loop().time()
@@ -130,6 +132,10 @@ class EngineClient:
         """Newest gauges by group uid."""
         return {uid: group.stats for uid, group in self._groups.items()}
 
+    def traffic(self) -> dict[str, Traffic]:
+        """What each group's newest pong told of its links to the shards, by group uid."""
+        return {uid: g.traffic for uid, g in self._groups.items() if g.traffic is not None}
+
     def routed(self) -> dict[str, int]:
         """Sequences so far by who chose their group: the router, or this ingress alone."""
         router = self.router
@@ -212,6 +218,7 @@ class EngineClient:
         elif isinstance(message, Pong):
             group.pong_s = asyncio.get_running_loop().time()
             group.serving, group.why_not = message.serving, message.why_not
+            group.traffic = message.traffic
 
     def _drop(self, group: _Group, error: RemoraError) -> None:
         if group.lost.is_set():

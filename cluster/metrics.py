@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from remora.comm.messages import EngineStats
+from remora.comm.messages import EngineStats, Traffic
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -60,6 +60,7 @@ class IngressMetrics:
     Args:
         stats: dense group uid -> its newest gauges; read at every scrape.
         routed: sequences by who chose their group; the same.
+        traffic: dense group uid -> what it told of its links, a second old at most.
 
     Attributes:
         rebalance: gauges of the online loop by name, as the coordinator told them last.
@@ -69,6 +70,7 @@ class IngressMetrics:
         self,
         stats: Callable[[], Mapping[str, EngineStats]],
         routed: Callable[[], Mapping[str, int]] = dict,
+        traffic: Callable[[], Mapping[str, Traffic]] = dict,
     ) -> None:
         self.rebalance: Mapping[str, float] = {}
         self.registry = CollectorRegistry()
@@ -110,6 +112,7 @@ class IngressMetrics:
         )
         reg.register(_EngineCollector(stats))
         reg.register(_RouterCollector(routed, lambda: self.rebalance))
+        reg.register(_TrafficCollector(traffic))
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -153,3 +156,43 @@ class _RouterCollector(Collector):
         for name, text in _REBALANCE:
             if name in values:
                 yield GaugeMetricFamily(name, text, value=values[name])
+
+
+class _TrafficCollector(Collector):
+    """Cost of placement; of a tensor-parallel group what its rank 0 sends."""
+
+    def __init__(self, traffic: Callable[[], Mapping[str, Traffic]]) -> None:
+        self._traffic = traffic
+
+    def collect(self) -> Iterable[Metric]:
+        traffic = self._traffic()
+        copies = GaugeMetricFamily(
+            "remora_remote_copies_per_token",
+            "Rows sent to other hosts by token and MoE layer, lately",
+            labels=["group"],
+        )
+        local = GaugeMetricFamily(
+            "remora_local_activation_ratio",
+            "Activated experts on the group's own host, lately, 0 to 1",
+            labels=["group"],
+        )
+        volume = CounterMetricFamily(
+            "remora_alltoall_bytes",
+            "Bytes of dispatch (out) and combine (in), frames included",
+            labels=["group", "level", "direction"],
+        )
+        load = GaugeMetricFamily(
+            "remora_expert_load_ratio",
+            "Activated experts of a shard by the mean of all shards, lately",
+            labels=["group", "shard"],
+        )
+        for uid, group in traffic.items():
+            copies.add_metric([uid], group.remote_copies_per_token)
+            local.add_metric([uid], group.local_activation_ratio)
+            for level in ("host", "remote"):
+                peers = [peer for peer in group.peers if peer.level == level]
+                volume.add_metric([uid, level, "out"], sum(p.sent_bytes for p in peers))
+                volume.add_metric([uid, level, "in"], sum(p.received_bytes for p in peers))
+            for peer in group.peers:
+                load.add_metric([uid, peer.uid], peer.load_ratio)
+        return (copies, local, volume, load)

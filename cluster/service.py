@@ -106,7 +106,7 @@ def make_service(
             engine=engine,
             tokenizer=tokenizer,
             admission=Admission(http.queue_max),
-            metrics=IngressMetrics(engine.stats, engine.routed),
+            metrics=IngressMetrics(engine.stats, engine.routed, engine.traffic),
             timeout_s=http.request_timeout_s,
         ),
         keys=Keys(

@@ -7,10 +7,11 @@ themselves is counted by operation (`collective_bytes`).
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from remora.comm.messages import PeerTraffic, Traffic
 from remora.comm.wire import HEADER_BYTES, combined_rows, dispatch_bytes
 
 COUNTER_NAMES: Final = (
@@ -18,6 +19,7 @@ COUNTER_NAMES: Final = (
     "received_rows", "arena_bytes", "late_replies", "stale_replies", "not_mine", "deadlines",
     "losses",
 )  # fmt: skip
+HALF_LIFE_PAIRS: Final = 1 << 18  # 8,000 tokens of eight layers and four experts
 
 
 class LinkCounters(ctypes.Structure):
@@ -84,6 +86,57 @@ def collective_bytes(counts: Sequence[int]) -> CollectiveBytes:
         for name, calls, sent, received in triples
         if calls
     }
+
+
+class TrafficMeter:
+    """Turns running totals into what is true lately. Pure: time is counted in pairs.
+
+    Args:
+        top_k: experts of a token.
+        half_life_pairs: (token, expert) pairs after which what was seen counts half.
+    """
+
+    def __init__(self, top_k: int, half_life_pairs: float = HALF_LIFE_PAIRS) -> None:
+        self._top_k = top_k
+        self._half_life_pairs = half_life_pairs
+        self._before: dict[str, tuple[int, int]] = {}  # rows and pairs sent, by uid
+        self._rows: dict[str, float] = {}  # the same, decayed
+        self._pairs: dict[str, float] = {}
+
+    def read(self, links: Mapping[str, LinkCounters], local: Collection[str]) -> Traffic:
+        """The traffic of a dense rank.
+
+        Args:
+            links: counters of the shards of its view, by uid.
+            local: those of its own host.
+        """
+        new: dict[str, tuple[int, int]] = {}
+        for uid, link in links.items():
+            rows, pairs = self._before.get(uid, (0, 0))
+            new[uid] = (link.sent_rows - rows, link.sent_pairs - pairs)
+            self._before[uid] = (link.sent_rows, link.sent_pairs)
+        fade = 0.5 ** (sum(pairs for _, pairs in new.values()) / self._half_life_pairs)
+        for uid, (rows, pairs) in new.items():
+            self._rows[uid] = fade * self._rows.get(uid, 0.0) + rows
+            self._pairs[uid] = fade * self._pairs.get(uid, 0.0) + pairs
+        total = sum(self._pairs[uid] for uid in links)
+        mean = total / len(links) if links else 0.0
+        remote_rows = sum(self._rows[uid] for uid in links if uid not in local)
+        local_pairs = sum(self._pairs[uid] for uid in links if uid in local)
+        return Traffic(
+            peers=[
+                PeerTraffic(
+                    uid=uid,
+                    level="host" if uid in local else "remote",
+                    sent_bytes=link.sent_bytes,
+                    received_bytes=link.received_bytes,
+                    load_ratio=self._pairs[uid] / mean if mean else 0.0,
+                )
+                for uid, link in links.items()
+            ],
+            remote_copies_per_token=remote_rows * self._top_k / total if total else 0.0,
+            local_activation_ratio=local_pairs / total if total else 0.0,
+        )
 
 
 def expected_call_bytes(

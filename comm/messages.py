@@ -87,6 +87,24 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     epoch: int = 0
 
 
+class PeerTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """Frames that one dense rank exchanged with one shard; running totals."""
+
+    uid: str
+    level: Literal["host", "remote"]  # the shard's host is the rank's own, or another
+    sent_bytes: int  # dispatch
+    received_bytes: int  # combine
+    load_ratio: float  # (token, expert) pairs lately sent to it over the mean of all shards
+
+
+class Traffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What one dense rank's tokens cost on the way to the shards."""
+
+    peers: list[PeerTraffic]
+    remote_copies_per_token: float  # lately; rows to other hosts by token and MoE layer
+    local_activation_ratio: float  # lately; pairs on the rank's own host by all pairs
+
+
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Dense group -> ingress: everything one step produced for that ingress, in one message."""
 
@@ -107,6 +125,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     stats: EngineStats
     serving: bool = True
     why_not: str | None = None
+    traffic: Traffic | None = None  # None: it has no shards yet
 
 
 ToEngine = Submit | Abort | Ping

@@ -25,6 +25,8 @@ from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
 from remora.comm.aio import connect_async
 from remora.comm.messages import (
+    Ping,
+    Pong,
     SamplingParams,
     SequenceOutput,
     StepOutputs,
@@ -201,6 +203,22 @@ class DenseClient:
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
         """All of `asks` at once; their answers in order."""
         return asyncio.run(self._ask(asks))
+
+    def pong(self) -> Pong:
+        """What it answers to a ping."""
+
+        async def ask() -> Pong:
+            endpoint = self.member.endpoint
+            connection = await connect_async(endpoint, TOKEN, endpoint.host, name="test")
+            connection.send(encode(Ping(1)))
+            async for payload in connection:
+                message = decode_to_ingress(payload)
+                break
+            await connection.close()
+            assert isinstance(message, Pong)
+            return message
+
+        return asyncio.run(ask())
 
     async def _ask(self, asks: Sequence[Ask]) -> list[Answer]:
         connection = await connect_async(

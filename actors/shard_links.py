@@ -1,0 +1,51 @@
+"""A dense rank's way to the expert shards: connections, dispatcher, room for its largest calls."""
+
+from typing import TYPE_CHECKING
+
+from remora.actors.dense_model import DenseModel
+from remora.comm.dispatch import Dispatcher
+from remora.comm.errors import ClusterError
+from remora.comm.peer import PeerLimits
+from remora.comm.peers import PeerSet
+from remora.comm.view import View
+from remora.comm.wire import combined_rows, dispatch_bytes
+
+if TYPE_CHECKING:  # it needs what stands here
+    from remora.actors.dense_actor import DenseLaunch
+
+
+def connect_shards(
+    peers: PeerSet, view: View, launch: "DenseLaunch", before: Dispatcher | None
+) -> Dispatcher:
+    """A dispatcher by `view`; `before` is the one that it takes the place of.
+
+    Raises:
+        ClusterError: a shard cannot be reached.
+    """
+    if before is not None:
+        for uid in before.suspects:  # a shard that hangs does not shake hands
+            peers.disconnect(uid)
+    dispatcher = Dispatcher(
+        view=view,
+        peers=peers,
+        combine="ordered" if launch.exact else "presummed",
+        deadline_s=launch.call_timeout_s,
+    )
+    missing = sorted(set(view.placement.slots) - set(peers.live_uids))
+    if missing:
+        raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
+    return dispatcher
+
+
+def peer_limits(model: DenseModel, launch: "DenseLaunch") -> PeerLimits:
+    """Regions that hold the largest call and its answer; pages are touched on use only."""
+    row_bytes = model.spec.hidden_size * model.dtype.itemsize
+    num_rows = launch.max_tokens_per_step
+    num_pairs = num_rows * model.spec.top_k
+    back = combined_rows(num_rows, num_pairs, presummed=not launch.exact)
+    call_bytes = dispatch_bytes(num_rows, num_pairs, row_bytes) + back * row_bytes
+    return PeerLimits(region_bytes=_round_up(call_bytes + 4096, 1 << 16))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
