@@ -41,10 +41,10 @@ def heat_maps(trace: Trace, layer: int, shape: Shape, path: Path) -> None:
         for edge in np.flatnonzero(np.diff(shard_E[order])) + 0.5:
             axis.axhline(edge, color="white", linewidth=0.4)
             axis.axvline(edge, color="white", linewidth=0.4)
-        axis.set_title(f"{title}: {share:.0%} of co-activation inside a shard")
+        axis.set_title(f"{title}: {share:.0%} of it inside a shard", fontsize=10)
         axis.set_xlabel("expert, by shard")
     figure.colorbar(image, ax=axes, label="co-activation / independent", shrink=0.8)
-    figure.suptitle(f"{trace.name}, MoE layer {layer}, {shape}")
+    figure.suptitle(f"Co-activation, {trace.name}, MoE layer {layer}, {shape}", fontsize=11)
     _save(figure, path)
 
 
@@ -78,7 +78,7 @@ def traffic_against_load(
         axis.set_ylabel("remote copies per token and layer")
         axis.margins(x=0.25)
         axis.grid(alpha=0.3)
-    figure.suptitle("hollow: round-robin sources; full: request homes. Down and left is better")
+    figure.suptitle("hollow: round-robin sources; full: request homes", fontsize=9)
     _save(figure, path)
 
 
