@@ -28,26 +28,33 @@ from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
 from remora.actors.router_reporter import RouterReporter, report_to_router
 from remora.actors.routing_tap import RoutingTap, tap_of
-from remora.actors.shard_links import connect_shards, peer_limits
+from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
 from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
+from remora.actors.trace_recorder import Recorded, TraceRecorder, header_of
 from remora.comm.accounting import TrafficMeter
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
-from remora.comm.messages import Traffic
+from remora.comm.messages import EngineStats, Traffic
 from remora.comm.peers import PeerSet
 from remora.comm.rank_link import RankListener
 from remora.comm.server import FrameServer
+from remora.comm.trace import TraceHeader
 from remora.comm.view import Endpoint, Member, View
 from remora.kernels import phases
 from remora.kernels.device import CPU
 from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
+
+STATUS_STATS = (
+    "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "steps_total",
+    "preemptions_total", "executor",
+)  # fmt: skip
 
 
 class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
@@ -136,7 +143,7 @@ class DenseActor:
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this rank."""
-        stats = self._state.stats() if self._state else None
+        stats = self._state.stats() if self._state else EngineStats()
         peers = self._peers
         return {
             "alive": self._thread.is_alive,
@@ -145,13 +152,7 @@ class DenseActor:
             "why_not_serving": self._engine.why_not_serving if self._engine else "starting",
             "fingerprint": self.fingerprint(),
             "step_s": self._engine.step_s if self._engine else 0.0,
-            "num_running": stats.num_running if stats else 0,
-            "num_waiting": stats.num_waiting if stats else 0,
-            "kv_blocks_used": stats.kv_blocks_used if stats else 0,
-            "kv_blocks_total": stats.kv_blocks_total if stats else 0,
-            "steps_total": stats.steps_total if stats else 0,
-            "preemptions_total": stats.preemptions_total if stats else 0,
-            "executor": stats.executor if stats else "eager",
+            **{name: getattr(stats, name) for name in STATUS_STATS},
             "why_eager": self._executor.why_eager if self._executor else None,
             "shards_connected": self._node.shards if self._node else [],
             **(peers.status() if peers and not self._node else {}),
@@ -177,6 +178,32 @@ class DenseActor:
     def take_sketch(self) -> bytes:
         """What was routed since the last call (`comm/sketch.py`), encoded; empty: nothing."""
         return self._tap.take_sketch(host_label()) if self._tap else b""
+
+    def start_recording(self, tokens_max: int) -> TraceHeader:
+        """Record the routing of the next `tokens_max` tokens, for `take_recorded`; anew where
+        something was being recorded.
+
+        Raises:
+            ClusterError: this rank looks at no routing.
+        """
+        tap = self._tap_to_record()
+        assert self._rank is not None, "start_recording before start returned"
+        header = header_of(self._launch, self._rank.model.spec)
+        tap.record(TraceRecorder(header, tokens_max))
+        return header
+
+    def take_recorded(self) -> Recorded:
+        """What was recorded since the last call. Raises ClusterError when nothing is recorded."""
+        return self._tap_to_record().take_recorded()
+
+    def stop_recording(self) -> None:
+        """Record no more; what nobody took is gone."""
+        self._tap_to_record().record(None)
+
+    def _tap_to_record(self) -> RoutingTap:
+        if self._tap is None:
+            raise ClusterError(f"{self._launch.uid} counts no routing: too many experts a token")
+        return self._tap
 
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
@@ -326,11 +353,7 @@ class DenseActor:
         """In the engine's thread. None where no dispatcher of this process counts."""
         if self._dispatcher is None or self._meter is None or self._peers is None:
             return None
-        members = {m.uid: m for m in self._dispatcher.view.members if m.role == "shard"}
-        links = {uid: self._peers.counters.link(uid) for uid in members}
-        host = self._peers.self_host
-        local = [uid for uid, member in members.items() if member.endpoint.host == host]
-        return self._meter.read(links, local)
+        return traffic_of(self._meter, self._dispatcher.view, self._peers)
 
     def _on_frame(self, connection: Connection, frame: Frame) -> None:
         """In the server's thread: the conductor's are the node's, the others ingresses'."""

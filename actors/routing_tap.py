@@ -26,6 +26,8 @@ from torch import Tensor
 from remora.actors.dense_events import StepPlan
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import ExpertsFn
+from remora.actors.trace_recorder import Recorded, TraceRecorder
+from remora.comm.errors import ClusterError
 from remora.comm.routing_counter import RoutingCounter, Run
 from remora.comm.sketch import TOP_K_MAX, encode_sketch
 from remora.comm.trace import DECODE, PREFILL
@@ -80,6 +82,7 @@ class RoutingTap:
         self._layers_seen = 0
         self._runs: list[Run] = []
         self._skipped: list[Run] = []
+        self._recorder: TraceRecorder | None = None
         self._full: list[_Buffer] = []
         self._lock = threading.Condition()
         self._counting = threading.Lock()
@@ -105,7 +108,7 @@ class RoutingTap:
 
     def _begin(self, plan: StepPlan) -> None:
         """A step begins."""
-        self._runs = runs_of(plan)
+        self._runs = runs_of(plan, with_tokens=self._recorder is not None)
         self._step_rows, self._layers_seen = plan.num_tokens, 0
         buffer = self._active
         if buffer.room < plan.num_tokens and buffer.num_rows:
@@ -184,13 +187,26 @@ class RoutingTap:
             source: host of this dense group.
         """
         with self._counting:
-            with self._lock:
-                waiting, self._full = [*self._full, self._active], []
-            for buffer in waiting:
-                self._count(buffer)
-            self._note_skipped()
+            self._count_all()
             sketch = self._counter.take(source)
         return encode_sketch(sketch) if sum(sketch.tokens_seen) else b""
+
+    def record(self, recorder: TraceRecorder | None) -> None:
+        """Give what is counted to a recorder too, from the next step on; None: to none any more."""
+        with self._counting:
+            self._recorder = recorder
+
+    def take_recorded(self) -> Recorded:
+        """What the recorder has since the last call, the newest step included.
+
+        Raises:
+            ClusterError: nothing is being recorded.
+        """
+        with self._counting:
+            self._count_all()
+            if self._recorder is None:
+                raise ClusterError("nothing is being recorded here")
+            return self._recorder.take()
 
     def close(self) -> None:
         """End the counting thread."""
@@ -213,6 +229,14 @@ class RoutingTap:
                 self._count(buffer)
                 self._note_skipped()
 
+    def _count_all(self) -> None:
+        """Count whatever has been computed; `_counting` is held."""
+        with self._lock:
+            waiting, self._full = [*self._full, self._active], []
+        for buffer in waiting:
+            self._count(buffer)
+        self._note_skipped()
+
     def _count(self, buffer: _Buffer) -> None:
         """Count what is new in a buffer; one that was handed over is free then.
 
@@ -221,9 +245,12 @@ class RoutingTap:
         with self._lock:
             begin, end = buffer.num_counted, buffer.num_rows
             runs, buffer.runs, buffer.num_counted = buffer.runs, [], end
+        recorder = self._recorder
         try:
             if runs:
                 self._counter.count(buffer.ids_LTK[:, begin:end], runs)
+            if runs and recorder is not None:
+                recorder.note(buffer.ids_LTK[:, begin:end], runs)
         except Exception:  # statistics must not end a dense group; it goes on without them
             logger.exception("counting %d routed tokens failed", end - begin)
         with self._lock:
@@ -234,6 +261,8 @@ class RoutingTap:
         with self._lock:
             skipped, self._skipped = self._skipped, []
         self._counter.skip(skipped)
+        if self._recorder is not None:
+            self._recorder.skip(sum(run.num_tokens for run in skipped))
 
 
 def tap_of(spec: ModelSpec) -> RoutingTap | None:
@@ -245,16 +274,21 @@ def tap_of(spec: ModelSpec) -> RoutingTap | None:
     )
 
 
-def runs_of(plan: StepPlan) -> list[Run]:
-    """The rows of a step by request; a row is of the prefill while its token is of the prompt."""
+def runs_of(plan: StepPlan, *, with_tokens: bool = False) -> list[Run]:
+    """The rows of a step by request; a row is of the prefill while its token is of the prompt.
+
+    Args:
+        with_tokens: copy token ids, for a recorder.
+    """
     runs = []
     for part in plan.slices:
-        prompt = min(max(len(part.prompt_ids) - part.start, 0), len(part.token_ids))
+        count = len(part.token_ids)
+        prompt = min(max(len(part.prompt_ids) - part.start, 0), count)
         arrival = part.sequence.arrival
-        if prompt:
-            runs.append(Run(arrival, PREFILL, prompt))
-        if prompt < len(part.token_ids):
-            runs.append(Run(arrival, DECODE, len(part.token_ids) - prompt))
+        for phase, begin, end in ((PREFILL, 0, prompt), (DECODE, prompt, count)):
+            if begin < end:
+                token_ids = part.token_ids[begin:end] if with_tokens else []
+                runs.append(Run(arrival, phase, end - begin, part.start + begin, token_ids))
     return runs
 
 
@@ -266,9 +300,11 @@ def split_runs(runs: list[Run], num_rows: int) -> tuple[list[Run], list[Run]]:
         count = min(run.num_tokens, num_rows)
         num_rows -= count
         if count:
-            kept.append(Run(run.request, run.phase, count))
+            kept.append(Run(run.request, run.phase, count, run.start, run.token_ids[:count]))
         if count < run.num_tokens:
-            rest.append(Run(run.request, run.phase, run.num_tokens - count))
+            left = run.num_tokens - count
+            start, token_ids = run.start + count, run.token_ids[count:]
+            rest.append(Run(run.request, run.phase, left, start, token_ids))
     return kept, rest
 
 

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING
 
 from remora.actors.dense_model import DenseModel
+from remora.comm.accounting import TrafficMeter
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
+from remora.comm.messages import Traffic
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
 from remora.comm.view import View
@@ -49,3 +51,10 @@ def peer_limits(model: DenseModel, launch: "DenseLaunch") -> PeerLimits:
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
+
+
+def traffic_of(meter: TrafficMeter, view: View, peers: PeerSet) -> Traffic:
+    """What a rank's frames to the shards of `view` came to."""
+    members = {m.uid: m for m in view.members if m.role == "shard"}
+    local = [uid for uid, m in members.items() if m.endpoint.host == peers.self_host]
+    return meter.read({uid: peers.counters.link(uid) for uid in members}, local)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from remora.cluster.instances import missing, use_token, which_instance
 from remora.cluster.model_source import local_checkpoint
 from remora.comm.errors import ConfigError
 from remora.comm.trace import DECODE, LABELS_MAX
@@ -16,6 +17,7 @@ from remora.comm.trace_reader import TraceReader
 OK = 0
 TOKENS_MAX = 10_000_000
 WINDOW = 256
+SECONDS_MAX = 86_400.0
 
 
 def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
@@ -26,6 +28,11 @@ def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
         "record", help="write which experts tokens choose: of texts, or of a deployment that runs"
     )
     record.add_argument("checkpoint", nargs="?", help="checkpoint directory or hub id, with --text")
+    record.add_argument("--deployment", metavar="NAME", help="one that runs, if there are several")
+    record.add_argument("--ray-address", help="Ray cluster that it runs in")
+    record.add_argument(
+        "--seconds", type=float, default=60.0, help="of a deployment, at most (default 60)"
+    )
     record.add_argument("--output", "-o", type=Path, required=True, metavar="FILE")
     record.add_argument("--force", action="store_true", help="replace FILE if it exists")
     record.add_argument("--max-tokens", type=_positive, default=100_000, help="default 100,000")
@@ -57,9 +64,42 @@ def _positive(text: str) -> int:
 
 
 def _record(options: Namespace) -> int:
+    if options.checkpoint is None and not options.text:
+        return _record_deployment(options)
     if options.checkpoint is None or not options.text:
-        raise ConfigError("nothing to record: give a CHECKPOINT and --text FILE")
+        raise ConfigError("a CHECKPOINT and --text FILE come together; neither: a deployment")
     return _record_texts(options)
+
+
+def _record_deployment(options: Namespace) -> int:
+    if options.weights:
+        raise ConfigError("--weights: gate weights are recorded of texts only")
+    if not 0 < options.seconds <= SECONDS_MAX:
+        raise ConfigError(f"--seconds {options.seconds:g}: more than 0, at most {SECONDS_MAX:g}")
+    name, instance = options.deployment, None
+    if options.ray_address is None:
+        name, instance = which_instance(name)
+        if name is None:
+            return missing("no deployment runs on this machine", options.json)
+    elif name is None:
+        raise ConfigError("with --ray-address, --deployment NAME is needed")
+    if instance is not None:
+        use_token(instance)
+    from remora.cluster.trace_live import record_deployment  # imports Ray: the token is in place
+
+    address = instance.ray_address if instance else options.ray_address
+    found = record_deployment(
+        name,
+        address,
+        options.output,
+        tokens_max=options.max_tokens,
+        seconds=options.seconds,
+        overwrite=options.force,
+        progress=_show_progress,
+    )
+    if found is None:
+        return missing(f"there is no deployment {name!r} here", options.json)
+    return _tell(options)
 
 
 def _record_texts(options: Namespace) -> int:

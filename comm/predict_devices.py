@@ -54,7 +54,8 @@ class TwoLayerTable:
         mask_T = device_masks(previous_TK)
         total_T1 = seen_M[mask_T][:, None] + PRIOR
         score_TD = (pairs_MD[mask_T] + PRIOR * mean_D) / total_T1
-        return np.rint(score_TD * SCALE).astype(np.int64)
+        rounded_TD: NDArray[np.int64] = np.rint(score_TD * SCALE).astype(np.int64)
+        return rounded_TD
 
 
 def device_masks(device_TK: NDArray[np.int64]) -> NDArray[np.int64]:

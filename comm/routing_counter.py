@@ -62,6 +62,8 @@ class Run(msgspec.Struct, frozen=True):
     request: int
     phase: int  # index into PHASES
     num_tokens: int
+    start: int = 0  # position of the first
+    token_ids: list[int] = []  # of each; empty where nobody asked for them
 
 
 @dataclass(slots=True)

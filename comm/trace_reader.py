@@ -120,13 +120,10 @@ class TraceReader:
             return None
         if zlib.crc32(stored) != crc:
             raise TraceError(f"{self.path}: damaged: a block does not match its checksum")
-        inflate = zlib.decompressobj()
         try:
-            raw = inflate.decompress(stored, raw_bytes)
-        except zlib.error as error:
+            raw = inflated(stored, raw_bytes)
+        except ValueError as error:
             raise TraceError(f"{self.path}: damaged: {error}") from error
-        if len(raw) != raw_bytes or inflate.unconsumed_tail:
-            raise TraceError(f"{self.path}: damaged: a block is not of the size that it says")
         return tag, count, raw
 
     def _block(self, labels: _Labels, count: int, raw: bytes) -> Trace:
@@ -141,6 +138,27 @@ class TraceReader:
             return msgspec.msgpack.decode(data, type=kind)
         except msgspec.DecodeError as error:
             raise TraceError(f"{self.path}: damaged: {error}") from error
+
+
+def inflated(stored: bytes, raw_bytes: int) -> bytes:
+    """A zlib stream of exactly `raw_bytes` bytes. Raises ValueError for any other."""
+    inflate = zlib.decompressobj()
+    try:
+        raw = inflate.decompress(stored, raw_bytes)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(raw) != raw_bytes or inflate.unconsumed_tail:
+        raise ValueError("a block is not of the size that it says")
+    return raw
+
+
+def decode_record(header: TraceHeader, data: bytes) -> Trace:
+    """Inverse of `trace.encode_block`: one whole record, from a process of ours."""
+    tag, count, raw_bytes, stored_bytes, crc = RECORD.unpack_from(data)
+    stored = data[RECORD.size :]
+    assert tag == b"TOKS" and len(stored) == stored_bytes, f"{tag!r}, {len(stored)} bytes"
+    assert zlib.crc32(stored) == crc, "a block that does not match its checksum"
+    return decode_block(header, count, inflated(stored, raw_bytes))
 
 
 def read_trace(path: Path, *, tokens_max: int | None = None) -> Trace:

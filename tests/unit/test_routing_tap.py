@@ -195,9 +195,16 @@ def test_ids_of_another_type_or_stride_are_taken() -> None:
 
 def test_runs() -> None:
     plan = plan_of((7, 3, 4), (8, 9, 1), (9, 0, 5))
-    runs = [Run(7, PREFILL, 2), Run(7, DECODE, 2), Run(8, DECODE, 1), Run(9, PREFILL, 5)]
-    assert runs_of(plan) == runs
+    ids = [0, 1, 2, 3, 4]
+    runs = [
+        Run(7, PREFILL, 2, 3, ids[:2]),
+        Run(7, DECODE, 2, 5, ids[2:4]),
+        Run(8, DECODE, 1, 9, ids[:1]),
+        Run(9, PREFILL, 5, 0, ids),
+    ]
+    assert runs_of(plan, with_tokens=True) == runs
+    assert all(run.token_ids == [] for run in runs_of(plan))
     kept, rest = split_runs(runs, 3)
-    assert kept == [Run(7, PREFILL, 2), Run(7, DECODE, 1)]
-    assert rest == [Run(7, DECODE, 1), Run(8, DECODE, 1), Run(9, PREFILL, 5)]
+    assert kept == [runs[0], Run(7, DECODE, 1, 5, [2])]
+    assert rest == [Run(7, DECODE, 1, 6, [3]), *runs[2:]]
     assert merged_runs(runs) == [Run(0, PREFILL, 7), Run(0, DECODE, 3)]

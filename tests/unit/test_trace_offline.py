@@ -91,7 +91,10 @@ def test_the_command_is_bounded_and_tells_what_it_wrote(
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["trace", "record", "-o", "x"], "nothing to record"),
+        (["trace", "record", "-o", "x", "--text", "y"], "come together"),
+        (["trace", "record", "-o", "x", "--weights"], "texts only"),
+        (["trace", "record", "-o", "x", "--seconds", "0"], "--seconds 0"),
+        (["trace", "record", "-o", "x", "--ray-address", "a:1"], "--deployment NAME"),
         (["trace", "record", str(DEMO_MODEL), "-o", "/no/such/dir/x", "--text", "y"], "written"),
         (["trace", "info", "/no/such/file"], "cannot be read"),
         (["trace", "info", "/etc/hostname"], "not a routing trace"),

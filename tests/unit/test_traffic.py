@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM
 from remora.actors.trace_offline import watch_experts
 from remora.cluster.metrics import IngressMetrics
 from remora.comm.accounting import LinkCounters, TrafficMeter
+from remora.comm.errors import ClusterError
 from remora.comm.messages import EngineStats, PeerTraffic, SamplingParams, Traffic
 from remora.comm.sketch import decode_sketch
+from remora.comm.trace import join
+from remora.comm.trace_reader import decode_record
 
 PROMPT = (5, 9, 200, 31, 77)
 ASK = Ask(PROMPT, SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))
@@ -66,6 +69,30 @@ def test_a_rank_counts_what_its_tokens_chose(cluster: LocalCluster) -> None:
     counters = client.actor._peers.counters.total()  # type: ignore[union-attr]
     assert sum(peer.sent_bytes for peer in traffic.peers) == counters.sent_bytes > 0
     assert np.mean([peer.load_ratio for peer in traffic.peers]) == pytest.approx(1)
+
+
+def test_what_is_recorded_of_a_rank_is_what_it_computed(cluster: LocalCluster) -> None:
+    """Token ids, positions, phases and requests of two answers; after the limit, nothing more."""
+    with cluster.dense(prefix_caching=False) as client:
+        actor = client.actor
+        with pytest.raises(ClusterError, match="nothing is being recorded"):
+            actor.take_recorded()
+        header = actor.start_recording(14)
+        answers = client.ask([ASK, ASK])
+        recorded = actor.take_recorded()
+        blocks = [decode_record(header, data) for data in recorded.blocks]
+        trace = join(blocks)
+        assert (trace.num_tokens, recorded.tokens_left, recorded.tokens_left_out) == (14, 0, 0)
+        client.ask([ASK])
+        assert actor.take_recorded().blocks == []
+        actor.stop_recording()
+    for number in np.unique(trace.request_T):
+        rows = trace.select(trace.request_T == number)
+        ids = [*PROMPT, *answers[0].token_ids][: rows.num_tokens]
+        assert rows.token_T.tolist() == ids
+        assert rows.position_T.tolist() == list(range(len(ids)))
+        assert rows.phase_T.tolist() == [int(p >= len(PROMPT)) for p in range(len(ids))]
+    assert len(np.unique(trace.request_T)) == 2
 
 
 @given(
