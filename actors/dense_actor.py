@@ -181,29 +181,21 @@ class DenseActor:
 
     def start_recording(self, tokens_max: int) -> TraceHeader:
         """Record the routing of the next `tokens_max` tokens, for `take_recorded`; anew where
-        something was being recorded.
-
-        Raises:
-            ClusterError: this rank looks at no routing.
-        """
-        tap = self._tap_to_record()
-        assert self._rank is not None, "start_recording before start returned"
+        something was being recorded."""
+        assert self._rank is not None and self._tap is not None, "before start returned"
         header = header_of(self._launch, self._rank.model.spec)
-        tap.record(TraceRecorder(header, tokens_max))
+        self._tap.record(TraceRecorder(header, tokens_max))
         return header
 
     def take_recorded(self) -> Recorded:
         """What was recorded since the last call. Raises ClusterError when nothing is recorded."""
-        return self._tap_to_record().take_recorded()
+        assert self._tap is not None, "take_recorded before start returned"
+        return self._tap.take_recorded()
 
     def stop_recording(self) -> None:
         """Record no more; what nobody took is gone."""
-        self._tap_to_record().record(None)
-
-    def _tap_to_record(self) -> RoutingTap:
-        if self._tap is None:
-            raise ClusterError(f"{self._launch.uid} counts no routing: too many experts a token")
-        return self._tap
+        if self._tap is not None:
+            self._tap.record(None)
 
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
@@ -346,8 +338,8 @@ class DenseActor:
         if self._leader is not None and self._shuffle is not None:
             self._shuffle.adopt(view, self._leader.hosts)
             rank.experts = SplitExperts(rank.experts, self._leader.group, self._shuffle)
-        if self._tap is not None:
-            rank.experts = self._tap.watch(rank.experts)
+        assert self._tap is not None, "a view before the rank"
+        rank.experts = self._tap.watch(rank.experts)
 
     def _traffic(self) -> Traffic | None:
         """In the engine's thread. None where no dispatcher of this process counts."""

@@ -29,7 +29,7 @@ from remora.actors.step_context import ExpertsFn
 from remora.actors.trace_recorder import Recorded, TraceRecorder
 from remora.comm.errors import ClusterError
 from remora.comm.routing_counter import RoutingCounter, Run
-from remora.comm.sketch import TOP_K_MAX, encode_sketch
+from remora.comm.sketch import encode_sketch
 from remora.comm.trace import DECODE, PREFILL
 
 logger = logging.getLogger(__name__)
@@ -265,10 +265,8 @@ class RoutingTap:
             self._recorder.skip(sum(run.num_tokens for run in skipped))
 
 
-def tap_of(spec: ModelSpec) -> RoutingTap | None:
-    """A tap on a model's MoE layers; None where a token has more experts than a sketch has."""
-    if spec.top_k > TOP_K_MAX:
-        return None
+def tap_of(spec: ModelSpec) -> RoutingTap:
+    """A tap on a model's MoE layers."""
     return RoutingTap(
         RoutingCounter(num_experts=spec.num_experts, top_k=spec.top_k, moe_layers=spec.moe_layers)
     )
