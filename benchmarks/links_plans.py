@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from remora.comm.bundles import count_bundles
 from remora.comm.eplb import eplb_held
-from remora.comm.grouping import GroupingProblem, expert_loads, plan_placement
-from remora.comm.homes import assign_homes, hits_of
+from remora.comm.joint_plan import homes_from_probe, plan_homes_and_placement
+from remora.comm.layer_plan import expert_loads
 from remora.comm.topology import Topology, placement_from, uniform_topology
 from remora.comm.trace import Trace, join
 from remora.comm.trace_reader import read_trace
@@ -25,7 +25,6 @@ from remora.comm.view import Placement, contiguous_placement
 
 METHODS = ("b1", "b3", "b6")
 PROBE = 32  # tokens of a prompt that its home is decided from
-ALTERNATIONS = 3  # of homes and placement
 Held = Sequence[NDArray[np.bool_]]
 
 
@@ -48,8 +47,15 @@ class Plans:
         hosts = self.topology.num_hosts
         if method != "b6":
             return np.arange(num_prompts) % hosts
-        early_T = prompts.position_T < PROBE
-        return _homes(prompts, early_T, self.held[method], self.topology, eps=0.0)
+        early = prompts.select(np.flatnonzero(prompts.position_T < PROBE))
+        return homes_from_probe(
+            early.experts_LTK.transpose(1, 0, 2),
+            early.request_T,
+            np.bincount(prompts.request_T),
+            self.held[method],
+            self.topology,
+            eps=0.0,
+        )
 
 
 def plan(planning: Trace, *, num_hosts: int, spare: float) -> Plans:
@@ -70,23 +76,23 @@ def plan(planning: Trace, *, num_hosts: int, spare: float) -> Plans:
     for shard, uid in enumerate(topology.uids):
         for held_SE, experts in zip(first_L, contiguous.slots[uid], strict=True):
             held_SE[shard, list(experts)] = True
-    source_T = planning.request_T % num_hosts
     eplb_L = [
-        eplb_held(expert_loads(count_bundles(ids_TK, source_T), header.num_experts), topology)
-        for ids_TK in _layers(planning)
+        eplb_held(
+            expert_loads(count_bundles(ids_TK, planning.source_T), header.num_experts), topology
+        )
+        for ids_TK in planning.experts_LTK
     ]
-    held_L: Held = eplb_L
-    for _ in range(ALTERNATIONS):
-        every_T = np.ones(len(planning.request_T), np.bool_)
-        home_Q = _homes(planning, every_T, held_L, topology, eps=0.05)
-        source_T = home_Q[planning.request_T]
-        layers = tuple(count_bundles(ids_TK, source_T) for ids_TK in _layers(planning))
-        problem = GroupingProblem(layers=layers, num_experts=header.num_experts, topology=topology)
-        held_L = plan_placement(problem, seed=0).held_L
+    joint = plan_homes_and_placement(
+        planning.experts_LTK.transpose(1, 0, 2),
+        planning.request_T,
+        topology,
+        num_experts=header.num_experts,
+        seed=0,
+    )
     return Plans(
         topology=topology,
         moe_layers=header.moe_layers,
-        held={"b1": first_L, "b3": eplb_L, "b6": held_L},
+        held={"b1": first_L, "b3": eplb_L, "b6": joint.result.held_L},
     )
 
 
@@ -127,19 +133,3 @@ def prompts_of(trace: Trace, count: int, num_tokens: int) -> Trace:
     kept_T = np.flatnonzero(number_Q[trace.request_T] >= 0)
     kept = trace.select(kept_T)
     return replace(kept, request_T=number_Q[kept.request_T].astype(kept.request_T.dtype))
-
-
-def _layers(trace: Trace) -> list[NDArray[np.integer]]:
-    return [trace.experts_LTK[index] for index in range(len(trace.header.moe_layers))]
-
-
-def _homes(
-    trace: Trace, chosen_T: NDArray[np.bool_], held_L: Held, topology: Topology, *, eps: float
-) -> NDArray[np.int64]:
-    num_requests = int(trace.request_T.max()) + 1
-    ids_TLK = trace.experts_LTK[:, chosen_T].transpose(1, 0, 2)
-    hits_QH = hits_of(
-        ids_TLK, trace.request_T[chosen_T], num_requests, held_L,
-        topology.host_of_S, topology.num_hosts,
-    )  # fmt: skip
-    return assign_homes(-hits_QH, np.ones(num_requests), eps=eps)
