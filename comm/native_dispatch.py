@@ -148,7 +148,7 @@ class NativeLayers:
         self._client.configure(
             routes.view.epoch, *self._settings, self._peers.limits.region_bytes,
             routes.host_S.ctypes.data, routes.own_host, routes.usable_S.ctypes.data,
-            routes.gain.ctypes.data, len(routes.uids), 0, park_address(), tables,
+            routes.gain.ctypes.data, len(routes.uids), park_address(), tables,
         )  # fmt: skip
 
     def _describe(self, shard: int, peer: Peer) -> None:

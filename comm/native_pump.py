@@ -38,7 +38,7 @@ class NativePump:
 
     def __init__(self, compute: NativeCompute, *, incarnation: int) -> None:
         self._pump: Any = native_extension().Pump(
-            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, 0, park_address()
+            *compute, incarnation, SKIPS_MAX, MERGE_ROWS_MAX, park_address()
         )
 
     def set_epoch(self, epoch: int) -> None:

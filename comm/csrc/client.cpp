@@ -192,7 +192,6 @@ Status Client::finish(char* out) {
 // Until every call is answered; false: Python goes on.
 bool Client::wait() {
   if (park && !calls_.empty()) park();
-  const int64_t spin_until_ns = spin_ns ? now_ns() + spin_ns : 0;
   polls_.resize(links.size());
   polled_.resize(links.size());
   while (true) {
@@ -205,8 +204,7 @@ bool Client::wait() {
       polls_[count++] = {link.fd, static_cast<short>(unsent ? POLLIN | POLLOUT : POLLIN), 0};
     }
     if (count == 0) return true;
-    const int64_t now = now_ns();
-    const int64_t left_ns = now < spin_until_ns ? 0 : std::max<int64_t>(0, until_ns_ - now);
+    const int64_t left_ns = std::max<int64_t>(0, until_ns_ - now_ns());
     const timespec left{left_ns / 1'000'000'000, left_ns % 1'000'000'000};
     const int ready = ppoll(polls_.data(), count, &left, nullptr);
     if (ready < 0) return false;  // a signal: its handler is Python's

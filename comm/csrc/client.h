@@ -87,7 +87,6 @@ class Client {
   bool presummed = false;
   double deadline_s = 0;
   int64_t rows_per_call_max = 1, region_bytes_asked = 0;
-  int64_t spin_ns = 0;
   ShardTable shards;
   void (*park)() = nullptr;  // called before this thread waits for another process
   std::unordered_map<int32_t, ReplicaTable> tables;

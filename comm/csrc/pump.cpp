@@ -43,12 +43,11 @@ std::vector<PumpEvent> Pump::poll(int epoll_fd, double timeout_s) {
   const bool bounded = timeout_s >= 0;
   const int64_t begun_ns = now_ns();
   const int64_t until_ns = begun_ns + static_cast<int64_t>((bounded ? timeout_s : 0) * 1e9);
-  int64_t spin_until_ns = 0;
   bool served = true;  // Python may have computed before it called
   epoll_event ready[kEventsMax];
   while (true) {
     int wait_ms = bounded ? 0 : -1;
-    if (any_head() || (spin_until_ns && now_ns() < spin_until_ns)) {
+    if (any_head()) {
       wait_ms = 0;
     } else if (bounded && timeout_s > 0) {
       wait_ms = static_cast<int>(std::max<int64_t>(0, (until_ns - now_ns() + 999'999) / 1'000'000));
@@ -69,7 +68,6 @@ std::vector<PumpEvent> Pump::poll(int epoll_fd, double timeout_s) {
     if (any_head()) {
       serve();
       served = true;
-      spin_until_ns = spin_ns ? now_ns() + spin_ns : 0;
     }
     if (!events_.empty() || timeout_s == 0) break;
     if (bounded && now_ns() >= until_ns) break;

@@ -61,7 +61,6 @@ class Pump {
   uint64_t epoch = 0;
   uint32_t skips_max = 4;
   uint64_t merge_rows_max = 128;
-  int64_t spin_ns = 0;
   void (*park)() = nullptr;  // called before this thread sleeps: the cores are others' now
   // read by other threads
   std::atomic<int64_t> calls_served = 0, batches = 0, compute_ns = 0;

@@ -14,13 +14,12 @@ struct PumpObject {
 
 Pump& pump_of(PyObject* self) { return reinterpret_cast<PumpObject*>(self)->pump; }
 
-// (entry, shard, width, dtype, incarnation, skips_max, merge_rows_max, spin_ns, park)
+// (entry, shard, width, dtype, incarnation, skips_max, merge_rows_max, park)
 PyObject* pump_new(PyTypeObject* type, PyObject* args, PyObject*) {
   unsigned long long entry, shard, incarnation, merge_rows_max, park;
   unsigned int width, dtype, skips_max;
-  long long spin_ns;
-  if (!PyArg_ParseTuple(args, "KKIIKIKLK", &entry, &shard, &width, &dtype, &incarnation,
-                        &skips_max, &merge_rows_max, &spin_ns, &park))
+  if (!PyArg_ParseTuple(args, "KKIIKIKK", &entry, &shard, &width, &dtype, &incarnation,
+                        &skips_max, &merge_rows_max, &park))
     return nullptr;
   if (!entry || !width || !item_bytes(static_cast<uint8_t>(dtype)))
     return PyErr_Format(PyExc_ValueError, "entry %llu, width %u, dtype %u", entry, width, dtype);
@@ -34,7 +33,6 @@ PyObject* pump_new(PyTypeObject* type, PyObject* args, PyObject*) {
   pump.incarnation = incarnation;
   pump.skips_max = skips_max;
   pump.merge_rows_max = merge_rows_max;
-  pump.spin_ns = spin_ns;
   pump.park = reinterpret_cast<void (*)()>(static_cast<uintptr_t>(park));
   return reinterpret_cast<PyObject*>(self);
 }
