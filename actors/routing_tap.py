@@ -66,6 +66,7 @@ class RoutingTap:
     """
 
     def __init__(self, counter: RoutingCounter) -> None:
+        counter.warm()  # not in the first requests' time
         self._counter = counter
         layers, top_k = counter.moe_layers, counter.top_k
         row_bytes = len(layers) * top_k * ID_BYTES

@@ -82,7 +82,7 @@ def main() -> None:
     checkpoint = OUT / args.shape
     if not (checkpoint / "config.json").exists():
         write_checkpoint(checkpoint, SHAPES[args.shape], seed=0)
-    batches, rounds, new_tokens = ((1, 32), 6, 65) if args.quick else ((1, 8, 32), 20, 129)
+    batches, rounds, new_tokens = ((1, 32), 10, 65) if args.quick else ((1, 8, 32), 20, 129)
     overrides = {"model": str(checkpoint), "executor": args.executor, "name": "statistics-cost"}
     config = load_config(None, preset="tiny_cpu", overrides=overrides)
     with own_ray(config):

@@ -105,6 +105,18 @@ class RoutingCounter:
         num_cells = len(moe_layers) * len(PHASES) * DOMAINS_MAX
         self._rows_max = max(64, min(4096, TABLE_BYTES_MAX // num_cells // (2 * top_k + 24)))
 
+    def warm(self) -> None:
+        """Compile what `count` and `take` call, by counting tokens with a twin of this one."""
+        twin = RoutingCounter(
+            num_experts=self.num_experts, top_k=self.top_k, moe_layers=self.moe_layers
+        )
+        ids_LTK = np.zeros((len(self.moe_layers), 5, self.top_k), np.int64)
+        ids_LTK[:, 1:3] = -1
+        twin.count(ids_LTK[:, :4], [Run(0, 0, 2), Run(0, 1, 2)])  # as views of a larger array
+        for cell in twin._cells.values():
+            cell.table.prune(1)
+        twin.take("")
+
     def skip(self, runs: Sequence[Run]) -> None:
         """These were routed and nobody looked: the rest stands for them."""
         for run in runs:

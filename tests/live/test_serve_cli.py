@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,28 @@ def served(home: Path) -> Iterator[dict[str, Any]]:
 def client(served: dict[str, Any]) -> Iterator[OpenAI]:
     with OpenAI(base_url=served["url"], api_key="any", max_retries=0, timeout=120) as client:
         yield client
+
+
+def test_routing_is_recorded_while_it_serves(
+    client: OpenAI, served: dict[str, Any], home: Path
+) -> None:
+    """Requests go on until the trace has what was asked for; prompt and answer are in it."""
+    output = home / "live.trace"
+    with ThreadPoolExecutor() as pool:
+        recording = pool.submit(
+            run, home, "trace", "record", "--deployment", NAME, "-o", str(output),
+            "--max-tokens", "60", "--seconds", "120",
+        )  # fmt: skip
+        while not recording.done():
+            client.completions.create(
+                model=served["model"], prompt="The sea", max_tokens=20, temperature=0
+            )
+        status, found = recording.result()
+    assert status == 0
+    assert (found["tokens"], found["whole"]) == (60, True)
+    assert found["decode_tokens"] > 0 and found["requests"] >= 2
+    assert found["sources"] == {"dense-0": 60}
+    assert run(home, "trace", "record", "--deployment", "no-such", "-o", "x")[0] == 3
 
 
 def test_an_openai_client_gets_all_it_asks_for(client: OpenAI, served: dict[str, Any]) -> None:
