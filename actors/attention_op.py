@@ -63,6 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: 
         sliding_window=spec.sliding_window,
         soft_cap=spec.soft_cap,
         sinks_H=sinks,
+        exact=context.exact,
     )
 
 

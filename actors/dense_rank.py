@@ -124,6 +124,7 @@ class DenseRank:
         self._step = step or (lambda num_tokens, run: run(self.experts))
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
+        self._exact = exact
         self._quantum = step_quantum(model, exact=exact)
         self._native = native_available() or model.device != CPU
         self.tap: RoutingTap | None = None  # looks at what `experts` is asked
@@ -162,6 +163,7 @@ class DenseRank:
                 pages=self._pages,
                 experts=experts,
                 shuffle=self._shuffle,
+                exact=self._exact,
                 device=self.model.device,
             )
             return self.model.run(context, inputs.input_ids_T, inputs.rows_R)

@@ -35,6 +35,7 @@ class StepContext:
     pages: Sequence["KVPages | GpuKVPages"]  # one per decoder layer
     experts: ExpertsFn
     shuffle: TokenShuffle | None = None  # whose rows are whose, in a tensor-parallel group
+    exact: bool = True  # numerics
     device: torch.device = CPU  # where the model computes (`kernels.device`)
     layer: int = -1  # the cursor: decoder layer that runs now
     device_plan: "AttentionPlan | GpuPlan" = field(init=False)  # the same for attention there

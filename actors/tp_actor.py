@@ -132,6 +132,7 @@ class Follower:
             pages=self._pages,
             experts=self._experts,
             shuffle=self._shuffle,
+            exact=self._exact,
             device=self._model.device,
         )
         token_ids_T = torch.tensor(order.token_ids, dtype=torch.int64)

@@ -67,7 +67,9 @@ def warm_up(model: DenseModel, *, exact: bool) -> None:
         num_blocks = -(-num_rows // BLOCK_SIZE)
         plan = build_plan([0], [num_rows], [list(range(num_blocks))], num_rows)
         pages = allocate_pages(model, num_blocks)
-        context = StepContext(plan=plan, pages=pages, experts=silent_experts, device=model.device)
+        context = StepContext(
+            plan=plan, pages=pages, experts=silent_experts, exact=exact, device=model.device
+        )
         no_rows = torch.empty(0, dtype=torch.int64)
         with model.alone():
             model.run(context, torch.zeros(num_rows, dtype=torch.int64), no_rows)

@@ -8,7 +8,8 @@ and the buffer are together larger than that.
 
 Prefill: a prompt, and a chunk behind a context that is in the pages, against torch's own attention
 (`scaled_dot_product_attention`) on contiguous keys and values, repeated for every query head before
-the clock starts. Ours pays for writing the pages and reads them through a table.
+the clock starts. Ours pays for writing the pages and reads them through a table; it is that of
+`fast` numerics, which may use AMX, and `exact us` is the other's.
 """
 
 import itertools
@@ -136,8 +137,14 @@ def prefill_rows(threads: int, rounds: int, sample_s: float) -> Iterator[dict[st
         all_k, all_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         seen = None if start == 0 else torch.ones(length, end).tril(start).bool()
 
-        def ours(new: Any = new, pages: Any = pages, plan: Any = plan, scale: Any = scale) -> Any:
-            return attend(*new, pages, plan, scale=scale)
+        def ours(
+            new: Any = new,
+            pages: Any = pages,
+            plan: Any = plan,
+            scale: Any = scale,
+            exact: bool = False,
+        ) -> Any:
+            return attend(*new, pages, plan, scale=scale, exact=exact)
 
         def torchs(
             q: Any = new[0], k: Any = all_k, v: Any = all_v, seen: Any = seen, scale: Any = scale
@@ -148,7 +155,9 @@ def prefill_rows(threads: int, rounds: int, sample_s: float) -> Iterator[dict[st
 
         torch.testing.assert_close(ours().transpose(1, 2), torchs(), rtol=3e-2, atol=3e-2)
         seconds = common.alternate(
-            {"ours": ours, "torch": torchs}, rounds=rounds, sample_s=sample_s
+            {"ours": ours, "exact": lambda ours=ours: ours(exact=True), "torch": torchs},
+            rounds=rounds,
+            sample_s=sample_s,
         )
         macs = heads.num_heads * (heads.k_dim + heads.v_dim) * length * (start + (length + 1) / 2)
         yield {
@@ -159,6 +168,7 @@ def prefill_rows(threads: int, rounds: int, sample_s: float) -> Iterator[dict[st
             "context": end,
             "us": Spread.of([s * 1e6 for s in seconds["ours"]]),
             "GMAC/s": Spread.of([macs / s / 1e9 for s in seconds["ours"]]),
+            "exact us": Spread.of([s * 1e6 for s in seconds["exact"]]),
             "torch us": Spread.of([s * 1e6 for s in seconds["torch"]]),
             "vs torch": common.per_round(seconds["torch"], seconds["ours"]),
         }

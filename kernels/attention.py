@@ -8,7 +8,8 @@ Every (token, head) is computed over absolute chunks of 64 keys, and absolute sp
 merged in ascending order, so its bits do not depend on what else is in the step, on how a prompt
 was cut, on prefill or decode, on the number of threads, or on how they share a context. Method:
 online softmax (Milakov & Gimelshein 2018) over paged keys (Kwon et al. 2023), long contexts split
-and merged (Flash-Decoding, Dao et al. 2023), with fixed cuts.
+and merged (Flash-Decoding, Dao et al. 2023), with fixed cuts. Only `exact=False` gives that up, for
+prompts on AMX.
 """
 
 import math
@@ -39,6 +40,7 @@ __all__ = [
 PAD_SLOT = -1  # slot of a padding row: nothing is written
 
 _ISA_MAX = 3  # of the C++ path: avx512_bf16; tests lower it down to 0, portable
+_ISA_MAX_FAST = 4  # the same in `fast`: amx_bf16; 5, in tests: tiles emulated on any machine
 _PLAN_HEAD = 5  # numbers before the arrays of `AttentionPlan.packed`
 _WORD_ELEMENTS = {torch.bfloat16: 2, torch.float32: 1}
 
@@ -214,6 +216,7 @@ def attend(
     attention_chunk: int | None = None,
     soft_cap: float | None = None,
     sinks_H: Tensor | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """Stores the step's keys and values, then attends -> [1, T, H, v_dim] in the dtype of `q`.
 
@@ -236,7 +239,7 @@ def attend(
             attention_chunk or 0,
             soft_cap or 0.0,
             sinks_H,
-            _ISA_MAX,
+            _ISA_MAX if exact else _ISA_MAX_FAST,
         )
         return out
     q_THd, k_TJd, v_TJd = (x[0].transpose(0, 1).to(pages.dtype) for x in (q, k, v))
@@ -250,6 +253,7 @@ def attend(
         attention_chunk=attention_chunk,
         soft_cap=soft_cap,
         sinks_H=sinks_H,
+        exact=exact,
     )
     return out_THd.to(q.dtype)[None]
 
@@ -288,6 +292,7 @@ def paged_attention(
     attention_chunk: int | None = None,
     soft_cap: float | None = None,
     sinks_H: Tensor | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """Causal attention of the step's rows over their sequences' pages -> [T, H, v_dim].
 
@@ -296,7 +301,8 @@ def paged_attention(
     A row at position i sees keys j <= i with j > i - `sliding_window` (if given) and
     j // `attention_chunk` == i // `attention_chunk` (if given). Scores are q.k * `scale`, then
     `soft_cap` * tanh(score / `soft_cap`). `sinks_H`: one logit per head that joins the softmax
-    denominator only (gpt_oss).
+    denominator only (gpt_oss). Not `exact`: 16 or more rows of a prompt that share a key/value head
+    run on AMX tiles where there are any, and a row's last bits depend on the rows beside it.
     Padding rows give zeros. Raises ValueError for shapes, dtypes or block ids that do not fit.
     """
     num_heads = q_THd.shape[1]
@@ -319,7 +325,7 @@ def paged_attention(
         soft_cap=soft_cap or 0.0,
     )
     if native_available():
-        return _attention_native(q_THd, pages, plan, rules, sinks_H)
+        return _attention_native(q_THd, pages, plan, rules, sinks_H, exact)
     return attention_torch(q_THd, pages, plan, rules, sinks_H)
 
 
@@ -333,6 +339,7 @@ def _attention_native(
     plan: AttentionPlan,
     rules: Rules,
     sinks_H: Tensor | None,
+    exact: bool,
 ) -> Tensor:
     out_THd: Tensor = torch.ops.remora.paged_attention(
         _dense_rows(q_THd),
@@ -345,7 +352,7 @@ def _attention_native(
         rules.chunk,
         rules.soft_cap,
         sinks_H,
-        _ISA_MAX,
+        _ISA_MAX if exact else _ISA_MAX_FAST,
     )
     return out_THd
 

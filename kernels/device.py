@@ -68,6 +68,7 @@ def attend_on(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks_H: Tensor | None,
+    exact: bool,
 ) -> Tensor:
     """`attention.attend` where the pages are: [1, T, H, v_dim] in the dtype of `q`."""
     if isinstance(pages, KVPages):
@@ -75,6 +76,7 @@ def attend_on(
         return attend(
             q, k, v, pages, plan,
             scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks_H=sinks_H,
+            exact=exact,
         )  # fmt: skip
     from remora.kernels.gpu_attention import gpu_attend
     from remora.kernels.gpu_pages import GpuPlan, gpu_write_kv
@@ -85,6 +87,7 @@ def attend_on(
     out_THd = gpu_attend(
         q_THd, pages, plan,
         scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks_H=sinks_H,
+        exact=exact,
     )  # fmt: skip
     return out_THd[None].to(q.dtype)
 

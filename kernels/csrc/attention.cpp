@@ -103,8 +103,13 @@ void set_rules(Call* call, const Options& options, int64_t num_heads, std::optio
   call->group = num_heads / call->pages.num_heads;
   call->rules = Rules{static_cast<float>(options.scale), static_cast<float>(options.soft_cap),
                       options.window, options.chunk};
-  const int64_t level = std::min(static_cast<int64_t>(remora::isa()), options.isa_max);
+  int64_t level = std::min(static_cast<int64_t>(remora::isa()), options.isa_max);
+  if (options.isa_max == kEmulatedTiles || (options.isa_max == 4 && remora::amx_is_emulated()))
+    level = kEmulatedTiles;
   call->kernel = choose_kernel(call->pages.element_bytes == 2, static_cast<int>(level));
+  // What tiles do not do: half a tile of a key's words, and maxima of scores of another sign.
+  if (call->pages.words % 16 != 0 || call->rules.scale <= 0.0f || call->rules.soft_cap < 0.0f)
+    call->kernel.run_tiled = nullptr;
   if (!*sinks) return;
   TORCH_CHECK_VALUE((*sinks)->numel() == num_heads, "sinks ", (*sinks)->sizes(), ": expected (",
                     num_heads, ",)");

@@ -21,6 +21,9 @@ struct WordBF16 {
 // (Dao et al., Flash-Decoding, 2023) without a bit depending on how.
 constexpr int64_t CHUNK_KEYS = 64, SPAN_KEYS = 256;
 
+// On tiles (attention_tiles.h): keys of a softmax step, a part of a span.
+constexpr int TILE_STEP_KEYS = 128;
+
 struct Rules {
   float scale, soft_cap;  // soft_cap 0: none
   int64_t window, chunk;  // 0: none
@@ -56,8 +59,9 @@ struct Tile {
   int words, width;  // as in Pages
   int num_rows;
   const Row* rows;
-  int32_t* q_WR;     // packed queries: groups of rows_max rows, word by word
-  int32_t* edge_2V;  // value rows cut at the context's two ends; room for two chunks
+  int32_t* q_WR;     // packed queries: groups of rows_max rows, word by word; for tiles row by row
+  int32_t* edge_2V;  // value rows cut at the context's two ends; room for two chunks, or for what
+                     // attention_tiles.h copies
 };
 
 // Keys [from, to) of the tiles' context [low, high).
@@ -76,12 +80,20 @@ struct Kernel {
   // floats behind the last one's, and none is merged. False: a block id is out of range.
   bool (*run)(const Rules&, const Keys&, const Tile*, int num_heads, int first_head, State* total,
               State* part, bool apart, int64_t part_floats);
+  // The same on tiles of AMX, for queries packed row by row: other bits. nullptr: none.
+  decltype(run) run_tiled;
   // total += part, in the rows that see any of the keys [from, to).
   void (*merge)(const State& total, const State& part, const Tile&, int64_t from, int64_t to);
   // Normalises and writes `out`; `sink_R` (or nullptr): a logit that joins the denominator.
   void (*finish)(const State& total, const float* sink_R, const Tile&, int v_dim);
+  // Stores keys and values of 16 tokens that fill a block, one row every so many bytes, for keys of
+  // whole vectors of words and values without padding. nullptr: none.
+  void (*write_block)(const Pages&, int64_t block, int64_t head, const char* k, int64_t k_row_bytes,
+                      const char* v, int64_t v_row_bytes);
 };
 
+// Levels are those of isa.h up to AMX's, which adds run_tiled; kEmulatedTiles: in plain C++.
+constexpr int kEmulatedTiles = 5;
 Kernel choose_kernel(bool bfloat16, int level);
 
 // A plan's tensors in one: five numbers, then [S + 1] first rows, [S] starts, [S, M] block ids.

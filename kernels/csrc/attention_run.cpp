@@ -20,6 +20,8 @@ namespace remora_attention {
 namespace {
 
 constexpr int64_t TILE_ROWS = 48;
+constexpr int64_t TILED_ROWS = 128;   // of a tile of a prompt on tiles of AMX
+constexpr int64_t TILED_ROWS_MIN = 16;
 constexpr int64_t FEW_ROWS = 8;  // of one head
 constexpr int64_t UNITS_PER_THREAD = 2;       // so that a slow thread leaves something to the others
 constexpr int64_t SERIAL_PRODUCTS = 500'000;  // below: waking a thread costs more than it saves
@@ -90,7 +92,8 @@ struct Run {
   // Units of every sequence, its last tiles (longest contexts) first. Returns their cost.
   int64_t make_units() {
     const Plan& plan = call.plan;
-    const int64_t tile_tokens = std::max<int64_t>(1, TILE_ROWS / call.group);
+    const int64_t tile_rows = call.kernel.run_tiled != nullptr ? TILED_ROWS : TILE_ROWS;
+    const int64_t tile_tokens = std::max<int64_t>(1, tile_rows / call.group);
     const int64_t num_heads = call.pages.num_heads;
     int64_t cost = 0;
     for (int64_t s = 0; s < plan.num_sequences; ++s) {
@@ -158,14 +161,25 @@ struct Run {
   // Keys and values of sequences with several new rows: all their tiles need them.
   void write_prompts(int64_t num_threads) {
     const Plan& plan = call.plan;
+    const Pages& pages = call.pages;
+    const bool by_block = call.kernel.write_block != nullptr && pages.v_dim == pages.width &&
+                          pages.k_dim * pages.element_bytes % 64 == 0;
     const auto write = [&](int64_t begin, int64_t end) {
       for (int64_t s = 0; s < plan.num_sequences; ++s) {
         if (writes_alone(s)) continue;
         const int64_t last = std::min<int64_t>(end, plan.query_start[s + 1]);
-        for (int64_t row = std::max<int64_t>(begin, plan.query_start[s]); row < last; ++row) {
+        for (int64_t row = std::max<int64_t>(begin, plan.query_start[s]); row < last;) {
           const int64_t slot = slot_of(s, plan.start[s] + row - plan.query_start[s]);
-          for (int64_t h = 0; h < call.pages.num_heads; ++h)
-            write_slot(call.pages, slot, h, call.k->at(row, h), call.v->at(row, h));
+          const bool whole = by_block && slot % 16 == 0 && row + 16 <= last;
+          for (int64_t h = 0; h < call.pages.num_heads; ++h) {
+            const char *k = call.k->at(row, h), *v = call.v->at(row, h);
+            if (whole)
+              call.kernel.write_block(call.pages, slot / 16, h, k, call.k->row_bytes, v,
+                                      call.v->row_bytes);
+            else
+              write_slot(call.pages, slot, h, k, v);
+          }
+          row += whole ? 16 : 1;
         }
       }
     };
@@ -177,6 +191,12 @@ struct Run {
     });
   }
 
+  // A lone row of each head reads its keys once: that is memory's work, and other rows' bits.
+  bool is_tiled(const Unit& unit) const {
+    return call.kernel.run_tiled != nullptr && unit.num_tokens > 1 &&
+           unit.num_tokens * call.group >= TILED_ROWS_MIN;
+  }
+
   // Rows and queries of head number `h` of the unit.
   void pack_queries(const Unit& unit, int h, Scratch* scratch) const {
     const Pages& pages = call.pages;
@@ -186,6 +206,7 @@ struct Run {
     const int64_t first = call.plan.start[unit.sequence] - call.plan.query_start[unit.sequence];
     const int64_t out_head = static_cast<int64_t>(pages.v_dim) * pages.element_bytes;
     const int64_t rows_max = call.kernel.rows_max, num_heads = pages.num_heads * call.group;
+    const bool tiled = is_tiled(unit);
     for (int r = 0; r < tile->num_rows; ++r) {
       const int64_t row = unit.first_row + r / call.group;
       const int64_t head = (unit.head + h) * call.group + r % call.group;
@@ -196,6 +217,10 @@ struct Run {
       const int64_t stride = std::min<int64_t>(rows_max, tile->num_rows - group);
       int32_t* packed = tile->q_WR + group * pages.words + r - group;
       const char* q = call.q.at(row, head);
+      if (tiled) {
+        std::memcpy(tile->q_WR + static_cast<int64_t>(r) * pages.words, q, k_bytes);
+        continue;
+      }
       const int64_t whole = k_bytes / 4;
       for (int64_t w = 0; w < whole; ++w) std::memcpy(&packed[w * stride], q + w * 4, 4);
       if (whole < pages.words) {
@@ -203,6 +228,10 @@ struct Run {
         std::memcpy(&last, q + whole * 4, k_bytes - whole * 4);
         packed[whole * stride] = last;
       }
+    }
+    if (tiled) {
+      int32_t* end = tile->q_WR + static_cast<int64_t>(tile->num_rows) * pages.words;
+      std::memset(end, 0, (round16(tile->num_rows) - tile->num_rows) * pages.words * 4);
     }
     tile->rows = rows;
   }
@@ -212,8 +241,9 @@ struct Run {
     const Pages& pages = call.pages;
     const int num_rows = static_cast<int>(unit.num_tokens * call.group);
     const int64_t heads = unit.num_heads, floats = state_floats(num_rows, pages.width);
-    const int64_t q_words = round16(num_rows * pages.words);
-    float* memory = scratch->take(heads * (2 * floats + q_words) + 4 * pages.width);
+    const int64_t q_words = round16(num_rows) * pages.words;
+    const int64_t edge_rows = is_tiled(unit) ? TILE_STEP_KEYS / 2 : 4;
+    float* memory = scratch->take(heads * (2 * floats + q_words) + edge_rows * pages.width);
     float* queries = memory + heads * 2 * floats;
     auto* edges = reinterpret_cast<int32_t*>(queries + heads * q_words);
     scratch->tiles.resize(heads);
@@ -268,9 +298,9 @@ struct Run {
                     unit.from, unit.to};
     const bool apart = unit.shared >= 0;
     const int64_t part_floats = unit.num_heads * state_floats(scratch.tiles[0].num_rows, pages.width);
-    const bool done = call.kernel.run(call.rules, keys, scratch.tiles.data(), unit.num_heads,
-                                      unit.head, scratch.total.data(), scratch.part.data(), apart,
-                                      part_floats);
+    const auto run = is_tiled(unit) ? call.kernel.run_tiled : call.kernel.run;
+    const bool done = run(call.rules, keys, scratch.tiles.data(), unit.num_heads, unit.head,
+                          scratch.total.data(), scratch.part.data(), apart, part_floats);
     if (!apart || shared[unit.shared]->num_open.fetch_sub(1, std::memory_order_acq_rel) == 1)
       finish(unit, &scratch);
     return done;

@@ -3,6 +3,7 @@
 
 typedef float f32x16 __attribute__((vector_size(64), may_alias));
 typedef int32_t i32x16 __attribute__((vector_size(64), may_alias));
+typedef int32_t i32x16u __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16u __attribute__((vector_size(32), aligned(2), may_alias));
@@ -58,6 +59,15 @@ REMORA_INLINE u16x16 round_bf16(f32x16 x) {
 
 REMORA_INLINE f32x16 max16(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
+// The larger one; b where a is no number.
+REMORA_INLINE f32x16 largest16(f32x16 a, f32x16 b) {
+#if REMORA_ISA >= 2
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return max16(a, b);
+#endif
+}
+
 REMORA_INLINE float max_lane(f32x16 x) {
 #if REMORA_ISA >= 2
   return _mm512_reduce_max_ps((__m512)x);
@@ -94,6 +104,31 @@ REMORA_INLINE f32x16 exp16(f32x16 x) {
   const i32x16 exponent = ((i32x16)shifted - (i32x16)magic + 127) << 23;
   y = y * (f32x16)exponent;
   return x < splat(-87.0f) ? splat(0.0f) : y;
+}
+
+// 2^x for x <= 127, relative error 2e-7; exactly 1 at 0, 0 at -infinity. 1 + f * polynomial of degree
+// 4 for the fraction f in [0, 1), fitted for the least largest relative error (Lawson's iteration).
+REMORA_INLINE f32x16 exp2_16(f32x16 x) {
+#if REMORA_ISA >= 2
+  const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+#else
+  const f32x16 clamped = x < splat(-127.0f) ? splat(-127.0f) : x;
+  const f32x16 toward_zero = __builtin_convertvector(__builtin_convertvector(clamped, i32x16), f32x16);
+  const f32x16 floor = toward_zero > clamped ? toward_zero - splat(1.0f) : toward_zero;
+  const f32x16 f = clamped - floor;
+#endif
+  f32x16 y = splat(0.00186713f);
+  y = fma16(y, f, splat(0.00901703f));
+  y = fma16(y, f, splat(0.05579991f));
+  y = fma16(y, f, splat(0.24016445f));
+  y = fma16(y, f, splat(0.69315131f));
+  y = fma16(y, f, splat(1.0f));
+#if REMORA_ISA >= 2
+  return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)x);  // by two to the floor of x
+#else
+  y = y * (f32x16)((__builtin_convertvector(floor, i32x16) + 127) << 23);
+  return x < splat(-126.0f) ? splat(0.0f) : y;
+#endif
 }
 
 REMORA_INLINE f32x16 tanh16(f32x16 x) {

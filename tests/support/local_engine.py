@@ -143,6 +143,7 @@ class LocalEngine:
             pages=self.pages,
             experts=self.experts,
             shuffle=self.shuffle,
+            exact=self.exact,
             device=self.dense.device,
         )
         ids_T = torch.tensor(tokens + [0] * (num_rows - len(tokens)))
