@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-DISTANCE_MAX = 0.28  # Hellinger; of the demo model's nine domains, see benchmarks/notes
+DISTANCE_MAX = 0.2  # Hellinger; 0.1 to 0.24 do alike (benchmarks/notes/2026-11-28-statistics.md)
 LABELS_MAX = 256
 NOISE_SIGMAS = 2.0  # of the expected square of the distance to one's own domain
 
@@ -112,14 +112,18 @@ class Domains:
         return factor
 
     def _make_room(self) -> tuple[int, int] | None:
-        """Make the two nearest domains one, if there are two."""
+        """Make two domains one, if there are two: those whose union spreads least more (Ward,
+        J. Am. Stat. Assoc. 58, 1963), so that a few strange requests go before a domain does."""
         numbers = list(self.by_number)
         if len(numbers) < 2:
             return None
         root_DFE = np.stack([self.by_number[n].root_FE for n in numbers])
-        affinity_DD = np.einsum("afe,bfe->ab", root_DFE, root_DFE)
-        np.fill_diagonal(affinity_DD, -1.0)
-        a, b = np.unravel_index(int(affinity_DD.argmax()), affinity_DD.shape)
+        tokens_D = np.array([max(self.by_number[n].tokens, 1.0) for n in numbers])
+        affinity_DD = np.einsum("afe,bfe->ab", root_DFE, root_DFE) / root_DFE.shape[1]
+        weight_DD = tokens_D[:, None] * tokens_D / (tokens_D[:, None] + tokens_D)
+        cost_DD = weight_DD * np.maximum(0.0, 1.0 - affinity_DD)
+        np.fill_diagonal(cost_DD, np.inf)
+        a, b = np.unravel_index(int(cost_DD.argmin()), cost_DD.shape)
         first, second = numbers[int(a)], numbers[int(b)]
         if self.by_number[first].tokens < self.by_number[second].tokens:
             first, second = second, first

@@ -30,7 +30,7 @@ from remora.comm.sketch import (
     rows_per_cell,
 )
 
-DOMAINS_MAX: Final = 4  # that one dense group tells apart; the router has its own
+DOMAINS_MAX: Final = 12  # that one dense group tells apart; the router has its own
 REQUESTS_MAX: Final = 1024  # whose histograms are kept; those seen longest ago go
 LOOKS_MAX: Final = 512  # tokens of a request after which it stays in its domain
 TABLE_BYTES_MAX: Final = 32 << 20
@@ -91,7 +91,9 @@ class RoutingCounter:
         self.num_experts, self.top_k, self.moe_layers = num_experts, top_k, moe_layers
         self._bytes_max = bytes_max
         self._layer_F = feature_layers(len(moe_layers))
-        self._domains = Domains(domains_max=DOMAINS_MAX, half_life_tokens=100_000)
+        loads_bytes = len(moe_layers) * len(PHASES) * (4 * num_experts + 64)  # of a domain, exact
+        domains_max = max(2, min(DOMAINS_MAX, bytes_max // 2 // loads_bytes))
+        self._domains = Domains(domains_max=domains_max, half_life_tokens=100_000)
         shape = (len(self._layer_F), num_experts)
         self._histogram_RFE = np.zeros((REQUESTS_MAX, *shape))
         self._tokens_R = np.zeros(REQUESTS_MAX, np.int64)
@@ -102,7 +104,7 @@ class RoutingCounter:
         self._new_tokens: dict[int, float] = {}
         self._seen = [0.0] * len(PHASES)
         self._counted = [0.0] * len(PHASES)
-        num_cells = len(moe_layers) * len(PHASES) * DOMAINS_MAX
+        num_cells = len(moe_layers) * len(PHASES) * domains_max
         self._rows_max = max(64, min(4096, TABLE_BYTES_MAX // num_cells // (2 * top_k + 24)))
 
     def warm(self) -> None:

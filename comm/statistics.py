@@ -32,7 +32,7 @@ SOURCES_MAX = 4096
 class HistoryLimits:
     """Bounds and time constants of a history."""
 
-    domains_max: int = 8
+    domains_max: int = 12
     bytes_max: int = 64 << 20  # of bundles; loads and centroids come on top
     half_life_tokens: float = 200_000  # of what a domain's tokens chose
     share_half_life_tokens: float = 4_000  # of which domains there are

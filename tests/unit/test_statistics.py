@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
+from remora.comm.domains import Domains
 from remora.comm.errors import FrameError
 from remora.comm.sketch import (
     Cell,
@@ -128,6 +129,38 @@ def test_domains_are_told_apart_and_mixed_as_recent_traffic_is() -> None:
     assert sum(history.recent_shares().values()) == pytest.approx(1)
     only = history.load_LE(shares={0: 1.0})
     assert only[0, 6:].sum() == 0
+
+
+def test_strange_requests_do_not_push_domains_together() -> None:
+    """Three kinds of traffic, room for four domains, and now and then a request like no other."""
+    rng = np.random.default_rng(0)
+    domains = Domains(domains_max=4, half_life_tokens=1e9)
+    seen: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    gone: dict[int, int] = {}
+    for number in range(120):
+        kind = int(rng.integers(0, 3))
+        chances = np.full(30, 1e-9)
+        if number % 10 == 9:
+            chances[rng.integers(0, 30, 2)] = 1.0
+        else:
+            chances[10 * kind : 10 * kind + 10] = 1.0
+        histogram_FE = rng.multinomial(2000, chances / chances.sum(), size=2).astype(float)
+        found, merged = domains.assign(histogram_FE)
+        if merged is not None:
+            gone[merged[0]] = merged[1]
+        domains.grow(found, histogram_FE, 500 if number % 10 != 9 else 10)
+        if number % 10 != 9:
+            seen[kind].add(found)
+    final = []
+    for numbers in seen.values():
+        ends = set()
+        for number in numbers:
+            while number in gone:
+                number = gone[number]
+            ends.add(number)
+        final.append(ends)
+    assert all(len(ends) == 1 for ends in final), final
+    assert len(set.union(*final)) == 3
 
 
 def test_old_counts_fade_by_half_in_a_half_life() -> None:
