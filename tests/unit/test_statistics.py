@@ -143,7 +143,7 @@ def test_strange_requests_do_not_push_domains_together() -> None:
         if number % 10 == 9:
             chances[rng.integers(0, 30, 2)] = 1.0
         else:
-            chances[10 * kind : 10 * kind + 10] = 1.0
+            chances[5 * kind : 5 * kind + 10] = 1.0  # they share experts
         histogram_FE = rng.multinomial(2000, chances / chances.sum(), size=2).astype(float)
         found, merged = domains.assign(histogram_FE)
         if merged is not None:
