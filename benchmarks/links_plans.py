@@ -104,14 +104,18 @@ def record(checkpoint: Path, files: Sequence[Path], *, window: int, tokens_each:
     """
     from remora.actors.trace_offline import RecordPlan, TextFile, record_texts
 
-    traces = []
+    traces: list[Trace] = []
+    num_requests = 0
     with tempfile.TemporaryDirectory() as folder:
         plan = RecordPlan(window=window, tokens_max=tokens_each)
         for file in files:
             path = Path(folder) / file.name
             domain = file.name.split(".")[0]
             record_texts(str(checkpoint), [TextFile(path=file, domain=domain)], path, plan)
-            traces.append(read_trace(path))
+            trace = read_trace(path)
+            trace = replace(trace, request_T=trace.request_T + num_requests)
+            num_requests = int(trace.request_T.max()) + 1  # `join` keeps numbers as they are
+            traces.append(trace)
     return join(traces)
 
 
