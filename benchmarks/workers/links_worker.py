@@ -22,13 +22,20 @@ class Links:
         from remora.actors.launch import RAY_NAMESPACE
         from remora.cluster.bootstrap import neutral_runtime_env
 
-        ray.init(
-            address=address,
-            namespace=RAY_NAMESPACE,
-            runtime_env=neutral_runtime_env(),
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        until_s = time.monotonic() + NODE_WITHIN_S
+        while not ray.is_initialized():
+            try:
+                ray.init(
+                    address=address,
+                    namespace=RAY_NAMESPACE,
+                    runtime_env=neutral_runtime_env(),
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            except ConnectionError:  # the head has only just been started
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(0.5)  # it tells nobody when it listens
         self._loop = asyncio.new_event_loop()
         self._loads: dict[str, list[Any]] = {}
 
