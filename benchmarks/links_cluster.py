@@ -6,6 +6,7 @@ with Hosts(count=4, mbit=1000) as hosts, RayHosts(hosts, resources) as cluster:
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from netns import Hosts
+
+from remora.cluster.instances import TOKEN_ENV
 
 HERE = Path(__file__).resolve().parent
 PORT = 6379
@@ -37,6 +40,8 @@ class RayHosts:
         # Unix sockets lie in the session; their paths may have 107 bytes, so the name is short.
         self._session = tempfile.mkdtemp(prefix="rml-", dir="/tmp")
         self._driver: subprocess.Popen[str] | None = None
+        # Ray asks for a token; one of this cluster's own, whatever else runs on the machine.
+        self._token = {TOKEN_ENV: secrets.token_hex(32)}
         self.node_of: list[str] = []  # Ray node of each shaped host, from host 1 on
 
     def __enter__(self) -> "RayHosts":
@@ -80,7 +85,7 @@ class RayHosts:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={"PYTHONPATH": str(HERE / "workers")},
+            env={"PYTHONPATH": str(HERE / "workers"), **self._token},
         )
         self._answer()
         for host in range(1, self._hosts.count + 1):
@@ -103,7 +108,7 @@ class RayHosts:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE", **self._token},
         )
 
     def _answer(self) -> Any:
