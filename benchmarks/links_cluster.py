@@ -41,7 +41,7 @@ class RayHosts:
         self._session = tempfile.mkdtemp(prefix="rml-", dir="/tmp")
         self._driver: subprocess.Popen[str] | None = None
         # Ray asks for a token; one of this cluster's own, whatever else runs on the machine.
-        self._token = {TOKEN_ENV: secrets.token_hex(32)}
+        self._token = {"RAY_AUTH_MODE": "token", TOKEN_ENV: secrets.token_hex(32)}
         self.node_of: list[str] = []  # Ray node of each shaped host, from host 1 on
 
     def __enter__(self) -> "RayHosts":
