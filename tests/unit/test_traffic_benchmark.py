@@ -1,15 +1,14 @@
 """benchmarks/traffic*.py: metrics by hand and against the transport's accounting, folds, baselines,
 co-clustering on clusters that are known, and the integer programme under every method."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.programs import benchmarks_on_path
+from support.programs import program as module
 
 from remora.comm import plan as dispatch_plan
 from remora.comm.accounting import expected_call_bytes
@@ -17,24 +16,11 @@ from remora.comm.bundles import count_bundles
 from remora.comm.replay import choose_all
 from remora.comm.topology import Topology, uniform_topology
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def on_path() -> Iterator[None]:
-    """The programs import each other as scripts do."""
-    before, names = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path[:] = before
-    for name in set(sys.modules) - names:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def module(name: str) -> Any:
-    """A module of benchmarks/."""
-    return import_module(name)
+    with benchmarks_on_path():
+        yield
 
 
 def held(*shards: list[int], num_experts: int) -> Any:

@@ -3,36 +3,22 @@
 What may be known is changed not at all and everything else is: the decision must stay the same.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.programs import benchmarks_on_path
+from support.programs import program as module
 
 from remora.comm.topology import uniform_topology
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_path() -> Iterator[None]:
-    """The programs import each other as scripts do."""
-    before, names = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path[:] = before
-    for name in set(sys.modules) - names:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def module(name: str) -> Any:
-    """A module of benchmarks/."""
-    return import_module(name)
+    with benchmarks_on_path():
+        yield
 
 
 def random_trace(seed: int) -> Any:
