@@ -108,12 +108,16 @@ class Follower:
         self._link.send(Done(error=error))
 
     def _step(self, order: Order) -> None:
-        """Run one step. What goes wrong aborts it for every rank."""
+        """Run one step. What goes wrong aborts it for every rank.
+
+        Counted as rank 0 counts its own, when taken up: a step whose tokens anybody has seen is
+        one that every rank has counted.
+        """
+        self.steps_total += 1
         try:
             if isinstance(self._group, SharedGroup):
                 self._group.follow(order.sequence)
             self._run(order)
-            self.steps_total += 1
         except Exception as failure:
             if self._group.failure() is None:  # ours; else another rank's, which tells it
                 self._error = str(failure)
