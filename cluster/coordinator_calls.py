@@ -1,0 +1,188 @@
+"""What the coordinator's state machine keeps, and how it asks, waits, tries again and logs. Pure.
+
+`OperationSteps` says what each step asks for, `CoordinatorState` what events mean.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from remora.cluster.operation import (
+    Adopt,
+    Alarm,
+    Ask,
+    CanaryResult,
+    Effect,
+    Fence,
+    Held,
+    Keep,
+    Log,
+    Operation,
+    Pair,
+    Started,
+    Step,
+    Stop,
+    Task,
+)
+from remora.cluster.operation_plan import Situation
+from remora.comm.view import View
+
+HISTORY_MAX: Final = 64  # operations that are remembered by their id
+RETRIES_MAX: Final = 5  # of a task that must be done in the end
+ROUTER: Final = "router"  # adopts views too, and nothing waits for it
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds that a step may take, and what the deployment wants."""
+
+    prepare_s: float = 900.0
+    copy_s: float = 900.0
+    verify_s: float = 120.0
+    commit_s: float = 60.0
+    drain_s: float = 60.0  # then dense ranks that have not answered are fenced
+    free_s: float = 60.0
+    retry_s: float = 1.0
+    replicas: int = 1  # of an expert, where slots allow
+    slots_of_joiners: int = 1  # of a layer; at least
+
+
+class CoordinatorCalls:
+    """Fields and plumbing; see `CoordinatorState`."""
+
+    def __init__(
+        self,
+        *,
+        view: View,
+        room: Mapping[str, tuple[int, ...]],
+        manifest: Mapping[Pair, str],
+        incarnations: Mapping[str, int],
+        limits: Limits,
+        has_router: bool = False,
+    ) -> None:
+        self.view = view
+        self.room = dict(room)
+        self.incarnations = dict(incarnations)
+        self.operation: Operation | None = None
+        self.history: dict[str, Operation] = {}
+        self.fenced: set[str] = set()
+        self.lost: set[str] = set()
+        self.lost_dense: set[str] = set()
+        self._manifest = dict(manifest)
+        self._limits = limits
+        self._has_router = has_router
+        self._calls = 0
+        self._waiting: dict[int, Task] = {}  # the step is over when it is empty
+        self._aside: dict[int, Task] = {}  # nothing waits for these
+        self._again: list[tuple[float, Task]] = []  # to be asked again, and when
+        self._tries: dict[str, int] = {}  # of tasks of this step
+        self._restores: dict[str, int] = {}  # failed in a row, by shard
+        self._until_s: float | None = None  # of the step
+        self._logging: Callable[[], None] | None = None  # what follows the log entry
+        self._joined: dict[str, Started] = {}
+        self._canaries: dict[str, CanaryResult] = {}
+        self._rounds: list[Held] = []
+        self._held: Held = {}  # living shards, joiners included
+        self._next: View | None = None
+        self._effects: list[Effect] = []
+        self._now_s = 0.0
+
+    def situation(self) -> Situation:
+        """What a plan starts from now."""
+        return Situation(
+            view=self.view,
+            room=self.room,
+            lost=frozenset(self.lost),
+            incarnations=self.incarnations,
+            replicas=self._limits.replicas,
+            slots_of_joiners=self._limits.slots_of_joiners,
+        )
+
+    def next_time(self) -> float | None:
+        """When a `Tick` is due; None: never, as it stands."""
+        times = [at for at, _ in self._again]
+        if self._until_s is not None:
+            times.append(self._until_s)
+        return min(times, default=None)
+
+    # -- steps and calls ----------------------------------------------------------------------
+
+    def _begin(self, step: Step, limit_s: float, tasks: Iterable[Task]) -> None:
+        self._running().step = step
+        self._until_s = self._now_s + limit_s
+        self._forget_calls()
+        self._tries.clear()
+        for task in tasks:
+            self._ask(task)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The next step, once nothing of this one is open."""
+        raise NotImplementedError
+
+    def _forget_calls(self) -> None:
+        """Answers to what was asked count no more."""
+        self._waiting.clear()
+        self._again.clear()
+
+    def _ask(self, task: Task) -> None:
+        self._calls += 1
+        self._waiting[self._calls] = task
+        self._put(Ask(self._calls, task))
+
+    def _aside_all(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            self._calls += 1
+            self._aside[self._calls] = task
+            self._put(Ask(self._calls, task))
+
+    def _try_again(self, task: Adopt | Keep | Stop | Fence, reason: str) -> None:
+        """Past the commit there is no way back: again, and in the end without."""
+        name = f"{type(task).__name__} {task.uid}"
+        self._tries[name] = self._tries.get(name, 0) + 1
+        if self._tries[name] <= RETRIES_MAX or isinstance(task, Adopt):  # a rank is fenced instead
+            self._again.append((self._now_s + self._limits.retry_s, task))
+            return
+        self._odd(f"{name}: {reason}; given up after {RETRIES_MAX} tries")
+        self._go_on()
+
+    def _silent(self) -> str:
+        """Who is still to answer."""
+        uids = {task.uid for task in self._waiting.values()} | {t.uid for _, t in self._again}
+        return ", ".join(sorted(uids))
+
+    def _living_dense(self) -> list[str]:
+        dense = [m.uid for m in self.view.members if m.role == "dense"]
+        return [uid for uid in dense if uid not in self.lost_dense]
+
+    # -- words --------------------------------------------------------------------------------
+
+    def _running(self) -> Operation:
+        assert self.operation is not None, "no operation runs"
+        return self.operation
+
+    def _remember(self, operation: Operation) -> None:
+        self.history[operation.operation_id] = operation
+        while len(self.history) > HISTORY_MAX:
+            del self.history[next(iter(self.history))]
+
+    def _odd(self, text: str) -> None:
+        operation = self._running()
+        operation.reason = f"{operation.reason}; {text}" if operation.reason else text
+        self._put(Alarm(text))
+
+    def _log(self, kind: str, follow: Callable[[], None], **fields: object) -> None:
+        assert self._logging is None, "one entry after the other"
+        self._logging = follow
+        self._put(Log(self._record(kind, **fields)))
+
+    def _record(self, kind: str, **fields: object) -> dict[str, object]:
+        room = {uid: list(slots) for uid, slots in self.room.items()}
+        return {"t": kind, "room": room, "incarnations": dict(self.incarnations), **fields}
+
+    def _put(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+    def _taken(self) -> list[Effect]:
+        taken, self._effects = self._effects, []
+        return taken

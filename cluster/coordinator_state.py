@@ -1,0 +1,293 @@
+"""The coordinator's state machine: events in, effects out; views, epochs, one operation at a time.
+
+An operation goes through the steps of the design (elasticity): `prepare` starts who joins; then, in
+one or more rounds, `copy` into spare slots, `verify` by digest and canary, `commit` a view of the
+next epoch, `drain` until every dense rank has left the older one or is fenced, `free`. Until its
+first commit is logged an operation that fails is undone, and the old view never stopped serving;
+after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
+
+A shard of the view that dies is restored by an operation of the machine's own.
+
+Time comes with every event, and `next_time` says when the next `Tick` is due.
+"""
+
+from typing import Any
+
+import msgspec
+
+from remora.cluster.operation import (
+    Adopt,
+    Alarm,
+    Answer,
+    Answered,
+    CallFailed,
+    Canary,
+    CanaryResult,
+    Copy,
+    Effect,
+    Event,
+    Fence,
+    Keep,
+    LogFailed,
+    Logged,
+    MemberLost,
+    Offer,
+    Operation,
+    Publish,
+    Restore,
+    Started,
+    StartShard,
+    Stop,
+    Target,
+    Tick,
+)
+from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
+from remora.cluster.operation_steps import RESTORES_MAX, OperationSteps
+from remora.comm.errors import ClusterError, ConfigError
+
+BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
+
+
+class CoordinatorState(OperationSteps):
+    """See the head of this file.
+
+    Args:
+        view: committed, and in force everywhere.
+        room: slots of each MoE layer, by shard.
+        manifest: digest of every expert, as loaded.
+        incarnations: the last life of every uid there ever was.
+        has_router: a router takes views too.
+
+    Attributes:
+        view: the committed one.
+        operation: the one that runs.
+        history: the last ones by id, that one included.
+        fenced: dense ranks that shards refuse.
+        lost, lost_dense: members of the view that died.
+    """
+
+    def request(self, operation_id: str, target: Target, now_s: float) -> list[Effect]:
+        """Begin an operation; one of that id and target that is known is left as it is.
+
+        Raises:
+            ConfigError: what is asked for cannot be, or the id stands for something else.
+            ClusterError: another operation runs.
+        """
+        self._now_s = now_s
+        self._request(operation_id, target)
+        return self._taken()
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """What follows from an event."""
+        self._now_s = now_s
+        match event:
+            case Answered(call, answer):
+                self._answered(call, answer)
+            case CallFailed(call, reason):
+                self._call_failed(call, reason)
+            case Logged():
+                follow, self._logging = self._logging, None
+                assert follow is not None, "nothing was being logged"
+                follow()
+            case LogFailed(reason):
+                self._log_failed(reason)
+            case MemberLost(uid, incarnation):
+                self._member_lost(uid, incarnation)
+            case Tick():
+                self._tick()
+        self._restore_lost()
+        return self._taken()
+
+    def snapshot(self) -> dict[str, object]:
+        """The record that makes all earlier ones unnecessary; between operations."""
+        assert self.operation is None, f"operation {self.operation} runs"
+        over = [msgspec.to_builtins(operation) for operation in self.history.values()]
+        return self._record("base", view=msgspec.to_builtins(self.view), history=over)
+
+    def resume(self, operation: Operation | None, now_s: float) -> list[Effect]:
+        """After a restart, with the view of the log: everybody is told it again, and an operation
+        that was in flight is finished if it had committed anything, else undone.
+
+        Args:
+            operation: in flight, with the number of rounds that are in the log.
+        """
+        self._now_s = now_s
+        self._put(Publish(self.view))
+        if operation is None:
+            self._aside_all(Adopt(uid=uid, view=self.view) for uid in self._living_dense())
+            return self._taken()
+        self.operation = operation
+        self._remember(operation)
+        self.incarnations |= operation.joiners
+        if operation.round == 0:
+            self._abort("the coordinator was started again before the first commit")
+        else:
+            self._drain()
+        return self._taken()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _request(self, operation_id: str, target: Target) -> None:
+        known = self.history.get(operation_id)
+        if known is not None:
+            if known.target != target:
+                raise ConfigError(
+                    f"operation {operation_id!r} is another one: {known.public()['kind']},"
+                    f" {known.outcome}; choose a new id"
+                )
+            return
+        if self.operation is not None:
+            raise ClusterError(
+                f"operation {self.operation.operation_id!r} runs (step {self.operation.step}):"
+                " one at a time"
+            )
+        planned = plan_target(target, self.situation())
+        operation = Operation(
+            operation_id=operation_id,
+            target=target,
+            slots=planned.slots,
+            joiners=planned.joiners,
+            retirees=planned.retirees,
+            begun_s=self._now_s,
+        )
+        self._joined.clear()
+        # full shards that wait for each other are found before anything is started
+        joined = {uid: operation.slots[uid] for uid in operation.joiners}
+        self._plan_rounds(operation, dict(held_by_living(self.situation())) | joined)
+        self.operation = operation
+        self._remember(operation)
+        if not operation.joiners and same_slots(operation.slots, self.view.placement.slots):
+            self._end("done", "it is so already")
+            return
+        self.incarnations |= operation.joiners
+        self._log("begin", self._prepare, operation=msgspec.to_builtins(operation))
+
+    def _answered(self, call: int, answer: Answer) -> None:
+        task = self._waiting.pop(call, None) or self._aside.pop(call, None)
+        if task is None:
+            return  # of a step that is over
+        fault: str | None = None
+        match task, answer:
+            case StartShard(uid=uid), Started():
+                self._joined[uid] = answer
+                fault = self._digest_fault(uid, answer.digests)
+            case Copy(uid=uid), dict():
+                missing = sorted(set(task.pairs) - answer.keys())
+                fault = f"{uid} told nothing of {missing}" if missing else None
+                fault = fault or self._digest_fault(uid, answer)
+            case Canary(uid=uid), CanaryResult():
+                self._canaries[uid] = answer
+            case ((Offer() | Adopt()), str()):
+                if answer != task.view.view_hash:
+                    fault = f"{task.uid} knows another view of epoch {task.view.epoch}: {answer}"
+                elif isinstance(task, Adopt) and task.uid in self.fenced:
+                    self._let_in(task.uid)
+            case ((Keep() | Stop() | Fence() | Adopt()), None):
+                pass
+            case _:
+                fault = f"{task.uid} answered {type(task).__name__} with {answer!r}"
+        if fault is not None and isinstance(task, Adopt | Keep | Stop | Fence):
+            self._put(Alarm(fault))  # past the commit there is no way back
+        elif fault is not None:
+            self._abort(fault)
+            return
+        self._go_on()
+
+    def _call_failed(self, call: int, reason: str) -> None:
+        if self._aside.pop(call, None) is not None:
+            return  # a router takes the view from the coordinator when it starts
+        task = self._waiting.pop(call, None)
+        if task is None:
+            return
+        if isinstance(task, Adopt | Keep | Stop | Fence):
+            self._try_again(task, reason)
+        else:
+            self._abort(f"{task.uid}: {reason}")
+
+    def _log_failed(self, reason: str) -> None:
+        self._logging = None
+        operation = self._running()
+        text = f"the log cannot be written: {reason}"
+        self._put(Alarm(text))
+        if operation.step == "plan":  # nothing has been done
+            operation.outcome, operation.step, operation.reason = "failed", "over", text
+            operation.ended_s = self._now_s - operation.begun_s
+            self._over()
+        elif operation.step == "over":  # after a restart it is undone or finished once more
+            self._over()
+        else:
+            self._abort(text)
+
+    def _member_lost(self, uid: str, incarnation: int) -> None:
+        member = next((m for m in self.view.members if m.uid == uid), None)
+        if member is not None and member.incarnation == incarnation:
+            (self.lost if member.role == "shard" else self.lost_dense).add(uid)
+            self.fenced.discard(uid)
+        elif self.operation is None or self.operation.joiners.get(uid) != incarnation:
+            return  # of a life that is over anyway
+        if self.operation is None:
+            return
+        self._again = [(at, task) for at, task in self._again if task.uid != uid]
+        for call in [c for c, task in self._waiting.items() if task.uid == uid]:
+            del self._waiting[call]
+        is_dense = uid in self.lost_dense
+        if self.operation.step in BEFORE_COMMIT and not is_dense and self._logging is None:
+            self._abort(f"{uid} died")
+        else:
+            self._go_on()
+
+    def _tick(self) -> None:
+        due = [task for at, task in self._again if at <= self._now_s]
+        self._again = [(at, task) for at, task in self._again if at > self._now_s]
+        for task in due:
+            self._ask(task)
+        if self._until_s is None or self._now_s < self._until_s:
+            return
+        step = self._running().step
+        if step == "drain":
+            self._fence()
+        elif step in ("free", "undo"):
+            self._odd(f"{self._silent()} did not answer in step {step}")
+            self._forget_calls()
+            self._go_on()
+        else:
+            self._abort(f"{self._silent()} did not answer in step {step}")
+
+    def _restore_lost(self) -> None:
+        """Shards that died come back, as an operation of our own."""
+        if self.operation is not None:
+            return
+        uids = sorted(u for u in self.lost if self._restores.get(u, 0) < RESTORES_MAX)
+        if uids:
+            lives = "-".join(f"{uid}.{self.incarnations[uid] + 1}" for uid in uids)
+            self._request(f"restore-{lives}", Restore(tuple(uids)))
+
+
+def recovered(records: list[dict[str, Any]]) -> tuple[dict[str, Any], Operation | None]:
+    """What a log says.
+
+    Returns:
+        The newest base (`view`, `room`, `incarnations`, `history`) as plain data, and the operation
+        in flight, with the rounds that it has committed.
+
+    Raises:
+        ClusterError: it does not begin with a base record.
+    """
+    if not records or records[0]["t"] != "base":
+        raise ClusterError("the coordinator's log does not begin with a base record")
+    base = dict(records[0])
+    history = {each["operation_id"]: each for each in base["history"]}
+    running: Operation | None = None
+    for record in records[1:]:
+        base["room"], base["incarnations"] = record["room"], record["incarnations"]
+        operation = msgspec.convert(record["operation"], Operation)
+        if record["t"] == "ended":
+            history[operation.operation_id] = record["operation"]
+            running = None
+            continue
+        running = operation
+        if record["t"] == "committed":
+            base["view"] = record["view"]
+            running.round += 1
+    base["history"] = list(history.values())
+    return base, running

@@ -1,0 +1,232 @@
+"""Operations on a deployment that serves, and what the coordinator's state machine says and hears.
+
+Plain data, and pure. An operation has an absolute target and an id of its caller's choice; the
+machine (`coordinator_state.py`) walks it through its steps and asks the shell to do things
+(`Ask`), each with a number that its answer carries. Answers to what is not waited for any more are
+ignored by that number: nothing late can count.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from remora.comm.view import Member, View
+
+Step = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
+Outcome = Literal["running", "done", "failed"]
+Pair = tuple[int, int]  # decoder layer, logical expert
+Held = dict[str, tuple[tuple[int, ...], ...]]  # as `Placement.slots`
+
+
+class ScaleTo(msgspec.Struct, frozen=True, tag="scale"):
+    """So many shards; `retire` names some that are not to be among them."""
+
+    shards: int
+    retire: tuple[str, ...] = ()
+
+
+class PlaceAs(msgspec.Struct, frozen=True, tag="place"):
+    """The shards that there are hold this."""
+
+    slots: Held
+
+
+class DrainShards(msgspec.Struct, frozen=True, tag="drain"):
+    """These shards are no members any more; the others hold what they held."""
+
+    uids: tuple[str, ...]
+
+
+class Restore(msgspec.Struct, frozen=True, tag="restore"):
+    """Of the coordinator's own: shards that died are members again, in a new life."""
+
+    uids: tuple[str, ...]
+
+
+Target = ScaleTo | PlaceAs | DrainShards | Restore
+
+
+class Operation(msgspec.Struct, kw_only=True):
+    """One operation, as far as it has come."""
+
+    operation_id: str
+    target: Target
+    outcome: Outcome = "running"
+    step: Step = "plan"
+    reason: str = ""  # why it failed, or what was odd about it
+    slots: Held = {}  # what it leads to
+    joiners: dict[str, int] = {}  # uid -> incarnation
+    retirees: tuple[str, ...] = ()
+    round: int = 0  # rounds committed
+    num_rounds: int = 0
+    moved: int = 0  # experts copied or loaded
+    safe_to_delete: tuple[str, ...] = ()  # uids that hold nothing and have been stopped
+    begun_s: float = 0.0  # of the machine's clock
+    serving_s: float | None = None  # after `begun_s`: its first commit was acknowledged by all
+    ended_s: float | None = None  # after `begun_s`
+
+    def public(self) -> dict[str, object]:
+        """For people and programs, without the placement."""
+        fields: dict[str, object] = msgspec.to_builtins(self)
+        fields["kind"] = type(self.target).__struct_config__.tag
+        del fields["slots"], fields["begun_s"]
+        if isinstance(self.target, PlaceAs):
+            del fields["target"]
+        return fields
+
+
+# -- what is asked of the shell ------------------------------------------------------------------
+
+
+class StartShard(msgspec.Struct, frozen=True, kw_only=True):
+    """Start a process, load, listen. Answer: `Started`."""
+
+    uid: str
+    incarnation: int
+    experts: tuple[tuple[int, ...], ...]  # for each MoE layer
+    num_slots: int  # of a layer
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard that can serve."""
+
+    member: Member
+    digests: dict[Pair, str]
+    room: tuple[int, ...]  # slots of each MoE layer
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """Load experts into spare slots. Answer: the digest of each as it is held now, by pair."""
+
+    uid: str
+    pairs: tuple[Pair, ...]
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute fixed rows with some experts. Answer: `CanaryResult`."""
+
+    uid: str
+    pairs: tuple[Pair, ...]
+
+
+class CanaryResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What fixed rows came to."""
+
+    kernels: str  # what the last bits depend on; comparable only between equal ones
+    outputs: dict[Pair, str]  # hash of the output
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a dense rank connect to what it does not know of a view, and go on with its own.
+    Answer: the hash of what it was offered."""
+
+    uid: str
+    view: View
+
+
+class Adopt(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a dense rank, or the router, use a view from its next step on. Answer: its hash."""
+
+    uid: str
+    view: View
+
+
+class Fence(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a shard cut a dense rank off until it is let in again (`fenced` without it). Answer:
+    None."""
+
+    uid: str
+    fenced: tuple[str, ...]
+
+
+class Keep(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a shard free every slot with another expert than these. Answer: None."""
+
+    uid: str
+    experts: tuple[tuple[int, ...], ...]
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True):
+    """End a process, whatever it does. Answer: None."""
+
+    uid: str
+    incarnation: int
+
+
+Task = StartShard | Copy | Canary | Offer | Adopt | Fence | Keep | Stop
+Answer = Started | CanaryResult | dict[Pair, str] | str | None
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """Do this, and tell what came of it (`Answered` or `CallFailed`) under this number."""
+
+    call: int
+    task: Task
+
+
+class Log(msgspec.Struct, frozen=True):
+    """Make this durable; then `Logged`, or `LogFailed`. Nothing else happens meanwhile."""
+
+    record: dict[str, object]
+
+
+class Publish(msgspec.Struct, frozen=True):
+    """This view is committed."""
+
+    view: View
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """An operation is over."""
+
+    operation: Operation
+
+
+class Alarm(msgspec.Struct, frozen=True):
+    """An operator should hear this."""
+
+    text: str
+
+
+Effect = Ask | Log | Publish | Settled | Alarm
+
+
+# -- what the machine hears ----------------------------------------------------------------------
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """Of an `Ask`."""
+
+    call: int
+    answer: Answer
+
+
+class CallFailed(msgspec.Struct, frozen=True):
+    """Of an `Ask`."""
+
+    call: int
+    reason: str
+
+
+class Logged(msgspec.Struct, frozen=True):
+    """The last `Log` is on the disk."""
+
+
+class LogFailed(msgspec.Struct, frozen=True):
+    """The last `Log` is not on the disk."""
+
+    reason: str
+
+
+class MemberLost(msgspec.Struct, frozen=True):
+    """This life of a process is over, and not because it was asked to end."""
+
+    uid: str
+    incarnation: int
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """`next_time` has come."""
+
+
+Event = Answered | CallFailed | Logged | LogFailed | MemberLost | Tick

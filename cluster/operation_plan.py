@@ -1,0 +1,142 @@
+"""What an operation comes to: who joins, who retires, who holds what in the end. Pure."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from remora.cluster.operation import DrainShards, Held, PlaceAs, Restore, ScaleTo, Target
+from remora.cluster.placement_steps import Room, spread
+from remora.comm.errors import ConfigError
+from remora.comm.view import View
+
+SHARDS_MAX = 4096
+
+
+class Situation(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan starts from."""
+
+    view: View
+    room: Room  # of the shards of the view
+    lost: frozenset[str]  # shards of the view that are not alive
+    incarnations: Mapping[str, int]  # the last life of every uid there ever was
+    replicas: int  # of an expert, where slots allow
+    slots_of_joiners: int  # of a layer; at least
+
+
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an operation leads."""
+
+    slots: Held
+    joiners: dict[str, int]
+    retirees: tuple[str, ...]
+
+
+def plan_target(target: Target, now: Situation) -> Planned:
+    """The end of an operation.
+
+    Raises:
+        ConfigError: no such shards, not enough slots, or a placement that does not fit.
+    """
+    match target:
+        case PlaceAs(slots):
+            _check_place(slots, now)
+            return Planned(slots=slots, joiners={}, retirees=())
+        case Restore(uids):
+            joiners = {uid: now.incarnations[uid] + 1 for uid in uids}
+            return Planned(slots=dict(now.view.placement.slots), joiners=joiners, retirees=())
+        case DrainShards(uids):
+            unknown = sorted(set(uids) - now.incarnations.keys())
+            if unknown:
+                raise ConfigError(f"no such shards: {', '.join(unknown)}")
+            retirees = [uid for uid in uids if uid in now.view.placement.slots]
+            return _scaled(now, retirees, 0)
+        case ScaleTo(shards, retire):
+            return _scaled(now, *_scale(shards, retire, now))
+
+
+def held_by_living(now: Situation) -> Held:
+    """What living shards of the view hold."""
+    slots = now.view.placement.slots
+    return {uid: layers for uid, layers in slots.items() if uid not in now.lost}
+
+
+def _scale(shards: int, retire: tuple[str, ...], now: Situation) -> tuple[list[str], int]:
+    """Who retires, and how many join."""
+    uids = sorted(now.view.placement.slots, key=_by_number)
+    if not 1 <= shards <= SHARDS_MAX:
+        raise ConfigError(f"{shards} shards: allowed is 1 to {SHARDS_MAX}")
+    unknown = sorted(set(retire) - set(uids))
+    if unknown and len(uids) != shards:  # else it was done before: the target is absolute
+        raise ConfigError(f"no such shards: {', '.join(unknown)}; there are {', '.join(uids)}")
+    retirees = [uid for uid in uids if uid in retire]
+    staying = [uid for uid in uids if uid not in retire]
+    while len(staying) > shards:
+        dead = [uid for uid in staying if uid in now.lost]
+        retirees.append((dead or staying)[-1])
+        staying.remove(retirees[-1])
+    return retirees, shards - len(staying)
+
+
+def _scaled(now: Situation, retirees: list[str], num_joiners: int) -> Planned:
+    slots, placement = now.view.placement.slots, now.view.placement
+    if not retirees and not num_joiners:
+        return Planned(slots=dict(slots), joiners={}, retirees=())
+    staying = [uid for uid in slots if uid not in retirees]
+    again = [uid for uid in staying if uid in now.lost]  # died: in a new life
+    names = [*again, *itertools.islice(_free_uids(now), num_joiners)]
+    joiners = {uid: now.incarnations.get(uid, 0) + 1 for uid in names}
+    num_layers = len(placement.moe_layers)
+    room = {uid: now.room[uid] for uid in staying if uid not in joiners}
+    room |= dict.fromkeys(joiners, (joiner_slots(now),) * num_layers)
+    hosts = {m.uid: m.endpoint.host for m in now.view.members if m.role == "shard"}
+    held = {uid: experts for uid, experts in held_by_living(now).items() if uid in staying}
+    spread_slots = spread(
+        held, room, hosts, num_experts=placement.num_experts, replicas=now.replicas
+    )
+    return Planned(slots=dict(spread_slots), joiners=joiners, retirees=tuple(retirees))
+
+
+def same_slots(one: Held, other: Held) -> bool:
+    """Whether two placements are the same, whatever the order in which experts are named."""
+    return one.keys() == other.keys() and all(
+        set(a) == set(b) for uid in one for a, b in zip(one[uid], other[uid], strict=True)
+    )
+
+
+def joiner_slots(now: Situation) -> int:
+    """Slots of a layer that a shard gets which joins: as many as any shard has."""
+    return max([now.slots_of_joiners, *(slots for room in now.room.values() for slots in room)])
+
+
+def _free_uids(now: Situation) -> Iterator[str]:
+    return (
+        f"shard-{i}" for i in range(2 * SHARDS_MAX) if f"shard-{i}" not in now.view.placement.slots
+    )
+
+
+def _by_number(uid: str) -> tuple[int, str]:
+    number = uid.rpartition("-")[2]
+    return (int(number) if number.isdecimal() else 0, uid)
+
+
+def _check_place(slots: Held, now: Situation) -> None:
+    placement = msgspec.structs.replace(now.view.placement, slots=slots)
+    if slots.keys() != now.view.placement.slots.keys():
+        raise ConfigError(
+            f"the placement is of {', '.join(sorted(slots))}, the deployment has"
+            f" {', '.join(sorted(now.view.placement.slots))}"
+        )
+    dead = sorted(set(slots) & now.lost)
+    if dead:
+        raise ConfigError(f"{', '.join(dead)} died: restored, scaled or drained first")
+    for uid, layers in slots.items():
+        if len(layers) != len(placement.moe_layers):
+            raise ConfigError(f"{uid}: {len(layers)} layers, not {len(placement.moe_layers)}")
+        for layer, experts, room in zip(placement.moe_layers, layers, now.room[uid], strict=True):
+            if len(experts) > room:
+                raise ConfigError(f"{uid} layer {layer}: {len(experts)} experts in {room} slots")
+    try:
+        placement.check()
+    except AssertionError as wrong:
+        raise ConfigError(f"no placement: {wrong}") from None

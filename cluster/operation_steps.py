@@ -1,0 +1,280 @@
+"""The steps of an operation: what each asks for, and what follows when it has been done. Pure."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from remora.cluster.coordinator_calls import ROUTER, CoordinatorCalls
+from remora.cluster.operation import (
+    Adopt,
+    Alarm,
+    Canary,
+    Copy,
+    Fence,
+    Held,
+    Keep,
+    Offer,
+    Operation,
+    Outcome,
+    Pair,
+    Publish,
+    Restore,
+    Settled,
+    StartShard,
+    Stop,
+    Task,
+)
+from remora.cluster.operation_plan import held_by_living, joiner_slots, same_slots
+from remora.cluster.placement_steps import additions, pairs_of, rounds
+from remora.comm.errors import ConfigError
+from remora.comm.view import View
+
+RESTORES_MAX: Final = 3  # tries to bring one shard back, before somebody must look
+
+
+class OperationSteps(CoordinatorCalls):
+    """See `CoordinatorState`."""
+
+    def _go_on(self) -> None:
+        operation = self.operation
+        if operation is None or self._waiting or self._again or self._logging is not None:
+            return
+        self._until_s = None
+        follow = {
+            "prepare": self._copy,
+            "copy": self._verify,
+            "verify": self._offer,
+            "commit": self._commit,
+            "drain": self._free,
+            "free": self._freed,
+            "undo": lambda: self._end("failed", operation.reason),
+        }
+        follow[operation.step]()
+
+    def _prepare(self) -> None:
+        """Who joins starts, loads what it will hold, and listens; nobody asks it anything yet."""
+        operation = self._running()
+        self._held = dict(held_by_living(self.situation()))
+        self._joined.clear()
+        slots = joiner_slots(self.situation())
+        tasks = [
+            StartShard(
+                uid=uid,
+                incarnation=incarnation,
+                experts=operation.slots[uid],
+                num_slots=max(slots, *map(len, operation.slots[uid])),
+            )
+            for uid, incarnation in operation.joiners.items()
+        ]
+        self._begin("prepare", self._limits.prepare_s, tasks)
+
+    def _copy(self) -> None:
+        operation = self._running()
+        if operation.round == 0:
+            for uid, started in self._joined.items():
+                self.room[uid] = started.room
+                self._held[uid] = operation.slots[uid]
+        dead = sorted(self.lost - operation.joiners.keys() - set(operation.retirees))
+        if dead:
+            self._abort(f"{', '.join(dead)} died")
+            return
+        try:
+            self._rounds = self._plan_rounds(operation, self._held)
+        except ConfigError as stuck:
+            self._abort(str(stuck))
+            return
+        operation.num_rounds = operation.round + len(self._rounds)
+        wanted = additions(self._held, self._rounds[0], self.view.placement.moe_layers)
+        tasks = [Copy(uid=uid, pairs=tuple(pairs)) for uid, pairs in wanted.items()]
+        self._begin("copy", self._limits.copy_s, tasks)
+
+    def _verify(self) -> None:
+        """One forward of every new copy, and of a replica that serves."""
+        placement = self.view.placement
+        new = additions(self._held, self._rounds[0], placement.moe_layers)
+        if self._running().round == 0:
+            new |= {u: pairs_of(self._held[u], placement.moe_layers) for u in self._joined}
+        asked: dict[str, set[Pair]] = {uid: set(pairs) for uid, pairs in new.items()}
+        serving = sorted(set(placement.slots) - self.lost - self._joined.keys())
+        for pair in sorted({pair for pairs in new.values() for pair in pairs}):
+            index = placement.moe_layers.index(pair[0])
+            holders = [uid for uid in serving if pair[1] in placement.slots[uid][index]]
+            if holders:
+                asked.setdefault(holders[0], set()).add(pair)
+        self._canaries.clear()
+        tasks = [Canary(uid=uid, pairs=tuple(sorted(pairs))) for uid, pairs in asked.items()]
+        self._begin("verify", self._limits.verify_s, tasks)
+
+    def _offer(self) -> None:
+        """The next view to every dense rank, while the older one serves."""
+        operation = self._running()
+        fault = self._canary_fault()
+        if fault is not None:
+            self._abort(fault)
+            return
+        members = {m.uid: m for m in self.view.members}
+        members |= {uid: started.member for uid, started in self._joined.items()}
+        slots = self._rounds[0]
+        if len(self._rounds) == 1:
+            slots = {uid: layers for uid, layers in slots.items() if uid in operation.slots}
+        placement = msgspec.structs.replace(self.view.placement, slots=slots)
+        try:
+            placement.check()
+        except AssertionError as uncovered:  # what only a dead retiree had did not fit at once
+            self._abort(str(uncovered))
+            return
+        stay = tuple(m for u, m in sorted(members.items()) if m.role == "dense" or u in slots)
+        self._next = View(epoch=self.view.epoch + 1, members=stay, placement=placement)
+        uids = [uid for uid in self._living_dense() if uid not in self.fenced]
+        tasks = [Offer(uid=uid, view=self._next) for uid in uids]
+        self._begin("commit", self._limits.commit_s, tasks)
+
+    def _commit(self) -> None:
+        assert self._next is not None, "nothing was offered"
+        operation = msgspec.to_builtins(self._running())
+        view = msgspec.to_builtins(self._next)
+        self._log("committed", self._committed, view=view, operation=operation)
+
+    def _committed(self) -> None:
+        assert self._next is not None, "nothing was offered"
+        operation = self._running()
+        layers = self._next.placement.moe_layers
+        new = additions(self._held, self._rounds[0], layers)
+        if operation.round == 0:
+            new |= {uid: pairs_of(operation.slots[uid], layers) for uid in self._joined}
+            self.lost -= operation.joiners.keys()
+        operation.moved += sum(map(len, new.values()))
+        operation.round += 1
+        self.view, self._next = self._next, None
+        self.lost &= self.view.placement.slots.keys()
+        self._held = dict(self._rounds[0])
+        self._put(Publish(self.view))
+        if self.fenced:
+            self._aside_all(self._fences())
+        self._drain()
+
+    def _drain(self) -> None:
+        """Until no dense rank sends by an older view: each swaps at its own step boundary."""
+        uids = [*self._living_dense(), *([ROUTER] if self._has_router else [])]
+        tasks = [Adopt(uid=uid, view=self.view) for uid in uids]
+        self._aside_all(t for t in tasks if t.uid == ROUTER or t.uid in self.fenced)
+        waited = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
+        self._begin("drain", self._limits.drain_s, waited)
+
+    def _free(self) -> None:
+        operation = self._running()
+        if operation.serving_s is None and not self.fenced:
+            operation.serving_s = self._now_s - operation.begun_s
+        slots = self.view.placement.slots
+        tasks: list[Task] = [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
+        gone = [uid for uid in operation.retirees if uid not in slots]
+        tasks += [Stop(uid=uid, incarnation=self.incarnations[uid]) for uid in gone]
+        self._begin("free", self._limits.free_s, tasks)
+
+    def _freed(self) -> None:
+        operation = self._running()
+        slots = self.view.placement.slots
+        operation.safe_to_delete = tuple(u for u in operation.retirees if u not in slots)
+        for uid in operation.safe_to_delete:
+            self.room.pop(uid, None)
+        self._held = {uid: slots[uid] for uid in slots if uid not in self.lost}
+        self._joined.clear()
+        if same_slots(slots, operation.slots):
+            self._end("done", operation.reason)
+        else:
+            self._copy()
+
+    def _abort(self, reason: str) -> None:
+        """Back to the committed view: nobody has left it."""
+        operation = self._running()
+        if operation.step == "undo":
+            return
+        operation.reason = reason
+        self._next = None
+        slots = self.view.placement.slots
+        members = {(m.uid, m.incarnation) for m in self.view.members}
+        joiners = [j for j in operation.joiners.items() if j not in members]
+        tasks: list[Task] = [Stop(uid=uid, incarnation=life) for uid, life in joiners]
+        tasks += [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
+        for uid, _ in joiners:
+            if uid not in slots:
+                self.room.pop(uid, None)
+        self._begin("undo", self._limits.free_s, tasks)
+
+    def _end(self, outcome: Outcome, reason: str) -> None:
+        operation = self._running()
+        operation.outcome, operation.reason, operation.step = outcome, reason, "over"
+        operation.ended_s = self._now_s - operation.begun_s
+        self._until_s = None
+        self._forget_calls()
+        self._log("ended", self._over, operation=msgspec.to_builtins(operation))
+
+    def _over(self) -> None:
+        operation = self._running()
+        self.operation = None
+        if isinstance(operation.target, Restore):
+            for uid in operation.target.uids:
+                failed = self._restores.pop(uid, 0) + 1
+                if operation.outcome != "done":
+                    self._restores[uid] = failed
+                if self._restores.get(uid) == RESTORES_MAX:
+                    self._put(Alarm(f"{uid} could not be restored: {operation.reason}"))
+        self._put(Settled(operation))
+
+    # -- fences -------------------------------------------------------------------------------
+
+    def _fence(self) -> None:
+        """Dense ranks that do not leave the old epoch: no frame of theirs may count any more."""
+        late = [t for t in self._waiting.values() if isinstance(t, Adopt)]
+        late += [t for _, t in self._again if isinstance(t, Adopt)]
+        silent = self._silent()
+        self._forget_calls()
+        self._until_s = self._now_s + self._limits.drain_s
+        if not late:
+            self._odd(f"{silent} did not answer when told whom to refuse")
+            self._go_on()
+            return
+        self.fenced |= {task.uid for task in late}
+        self._odd(f"{', '.join(sorted(self.fenced))} fenced: no answer to epoch {self.view.epoch}")
+        self._aside_all(late)  # whoever wakes up is let in again
+        for task in self._fences():
+            self._ask(task)
+        self._go_on()
+
+    def _let_in(self, uid: str) -> None:
+        self.fenced.discard(uid)
+        self._aside_all(self._fences())
+
+    def _fences(self) -> list[Fence]:
+        fenced = tuple(sorted(self.fenced))
+        uids = {*self.view.placement.slots, *self._held} - self.lost
+        return [Fence(uid=uid, fenced=fenced) for uid in sorted(uids)]
+
+    # -- checks and plans ---------------------------------------------------------------------
+
+    def _digest_fault(self, uid: str, digests: Mapping[Pair, str]) -> str | None:
+        for pair, digest in sorted(digests.items()):
+            if self._manifest[pair] != digest:
+                return f"{uid}: layer {pair[0]} expert {pair[1]} is {digest}, not what was loaded"
+        return None
+
+    def _canary_fault(self) -> str | None:
+        """Two shards with the same kernels whose outputs of one expert differ."""
+        seen: dict[tuple[str, Pair], tuple[str, str]] = {}
+        for uid, result in sorted(self._canaries.items()):
+            for pair, output in result.outputs.items():
+                other, there = seen.setdefault((result.kernels, pair), (uid, output))
+                if there != output:
+                    return f"layer {pair[0]} expert {pair[1]}: {uid} and {other} compute otherwise"
+        return None
+
+    def _plan_rounds(self, operation: Operation, held: Held) -> list[Held]:
+        """What shards hold after each round; one where only members change."""
+        room = dict(self.room)
+        slots = joiner_slots(self.situation())
+        for uid in operation.joiners:
+            if uid not in self._joined and operation.round == 0:
+                room[uid] = tuple(max(slots, len(experts)) for experts in operation.slots[uid])
+        found = rounds(held, operation.slots, room)
+        return [dict(each) for each in found] or [dict(held)]
