@@ -1,6 +1,6 @@
 """The steps of an operation: what each asks for, and what follows when it has been done. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -22,6 +22,7 @@ from remora.cluster.operation import (
     Restore,
     Settled,
     StartShard,
+    Step,
     Stop,
     Task,
 )
@@ -41,7 +42,7 @@ class OperationSteps(CoordinatorCalls):
         if operation is None or self._waiting or self._again or self._logging is not None:
             return
         self._until_s = None
-        follow = {
+        follow: dict[Step, Callable[[], None]] = {
             "prepare": self._copy,
             "copy": self._verify,
             "verify": self._offer,
