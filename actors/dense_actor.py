@@ -24,6 +24,7 @@ from remora.actors.launch import (
     member_of,
     take_threads,
 )
+from remora.actors.load_sharing import LoadSharing
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
 from remora.actors.router_reporter import RouterReporter, report_to_router
@@ -113,10 +114,10 @@ class DenseActor:
             OSError: the address cannot be bound.
         """
         self._thread.start()
-        assert self._server is not None and self._state is not None
-        self._reporter = report_to_router(
-            self._launch, self._state.stats, take_sketch=self.take_sketch
-        )
+        assert self._server and self._state and self._engine and self._rank
+        top_k, num_ranks = self._rank.model.spec.top_k, self._launch.num_ranks
+        loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks)
+        self._reporter = report_to_router(self._launch, self._state.stats, self.take_sketch, loads)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
     def adopt_view(self, view: View) -> None:

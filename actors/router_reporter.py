@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 import remora.comm.router_pb2 as router_pb2
 from remora.actors.launch import Launch
+from remora.actors.load_sharing import NOTHING, LoadSharing
 from remora.actors.router_actor import router_address
 from remora.comm.messages import EngineStats
 from remora.comm.router_grpc import REPORT, channel_options, credentials_of, unary_call
@@ -31,6 +34,7 @@ class RouterReporter:
         period_s: until the router says otherwise.
         stats: gauges now.
         take_sketch: what was routed since it was last asked, encoded; empty when nothing was.
+        loads: what was sent to which shard; what others sent is noted there.
         find: the router's address by deployment, or None while there is none; asked again after a
             failure.
     """
@@ -41,11 +45,13 @@ class RouterReporter:
         period_s: float,
         stats: Callable[[], EngineStats],
         take_sketch: Callable[[], bytes],
+        loads: LoadSharing,
         find: Callable[[str], str | None] = router_address,
     ) -> None:
         self._launch = launch
         self._credentials = credentials_of(launch.token)
         self._find, self._stats, self._take_sketch = find, stats, take_sketch
+        self._loads = loads
         self._period_s = period_s
         self._channel: Any = None
         self._call: Any = None
@@ -77,6 +83,7 @@ class RouterReporter:
 
     def _report(self) -> None:
         stats = self._stats()
+        epoch, sent_LS = self._loads.take()
         request = router_pb2.ReportRequest(
             group=self._launch.uid,
             incarnation=self._launch.incarnation,
@@ -85,6 +92,8 @@ class RouterReporter:
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
             sketch=self._take_sketch(),
+            epoch=epoch,
+            sent=[router_pb2.ShardPairs(pairs=sent_S) for sent_S in sent_LS.tolist()],
         )
         try:
             answer = self._call(request, timeout=CALL_S, metadata=self._credentials)
@@ -92,9 +101,12 @@ class RouterReporter:
             if not self._is_lost:
                 logger.warning("the router does not take reports: %s", error)
             self._is_lost = True
+            self._loads.note(epoch, None)
             self._disconnect()
             return
         self._is_lost = False
+        if epoch != NOTHING[0]:
+            self._loads.note(epoch, _others(answer, sent_LS))
         self.reports += 1
         if answer.report_after_s > 0:
             self._period_s = min(answer.report_after_s, PERIOD_MAX_S)
@@ -105,10 +117,21 @@ class RouterReporter:
         self._channel = self._call = None
 
 
+def _others(answer: Any, sent_LS: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """`[L, S]` of an answer; None where the router does not know, or counts other shards."""
+    rows = [list(layer.pairs) for layer in answer.others_sent]
+    if [len(row) for row in rows] != [sent_LS.shape[1]] * sent_LS.shape[0]:
+        return None
+    return np.array(rows, np.int64)
+
+
 def report_to_router(
-    launch: Launch, stats: Callable[[], EngineStats], take_sketch: Callable[[], bytes]
+    launch: Launch,
+    stats: Callable[[], EngineStats],
+    take_sketch: Callable[[], bytes],
+    loads: LoadSharing,
 ) -> RouterReporter | None:
     """A reporter, where the deployment has a router."""
     if launch.report_every_s is None:
         return None
-    return RouterReporter(launch, launch.report_every_s, stats, take_sketch)
+    return RouterReporter(launch, launch.report_every_s, stats, take_sketch, loads)

@@ -14,12 +14,14 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
+import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import remora.comm.router_pb2 as router_pb2
+from remora.actors.router_loads import LoadExchange
 from remora.actors.router_state import (
-    HomesLearned,
+    Choice,
     LoadReported,
     Prompt,
     RouteAsked,
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 START_S: Final = 30.0
 CLOSE_S: Final = 2.0  # for calls under way when the server stops
-HOMES_EVERY_TOKENS: Final = 20_000  # between two looks at what each host's tokens cost
+PAIRS_MAX: Final = 1 << 40  # in one report, to one shard: totals stay far from overflow
 
 
 class RouterServer:
@@ -84,8 +86,12 @@ class RouterServer:
         self._report_every_s = report_every_s
         self._clock = clock
         self._state = RouterState()
+        self._loads = LoadExchange()
         self._calls: dict[str, int] = dict.fromkeys((m.name for m in METHODS), 0)
         self._num_watchers = 0
+        self._admitted: list[tuple[list[Prompt], asyncio.Future[list[Choice | None]]]] = []
+        self._flows = 0
+        self._homes_epoch = 0  # of the view that `HomesLearned` was last made for
         self._changed: asyncio.Event | None = None
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,6 +128,8 @@ class RouterServer:
 
         def adopt() -> None:
             self._state.handle(ViewAdopted(view, self._clock()))
+            if self._state.view is view:
+                self._loads.adopt(view)
             assert self._changed is not None
             self._changed.set()
             self._changed = asyncio.Event()
@@ -138,6 +146,7 @@ class RouterServer:
             "epoch": self._state.epoch,
             "calls": dict(self._calls),
             "watchers": self._num_watchers,
+            "flows": self._flows,
             "groups": self._state.loads(self._clock()),
             "statistics": self.statistics.status(),
         }
@@ -213,6 +222,7 @@ class RouterServer:
     async def _route(self, request: Any) -> Any:
         if not 1 <= len(request.prompts) <= PROMPTS_MAX:
             raise ValueError(f"{len(request.prompts)} prompts: 1 to {PROMPTS_MAX} are allowed")
+        unreachable = frozenset(request.unreachable)
         prompts = []
         for prompt in request.prompts:
             if len(prompt.token_ids) > PROMPT_TOKENS_MAX:
@@ -225,16 +235,10 @@ class RouterServer:
                     token_ids=ids,
                     num_tokens=max(prompt.num_tokens, len(ids)),
                     num_sequences=max(1, prompt.num_sequences),
+                    unreachable=unreachable,
                 )
             )
-        asked = RouteAsked(
-            prompts=tuple(prompts),
-            now_s=self._clock(),
-            unreachable=frozenset(request.unreachable),
-        )
-        choices = self._state.handle(asked)
-        if not choices:
-            raise ClusterError("no dense group is known that can be reached")
+        choices = await self._choices(prompts)
         return router_pb2.RouteResponse(
             epoch=self._state.epoch,
             choices=[
@@ -246,6 +250,28 @@ class RouterServer:
                 for choice in choices
             ],
         )
+
+    async def _choices(self, prompts: list[Prompt]) -> list[Choice]:
+        """With those of all calls that the loop finds ready together: one flow decides."""
+        assert self._loop is not None
+        answer: asyncio.Future[list[Choice | None]] = self._loop.create_future()
+        if not self._admitted:
+            self._loop.call_soon(self._admit)
+        self._admitted.append((prompts, answer))
+        choices = [choice for choice in await answer if choice is not None]
+        if len(choices) < len(prompts):
+            raise ClusterError("no dense group is known that can be reached")
+        return choices
+
+    def _admit(self) -> None:
+        admitted, self._admitted = self._admitted, []
+        together = tuple(prompt for prompts, _ in admitted for prompt in prompts)
+        self._flows += 1
+        choices = self._state.handle(RouteAsked(prompts=together, now_s=self._clock()))
+        for prompts, answer in admitted:
+            if not answer.done():  # else its caller gave up
+                answer.set_result(choices[: len(prompts)])
+            choices = choices[len(prompts) :]
 
     async def _report(self, request: Any) -> Any:
         self._state.handle(
@@ -260,16 +286,36 @@ class RouterServer:
         if request.sketch:
             assert self._loop is not None
             add = self._loop.run_in_executor(self._workers, self.statistics.add, request.sketch)
-            num_tokens = await add
-            if num_tokens > HOMES_EVERY_TOKENS and self._state.view is not None:
-                view = self._state.view
-                copies = await self._loop.run_in_executor(
-                    self._workers, self.statistics.copies_by_host, view
-                )
-                self._state.handle(HomesLearned(copies))
+            await add
+            await self._learn_homes()
         return router_pb2.ReportResponse(
-            epoch=self._state.epoch, report_after_s=self._report_every_s
+            epoch=self._state.epoch,
+            report_after_s=self._report_every_s,
+            others_sent=self._exchange_loads(request),
         )
+
+    async def _learn_homes(self) -> None:
+        view = self._state.view
+        if view is None or not self.statistics.homes_are_due(view.epoch != self._homes_epoch):
+            return
+        self._homes_epoch = view.epoch
+        assert self._loop is not None
+        homes = await self._loop.run_in_executor(self._workers, self.statistics.homes, view)
+        if self._state.view is view:
+            self._state.handle(homes)
+
+    def _exchange_loads(self, request: Any) -> list[Any]:
+        if not request.sent:
+            return []
+        rows = [list(layer.pairs) for layer in request.sent]
+        if len({len(row) for row in rows}) != 1 or max(map(max, rows)) > PAIRS_MAX:
+            raise ValueError(f"pairs of {len(rows)} layers: as many shards in each, <= {PAIRS_MAX}")
+        others_LS = self._loads.report(
+            request.group, request.incarnation, request.epoch, np.array(rows, np.int64)
+        )
+        if others_LS is None:
+            return []
+        return [router_pb2.ShardPairs(pairs=others_S) for others_S in others_LS.tolist()]
 
     async def _plan(self, request: Any) -> Any:
         view = self._view()

@@ -1,13 +1,18 @@
 """Which dense group takes a request. Pure: events in, answers out; time is an argument.
 
     ViewAdopted, LoadReported, HomesLearned --+
-    RouteAsked -------------------------------+--> handle() -> list[Choice]
+    RouteAsked -------------------------------+--> handle() -> list[Choice | None]
 
 A group's cost for a prompt, in tokens to compute:
 
     SEQUENCE_TOKENS x sequences that it has, what was routed since its last report included
     + prompt tokens that are not in its prefix cache
-    + COPY_TOKENS x remote copies that a token of it is expected to make x prompt tokens
+    + COPY_TOKENS x remote copies that a token of the prompt is expected to make x prompt tokens
+
+Prompts that are asked about together get the groups of least cost for all of them, one min-cost
+flow (`homes.assign_admitted`), in which a group's load counts those that come to it before. Prompts
+that begin alike are an exception: the first is given a group, then the others, which so see where
+the beginning went.
 
 The prefix index remembers where prompts went, not what a cache still holds: a wrong guess costs the
 prefill that it hoped to save. Keys are a SHA-256 chain over blocks of 16 tokens, as the dense
@@ -16,12 +21,18 @@ groups' own (`blocks.py`). Everything is bounded.
 
 import hashlib
 from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from remora.comm.homes import assign_admitted
 from remora.comm.view import View
 
 BLOCK_TOKENS = 16
 SEQUENCE_TOKENS = 256.0  # what a sequence that runs delays a new one by: chosen, not measured
+SILENT_TOKENS = 1e9  # of a group that is asked last
+FLOW_PROMPTS_MAX = 32  # of one flow; more are taken one lot after the other
 COPY_TOKENS = 0.25  # one remote copy of a token in every layer: chosen, not measured
 PREFIX_BLOCKS_MAX = 1 << 16
 PREFIX_GROUPS_MAX = 4  # groups remembered of one block, the latest
@@ -55,7 +66,8 @@ class LoadReported:
 class HomesLearned:
     """Remote copies of a token, per layer, by host of its dense group."""
 
-    copies: dict[str, float]
+    copies: Mapping[str, float]  # of all traffic
+    of_prompt: Callable[[Sequence[int]], Mapping[str, float]] | None = None  # by its token ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +77,15 @@ class Prompt:
     token_ids: tuple[int, ...]  # at least the beginning
     num_tokens: int  # of all of it
     num_sequences: int = 1
+    unreachable: frozenset[str] = frozenset()  # groups that whoever asks cannot reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteAsked:
-    """Where these prompts go."""
+    """Where these prompts go, of one request or of several that came at once."""
 
     prompts: tuple[Prompt, ...]
     now_s: float
-    unreachable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +131,23 @@ class _Group:
         return self.reported_s is not None and now_s - self.reported_s > SILENT_S
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    prompt: Prompt
+    keys: list[bytes]
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> "_Asked":
+        return cls(prompt, block_keys(prompt.token_ids))
+
+
 class RouterState:
     """See the head of this file."""
 
     def __init__(self) -> None:
         self.view: View | None = None
         self._groups: dict[str, _Group] = {}
-        self._copies: dict[str, float] = {}
+        self._homes = HomesLearned({})
         self._prefixes: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
 
     @property
@@ -133,10 +155,10 @@ class RouterState:
         """Of the view in force; 0 before the first."""
         return self.view.epoch if self.view is not None else 0
 
-    def handle(self, event: Event) -> list[Choice]:
+    def handle(self, event: Event) -> list[Choice | None]:
         """Take an event in; a choice for each prompt of `RouteAsked`, none for other events.
 
-        No group that can be used gives no choices: the caller decides alone then.
+        None where no group can be used: the caller decides alone then.
         """
         if isinstance(event, RouteAsked):
             return self._route(event)
@@ -145,7 +167,7 @@ class RouterState:
         elif isinstance(event, LoadReported):
             self._note_load(event)
         else:
-            self._copies = dict(event.copies)
+            self._homes = event
         return []
 
     def loads(self, now_s: float) -> dict[str, int]:
@@ -178,42 +200,73 @@ class RouterState:
         group.reported_s = event.now_s
         group.settle(event.now_s, SETTLE_S)
 
-    def _route(self, event: RouteAsked) -> list[Choice]:
-        usable = {u: g for u, g in self._groups.items() if u not in event.unreachable}
-        if not usable:
-            return []
+    def _route(self, event: RouteAsked) -> list[Choice | None]:
+        asked = [_Asked.of(prompt) for prompt in event.prompts]
+        choices: dict[int, Choice] = {}
+        waiting = [
+            number
+            for number, prompt in enumerate(event.prompts)
+            if self._groups.keys() - prompt.unreachable
+        ]
+        while waiting:
+            begun: set[bytes] = set()
+            now = []
+            for number in waiting:
+                first = asked[number].keys[:1]
+                if len(now) < FLOW_PROMPTS_MAX and not begun.intersection(first):
+                    now.append(number)
+                    begun.update(key for key in first if key not in self._prefixes)
+            for number, choice in zip(
+                now, self._flow([asked[number] for number in now], event.now_s), strict=True
+            ):
+                choices[number] = choice
+            waiting = [number for number in waiting if number not in choices]
+        return [choices.get(number) for number in range(len(event.prompts))]
+
+    def _flow(self, asked: Sequence["_Asked"], now_s: float) -> list[Choice]:
+        """Groups for prompts that each have one."""
+        groups = sorted(self._groups)
+        cost_QG = np.full((len(asked), len(groups)), np.inf)
+        cached_Q = [self._cached(one.keys) for one in asked]
+        copies_Q = [self._expected_copies(one.prompt.token_ids) for one in asked]
+        for q, one in enumerate(asked):
+            for g, uid in enumerate(groups):
+                if uid not in one.prompt.unreachable:
+                    cached = cached_Q[q].get(uid, 0) * BLOCK_TOKENS
+                    cost_QG[q, g] = self._cost(self._groups[uid], one.prompt, cached, copies_Q[q])
+        silent_G = [self._groups[uid].is_silent(now_s) for uid in groups]
+        cost_QG += SILENT_TOKENS * np.array(silent_G)
+        counts = [max(1, one.prompt.num_sequences) for one in asked]
+        chosen_Q = assign_admitted(
+            cost_QG,
+            np.array([float(self._groups[uid].sequences(now_s)) for uid in groups]),
+            size=sum(counts) / len(counts),
+            price=SEQUENCE_TOKENS,
+        )
         choices = []
-        for prompt in event.prompts:
-            keys = block_keys(prompt.token_ids)
-            cached = self._cached(keys)
-            best = min(
-                usable,
-                key=lambda uid: (
-                    usable[uid].is_silent(event.now_s),
-                    self._cost(usable[uid], prompt, cached.get(uid, 0), event.now_s),
-                    uid,
-                ),
-            )
-            group = usable[best]
-            group.take(max(1, prompt.num_sequences), event.now_s)
-            self._remember(keys, best)
+        for q, one in enumerate(asked):
+            uid = groups[int(chosen_Q[q])]
+            self._groups[uid].take(counts[q], now_s)
+            self._remember(one.keys, uid)
             choices.append(
                 Choice(
-                    group=best,
-                    prefix_tokens=cached.get(best, 0) * BLOCK_TOKENS,
-                    expected_copies=self._copies.get(group.host, -1.0),
+                    group=uid,
+                    prefix_tokens=cached_Q[q].get(uid, 0) * BLOCK_TOKENS,
+                    expected_copies=copies_Q[q].get(self._groups[uid].host, -1.0),
                 )
             )
         return choices
 
-    def _cost(self, group: _Group, prompt: Prompt, cached_blocks: int, now_s: float) -> float:
-        fresh = max(0, prompt.num_tokens - cached_blocks * BLOCK_TOKENS)
-        copies = self._copies.get(group.host, 0.0)
-        return (
-            SEQUENCE_TOKENS * group.sequences(now_s)
-            + fresh
-            + COPY_TOKENS * copies * prompt.num_tokens
-        )
+    def _expected_copies(self, token_ids: tuple[int, ...]) -> Mapping[str, float]:
+        if self._homes.of_prompt is None or not token_ids:
+            return self._homes.copies
+        return self._homes.of_prompt(token_ids)
+
+    @staticmethod
+    def _cost(group: _Group, prompt: Prompt, cached: int, copies: Mapping[str, float]) -> float:
+        """Without load."""
+        fresh = max(0, prompt.num_tokens - cached)
+        return fresh + COPY_TOKENS * copies.get(group.host, 0.0) * prompt.num_tokens
 
     def _cached(self, keys: list[bytes]) -> dict[str, int]:
         """Blocks from the beginning that each group has been sent before."""

@@ -5,18 +5,22 @@ Histories are saved every `SAVE_EVERY_TOKENS` tokens and when the router stops (
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from remora.actors.router_state import HomesLearned
 from remora.comm.bundles import LayerBundles
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.grouping import GroupingProblem, bundle_cost, plan_placement
 from remora.comm.history_file import pack_history, unpack_history
 from remora.comm.objective import Objective
-from remora.comm.sketch import decode_sketch
+from remora.comm.predict import RoutingCounts, Use, fit
+from remora.comm.prompt_copies import PromptCopies, prompt_copies
+from remora.comm.sketch import RoutingSketch, decode_sketch
 from remora.comm.statistics import HistoryLimits, RoutingHistory
 from remora.comm.topology import Topology, held_of, placement_from
 from remora.comm.view import Placement, View
@@ -25,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 PLAN_TOKENS_MIN: Final = 256.0  # fewer say too little of what comes
 SAVE_EVERY_TOKENS: Final = 50_000.0  # a router that is killed loses no more
+HOMES_EVERY_TOKENS: Final = 20_000.0  # between two looks at what hosts' tokens cost, at most
+HOMES_TOKENS_MIN: Final = 1_000.0
+TOKEN_BYTES_MAX: Final = 32 << 20  # of counts by token id
+TOKEN_IDS_MAX: Final = 1 << 18  # ids beyond share rows
+TOKENS_KEPT_MAX: Final = 400_000.0  # samples with ids; then all counts are halved
 FRESH: Final = HistoryLimits(bytes_max=8 << 20)
 
 
@@ -131,6 +140,14 @@ def cost_of(layers: list[LayerBundles], placement: Placement, topology: Topology
     )
 
 
+class _CopiesOfPrompt:
+    def __init__(self, table: PromptCopies) -> None:
+        self._table = table
+
+    def __call__(self, token_ids: Sequence[int]) -> Mapping[str, float]:
+        return dict(zip(self._table.hosts, self._table.of(token_ids).tolist(), strict=True))
+
+
 class RouterStatistics:
     """The history of one deployment.
 
@@ -145,12 +162,13 @@ class RouterStatistics:
         self._lock = threading.Lock()
         self._history: RoutingHistory | None = None
         self._fresh: RoutingHistory | None = None  # since this router's start, nothing restored
+        self._counts: RoutingCounts | None = None  # by token id, of samples
         self._reports = 0
         self._since_homes = 0.0
         self._since_save = 0.0
 
-    def add(self, data: bytes) -> float:
-        """Count one sketch; returns the tokens since `copies_by_host` was last asked.
+    def add(self, data: bytes) -> None:
+        """Count one sketch.
 
         Raises:
             FrameError: it is none, or one of another model.
@@ -164,6 +182,7 @@ class RouterStatistics:
             self._fresh.add(sketch)
             before = self._history.tokens_total
             self._history.add(sketch)
+            self._learn(sketch)
             self._reports += 1
             new = self._history.tokens_total - before
             self._since_homes += new
@@ -173,7 +192,48 @@ class RouterStatistics:
                 self._since_save = 0.0
         if is_due:
             self.save()
-        return self._since_homes
+
+    def _learn(self, sketch: RoutingSketch) -> None:
+        """Which experts token ids choose; `_lock` is held."""
+        if sketch.sample is None:
+            return
+        num_layers = len(sketch.moe_layers)
+        if self._counts is None:
+            self._counts = RoutingCounts(
+                num_layers=num_layers,
+                num_experts=sketch.num_experts,
+                top_k=sketch.top_k,
+                vocab_size=TOKEN_IDS_MAX,
+                token_bytes_max=TOKEN_BYTES_MAX,
+                context=False,
+            )
+        experts_LNK = sketch.sample.experts_LNK(num_layers, sketch.top_k)
+        self._counts.learn(sketch.sample.token_N(), experts_LNK)
+        if self._counts.num_tokens > TOKENS_KEPT_MAX:
+            self._counts.decay(0.5)
+
+    def homes_are_due(self, is_new_view: bool) -> bool:
+        """Whether `homes` would say something new."""
+        with self._lock:
+            total = self._history.tokens_total if self._history else 0.0
+            due = min(HOMES_EVERY_TOKENS, max(HOMES_TOKENS_MIN, total / 4))
+            return total >= HOMES_TOKENS_MIN and (is_new_view or self._since_homes >= due)
+
+    def homes(self, view: View) -> HomesLearned:
+        """What tokens are expected to cost, by host of their dense group, under `view`.
+
+        Raises:
+            ClusterError: too little was reported.
+        """
+        topology = topology_of(view, self._slots)
+        copies = self.copies_by_host(view)
+        with self._lock:
+            if self._counts is None:
+                return HomesLearned(copies)
+            predictor = fit(self._counts, Use(layers=0))
+        return HomesLearned(
+            copies, _CopiesOfPrompt(prompt_copies(predictor, view.placement, topology))
+        )
 
     def copies_by_host(self, view: View) -> dict[str, float]:
         """Remote copies of a token, per layer, by host of its dense group, under `view`."""
@@ -222,6 +282,8 @@ class RouterStatistics:
                 "tokens": history.tokens_total if history else 0.0,
                 "bytes": history.nbytes if history else 0,
                 "domains": len(history.recent_shares()) if history else 0,
+                "labels": history.labels() if history else [],
+                "tokens_with_ids": self._counts.num_tokens if self._counts else 0.0,
             }
 
     def _bundles(self, topology: Topology, *, fresh: bool = False) -> list[LayerBundles]:

@@ -109,7 +109,8 @@ class RoutingTap:
 
     def _begin(self, plan: StepPlan) -> None:
         """A step begins."""
-        self._runs = runs_of(plan, with_tokens=self._recorder is not None)
+        with_tokens = self._recorder is not None or self._counter.wants_tokens
+        self._runs = runs_of(plan, with_tokens=with_tokens)
         self._step_rows, self._layers_seen = plan.num_tokens, 0
         buffer = self._active
         if buffer.room < plan.num_tokens and buffer.num_rows:
@@ -277,7 +278,7 @@ def runs_of(plan: StepPlan, *, with_tokens: bool = False) -> list[Run]:
     """The rows of a step by request; a row is of the prefill while its token is of the prompt.
 
     Args:
-        with_tokens: copy token ids, for a recorder.
+        with_tokens: copy token ids, for a recorder or a sample.
     """
     runs = []
     for part in plan.slices:
@@ -287,7 +288,10 @@ def runs_of(plan: StepPlan, *, with_tokens: bool = False) -> list[Run]:
         for phase, begin, end in ((PREFILL, 0, prompt), (DECODE, prompt, count)):
             if begin < end:
                 token_ids = part.token_ids[begin:end] if with_tokens else []
-                runs.append(Run(arrival, phase, end - begin, part.start + begin, token_ids))
+                run = Run(
+                    arrival, phase, end - begin, part.start + begin, token_ids, part.sequence.domain
+                )
+                runs.append(run)
     return runs
 
 
@@ -299,11 +303,9 @@ def split_runs(runs: list[Run], num_rows: int) -> tuple[list[Run], list[Run]]:
         count = min(run.num_tokens, num_rows)
         num_rows -= count
         if count:
-            kept.append(Run(run.request, run.phase, count, run.start, run.token_ids[:count]))
+            kept.append(run.part(0, count))
         if count < run.num_tokens:
-            left = run.num_tokens - count
-            start, token_ids = run.start + count, run.token_ids[count:]
-            rest.append(Run(run.request, run.phase, left, start, token_ids))
+            rest.append(run.part(count, run.num_tokens))
     return kept, rest
 
 

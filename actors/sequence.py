@@ -32,6 +32,7 @@ class Sequence:
         params: resolved sampling parameters.
         arrival: serial number of the arrival; unique in the life of the state machine.
         order: (priority, arrival); who is smaller goes first.
+        domain: the client's name for this kind of traffic, for statistics.
         prompt_ids: tokens of the prompt; never changes.
         output_ids: tokens sampled so far; grows by one for each sampled step.
         token_ids: prompt_ids + output_ids.
@@ -52,6 +53,7 @@ class Sequence:
         "arrival",
         "block_keys",
         "block_table",
+        "domain",
         "eos_ids",
         "has_emitted",
         "num_cached_tokens",
@@ -78,6 +80,7 @@ class Sequence:
         self.params: SamplingParams = submit.params
         self.arrival: int = arrival
         self.order: tuple[int, int] = (submit.priority, arrival)
+        self.domain: str | None = submit.domain
         self.prompt_ids: list[int] = submit.prompt_ids
         self.output_ids: list[int] = []
         self.token_ids: list[int] = list(submit.prompt_ids)

@@ -56,6 +56,7 @@ def plan_chat(
         stops=request.stop_texts,
         skip_special_tokens=request.skip_special_tokens is not False,
         priority=request.priority or 0,
+        domain=request.domain,
         turn_end_id=tokenizer.turn_end_id,
     )
 

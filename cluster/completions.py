@@ -63,6 +63,7 @@ def plan_completion(
         stops=request.stop_texts,
         skip_special_tokens=request.skip_special_tokens is not False,
         priority=request.priority or 0,
+        domain=request.domain,
     )
 
 

@@ -86,6 +86,7 @@ class Generation:
                 prompt_ids=choice.prompt.ids,
                 params=choice.params,
                 priority=job.priority,
+                domain=job.domain,
             )
             for choice in self.choices
         ]

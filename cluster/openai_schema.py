@@ -14,6 +14,7 @@ STOP_MAX = 4
 STOP_CHARS_MAX = 1024
 TOKEN_MAX = 2**31 - 1
 BIAS_MAX = 1024
+DOMAIN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -76,6 +77,7 @@ class SamplingRequest(Request):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=TOKEN_MAX)] | None = None
+    domain: Annotated[str, Field(pattern=DOMAIN_PATTERN)] | None = None  # of routing statistics
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

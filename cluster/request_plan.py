@@ -62,6 +62,7 @@ class Job:
     stops: tuple[str, ...]
     skip_special_tokens: bool
     priority: int
+    domain: str | None = None  # of routing statistics
     turn_end_id: int | None = None  # of a chat: ends the answer like eos, and is not reported
 
     @property

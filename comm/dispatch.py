@@ -18,7 +18,9 @@ Shape suffixes: T tokens (padding included), K top-k, D model width.
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.comm.accounting import TrafficCounters
@@ -98,6 +100,14 @@ class Dispatcher:
         if self._native is not None:
             totals = [a + b for a, b in zip(totals, self._native.phases(), strict=True)]
         return dict(zip(("layers", *PHASES), totals, strict=True))
+
+    def take_sent(self) -> NDArray[np.int64]:
+        """`[L, S]` pairs sent since the last call (`Routes.take_sent`); between dispatches only."""
+        return self._routes.take_sent()
+
+    def note_others(self, pairs_LS: NDArray[np.integer] | None, top_k: int) -> None:
+        """Pairs that other dense groups sent (`Routes.note_others`); between dispatches only."""
+        self._routes.note_others(pairs_LS, top_k)
 
     def set_view(self, view: View) -> None:
         """Routes by `view` from the next dispatch on; between dispatches only."""

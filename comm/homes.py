@@ -9,7 +9,10 @@ of the prompt, or after the first chunk of the prompt (`probe_tokens`) has run u
 home, from the bundles of that chunk alone. Its KV pages then move with the request (or the chunk is
 computed again), and from there on they pin it.
 
-Shape suffixes: Q requests, T tokens, L MoE layers, K top-k, E experts, S shards, H hosts.
+A router that admits requests as they come has no mean load to hold hosts to: `assign_admitted`
+prices load instead, the more the higher it is.
+
+Shape suffixes: Q requests, T tokens, L MoE layers, K top-k, E experts, S shards, H hosts, G groups.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import coo_matrix
 
 CAPACITY_EPS: Final = 0.1  # tokens of a host over the mean that homes may cause
@@ -74,6 +77,39 @@ def assign_homes(
         home_Q[request] = home
         room_H[home] -= size_Q[request]
     return home_Q
+
+
+def assign_admitted(
+    cost_QG: NDArray[np.floating],
+    load_G: NDArray[np.floating],
+    *,
+    size: float,
+    price: float,
+) -> NDArray[np.int64]:
+    """Group of each of the requests that are admitted together: least cost of all, load included.
+
+    A min-cost flow with convex costs: the request that comes to a group as its j-th pays for the
+    load that is there and for the j before it. Each place is one column of an assignment problem
+    (`linear_sum_assignment`), since prices of a group's places rise and the cheap ones fill first.
+
+    Args:
+        cost_QG: of a request in a group, without load; inf where it cannot go. Every request has a
+            group.
+        load_G: sequences that groups have.
+        size: sequences of a request, on average.
+        price: of one sequence that is there already.
+
+    Returns:
+        Index of a group for each request; lower ones first among equals. Deterministic.
+    """
+    num_requests, num_groups = cost_QG.shape
+    place_GJ = price * (load_G[:, None] + size * np.arange(num_requests))
+    cost_QGJ = cost_QG[:, :, None] + place_GJ
+    if num_requests == 1:
+        return np.array([cost_QGJ[0, :, 0].argmin()])
+    flat = cost_QGJ.reshape(num_requests, num_groups * num_requests)
+    chosen: NDArray[np.int64] = linear_sum_assignment(flat)[1] // num_requests
+    return chosen
 
 
 def hits_of(

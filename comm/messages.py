@@ -52,6 +52,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first; equal in order of arrival
+    domain: str | None = None  # the client's name for this kind of traffic; statistics alone use it
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -142,7 +142,13 @@ class NativeLayers:
         self._view = routes.view
         self._linked = [None] * len(routes.uids)
         tables = [
-            (layer, t.ctypes.data, *t.shape, routes.load[layer].ctypes.data)
+            (
+                layer,
+                t.ctypes.data,
+                *t.shape,
+                routes.load[layer].ctypes.data,
+                routes.sent[layer].ctypes.data,
+            )
             for layer, t in routes.tables.items()
         ]
         self._client.configure(

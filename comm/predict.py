@@ -45,7 +45,8 @@ _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 @_jit
 def _count(row_T, ids_LTK, token_LVE, seen_V, pair_LEE, near_LEE, far_LEE):  # type: ignore[no-untyped-def]
     num_layers, num_tokens, top_k = ids_LTK.shape
-    num_experts = pair_LEE.shape[1]
+    num_experts = token_LVE.shape[2]
+    with_context = pair_LEE.shape[1] > 0
     for t in range(num_tokens):
         v = row_T[t]
         seen_V[v] += 1.0
@@ -55,6 +56,8 @@ def _count(row_T, ids_LTK, token_LVE, seen_V, pair_LEE, near_LEE, far_LEE):  # t
                 if e < 0 or e >= num_experts:
                     continue
                 token_LVE[layer, v, e] += 1.0
+                if not with_context:
+                    continue
                 for j in range(top_k):
                     f = ids_LTK[layer, t, j]
                     if 0 <= f < num_experts:
@@ -109,6 +112,7 @@ class RoutingCounts:
     Args:
         vocab_size: of the model.
         token_bytes_max: of the counts by token id.
+        context: count what layers choose together too; without, `fit` can use token ids alone.
     """
 
     def __init__(
@@ -119,11 +123,12 @@ class RoutingCounts:
         top_k: int,
         vocab_size: int,
         token_bytes_max: int = TOKEN_BYTES_MAX,
+        context: bool = True,
     ) -> None:
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         fitting = max(1, token_bytes_max // (4 * num_layers * num_experts))
         self.num_rows = min(vocab_size, fitting)
-        square = (num_layers, num_experts, num_experts)
+        square = (num_layers, *(2 * [num_experts if context else 0]))
         self.token_LVE = np.zeros((num_layers, self.num_rows, num_experts), np.float32)
         self.seen_V = np.zeros(self.num_rows)
         self.pair_LEE, self.near_LEE, self.far_LEE = (np.zeros(square) for _ in range(3))
@@ -205,7 +210,7 @@ class Predictor:
             previous_TK: experts that the MoE layer before chose; None where it is not known.
             before_TK: those of the one before that.
         """
-        score_TE = np.empty((len(token_T), self.near_LEE.shape[2]), np.int32)
+        score_TE = np.empty((len(token_T), self.token_LVE.shape[2]), np.int32)
         none_T0 = np.empty((len(token_T), 0), np.int64)
         _score(
             token_T % self.token_LVE.shape[1],
@@ -291,8 +296,9 @@ def fit(
         token_ridge, near_ridge: tokens that the zero of each table counts for.
     """
     use = use or Use()
+    assert use.layers == 0 or counts.pair_LEE.size, "counts without context"
     num_rows = counts.num_rows if use.token else 1
-    square = counts.near_LEE.shape
+    square = (counts.num_layers, counts.num_experts, counts.num_experts)
     token_LVE = np.zeros((counts.num_layers, num_rows, counts.num_experts), np.int16)
     near_LEE, far_LEE = np.zeros(square, np.int16), np.zeros(square, np.int16)
     for layer in range(counts.num_layers):

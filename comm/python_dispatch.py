@@ -102,6 +102,8 @@ class PythonLayers:
                 sent.call_TK,
             )  # fmt: skip
             if missing < 0:
+                pending_TK = sent.call_TK[: sent.num_tokens] == choice.PENDING
+                routes.count_sent(sent.layer, shard_TK[: sent.num_tokens][pending_TK])
                 break
             assert missing < table_ER.shape[0], f"expert {missing} of {table_ER.shape[0]}"
             attempt += 1

@@ -4,12 +4,13 @@ Shape suffixes: S shards, E experts, R most replicas of one expert.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.choice import GAIN, PAIR
+from remora.comm.choice import DECAY_SHIFT, GAIN, PAIR
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.peers import PeerSet
 from remora.comm.replicas import replica_tables
@@ -33,8 +34,10 @@ class Routes:
         usable_S: uint8 flags: connected and not suspected. Changed in place.
         load: decoder layer -> int64 `[S]`, recent pairs by shard in 1 / choice.PAIR. Changed in
             place by each choice.
+        sent: decoder layer -> int64 `[S]`, pairs of our own by shard under this view; counted where
+            there is a choice. Changed in place by each choice.
         gain: int64 `[1]`, of the load prices (`choice.begin_prices`). While nobody tells what the
-            other dense groups send (`note_load`), their pairs are taken for as many as ours and
+            other dense groups send (`note_others`), their pairs are taken for as many as ours and
             evenly spread, which makes our own unevenness weigh less by their number.
         tables: decoder layer -> int16 `[E, R]`. Changed in place.
         suspects: late, or of another life: not asked again before a newer view.
@@ -64,8 +67,11 @@ class Routes:
         self.suspects: set[str] = set()
         self.tables = replica_tables(view, self.uids)
         self.load = {layer: np.zeros(len(self.uids), np.int64) for layer in self.tables}
-        num_dense = sum(m.role == "dense" for m in view.members)
-        self.gain = np.array([max(1, GAIN // max(1, num_dense))], np.int64)
+        self.sent = {layer: np.zeros(len(self.uids), np.int64) for layer in self.tables}
+        self._told = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
+        self._noted = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
+        self._num_dense = max(1, sum(m.role == "dense" for m in view.members))
+        self.gain = np.array([max(1, GAIN // self._num_dense)], np.int64)
         self._note_usable()
 
     def refresh(self) -> bool:
@@ -88,10 +94,38 @@ class Routes:
         if not isinstance(error, PeerLostError):
             self.suspects.add(self.uids[shard])
 
-    def note_load(self, layer: int, pairs_S: NDArray[np.floating]) -> None:
-        """Pairs that other dense groups sent to each shard (by `uids`) since the last note."""
-        self.load[layer] += np.rint(np.asarray(pairs_S) * PAIR).astype(np.int64)
-        self.gain[0] = GAIN
+    def count_sent(self, layer: int, shard_P: NDArray[np.integer]) -> None:
+        """Pairs that Python chose these shards for; the native client counts its own."""
+        if self.tables[layer].shape[1] > 1:
+            self.sent[layer] += np.bincount(shard_P, minlength=len(self.uids))
+
+    def take_sent(self) -> NDArray[np.int64]:
+        """`[L, S]` pairs of our own since the last call; the placement's MoE layers and `uids`."""
+        fresh_LS = np.stack([self.sent[layer] - self._told[layer] for layer in self.sent])
+        self._told = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
+        return fresh_LS
+
+    def note_others(self, pairs_LS: NDArray[np.integer] | None, top_k: int) -> None:
+        """What all other dense groups sent since the last note; None: nobody can tell.
+
+        Load of before fades by their tokens as it does by ours, so that all groups together forget
+        over `1 << choice.DECAY_SHIFT` tokens, as `replay` does. What we sent meanwhile is as new as
+        what they did, and does not fade.
+
+        Args:
+            pairs_LS: as of `take_sent`.
+            top_k: experts of a token.
+        """
+        self.gain[0] = max(1, GAIN // self._num_dense) if pairs_LS is None else GAIN
+        for index, (layer, sent_S) in enumerate(self.sent.items()):
+            load_S = self.load[layer]
+            own_S = np.minimum(PAIR * (sent_S - self._noted[layer]), load_S)
+            self._noted[layer] = sent_S.copy()
+            if pairs_LS is None or not pairs_LS[index].any():
+                continue
+            faded = math.exp(-float(pairs_LS[index].sum()) / top_k / (1 << DECAY_SHIFT))
+            old_S = np.rint(faded * (load_S - own_S)).astype(np.int64)
+            load_S[:] = old_S + own_S + PAIR * pairs_LS[index].astype(np.int64)
 
     def _note_usable(self) -> None:
         live = set(self._peers.live_uids) - self.suspects

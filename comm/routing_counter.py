@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.bundle_table import BundleTable, priority_sample, sort_rows
+from remora.comm.bundle_table import NO_VALUE, BundleTable, priority_sample, sort_rows
 from remora.comm.domains import Domains
 from remora.comm.sketch import (
     PHASES,
@@ -26,11 +26,14 @@ from remora.comm.sketch import (
     Cell,
     DomainSketch,
     RoutingSketch,
+    TokenSample,
     feature_layers,
     rows_per_cell,
 )
 
 DOMAINS_MAX: Final = 12  # that one dense group tells apart; the router has its own
+SAMPLE_TOKENS_MAX: Final = 1024  # of a sketch, with their ids
+SAMPLE_RUN_MAX: Final = 256  # of one run of rows: a long prompt is not all that there is
 REQUESTS_MAX: Final = 1024  # whose histograms are kept; those seen longest ago go
 LOOKS_MAX: Final = 512  # tokens of a request after which it stays in its domain
 TABLE_BYTES_MAX: Final = 32 << 20
@@ -64,6 +67,12 @@ class Run(msgspec.Struct, frozen=True):
     num_tokens: int
     start: int = 0  # position of the first
     token_ids: list[int] = []  # of each; empty where nobody asked for them
+    domain: str | None = None  # the client's own name for it
+
+    def part(self, begin: int, end: int) -> "Run":
+        """Rows `begin` to `end`."""
+        ids = self.token_ids[begin:end]
+        return Run(self.request, self.phase, end - begin, self.start + begin, ids, self.domain)
 
 
 @dataclass(slots=True)
@@ -89,7 +98,6 @@ class RoutingCounter:
         bytes_max: int = SKETCH_BYTES_MAX,
     ) -> None:
         self.num_experts, self.top_k, self.moe_layers = num_experts, top_k, moe_layers
-        self._bytes_max = bytes_max
         self._layer_F = feature_layers(len(moe_layers))
         loads_bytes = len(moe_layers) * len(PHASES) * (4 * num_experts + 64)  # of a domain, exact
         domains_max = max(2, min(DOMAINS_MAX, bytes_max // 2 // loads_bytes))
@@ -98,12 +106,18 @@ class RoutingCounter:
         self._histogram_RFE = np.zeros((REQUESTS_MAX, *shape))
         self._tokens_R = np.zeros(REQUESTS_MAX, np.int64)
         self._domain_R = np.full(REQUESTS_MAX, -1, np.int64)
+        self._label_R: list[str | None] = [None] * REQUESTS_MAX
         self._slots: dict[int, int] = {}  # request -> row of the three, used longest ago first
         self._cells: dict[tuple[int, int, int], _Cell] = {}
         self._new_histogram: dict[int, NDArray[np.float64]] = {}  # by domain, since `take`
         self._new_tokens: dict[int, float] = {}
         self._seen = [0.0] * len(PHASES)
         self._counted = [0.0] * len(PHASES)
+        token_bytes = 4 + 2 * len(moe_layers) * top_k
+        self._sample_max = min(SAMPLE_TOKENS_MAX, bytes_max // 8 // token_bytes)
+        self._bundles_bytes_max = bytes_max - self._sample_max * token_bytes
+        self._sample: list[tuple[list[int], NDArray[np.int64]]] = []  # ids, [L, n, K]
+        self._num_sampled = 0
         num_cells = len(moe_layers) * len(PHASES) * domains_max
         self._rows_max = max(64, min(4096, TABLE_BYTES_MAX // num_cells // (2 * top_k + 24)))
 
@@ -118,6 +132,11 @@ class RoutingCounter:
         for cell in twin._cells.values():
             cell.table.prune(1)
         twin.take("")
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether token ids of runs are of use now; may be asked by any thread."""
+        return self._num_sampled < self._sample_max
 
     def skip(self, runs: Sequence[Run]) -> None:
         """These were routed and nobody looked: the rest stands for them."""
@@ -134,12 +153,13 @@ class RoutingCounter:
         for begin in range(0, len(runs), REQUESTS_MAX):  # a slot must not be given away in between
             part = runs[begin : begin + REQUESTS_MAX]
             num_tokens = sum(run.num_tokens for run in part)
+            self._take_sample(ids_LTK, part)
             self._count(ids_LTK[:, :num_tokens], part)
             ids_LTK = ids_LTK[:, num_tokens:]
 
     def _count(self, ids_LTK: NDArray[np.int64], runs: Sequence[Run]) -> None:
         num_R = np.array([run.num_tokens for run in runs])
-        slot_R = np.array([self._slot(run.request) for run in runs], np.int64)
+        slot_R = np.array([self._slot(run.request, run.domain) for run in runs], np.int64)
         phase_R = np.array([run.phase for run in runs], np.int64)
         slot_T, phase_T = np.repeat(slot_R, num_R), np.repeat(phase_R, num_R)
         _add_histograms(ids_LTK, self._layer_F, slot_T, self.num_experts, self._histogram_RFE)
@@ -159,6 +179,30 @@ class RoutingCounter:
             self._seen[phase] += num_tokens
             self._counted[phase] += num_tokens
 
+    def _take_sample(self, ids_LTK: NDArray[np.int64], runs: Sequence[Run]) -> None:
+        first = 0
+        for run in runs:
+            count = min(len(run.token_ids), SAMPLE_RUN_MAX, self._sample_max - self._num_sampled)
+            if count > 0:
+                part_LTK = ids_LTK[:, first : first + count].copy()
+                self._sample.append((run.token_ids[:count], part_LTK))
+                self._num_sampled += count
+            first += run.num_tokens
+
+    def _take_token_sample(self) -> TokenSample | None:
+        """Tokens in order of their ids: of the texts that they came from nothing is left."""
+        if not self._sample:
+            return None
+        token_T = np.concatenate([ids for ids, _ in self._sample])
+        ids_LTK = np.concatenate([part_LTK for _, part_LTK in self._sample], axis=1)
+        self._sample, self._num_sampled = [], 0
+        ids_LTK[(ids_LTK < 0) | (ids_LTK >= self.num_experts)] = NO_VALUE
+        order = np.argsort(token_T, kind="stable")
+        return TokenSample(
+            token_ids=token_T[order].astype("<u4").tobytes(),
+            experts=ids_LTK[:, order].astype("<u2").tobytes(),
+        )
+
     def take(self, source: str) -> RoutingSketch:
         """What was counted since the last call; the counts begin anew.
 
@@ -168,7 +212,10 @@ class RoutingCounter:
         scale_P = [s / c if c else 0.0 for s, c in zip(self._seen, self._counted, strict=True)]
         num_cells = max(1, len(self._cells))
         num_rows = rows_per_cell(
-            self._bytes_max, num_cells=num_cells, num_experts=self.num_experts, top_k=self.top_k
+            self._bundles_bytes_max,
+            num_cells=num_cells,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
         )
         domains = []
         for number, tokens in self._new_tokens.items():
@@ -178,7 +225,11 @@ class RoutingCounter:
                 if key[0] == number
             ]
             histogram = self._new_histogram[number].astype("<f4").tobytes()
-            domains.append(DomainSketch(tokens=tokens, histogram=histogram, cells=cells))
+            labels = self._domains.by_number[number].labels
+            label = next(iter(labels)) if len(labels) == 1 else None
+            domains.append(
+                DomainSketch(tokens=tokens, histogram=histogram, cells=cells, label=label)
+            )
         sketch = RoutingSketch(
             source=source,
             num_experts=self.num_experts,
@@ -187,6 +238,7 @@ class RoutingCounter:
             tokens_seen=(self._seen[0], self._seen[1]),
             tokens_counted=(self._counted[0], self._counted[1]),
             domains=domains,
+            sample=self._take_token_sample(),
         )
         self._cells.clear()
         self._new_histogram.clear()
@@ -197,7 +249,7 @@ class RoutingCounter:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _slot(self, request: int) -> int:
+    def _slot(self, request: int, label: str | None) -> int:
         slot = self._slots.pop(request, None)
         if slot is None:
             if len(self._slots) < REQUESTS_MAX:
@@ -207,6 +259,7 @@ class RoutingCounter:
             self._histogram_RFE[slot] = 0.0
             self._tokens_R[slot] = 0
             self._domain_R[slot] = -1
+            self._label_R[slot] = label
         self._slots[request] = slot
         return slot
 
@@ -216,7 +269,7 @@ class RoutingCounter:
         known = domain in self._domains.by_number
         if known and (now > LOOKS_MAX or now.bit_length() == before.bit_length()):
             return
-        number, merged = self._domains.assign(self._histogram_RFE[slot])
+        number, merged = self._domains.assign(self._histogram_RFE[slot], self._label_R[slot])
         self._domain_R[slot] = number
         if merged is not None:
             self._merge(*merged)

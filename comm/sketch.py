@@ -10,9 +10,10 @@ How the router carries and uses one:
 A sketch holds, for each domain of traffic, phase and MoE layer, weighted unique bundles (a priority
 sample where there were too many: any placement's cost is estimated without bias) and the exact load
 of every expert. Sketches add up: in whatever order they are merged, the expected result is the
-same. Nothing in one names a request or a token.
+same. Some tokens come with their ids, in order of the ids: what predictors learn from. Nothing
+names a request, and texts are not to be had from it.
 
-Shape suffixes: B bundles, K top-k, E experts, F feature layers.
+Shape suffixes: B bundles, K top-k, E experts, F feature layers, L MoE layers, N sampled tokens.
 """
 
 from typing import Final
@@ -27,6 +28,7 @@ from remora.comm.errors import FrameError
 VERSION: Final = 1
 SKETCH_BYTES_MAX: Final = 2 << 20
 DOMAINS_MAX: Final = 64
+LABEL_CHARS_MAX: Final = 64
 LAYERS_MAX: Final = 1024
 EXPERTS_MAX: Final = 1 << 15
 TOP_K_MAX: Final = 16
@@ -66,6 +68,23 @@ class DomainSketch(msgspec.Struct, frozen=True, kw_only=True):
         return np.frombuffer(self.histogram, "<f4").reshape(-1, num_experts).astype(np.float64)
 
 
+class TokenSample(msgspec.Struct, frozen=True, kw_only=True):
+    """Some tokens with the experts that they chose."""
+
+    token_ids: bytes  # uint32 [N], ascending
+    experts: bytes  # uint16 [L, N, K], NO_VALUE where a token has fewer
+
+    def token_N(self) -> NDArray[np.int64]:
+        """`[N]`."""
+        return np.frombuffer(self.token_ids, "<u4").astype(np.int64)
+
+    def experts_LNK(self, num_layers: int, top_k: int) -> NDArray[np.int64]:
+        """`[L, N, K]`, -1 where there is none."""
+        found = np.frombuffer(self.experts, "<u2").astype(np.int64)
+        found[found == NO_VALUE] = -1
+        return found.reshape(num_layers, -1, top_k)
+
+
 class RoutingSketch(msgspec.Struct, frozen=True, kw_only=True):
     """What one dense group counted. Weights are tokens as routed: already scaled up where only
     a part was counted (`tokens_counted` of `tokens_seen`, in each phase)."""
@@ -77,6 +96,7 @@ class RoutingSketch(msgspec.Struct, frozen=True, kw_only=True):
     tokens_seen: tuple[float, float]  # by PHASES
     tokens_counted: tuple[float, float]
     domains: list[DomainSketch]
+    sample: TokenSample | None = None
     version: int = VERSION
 
     @property
@@ -136,13 +156,32 @@ def check_sketch(sketch: RoutingSketch) -> None:
             f"a routing sketch of {num_layers} layers, top {sketch.top_k} of"
             f" {sketch.num_experts} experts, {len(sketch.domains)} domains, tokens {numbers}"
         )
+    if sketch.sample is not None:
+        _check_sample(sketch, sketch.sample)
     for domain in sketch.domains:
+        if domain.label is not None and len(domain.label) > LABEL_CHARS_MAX:
+            raise FrameError(
+                f"a label of {len(domain.label)} characters, at most {LABEL_CHARS_MAX}"
+            )
         num_values = len(feature_layers(num_layers)) * sketch.num_experts
         _check_floats(domain.histogram, num_values, "a domain's histogram")
         if len(domain.cells) > num_layers * len(PHASES):
             raise FrameError(f"a routing sketch with {len(domain.cells)} cells in a domain")
         for cell in domain.cells:
             _check_cell(sketch, cell)
+
+
+def _check_sample(sketch: RoutingSketch, sample: TokenSample) -> None:
+    num_tokens, rest = divmod(len(sample.token_ids), 4)
+    due = 2 * len(sketch.moe_layers) * num_tokens * sketch.top_k
+    if rest or len(sample.experts) != due:
+        raise FrameError(
+            f"a sample of {len(sample.token_ids)} bytes of token ids and {len(sample.experts)} of"
+            f" experts, {due} are due"
+        )
+    experts = np.frombuffer(sample.experts, "<u2")
+    if not ((experts < sketch.num_experts) | (experts == NO_VALUE)).all():
+        raise FrameError("a sample whose experts are out of range")
 
 
 def _check_cell(sketch: RoutingSketch, cell: Cell) -> None:

@@ -146,6 +146,10 @@ class RoutingHistory:
         total = sum(self.share.values())
         return {number: tokens / total for number, tokens in self.share.items()} if total else {}
 
+    def labels(self) -> list[str]:
+        """Names that clients gave to domains, ascending."""
+        return sorted(set().union(*(d.labels for d in self.domains.by_number.values())))
+
     # -- inside -------------------------------------------------------------------------------
 
     def _source(self, name: str) -> int:

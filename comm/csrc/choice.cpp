@@ -78,8 +78,11 @@ void Chooser::settle(const Routing& routing, const ReplicaTable& table, const Sh
   if (table.num_replicas == 1) return;
   for (int64_t s = 0; s < shards.num_shards; ++s)
     table.load_S[s] = decayed(table.load_S[s], routing.num_tokens);
-  for (int64_t p = 0; p < routing.num_tokens * routing.top_k; ++p)
-    if (call_TK[p] != kSkipped) table.load_S[shard_TK[p]] += kPair;
+  for (int64_t p = 0; p < routing.num_tokens * routing.top_k; ++p) {
+    if (call_TK[p] == kSkipped) continue;
+    table.load_S[shard_TK[p]] += kPair;
+    if (table.sent_S) ++table.sent_S[shard_TK[p]];
+  }
 }
 
 bool Chooser::token(const int64_t* expert_K, int64_t top_k, const ReplicaTable& table,

@@ -12,12 +12,13 @@ constexpr int kTopKMax = 16;
 constexpr int32_t kSkipped = -2;  // plan.SKIPPED: a pair whose expert is negative
 
 // Shards that hold each expert of one decoder layer, padded with -1 (`replicas.replica_tables`),
-// and the layer's recent load (`routes.Routes`).
+// and the layer's load, recent and own (`routes.Routes`).
 struct ReplicaTable {
   const int16_t* shard_ER = nullptr;
   int64_t num_experts = 0;
   int64_t num_replicas = 0;
   int64_t* load_S = nullptr;
+  int64_t* sent_S = nullptr;  // pairs of our own, ever; null: nobody counts them
 };
 
 // What of the shards the choice depends on.

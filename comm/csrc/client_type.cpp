@@ -41,7 +41,7 @@ void client_dealloc(PyObject* object) {
 }
 
 // (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, host_S, own_host, usable_S, gain,
-//  num_shards, park, [(layer, table_ER, num_experts, num_replicas, load_S), ...])
+//  num_shards, park, [(layer, table_ER, num_experts, num_replicas, load_S, sent_S), ...])
 PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   const Arguments arguments(items, count);
   if (!arguments.expect(12)) return nullptr;
@@ -70,14 +70,15 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   if (!PyList_Check(tables)) return PyErr_Format(PyExc_TypeError, "tables must be a list");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
     int layer;
-    unsigned long long address, load;
+    unsigned long long address, load, sent;
     long long num_experts, num_replicas;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(tables, i), "iKLLK", &layer, &address, &num_experts,
-                          &num_replicas, &load))
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(tables, i), "iKLLKK", &layer, &address,
+                          &num_experts, &num_replicas, &load, &sent))
       return nullptr;
     client.tables[layer] = {reinterpret_cast<const int16_t*>(static_cast<uintptr_t>(address)),
                             num_experts, num_replicas,
-                            reinterpret_cast<int64_t*>(static_cast<uintptr_t>(load))};
+                            reinterpret_cast<int64_t*>(static_cast<uintptr_t>(load)),
+                            reinterpret_cast<int64_t*>(static_cast<uintptr_t>(sent))};
   }
   Py_RETURN_NONE;
 }

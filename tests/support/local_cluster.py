@@ -88,8 +88,13 @@ class LocalCluster:
         dtype: str,
         exact: bool,
         world: World | None = None,
+        slots: int | None = None,
     ) -> None:
-        """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted)."""
+        """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted).
+
+        Args:
+            slots: of a shard in a layer, for replicas; None: one copy of every expert.
+        """
         self.spec = inspect_model(model)
         self.world = world
         self.processes: dict[str, Any] = {}  # of the fake NCCL
@@ -107,7 +112,10 @@ class LocalCluster:
         )
         uids = tuple(f"shard-{i}" for i in range(num_shards))
         placement = contiguous_placement(
-            num_experts=self.spec.num_experts, moe_layers=self.spec.moe_layers, shard_uids=uids
+            num_experts=self.spec.num_experts,
+            moe_layers=self.spec.moe_layers,
+            shard_uids=uids,
+            slots=slots,
         )
         self.shards = [
             ExpertActor(
@@ -131,7 +139,7 @@ class LocalCluster:
 
     @contextlib.contextmanager
     def dense(
-        self, *, num_ranks: int = 1, world: World | None = None, **limits: Any
+        self, *, num_ranks: int = 1, world: World | None = None, uid: str = "dense-0", **limits: Any
     ) -> Iterator["DenseClient"]:
         """A dense group over the shards, ready to be asked; its ranks are threads too.
 
@@ -141,7 +149,7 @@ class LocalCluster:
         launches = [
             msgspec.structs.replace(
                 self.launch(**limits),
-                uid=f"dense-0.{rank}" if rank else "dense-0",
+                uid=f"{uid}.{rank}" if rank else uid,
                 rank=rank,
                 num_ranks=num_ranks,
                 device="cpu" if world is None else "cuda",

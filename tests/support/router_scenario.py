@@ -51,18 +51,19 @@ def _run(state: RouterState, line: str) -> list[str]:
         return []
     assert command == "route", line
     first, last = (int(number) for number in words[1].split(".."))
+    without = frozenset(options["without"].split(",")) if "without" in options else frozenset()
     prompt = Prompt(
         token_ids=tuple(range(first, last + 1)),
         num_tokens=int(options.get("of", last + 1 - first)),
         num_sequences=int(options.get("sequences", 1)),
+        unreachable=without,
     )
-    without = frozenset(options["without"].split(",")) if "without" in options else frozenset()
-    asked = RouteAsked(prompts=(prompt,), now_s=float(words[0]), unreachable=without)
-    choices = state.handle(asked)
+    choices = state.handle(RouteAsked(prompts=(prompt,), now_s=float(words[0])))
     return [
         f"{words[1]} -> {c.group}, {c.prefix_tokens} cached"
         + (f", {c.expected_copies:g} copies" if c.expected_copies >= 0 else "")
         for c in choices
+        if c is not None
     ] or [f"{words[1]} -> nobody"]
 
 

@@ -12,6 +12,7 @@ from support.router_traffic import encoded, paired_tokens
 from support.serving import make_engine
 
 from remora.actors.launch import Launch
+from remora.actors.load_sharing import NOTHING, LoadSharing, Sent
 from remora.actors.router_reporter import RouterReporter
 from remora.actors.router_service import RouterServer
 from remora.actors.router_statistics import RouterStatistics
@@ -73,6 +74,19 @@ async def finished(client: EngineClient, *submits: Submit) -> None:
                 assert output.finish_reason != "error", output.error
                 if output.finish_reason is not None:
                     left.discard(output.request_id)
+
+
+class NoLoads(LoadSharing):
+    """Of a dense group without a dispatcher."""
+
+    def __init__(self) -> None:
+        pass
+
+    def take(self) -> Sent:
+        return NOTHING
+
+    def note(self, epoch: int, others_LS: object) -> None:
+        assert epoch == 0 and others_LS is None
 
 
 def counts(*engines: FakeEngine) -> list[int]:
@@ -210,7 +224,7 @@ def test_a_dense_group_reports_until_it_is_closed_and_survives_the_router() -> N
             return EngineStats(num_running=2, num_waiting=5)
 
         reporter = RouterReporter(
-            launch, 0.02, stats, lambda: sketches.pop() if sketches else b"", find
+            launch, 0.02, stats, lambda: sketches.pop() if sketches else b"", NoLoads(), find
         )
         try:
             assert asked.wait(SOON_S), "it looks for a router that is not there"

@@ -1,6 +1,7 @@
 """The router's state machine against a dumb one, its bounds, and the rebalance policy's rules."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from remora.actors.router_state import (
     SEQUENCE_TOKENS,
     SETTLE_S,
     SILENT_S,
+    SILENT_TOKENS,
     Choice,
     HomesLearned,
     LoadReported,
@@ -33,6 +35,7 @@ from remora.autoscale.rebalance import (
 )
 
 HOSTS = ("a", "b", "c")
+GROUPS = ("dense-0", "dense-1", "dense-2")
 
 
 class DumbRouter:
@@ -42,7 +45,8 @@ class DumbRouter:
         self.sent: list[tuple[tuple[int, ...], str]] = []
         self.routed: list[tuple[str, int, float]] = []
         self.reports: dict[str, LoadReported] = {}
-        self.copies: dict[str, float] = {}
+        self.copies: Mapping[str, float] = {}
+        self.by_prompt = False
 
     def sequences(self, uid: str, now_s: float) -> int:
         report = self.reports.get(uid)
@@ -67,28 +71,65 @@ class DumbRouter:
                 best = max(best, min(same, limit) // BLOCK_TOKENS)
         return best * BLOCK_TOKENS
 
-    def route(self, event: RouteAsked) -> list[Choice]:
-        choices = []
-        usable = [f"dense-{i}" for i in range(len(HOSTS)) if f"dense-{i}" not in event.unreachable]
-        for prompt in event.prompts:
-            ranked = []
-            for uid in usable:
-                report = self.reports.get(uid)
-                silent = report is not None and event.now_s - report.now_s > SILENT_S
-                cached = self.cached(uid, prompt)
-                copies = self.copies.get(HOSTS[int(uid[-1])], 0.0)
-                cost = SEQUENCE_TOKENS * self.sequences(uid, event.now_s)
-                cost += prompt.num_tokens - cached
-                cost += COPY_TOKENS * copies * prompt.num_tokens
-                ranked.append((silent, cost, uid, cached))
-            if not ranked:
-                return []
-            _, _, uid, cached = min(ranked)
-            self.routed.append((uid, prompt.num_sequences, event.now_s))
-            self.sent.append((prompt.token_ids, uid))
-            copies = self.copies.get(HOSTS[int(uid[-1])], -1.0)
-            choices.append(Choice(group=uid, prefix_tokens=cached, expected_copies=copies))
-        return choices
+    def check(self, event: RouteAsked, choices: list[Choice | None]) -> None:
+        """No other choices cost less, lot by lot; then remember what was chosen."""
+        assert len(choices) == len(event.prompts)
+        waiting = []
+        for number, (prompt, choice) in enumerate(zip(event.prompts, choices, strict=True)):
+            assert (choice is None) == (prompt.unreachable >= set(GROUPS))
+            if choice is not None:
+                waiting.append(number)
+        while waiting:
+            lot: list[int] = []
+            for number in waiting:
+                begin = event.prompts[number].token_ids[:BLOCK_TOKENS]
+                is_whole = len(event.prompts[number].token_ids) > BLOCK_TOKENS
+                known = any(
+                    len(i) > BLOCK_TOKENS and i[:BLOCK_TOKENS] == begin for i, _ in self.sent
+                )
+                same = [n for n in lot if event.prompts[n].token_ids[:BLOCK_TOKENS] == begin]
+                same = [n for n in same if len(event.prompts[n].token_ids) > BLOCK_TOKENS]
+                if known or not is_whole or not same:
+                    lot.append(number)
+            asked = [event.prompts[number] for number in lot]
+            chosen = [choice for number in lot if (choice := choices[number]) is not None]
+            best = min(
+                self.cost(asked, way, event.now_s)
+                for way in itertools.product(GROUPS, repeat=len(asked))
+            )
+            found = self.cost(asked, tuple(c.group for c in chosen), event.now_s)
+            assert found == pytest.approx(best, abs=1e-6)
+            for prompt, choice in zip(asked, chosen, strict=True):
+                assert choice.prefix_tokens == self.cached(choice.group, prompt)
+                host = HOSTS[int(choice.group[-1])]
+                assert choice.expected_copies == self.expected(prompt).get(host, -1.0)
+            for prompt, choice in zip(asked, chosen, strict=True):
+                self.routed.append((choice.group, prompt.num_sequences, event.now_s))
+                self.sent.append((prompt.token_ids, choice.group))
+            waiting = [number for number in waiting if number not in lot]
+
+    def expected(self, prompt: Prompt) -> Mapping[str, float]:
+        return of_prompt(prompt.token_ids) if self.by_prompt else self.copies
+
+    def cost(self, prompts: list[Prompt], way: tuple[str, ...], now_s: float) -> float:
+        size = sum(prompt.num_sequences for prompt in prompts) / len(prompts)
+        total = 0.0
+        for number, (prompt, uid) in enumerate(zip(prompts, way, strict=True)):
+            if uid in prompt.unreachable:
+                return float("inf")
+            report = self.reports.get(uid)
+            if report is not None and now_s - report.now_s > SILENT_S:
+                total += SILENT_TOKENS
+            before = self.sequences(uid, now_s) + size * way[:number].count(uid)
+            copies = self.expected(prompt).get(HOSTS[int(uid[-1])], 0.0)
+            total += SEQUENCE_TOKENS * before + prompt.num_tokens - self.cached(uid, prompt)
+            total += COPY_TOKENS * copies * prompt.num_tokens
+        return total
+
+
+def of_prompt(token_ids: Sequence[int]) -> Mapping[str, float]:
+    """Tokens of each family are at home somewhere."""
+    return {host: 3.0 * (token_ids[0] % 3 != i) for i, host in enumerate(HOSTS)}
 
 
 @st.composite
@@ -98,30 +139,36 @@ def prompts(draw: st.DrawFn) -> Prompt:
     own = draw(st.integers(1, 40))
     number = draw(st.integers(0, 3))
     ids = (*[family] * shared, *(100 + number + i for i in range(own)))
-    return Prompt(token_ids=ids, num_tokens=len(ids), num_sequences=draw(st.integers(1, 3)))
+    return Prompt(
+        token_ids=ids,
+        num_tokens=len(ids) * draw(st.sampled_from([1, 40])),
+        num_sequences=draw(st.integers(1, 3)),
+        unreachable=draw(st.frozensets(st.sampled_from(GROUPS), max_size=3)),
+    )
 
 
 steps = st.one_of(
-    st.tuples(st.just("route"), st.lists(prompts(), min_size=1, max_size=3), st.sets(
-        st.sampled_from(["dense-0", "dense-1", "dense-2"])
-    )),
-    st.tuples(st.just("report"), st.sampled_from(["dense-0", "dense-1", "dense-2"]),
-              st.integers(0, 5)),
-    st.tuples(st.just("copies"), st.dictionaries(
-        st.sampled_from(HOSTS), st.sampled_from([0.0, 0.5, 3.0])
-    ), st.just(0)),
-)  # fmt: skip
+    st.tuples(st.just("route"), st.lists(prompts(), min_size=1, max_size=4), st.just(0)),
+    st.tuples(st.just("report"), st.sampled_from(GROUPS), st.integers(0, 5)),
+    st.tuples(
+        st.just("copies"),
+        st.dictionaries(st.sampled_from(HOSTS), st.sampled_from([0.0, 0.5, 3.0])),
+        st.booleans(),
+    ),
+)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 2.0, 20.0, 40.0]), steps), max_size=30))
-def test_choices_are_those_of_the_dumb_router(script: list[tuple[float, tuple]]) -> None:  # type: ignore[type-arg]
+def test_choices_are_the_best_that_the_dumb_router_finds(
+    script: list[tuple[float, tuple]],  # type: ignore[type-arg]
+) -> None:
     state, dumb, now_s = RouterState(), DumbRouter(), 0.0
     state.handle(ViewAdopted(view_of(hosts=HOSTS), now_s))
     for pause_s, (kind, first, second) in script:
         now_s += pause_s
         if kind == "route":
-            event = RouteAsked(prompts=tuple(first), now_s=now_s, unreachable=frozenset(second))
-            assert state.handle(event) == dumb.route(event)
+            event = RouteAsked(prompts=tuple(first), now_s=now_s)
+            dumb.check(event, state.handle(event))
         elif kind == "report":
             report = LoadReported(
                 group=first, incarnation=1, num_running=second, num_waiting=0, now_s=now_s
@@ -129,13 +176,38 @@ def test_choices_are_those_of_the_dumb_router(script: list[tuple[float, tuple]])
             state.handle(report)
             dumb.reports[first] = report
         else:
-            state.handle(HomesLearned(first))
-            dumb.copies = first
+            state.handle(HomesLearned(first, of_prompt if second else None))
+            dumb.copies, dumb.by_prompt = first, second
 
 
-def route(state: RouterState, ids: tuple[int, ...]) -> Choice:
-    prompt = Prompt(token_ids=ids, num_tokens=len(ids))
+def test_a_lot_goes_where_it_costs_least_together() -> None:
+    """One after the other, the first would take what only it can do without."""
+    state = RouterState()
+    state.handle(ViewAdopted(view_of(hosts=("a", "b")), 0.0))
+
+    def costs(token_ids: Sequence[int]) -> Mapping[str, float]:
+        return {"a": 0.0, "b": 0.5 if token_ids[0] == 1 else 3.0}
+
+    state.handle(HomesLearned({}, costs))
+    prompts = [Prompt(token_ids=(n,), num_tokens=1000) for n in (1, 2)]
+    together = state.handle(RouteAsked(prompts=tuple(prompts), now_s=0.0))
+    assert [c.group for c in together if c is not None] == ["dense-1", "dense-0"]
+
+
+def test_more_prompts_than_one_flow_takes_all_get_a_group() -> None:
+    state = RouterState()
+    state.handle(ViewAdopted(view_of(hosts=("a", "b")), 0.0))
+    count = 2 * router_state.FLOW_PROMPTS_MAX + 6
+    prompts = tuple(Prompt(token_ids=(n,), num_tokens=1) for n in range(count))
+    choices = state.handle(RouteAsked(prompts=prompts, now_s=0.0))
+    groups = [choice.group for choice in choices if choice is not None]
+    assert groups.count("dense-0") == groups.count("dense-1") == count // 2
+
+
+def route(state: RouterState, ids: tuple[int, ...], num_tokens: int = 0) -> Choice:
+    prompt = Prompt(token_ids=ids, num_tokens=num_tokens or len(ids))
     [choice] = state.handle(RouteAsked(prompts=(prompt,), now_s=0.0))
+    assert choice is not None
     return choice
 
 
