@@ -90,7 +90,7 @@ class RouterServer:
         self._calls: dict[str, int] = dict.fromkeys((m.name for m in METHODS), 0)
         self._num_watchers = 0
         self._admitted: list[tuple[list[Prompt], asyncio.Future[list[Choice | None]]]] = []
-        self._flows = 0
+        self._routed = {"flows": 0, "sequences": 0, "alone": 0}
         self._homes_epoch = 0  # of the view that `HomesLearned` was last made for
         self._changed: asyncio.Event | None = None
         self._stop: asyncio.Event | None = None
@@ -140,13 +140,14 @@ class RouterServer:
         done.wait(START_S)
 
     def status(self) -> dict[str, Any]:
-        """For `remora status`: address, calls by method, load by group, statistics."""
+        """For `remora status`: address, calls by method, sequences routed here (by how many flows)
+        and by ingresses alone, load by group, statistics."""
         return {
             "address": self.address,
             "epoch": self._state.epoch,
             "calls": dict(self._calls),
             "watchers": self._num_watchers,
-            "flows": self._flows,
+            "routed": dict(self._routed),
             "groups": self._state.loads(self._clock()),
             "statistics": self.statistics.status(),
         }
@@ -239,6 +240,8 @@ class RouterServer:
                 )
             )
         choices = await self._choices(prompts)
+        self._routed["sequences"] += sum(prompt.num_sequences for prompt in prompts)
+        self._routed["alone"] += request.num_alone
         return router_pb2.RouteResponse(
             epoch=self._state.epoch,
             choices=[
@@ -266,7 +269,7 @@ class RouterServer:
     def _admit(self) -> None:
         admitted, self._admitted = self._admitted, []
         together = tuple(prompt for prompts, _ in admitted for prompt in prompts)
-        self._flows += 1
+        self._routed["flows"] += 1
         choices = self._state.handle(RouteAsked(prompts=together, now_s=self._clock()))
         for prompts, answer in admitted:
             if not answer.done():  # else its caller gave up

@@ -132,6 +132,7 @@ class Coordinator:
         with self._lock:
             phase, failure, view = self._phase, self._failure, self._view
             handles, router = dict(self._handles), self._router
+            rebalancer = self._rebalancer
         members = {}
         pending = {uid: handle.status.remote() for uid, handle in handles.items()}
         for uid, answer in answers_within(pending, STATUS_S).items():
@@ -152,7 +153,7 @@ class Coordinator:
             "view_hash": view.view_hash if view else None,
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
-            "router": router_status(router),
+            "router": router_status(router, rebalancer),
         }
 
     def progress(self) -> dict[str, Progress]:

@@ -14,6 +14,7 @@ from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
 from remora.cluster.ray_address import connect, started_by_ray_start
+from remora.cluster.router_text import router_lines
 from remora.comm.errors import ClusterError
 
 STOP_WITHIN_S = 60.0
@@ -97,6 +98,8 @@ def status_text(status: dict[str, Any]) -> str:
         lines.append(f"  error: {status['error']}")
     for uid, member in sorted(status["members"].items()):
         lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}".rstrip())
+    if "router" in status:
+        lines += router_lines(status["router"])
     return "\n".join(lines)
 
 

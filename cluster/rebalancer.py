@@ -71,6 +71,7 @@ class Rebalancer:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._gauges: dict[str, float] = {}
+        self._last: dict[str, Any] | None = None
         self._moved = self._last_move()
 
     # -- by hand ------------------------------------------------------------------------------
@@ -140,13 +141,19 @@ class Rebalancer:
 
     def gauges(self) -> dict[str, float]:
         """By metric: predicted and achieved gain, and seconds since the last move."""
-        with self._lock:
-            found = dict(self._gauges)
-            if self._moved is not None:
-                since_s = max(0.0, self._wall() - self._moved["unix_s"])
-                found["remora_seconds_since_last_rebalance"] = since_s
-                found["remora_rebalance_predicted_gain_ratio"] = self._moved["predicted_gain_ratio"]
-            return found
+        found, moved = dict(self._gauges), self._moved  # not under the lock: a plan takes minutes
+        if moved is not None:
+            since_s = max(0.0, self._wall() - moved["unix_s"])
+            found["remora_seconds_since_last_rebalance"] = since_s
+            found["remora_rebalance_predicted_gain_ratio"] = moved["predicted_gain_ratio"]
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """For `remora status`: what the last round decided, and `gauges`."""
+        last = self._last
+        if last is not None:
+            last = last | {"age_s": max(0.0, self._wall() - last["unix_s"])}
+        return {"last": last, "gauges": self.gauges()}
 
     # -- inside, under the lock ---------------------------------------------------------------
 
@@ -180,6 +187,7 @@ class Rebalancer:
         line = {key: value for key, value in report.items() if key != "moves"}
         if self._log is not None:
             self._log.append("decision", line | {"unix_s": unix_s}, unix_s)
+        self._last = line | {"unix_s": unix_s}
         if report["verdict"] == "move":
             self._moved = line | {"unix_s": unix_s}
             self._gauges.pop("remora_rebalance_achieved_gain_ratio", None)

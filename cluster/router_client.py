@@ -54,6 +54,7 @@ class RouterClient:
         self._search: asyncio.Task[None] | None = None
         self.num_routed = 0
         self.num_alone = 0
+        self._told_alone = 0  # of them, the router knows
 
     async def start(self) -> None:
         """Look for the router once; one that is not there is looked for in the background."""
@@ -84,6 +85,8 @@ class RouterClient:
         if self._route is None or len(prompts) > PROMPTS_MAX:
             self.num_alone += len(submits)
             return nothing
+        num_alone = self.num_alone - self._told_alone  # another call may tell meanwhile
+        self._told_alone += num_alone
         request = router_pb2.RouteRequest(
             prompts=[
                 router_pb2.RoutePrompt(
@@ -92,6 +95,7 @@ class RouterClient:
                 for ids, count in prompts.items()
             ],
             unreachable=sorted(unreachable),
+            num_alone=num_alone,
         )
         try:
             answer = await self._route(request, timeout=self._timeout_s, metadata=self._credentials)
@@ -100,6 +104,7 @@ class RouterClient:
             await self._disconnect()
             self._look_for_it()
             self.num_alone += len(submits)
+            self._told_alone -= num_alone
             return nothing
         chosen = {ids: c.group for ids, c in zip(prompts, answer.choices, strict=False)}
         self.num_routed += len(submits)

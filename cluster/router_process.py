@@ -99,14 +99,15 @@ def make_rebalancer(config: RemoraConfig, spec: ModelSpec, view: View, handle: A
     return rebalancer
 
 
-def router_status(handle: Any) -> dict[str, Any] | None:
-    """What the router says of itself; None where it is off."""
+def router_status(handle: Any, rebalancer: Rebalancer | None) -> dict[str, Any] | None:
+    """What the router says of itself, and what the online loop decided; None where it is off."""
     if handle is None:
         return None
     answer = answers_within({"router": handle.status.remote()}, STATUS_S)["router"]
+    loop = {"rebalance": rebalancer.status() if rebalancer is not None else None}
     if isinstance(answer, Exception):
-        return {"alive": False, "error": str(answer).splitlines()[0]}
-    return {"alive": True, **answer}
+        return {"alive": False, "error": str(answer).splitlines()[0], **loop}
+    return {"alive": True, **answer, **loop}
 
 
 def stop_router(handle: Any) -> None:

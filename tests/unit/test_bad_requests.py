@@ -108,6 +108,8 @@ BAD: list[tuple[str, str, Any, int, str | None, str]] = [
     ("stream_options list", C, c(stream=True, stream_options=[]), 400, "stream_options", ""),
     ("echo number", C, c(echo=1), 400, "echo", ""),
     ("priority", C, c(priority=2**40), 400, "priority", ""),
+    ("domain", C, c(domain="a domain"), 400, "domain", ""),
+    ("long domain", C, c(domain="x" * 65), 400, "domain", ""),
     ("model unknown", C, c(model="gpt-4"), 404, "model", "gpt-4"),
     ("model number", C, c(model=4), 400, "model", ""),
     ("no messages", CHAT, {"model": MODEL}, 400, "messages", "required"),

@@ -17,6 +17,7 @@ from remora.cluster.service import Service
 from remora.comm.errors import OverloadedError
 
 C = "/v1/completions"
+CHAT = "/v1/chat/completions"
 LONG = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
 
@@ -65,6 +66,19 @@ def test_over_the_queue_is_429_with_retry_after_and_nothing_admitted_is_dropped(
 
     with make_engine() as engine:
         run(check, engine, queue_max=4)
+
+
+def test_a_domain_reaches_the_engine() -> None:
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        messages = [{"role": "user", "content": "x"}]
+        for path, body in ((C, {"prompt": "x"}), (CHAT, {"messages": messages})):
+            answer = await client.post(path, json=body | {"max_tokens": 1, "domain": "law.v2"})
+            assert answer.status_code == 200, answer.text
+        await client.post(C, json={"prompt": "x", "max_tokens": 1})
+
+    with make_engine() as engine:
+        run(check, engine)
+        assert [submit.domain for submit in engine.submitted] == ["law.v2", "law.v2", None]
 
 
 def test_a_lost_engine_is_503_and_its_successor_is_found(

@@ -95,6 +95,10 @@ def test_a_pattern_is_found_written_and_measured_after_the_next_start(tmp_path: 
         assert len(holders) == 1
     assert len(second["moves"]) == second["moved_experts"] == 8, "two of four, on each shard"
     now[0] = 50.0
+    status = rebalancer.status()
+    assert status["gauges"] == rebalancer.gauges()
+    assert (status["last"]["verdict"], status["last"]["age_s"]) == ("move", 50.0)
+    assert "moves" not in status["last"]
     assert rebalancer.gauges() == {
         "remora_seconds_since_last_rebalance": 50.0,
         "remora_rebalance_predicted_gain_ratio": second["predicted_gain_ratio"],

@@ -149,6 +149,9 @@ def test_without_a_router_the_least_loaded_takes_it_and_a_new_router_is_found() 
                                 await asyncio.sleep(0.01)
                         await finished(client, submit(f"b{life}"))
                         assert server.status()["calls"]["Route"] == 1
+                        alone = 1 if life else 4  # since a router was last told
+                        counted = {"flows": 1, "sequences": 1, "alone": alone}
+                        assert server.status()["routed"] == counted
                     before = client.routed()["alone"]
                     await finished(client, submit(f"c{life}"))  # it is gone
                     assert client.routed()["alone"] == before + 1

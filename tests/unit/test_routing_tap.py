@@ -193,6 +193,21 @@ def test_ids_of_another_type_or_stride_are_taken() -> None:
             assert found[(PREFILL, layer, *sorted(row))] >= 1
 
 
+def test_ids_are_copied_while_a_sample_wants_them_and_labels_always() -> None:
+    one = tap()
+    try:
+        for arrival, label in enumerate(("law", None)):
+            plan = plan_of((arrival, 0, 4))
+            plan.slices[0].sequence.domain = label
+            run_step(one, plan, ids_of(arrival, 4))
+        sketch = decode_sketch(one.take_sketch("h"))
+    finally:
+        one.close()
+    assert sketch.sample is not None
+    assert sketch.sample.token_N().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {domain.label for domain in sketch.domains} == {"law", None}
+
+
 def test_runs() -> None:
     plan = plan_of((7, 3, 4), (8, 9, 1), (9, 0, 5))
     ids = [0, 1, 2, 3, 4]

@@ -71,3 +71,50 @@ def test_what_starts_is_neither_dead_nor_degraded() -> None:
         ["shard-0", "loading"],
         ["shard-1", "starting"],
     ]
+
+
+ROUTER: dict[str, Any] = {
+    "alive": True,
+    "address": "127.0.0.1:5000",
+    "calls": {"Route": 9, "Report": 7, "Plan": 2},
+    "routed": {"flows": 8, "sequences": 12, "alone": 3},
+    "statistics": {"reports": 7, "tokens": 5000.0, "domains": 1, "labels": []},
+    "rebalance": {"last": None, "gauges": {}},
+}
+
+
+def router_text(router: dict[str, Any] | None) -> list[str]:
+    status = {"name": "d", "phase": "serving", "model": "m", "numerics": "fast", "epoch": 1}
+    return status_text(status | {"members": {}, "router": router}).splitlines()[2:]
+
+
+def test_the_router_says_what_it_did_and_what_it_knows() -> None:
+    lines = router_text(ROUTER)
+    assert lines[0].split(maxsplit=2)[:2] == ["router", "ready"]
+    assert "12 sequences routed, 3 by ingresses alone, 7 reports, 2 plans" in lines[0]
+    assert lines[1].strip() == "knows 5000 tokens of 1 domain"
+    named = ROUTER | {"statistics": ROUTER["statistics"] | {"domains": 2, "labels": ["a", "law"]}}
+    assert router_text(named)[1].strip() == "knows 5000 tokens of 2 domains (named: a, law)"
+    silent = ROUTER | {"statistics": {"reports": 0}}
+    assert len(router_text(silent)) == 1
+
+
+def test_plans_and_their_gains_are_told() -> None:
+    last = {"verdict": "keep", "reason": "too little", "predicted_gain_ratio": 0.012, "age_s": 4.4}
+    gauges = {
+        "remora_seconds_since_last_rebalance": 90.0,
+        "remora_rebalance_predicted_gain_ratio": 0.2,
+    }
+    lines = router_text(ROUTER | {"rebalance": {"last": last, "gauges": gauges}})
+    assert lines[2].strip() == "last plan 4 s ago: keep (too little), predicted gain 1.2%"
+    assert lines[3].strip().endswith("predicted gain 20.0%, achieved not known yet")
+    gauges["remora_rebalance_achieved_gain_ratio"] = 0.15
+    lines = router_text(ROUTER | {"rebalance": {"last": None, "gauges": gauges}})
+    assert lines[2].strip() == "last move 90 s ago: predicted gain 20.0%, achieved 15.0%"
+
+
+def test_a_router_that_is_off_or_dead_is_told() -> None:
+    assert router_text(None)[0].split()[:2] == ["router", "off"]
+    dead = {"alive": False, "error": "The actor died", "rebalance": None}
+    assert router_text(dead)[0].split(maxsplit=2)[:2] == ["router", "dead"]
+    assert "The actor died" in router_text(dead)[0]
