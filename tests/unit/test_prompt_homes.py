@@ -210,7 +210,7 @@ def test_calls_that_are_ready_together_are_one_flow() -> None:
         answers = asyncio.run_coroutine_threadsafe(ask(), server._loop).result(20.0)
         assert [len(answer) for answer in answers] == [1, 2, 1, 2, 1, 2]
         groups = [choice.group for answer in answers for choice in answer]
-        assert groups.count("dense-0") == groups.count("dense-1")
+        assert abs(groups.count("dense-0") - groups.count("dense-1")) == 1
         assert server.status()["routed"]["flows"] == 1
 
 
