@@ -22,9 +22,10 @@ from engines_report import Bar, Spread
 from torch import Tensor
 
 from remora.kernels.attention import KVPages, attend, build_plan
+from remora.kernels.memory import huge_zeros
 
 PAGES_BYTES: Final = 512 << 20  # of all layers of a shape
-STREAM_BYTES: Final = 512 << 20
+STREAM_BYTES: Final = 1 << 30
 CONTEXT: Final = 2048
 BATCHES: Final = (1, 8, 32)
 PROMPTS: Final = ((0, 512), (1536, 512), (0, 2048))  # tokens in the pages before, and new ones
@@ -96,9 +97,7 @@ def decode_case(heads: Heads, pages: KVPages, batch: int) -> Callable[[], object
 
 def decode_rows(threads: int, rounds: int, sample_s: float) -> Iterator[dict[str, Any]]:
     """One row a shape and batch; `of bandwidth`: the share of what was measured beside it."""
-    stream = torch.empty(STREAM_BYTES // 8, dtype=torch.int64)
-    torch.ops.remora.advise_huge_pages(stream)
-    stream.fill_(1)
+    stream = huge_zeros(STREAM_BYTES // 8, dtype=torch.int64).fill_(1)
     for heads in HEADS:
         # A step of the largest batch may be more than that.
         nbytes = max(PAGES_BYTES, heads.nbytes(BATCHES[-1]))

@@ -12,8 +12,6 @@ and merged (Flash-Decoding, Dao et al. 2023), with fixed cuts. Only `exact=False
 prompts on AMX.
 """
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.kernels.attention_torch import BLOCK_SIZE, Rules, attention_torch, write_torch
+from remora.kernels.memory import huge_zeros
 from remora.kernels.native import native_available
 from remora.kernels.page_pair import PagePair, check_pages
 
@@ -80,13 +79,9 @@ class KVPages(PagePair):
         words, width = -(-k_dim // e), -(-v_dim // 16) * 16
         k_size, v_size = words * BLOCK_SIZE * e, BLOCK_SIZE * width
         shape = (num_blocks, num_kv_heads, k_size + v_size)
-        # Straight from the kernel, which zeroes a page when it is first touched: filling the pool
-        # here would take all of it at once (1 GiB for benchmarks' *small*, of which a run of 32
-        # sequences uses a tenth).
-        mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-        both = torch.frombuffer(mapping, dtype=dtype).view(shape)
-        if native_available():
-            torch.ops.remora.advise_huge_pages(both)
+        # Not filled: that would take all of it at once (1 GiB for benchmarks' *small*, of which a
+        # run of 32 sequences uses a tenth).
+        both = huge_zeros(*shape, dtype=dtype)
         k, v = both.split((k_size, v_size), 2)
         return cls(
             k_NJWBE=k.view(num_blocks, num_kv_heads, words, BLOCK_SIZE, e),

@@ -28,6 +28,7 @@ from remora.kernels.linear import (
     torch_linear,
     unpack,
 )
+from remora.kernels.memory import huge_zeros
 from remora.kernels.slots import ExpertSlots, expert_shapes
 
 
@@ -59,10 +60,8 @@ class GroupedWeights:
         if self.is_native:
             numel = packed_int8_numel if is_int8 else functools.partial(packed_numel, dtype=dtype)
             shape = (numel(num_outputs, num_inputs),)
-        self.packed = torch.zeros(num_slots, *shape, dtype=stored)
+        self.packed = huge_zeros(num_slots, *shape, dtype=stored)
         self.scale_SO = torch.ones(num_slots, num_outputs) if is_int8 else None
-        if self.is_native:
-            torch.ops.remora.advise_huge_pages(self.packed)
         self.bias_SO = torch.zeros(num_slots, num_outputs, dtype=dtype) if has_bias else None
 
     @property

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from remora.kernels import native
+from remora.kernels.memory import huge_zeros
 
 ROW_TILE: Final = 64  # rows of a step are padded to a multiple of this in `exact`
 PANEL: Final = 16  # output columns of one AVX-512 register of float32
@@ -154,10 +155,9 @@ class PackedLinear(nn.Module):
         is_native = native.native_available()
         num_outputs, num_inputs = weight.shape
         if is_native:
-            packed = torch.empty(
+            packed = huge_zeros(
                 packed_numel(num_outputs, num_inputs, weight.dtype), dtype=weight.dtype
             )
-            torch.ops.remora.advise_huge_pages(packed)
             pack_into(packed, weight)
         else:
             packed = weight.clone(memory_format=torch.contiguous_format)

@@ -16,15 +16,14 @@ def load(options: dict[str, Any]) -> Loaded:
     """Options: threads, bytes (of the buffer, far beyond the caches)."""
     import torch
 
+    from remora.kernels.memory import huge_zeros
     from remora.kernels.native import native_available
 
     if not native_available():
         raise RuntimeError("the C++ kernels are needed to measure bandwidth (make setup)")
     torch.set_num_threads(options["threads"])
     num_bytes = options["bytes"]
-    buffer = torch.empty(num_bytes // 8, dtype=torch.int64)
-    torch.ops.remora.advise_huge_pages(buffer)  # as weights lie; before the first write
-    buffer.fill_(1)
+    buffer = huge_zeros(num_bytes // 8, dtype=torch.int64).fill_(1)  # as weights lie
 
     def measure() -> dict[str, float]:
         torch.ops.remora.stream_read(buffer)  # threads wake up

@@ -1,0 +1,58 @@
+"""Memory of weights: zero, in huge pages where there are any, given back with the last tensor."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from remora.kernels.memory import ALIGN_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, huge_zeros
+
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def rollup(name: str) -> int:
+    """Bytes of this process, as /proc/self/smaps_rollup says."""
+    found = re.search(rf"^{name}: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 5, 7), (CHUNK_BYTES // 8,), (17, CHUNK_BYTES // 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.int64])
+def test_tensors_are_zero_apart_and_contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    first, second = huge_zeros(*shape, dtype=dtype), huge_zeros(*shape, dtype=dtype)
+    assert first.shape == shape and first.dtype == dtype and first.is_contiguous()
+    assert first.data_ptr() % ALIGN_BYTES == 0
+    first.fill_(1)
+    assert not second.any() and first.all()
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+def test_nothing_is_a_tensor_too() -> None:
+    assert huge_zeros(0, 4, dtype=torch.bfloat16).shape == (0, 4)
+
+
+def test_memory_is_taken_when_it_is_written_and_given_back() -> None:
+    before = rollup("Rss")
+    tensor = huge_zeros(16, CHUNK_BYTES, dtype=torch.uint8)
+    assert rollup("Rss") - before < CHUNK_BYTES
+    tensor.fill_(1)
+    assert rollup("Rss") - before > 15 * CHUNK_BYTES
+    del tensor
+    gc.collect()
+    assert rollup("Rss") - before < CHUNK_BYTES
+
+
+@pytest.mark.skipif(
+    not ENABLED.exists() or "[never]" in ENABLED.read_text(),
+    reason="this kernel gives no transparent huge pages",
+)
+@pytest.mark.parametrize("numel", [CHUNK_BYTES * 3, CHUNK_BYTES // 8])
+def test_pages_are_huge(numel: int) -> None:
+    """Whole ones; a small tensor shares its first and last with others."""
+    before = rollup("AnonHugePages")
+    tensors = [huge_zeros(numel, dtype=torch.uint8).fill_(1) for _ in range(8)]
+    assert all(tensor.all() for tensor in tensors)
+    assert rollup("AnonHugePages") - before >= 8 * numel - 4 * HUGE_PAGE_BYTES - CHUNK_BYTES // 4
