@@ -210,7 +210,7 @@ class RouterState:
         ]
         while waiting:
             begun: set[bytes] = set()
-            now: list[Any] = []
+            now: list[int] = []
             for number in waiting:
                 first = asked[number].keys[:1]
                 if len(now) < FLOW_PROMPTS_MAX and not begun.intersection(first):
