@@ -22,7 +22,7 @@ from remora.comm import shuffle
 from remora.comm.collectives import Group
 from remora.comm.replicas import replica_tables
 from remora.comm.shuffle_cost import GroupFacts, choose_form
-from remora.comm.shuffle_scores import OnlineScores, RowScores
+from remora.comm.shuffle_scores import LAYERS_BEFORE, OnlineScores, RowScores
 from remora.comm.slices import gather_slices
 from remora.comm.view import View
 
@@ -58,7 +58,7 @@ class TokenShuffle:
         self._price_RS: NDArray[np.int64] | None = None  # None: a rank is as good as another
         self._tables: dict[int, NDArray[np.int16]] = {}
         self._token_ids_T: NDArray[np.int64] = np.empty(0, np.int64)
-        self._previous_TK: NDArray[np.int64] | None = None
+        self._before: list[NDArray[np.int64]] = []  # bundles of the MoE layers before, newest first
         self._order_T: Tensor | None = None  # of the layer that is open
         self._index_CK: Tensor | None = None  # what its gate chose for our slice
         self._layer = -1
@@ -87,7 +87,7 @@ class TokenShuffle:
     def begin_step(self, token_ids_T: Tensor, num_tokens: int) -> None:
         """A step of `num_tokens` real rows begins; int64 ids, padding behind."""
         self._token_ids_T = token_ids_T[:num_tokens].numpy()
-        self._previous_TK = None
+        self._before = []
         self._order_T = None
         self._layer = -1
 
@@ -106,7 +106,7 @@ class TokenShuffle:
         if self.form == "none":
             self._count(layer, found_TK[begin:end])
             return None
-        self._previous_TK = found_TK
+        self._before = [found_TK, *self._before[: LAYERS_BEFORE - 1]]
         order_T = shuffle.slice_order(-self._costs(layer, found_TK))
         self._count(layer, found_TK[order_T[begin:end]])
         return torch.from_numpy(order_T)
@@ -120,9 +120,7 @@ class TokenShuffle:
         num_real = len(self._token_ids_T)
         score_TR = np.zeros((num_real, self.group.size), np.int64)
         if self._scores is not None and self._price_RS is not None:
-            score_TR = self._scores.scores(
-                self._sliced[layer], self._token_ids_T, self._previous_TK
-            )
+            score_TR = self._scores.scores(self._sliced[layer], self._token_ids_T, self._before)
         self._layer = layer
         self._index_CK = None
         self._order_T = torch.from_numpy(shuffle.slice_order(score_TR, num_rows))
@@ -150,8 +148,8 @@ class TokenShuffle:
         cost_TR = self._costs(layer, index_TK)
         own = shuffle.real_rows(self.group.rank, self.group.size, num_real)
         self._count(layer, index_CK[:own].cpu().numpy())
-        self._scores.learn(self._sliced[layer], self._token_ids_T, self._previous_TK, cost_TR)
-        self._previous_TK = index_TK
+        self._scores.learn(self._sliced[layer], self._token_ids_T, self._before, cost_TR)
+        self._before = [index_TK, *self._before[: LAYERS_BEFORE - 1]]
 
     def _costs(self, layer: int, index_TK: NDArray[np.int64]) -> NDArray[np.int64]:
         assert self._price_RS is not None

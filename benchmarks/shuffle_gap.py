@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from remora.comm.collectives import part_of
 from remora.comm.shuffle import copy_costs, slice_order
-from remora.comm.shuffle_scores import OnlineScores
+from remora.comm.shuffle_scores import LAYERS_BEFORE, OnlineScores
 
 STEP_TOKENS: Final = 32
 
@@ -69,10 +69,10 @@ def shuffle_gap(
     scores = OnlineScores(
         num_layers=num_layers, num_experts=num_experts, num_ranks=num_ranks, vocab_size=vocabulary
     )
-    everything = np.arange(len(plan.token_N))
+    served = np.concatenate(list(plan.steps(step_tokens)))  # as an engine meets them
     for layer in range(num_layers):
-        costs = _costs(plan, layer, everything, shard_LE, num_ranks)
-        scores.learn(layer, plan.token_N, _previous(plan, layer, everything), costs)
+        costs = _costs(plan, layer, served, shard_LE, num_ranks)
+        scores.learn(layer, plan.token_N[served], _before(plan, layer, served), costs)
     rank_T = np.concatenate(
         [np.full(e - b, r) for r, (b, e) in enumerate(_spans(num_ranks, step_tokens))]
     )
@@ -82,7 +82,7 @@ def shuffle_gap(
         num_rows += len(rows)
         for layer in range(num_layers):
             cost_TR = _costs(heldout, layer, rows, shard_LE, num_ranks)
-            guess_TR = scores.scores(layer, heldout.token_N[rows], _previous(heldout, layer, rows))
+            guess_TR = scores.scores(layer, heldout.token_N[rows], _before(heldout, layer, rows))
             orders = (np.arange(step_tokens), slice_order(guess_TR), slice_order(-cost_TR))
             paid[:, layer] += [cost_TR[order, rank_T].sum() for order in orders]
     none_L, speculative_L, oracle_L = paid / num_rows
@@ -108,5 +108,6 @@ def _costs(
     return cost_TR
 
 
-def _previous(routed: Routed, layer: int, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    return None if layer == 0 else routed.experts_NLK[rows, layer - 1].astype(np.int64)
+def _before(routed: Routed, layer: int, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    depths = range(1, min(layer, LAYERS_BEFORE) + 1)
+    return [routed.experts_NLK[rows, layer - depth].astype(np.int64) for depth in depths]

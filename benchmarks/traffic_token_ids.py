@@ -18,8 +18,8 @@ from traffic_ladder import BASELINES, REMORA, Held, Method, Result, Shape, judge
 
 from remora.comm.collectives import part_of
 from remora.comm.replay import replicas_of
-from remora.comm.shuffle import HOST_PRICE, SCALE, copy_costs, copy_prices, slice_order
-from remora.comm.shuffle_scores import OnlineScores
+from remora.comm.shuffle import HOST_PRICE, copy_costs, copy_prices, slice_order
+from remora.comm.shuffle_scores import LAYERS_BEFORE, OnlineScores
 from remora.comm.topology import Topology
 
 Scores = Callable[[int, slice], NDArray[np.int64]]  # (layer, tokens of a step) -> [T, R]
@@ -107,17 +107,15 @@ def shuffles(
     )
     for layer in range(plan.num_layers):
         cost_TR = _costs(plan.experts_TLK[:, layer], tables[layer], price_RS)
-        scores.learn(layer, _ids(plan).astype(np.int64), _previous(plan, layer), cost_TR)
+        scores.learn(layer, _ids(plan).astype(np.int64), _before(plan, layer), cost_TR)
     true_L = [
-        (HOST_PRICE - _costs(ordered.experts_TLK[:, layer], tables[layer], price_RS)) * SCALE
+        HOST_PRICE - _costs(ordered.experts_TLK[:, layer], tables[layer], price_RS)
         for layer in range(ordered.num_layers)
     ]
 
     def predicted(layer: int, step: slice) -> NDArray[np.int64]:
-        previous_TK = _previous(ordered, layer)
-        if previous_TK is not None:
-            previous_TK = previous_TK[step]
-        return scores.scores(layer, _ids(ordered)[step].astype(np.int64), previous_TK)
+        before = [index_TK[step] for index_TK in _before(ordered, layer)]
+        return scores.scores(layer, _ids(ordered)[step].astype(np.int64), before)
 
     return {
         "shuffle": _sliced(predicted, ordered, topology),
@@ -125,8 +123,9 @@ def shuffles(
     }
 
 
-def _previous(trace: Trace, layer: int) -> NDArray[np.int64] | None:
-    return None if layer == 0 else trace.experts_TLK[:, layer - 1].astype(np.int64)
+def _before(trace: Trace, layer: int) -> list[NDArray[np.int64]]:
+    depths = range(1, min(layer, LAYERS_BEFORE) + 1)
+    return [trace.experts_TLK[:, layer - depth].astype(np.int64) for depth in depths]
 
 
 def _costs(

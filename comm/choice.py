@@ -10,7 +10,9 @@ each remote host. So a token opens shards one after the other, each time the one
 per pair (the greedy rule for weighted set cover, Chvatal 1979). Then a shard whose pairs the others
 could take for less is closed again, and pairs go to the cheapest shard among those in use. Prices
 rise with the pairs that a shard got, recently (`begin_prices`) and in this very dispatch: they
-repair at the moment of dispatch what a placement planned from yesterday's traffic got wrong.
+repair at the moment of dispatch what a placement planned from yesterday's traffic got wrong. Shards
+of our own host are priced as if they had a little less load than they have (`LOCAL_SHARE`): a pair
+there costs no row back.
 (traffic.md, method 5.)
 
 Everything is integer arithmetic, so that the numba code here, its C++ twin (`csrc/choice.cpp`) and
@@ -33,6 +35,7 @@ UNIT: Final = 720720 * 64  # the price of one copy to a remote host; divides by 
 OPEN_SHARD: Final = UNIT // 8  # a row to one more shard of a host that gets it anyway
 GAIN_ONE: Final = 16
 GAIN: Final = 4 * GAIN_ONE  # a shard a quarter over the mean load costs one copy a pair more
+LOCAL_SHARE: Final = 32  # shards of our own host: cheaper by the price of 1/32 of the mean load
 PAIR: Final = 64  # load of one pair: decay needs fractions
 DECAY_SHIFT: Final = 13  # load is forgotten over 2 ** 13 tokens
 PRIOR: Final = 256 * PAIR  # load per shard that counts as none: no price on the first few pairs
@@ -75,6 +78,14 @@ def begin_prices(load_S, num_tokens, gain, price_S):  # type: ignore[no-untyped-
     for s in range(num_shards):
         price_S[s] = (price_S[s] - mean) * slope
     return PAIR * slope
+
+
+@_jit
+def discount_local(host_S, own_host, gain, price_S):  # type: ignore[no-untyped-def]
+    """Lowers the prices of the shards of our own host, which `begin_prices` has set."""
+    for s in range(host_S.shape[0]):
+        if host_S[s] == own_host:
+            price_S[s] -= gain * UNIT // (GAIN_ONE * LOCAL_SHARE)
 
 
 @_jit
@@ -239,6 +250,7 @@ def choose(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S
     num_shards = host_S.shape[0]
     price_S = np.empty(num_shards, np.int64)
     pair_price = begin_prices(load_S, num_tokens, gain, price_S)
+    discount_local(host_S, own_host, gain, price_S)
     num_hosts = 0
     for s in range(num_shards):
         num_hosts = max(num_hosts, host_S[s] + 1)
@@ -291,6 +303,8 @@ def choose_naive(
     load[:] = [x - x * forget // 2**DECAY_SHIFT for x in load]
     slope = gain * UNIT * len(load) // (GAIN_ONE * (sum(load) + PRIOR * len(load)))
     price = [(x - sum(load) // len(load)) * slope for x in load]
+    local = gain * UNIT // (GAIN_ONE * LOCAL_SHARE)
+    price = [p - local * (host == own_host) for p, host in zip(price, hosts, strict=True)]
     chosen: list[list[int]] = []
     for row in index_TK.tolist():
         pairs = {k: set(holders[e]) for k, e in enumerate(row) if e >= 0}

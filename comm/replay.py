@@ -17,7 +17,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.choice import GAIN, PAIR, PENDING, TOP_K_MAX, begin_prices, choose_token, decay
+from remora.comm.choice import (
+    GAIN,
+    PAIR,
+    PENDING,
+    TOP_K_MAX,
+    begin_prices,
+    choose_token,
+    decay,
+    discount_local,
+)
 from remora.comm.topology import Topology
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -158,6 +167,7 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
         pair_price = begin_prices(load_S, end - first, gain, price_S)
         for x in range(num_hosts + 1):
             price_XS[x] = price_S
+            discount_local(host_S, x, gain, price_XS[x])
         decay(load_S, end - first)
         for t in range(first, end):
             call_K[:] = PENDING

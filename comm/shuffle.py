@@ -27,7 +27,6 @@ Form = Literal["none", "exact", "speculative"]
 
 DEVICE_PRICE: Final = 1  # of a copy between devices of one host
 HOST_PRICE: Final = 8  # of a copy between hosts: links are slower by about that or more
-SCALE: Final = 1 << 10  # fixed-point: a score of one saved copy at price 1
 _FAR: Final = np.int64(1) << 62
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)

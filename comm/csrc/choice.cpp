@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kUnit = 720720 * 64;
 constexpr int64_t kOpenShard = kUnit / 8;
 constexpr int64_t kGainOne = 16;
+constexpr int64_t kLocalShare = 32;
 constexpr int64_t kPair = 64;
 constexpr int64_t kDecayShift = 13;
 constexpr int64_t kPrior = 256 * kPair;
@@ -57,7 +58,9 @@ bool Chooser::choose(const Routing& routing, const ReplicaTable& table, const Sh
   const int64_t slope =
       *shards.gain * kUnit * num_shards / (kGainOne * (total + kPrior * num_shards));
   const int64_t mean = total / num_shards;
-  for (int64_t& price : price_S_) price = (price - mean) * slope;
+  const int64_t local = *shards.gain * kUnit / (kGainOne * kLocalShare);
+  for (int64_t s = 0; s < num_shards; ++s)
+    price_S_[s] = (price_S_[s] - mean) * slope - (shards.host_S[s] == shards.own_host ? local : 0);
   pair_price_ = kPair * slope;
   cover_S_.assign(num_shards, 0);
   candidates_.resize(num_shards);

@@ -141,9 +141,12 @@ def test_an_unused_shard_hears_nothing(peers: PeerSet) -> None:
 def test_local_replicas_are_used(peers: PeerSet) -> None:
     with shards(hosts="ba", placement=everywhere("shard-0", "shard-1")) as rig:
         dispatcher = Dispatcher(view=rig.view, peers=peers, combine="presummed")
-        dispatcher.moe(0, *random_batch(2), 2)  # too few for a price of load
+        dispatcher.moe(0, *random_batch(5), 5)
         assert dispatcher.counters.link("shard-0").sent_frames == 0
-        assert dispatcher.counters.link("shard-1").sent_rows == 2
+        assert dispatcher.counters.link("shard-1").sent_rows == 5
+        dispatcher.moe(0, *random_batch(100), 100)  # all of it here would be twice the mean
+        sent = [dispatcher.counters.link(uid).sent_rows for uid in ("shard-0", "shard-1")]
+        assert sum(sent) == 105 and 0 < sent[0] < sent[1]
 
 
 def test_the_requester_may_work_between_dispatch_and_combine(peers: PeerSet) -> None:
