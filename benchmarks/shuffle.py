@@ -24,6 +24,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 NUM_RANKS = 4
 TARGET = 0.6
 TOKENS_MAX = 1_000_000  # of a recording
+TOKENS_MAX_QUICK = 60_000
 
 
 def main() -> None:
@@ -35,7 +36,10 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, help="trace to judge on")
     parser.add_argument("--no-live", action="store_true", help="simulation alone")
     args = parser.parse_args()
-    gaps = simulate(args.model, args.texts, args.plan, args.heldout)
+    tokens_max = TOKENS_MAX_QUICK if args.quick else TOKENS_MAX
+    learned = _routed(args.plan or _record(args.model, args.texts, "plan", tokens_max))
+    judged = _routed(args.heldout or _record(args.model, args.texts, "heldout", tokens_max))
+    gaps = simulate(learned, judged)
     rows: list[common.Row] = [_row(step, gap) for step, gap in gaps.items()]
     if not args.no_live:
         rows += shuffle_live.measure(args.model, _texts(args.texts, "heldout"), quick=args.quick)
@@ -44,24 +48,28 @@ def main() -> None:
     common.finish("shuffle", args, rows, bars)
 
 
-def simulate(model: Path, texts: Path, plan: Path | None, heldout: Path | None) -> dict[int, Gap]:
-    """By tokens of a step. Traces that are not given are recorded (minutes, once) and kept."""
-    learned = _routed(plan or _record(model, texts, "plan"))
-    judged = _routed(heldout or _record(model, texts, "heldout"))
+def simulate(learned: Routed, judged: Routed) -> dict[int, Gap]:
+    """By tokens of a step."""
     num_layers, num_experts = learned.experts_NLK.shape[1], int(learned.experts_NLK.max()) + 1
     shard_LE = np.tile(np.arange(num_experts) * NUM_RANKS // num_experts, (num_layers, 1))
     return {step: shuffle_gap(learned, judged, shard_LE, step) for step in (8, 32, 128)}
 
 
-def _record(model: Path, texts: Path, split: str) -> Path:
-    path = Path.home() / ".cache" / "remora" / f"shuffle-{model.name}-{split}.trace"
+def _record(model: Path, texts: Path, split: str, tokens_max: int) -> Path:
+    """A trace of texts of every domain, recorded once (minutes) and kept."""
+    name = f"shuffle-{model.name}-{split}-{tokens_max}.trace"
+    path = Path.home() / ".cache" / "remora" / name
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     files = sorted(texts.glob(f"*.{split}.jsonl"))
     command = [sys.executable.replace("python", "remora"), "trace", "record", str(model)]
-    command += ["-o", str(path), "--max-tokens", str(TOKENS_MAX)]
-    subprocess.run([*command, *(a for f in files for a in ("--text", str(f)))], check=True)
+    command += ["-o", str(path), "--max-tokens", str(tokens_max)]
+    try:
+        subprocess.run([*command, *(a for f in files for a in ("--text", str(f)))], check=True)
+    except BaseException:
+        path.unlink(missing_ok=True)  # what was cut off is no recording
+        raise
     return path
 
 
