@@ -8,8 +8,6 @@ Simulation (`shuffle_gap.py`): four ranks beside four shards, experts placed in 
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import common
@@ -18,13 +16,14 @@ import shuffle_live
 from engines_report import Bar, Spread
 from shuffle_gap import Gap, Routed, shuffle_gap
 
+from remora.actors.trace_offline import RecordPlan, TextFile, record_texts
 from remora.comm.trace_reader import read_trace
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NUM_RANKS = 4
 TARGET = 0.6
 TOKENS_MAX = 1_000_000  # of a recording
-TOKENS_MAX_QUICK = 60_000
+TOKENS_MAX_QUICK = 45_000  # enough documents for the largest steps
 
 
 def main() -> None:
@@ -37,8 +36,10 @@ def main() -> None:
     parser.add_argument("--no-live", action="store_true", help="simulation alone")
     args = parser.parse_args()
     tokens_max = TOKENS_MAX_QUICK if args.quick else TOKENS_MAX
-    learned = _routed(args.plan or _record(args.model, args.texts, "plan", tokens_max))
-    judged = _routed(args.heldout or _record(args.model, args.texts, "heldout", tokens_max))
+    learned, judged = (
+        _routed(given) if given else _record(args.model, args.texts, split, tokens_max)
+        for split, given in (("plan", args.plan), ("heldout", args.heldout))
+    )
     gaps = simulate(learned, judged)
     rows: list[common.Row] = [_row(step, gap) for step, gap in gaps.items()]
     if not args.no_live:
@@ -55,22 +56,26 @@ def simulate(learned: Routed, judged: Routed) -> dict[int, Gap]:
     return {step: shuffle_gap(learned, judged, shard_LE, step) for step in (8, 32, 128)}
 
 
-def _record(model: Path, texts: Path, split: str, tokens_max: int) -> Path:
-    """A trace of texts of every domain, recorded once (minutes) and kept."""
-    name = f"shuffle-{model.name}-{split}-{tokens_max}.trace"
-    path = Path.home() / ".cache" / "remora" / name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _record(model: Path, texts: Path, split: str, tokens_max: int) -> Routed:
+    """Texts of every domain alike, recorded once (minutes) and kept."""
     files = sorted(texts.glob(f"*.{split}.jsonl"))
-    command = [sys.executable.replace("python", "remora"), "trace", "record", str(model)]
-    command += ["-o", str(path), "--max-tokens", str(tokens_max)]
-    try:
-        subprocess.run([*command, *(a for f in files for a in ("--text", str(f)))], check=True)
-    except BaseException:
-        path.unlink(missing_ok=True)  # what was cut off is no recording
-        raise
-    return path
+    share = tokens_max // len(files)
+    folder = Path.home() / ".cache" / "remora" / f"shuffle-{model.name}-{split}-{share}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for file in files:
+        path = folder / f"{file.stem}.trace"
+        if not path.exists():
+            half = path.with_suffix(".half")  # what was cut off is no recording
+            plan = RecordPlan(window=256, tokens_max=share, batch=16)
+            record_texts(str(model), [TextFile(path=file, domain=None)], half, plan, overwrite=True)
+            half.replace(path)
+        parts.append(_routed(path))
+    return Routed(
+        token_N=np.concatenate([part.token_N for part in parts]),
+        experts_NLK=np.concatenate([part.experts_NLK for part in parts]),
+        length_Q=np.concatenate([part.length_Q for part in parts]),
+    )
 
 
 def _routed(path: Path) -> Routed:
