@@ -24,6 +24,7 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig, parse_config
 from remora.cluster.connect import connected_service
+from remora.cluster.manage_command import status_text
 from remora.cluster.openai_schema import CompletionRequest
 from remora.cluster.service import Service
 from remora.cluster.sse import collect
@@ -98,6 +99,7 @@ async def _dies_under_load(config: RemoraConfig, handle: ClusterHandle) -> None:
         assert (router.num_routed, router.num_alone) == (len(PROMPTS), 0)
         status = await asyncio.to_thread(cluster_status, config.name)
         assert status["router"]["calls"]["Route"] == len(PROMPTS)
+        assert f"{len(PROMPTS)} sequences routed, 0 by ingresses alone" in status_text(status)
         served = {uid: status["members"][uid]["steps_total"] for uid in ("dense-0", "dense-1")}
         assert all(served.values()), f"both groups were used: {served}"
 
