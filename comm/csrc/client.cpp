@@ -108,8 +108,11 @@ bool Client::place(const LayerInput& input) {
   return true;
 }
 
-// Header and rows of each call, and away with it: one shard works while the next call is packed.
+// Header and rows of each call, then all of them away. The first shard of this host that wakes may
+// take this very core, and keep it for a layer: nothing may be left to pack then. The kernels' threads
+// sleep by now for the same reason: a core where one still spins is not given to a shard.
 void Client::send_all() {
+  if (park && !calls_.empty()) park();
   const uint64_t row_bytes = input_.width * item_bytes(input_.dtype);
   for (int32_t c = 0; c < layout_.num_calls; ++c) {
     LayerCall& call = calls_[c];
@@ -145,15 +148,14 @@ void Client::send_all() {
     link.counters->sent_bytes += kHeaderBytes + call.body_bytes;
     link.counters->sent_rows += call.num_rows;
     link.counters->sent_pairs += call.num_pairs;
-    send_some(link);
   }
+  for (Link& link : links) send_some(link);
 }
 
 // What the socket takes now, in order. A failure shows again to Python, which books it.
 void Client::send_some(Link& link) {
   while (link.num_sent < link.calls.size() && !link.failed) {
     LayerCall& call = calls_[link.calls[link.num_sent]];
-    if (!call.sequence) return;  // not packed yet
     const ssize_t sent = send(link.fd, call.frame + call.sent, call.frame_bytes - call.sent,
                               MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0) {
@@ -191,7 +193,6 @@ Status Client::finish(char* out) {
 
 // Until every call is answered; false: Python goes on.
 bool Client::wait() {
-  if (park && !calls_.empty()) park();
   polls_.resize(links.size());
   polled_.resize(links.size());
   while (true) {

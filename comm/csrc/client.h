@@ -88,7 +88,7 @@ class Client {
   double deadline_s = 0;
   int64_t rows_per_call_max = 1, region_bytes_asked = 0;
   ShardTable shards;
-  void (*park)() = nullptr;  // called before this thread waits for another process
+  void (*park)() = nullptr;  // called before other processes get work: the cores are theirs then
   std::unordered_map<int32_t, ReplicaTable> tables;
   std::vector<Link> links;
   Phases phases;
