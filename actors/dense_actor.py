@@ -4,13 +4,14 @@ Ray's threads only start, ask, hand over views and stop. The frame server has a 
 and queues; the engine's thread owns torch, the KV pages and the connections to the shards.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from remora.actors.actor_thread import ActorThread
 from remora.actors.dense_engine import DenseEngine
-from remora.actors.dense_events import DenseLimits
+from remora.actors.dense_limits import STATUS_STATS, limits_of
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
@@ -29,13 +30,14 @@ from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
 from remora.actors.router_reporter import RouterReporter, report_to_router
 from remora.actors.routing_tap import RoutingTap, tap_of
-from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
+from remora.actors.shard_links import connect_shards, greet_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import RankLaunch, gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
 from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
 from remora.actors.trace_recorder import Recorded, TraceRecorder, header_of
+from remora.actors.view_inbox import ViewInbox
 from remora.comm.accounting import TrafficMeter
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Dispatcher
@@ -52,11 +54,6 @@ from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
 
-STATUS_STATS = (
-    "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "steps_total",
-    "preemptions_total", "executor",
-)  # fmt: skip
-
 
 class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
     """What a dense rank is told; the view comes when the shards are up."""
@@ -69,6 +66,7 @@ class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
     max_waiting: int
     prefix_caching: bool
     call_timeout_s: float  # one layer's dispatch and combine, retries included
+    hold_s: float = 0.0  # requests wait so long for a view that has a lost expert again
 
 
 class DenseActor:
@@ -97,6 +95,7 @@ class DenseActor:
         self._meter: TrafficMeter | None = None
         self._whole = ""
         self._shuffle: TokenShuffle | None = None  # of the ranks, where there are several
+        self._views: ViewInbox | None = None
         self._stopping = False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
@@ -120,14 +119,31 @@ class DenseActor:
         self._reporter = report_to_router(self._launch, self._state.stats, self.take_sketch, loads)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
-    def adopt_view(self, view: View) -> None:
-        """Serve with the shards of `view` from the next step on.
+    def offer_view(self, view: View) -> str:
+        """Connect to the shards of a view to come, between two steps; the hash of that view.
 
         Raises:
-            ClusterError: a shard cannot be reached; the old view stays in force.
+            ClusterError: one cannot be reached.
         """
-        assert self._engine is not None, "adopt_view before start returned"
+        assert self._engine is not None and self._views is not None, "offer_view before start"
+        self._views.offer(view, self._engine.run_soon)
+        return view.view_hash
+
+    def adopt_view(self, view: View) -> str:
+        """Serve with the shards of `view` from the next step on; its hash. A call that fails in the
+        step in flight is repeated by it already.
+
+        Raises:
+            ClusterError: an expert cannot be reached; the old view stays in force.
+        """
+        assert self._engine is not None and self._views is not None, "adopt_view before start"
+        self._views.tell(view)
         self._engine.adopt_view(view)
+        return view.view_hash
+
+    def until_end(self) -> None:
+        """Returns when this rank serves no more."""
+        self._thread.join()
 
     def progress(self) -> Progress:
         """How far loading has come."""
@@ -240,12 +256,13 @@ class DenseActor:
             name=launch.uid,
             limits=peer_limits(model, launch),
         )
+        self._views = ViewInbox(functools.partial(greet_shards, self._peers), launch.hold_s)
         if launch.nccl is not None:
             self._node = NcclNode(launch, self._hardware, model, self._wake)
         rank = self._rank = self._make_rank(model, self._executor)
         self._tap = rank.tap = tap_of(spec)
         self._meter = TrafficMeter(spec.top_k)
-        self._state = DenseState(_limits(model, launch))
+        self._state = DenseState(limits_of(model, launch))
         self._engine = DenseEngine(
             state=self._state,
             rank=rank,
@@ -334,7 +351,9 @@ class DenseActor:
             return
         if self._leader is not None:
             self._leader.adopt(view)
-        self._dispatcher = connect_shards(self._peers, view, self._launch, self._dispatcher)
+        self._dispatcher = connect_shards(
+            self._peers, view, self._launch, self._dispatcher, self._views
+        )
         rank.experts = on_host(self._dispatcher.moe, rank.model)
         if self._leader is not None and self._shuffle is not None:
             self._shuffle.adopt(view, self._leader.hosts)
@@ -342,8 +361,7 @@ class DenseActor:
         assert self._tap is not None, "a view before the rank"
         rank.experts = self._tap.watch(rank.experts)
 
-    def _traffic(self) -> Traffic | None:
-        """In the engine's thread. None where no dispatcher of this process counts."""
+    def _traffic(self) -> Traffic | None:  # in the engine's thread
         if self._dispatcher is None or self._meter is None or self._peers is None:
             return None
         return traffic_of(self._meter, self._dispatcher.view, self._peers)
@@ -361,8 +379,7 @@ class DenseActor:
         self._engine.on_lost(connection)
 
     def _wake(self) -> None:
-        """Something of the conductor's has come."""
-        assert self._engine is not None and self._node is not None
+        assert self._engine is not None and self._node is not None  # its conductor has sent
         self._engine.run_soon(self._node.source.attend)
 
     def _phases(self) -> dict[str, Any]:
@@ -382,16 +399,3 @@ class DenseActor:
 
 def _no_view(*_: Any) -> Any:
     raise ClusterError("no view has been adopted yet: shards are still loading")
-
-
-def _limits(model: DenseModel, launch: DenseLaunch) -> DenseLimits:
-    return DenseLimits(
-        num_blocks=launch.num_kv_blocks,
-        max_model_len=launch.max_model_len,
-        vocab_size=model.spec.vocab_size,
-        eos_token_ids=frozenset(model.spec.eos_token_ids),
-        max_num_seqs=launch.max_num_seqs,
-        max_tokens_per_step=launch.max_tokens_per_step,
-        max_waiting=launch.max_waiting,
-        prefix_caching=launch.prefix_caching,
-    )

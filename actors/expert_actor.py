@@ -7,13 +7,15 @@ from one thread. Order among waiting calls (few rows first) is the frame server'
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from remora.actors.actor_thread import ActorThread
 from remora.actors.hardware import Hardware
+from remora.actors.idle_thread import run_idle
 from remora.actors.launch import (
     Launch,
     NcclLaunch,
@@ -27,14 +29,17 @@ from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_expert import NcclShard
 from remora.actors.nccl_stream import ConductorStream
-from remora.actors.shard_model import ShardExperts, build_shard
+from remora.actors.shard_build import build_shard
+from remora.actors.shard_model import ShardExperts
+from remora.actors.shard_slots import ShardSlots
 from remora.comm.arena import DTYPE_CODES
 from remora.comm.connection import Connection, Frame
-from remora.comm.errors import FrameError
+from remora.comm.errors import ClusterError, FrameError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
 from remora.comm.view import Member
+from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +50,15 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
     experts_by_layer: dict[int, tuple[int, ...]]
     num_slots: int | None = None  # of one layer; None: as many as it is given experts
     is_int8: bool = False  # hold weights in one byte each
+    load_idle: bool = False  # load in time that nobody else wants: others serve beside it
+
+
+class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard that can serve, for the coordinator."""
+
+    member: Member
+    manifest: Manifest
+    room: dict[int, int]  # decoder layer -> slots, of every MoE layer
 
 
 class ExpertActor:
@@ -62,6 +76,8 @@ class ExpertActor:
         self._calls_served = 0  # by Python; the pump counts its own
         self._compute_s = 0.0
         self._stopping = False
+        self._slots: ShardSlots | None = None
+        self._fenced: frozenset[str] = frozenset()
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
     def start(self) -> Member:
@@ -72,17 +88,45 @@ class ExpertActor:
             OSError: the address cannot be bound.
         """
         self._thread.start()
-        assert self._server is not None
-        return member_of(self._launch, "shard", self._server.endpoint(host_label()))
+        return self._member()
+
+    def join(self) -> ShardFacts:
+        """`start`, and `facts`."""
+        return self._facts(self.start())
+
+    def facts(self) -> ShardFacts:
+        """What it holds, and has room for; only after `start`."""
+        return self._facts(self._member())
 
     def progress(self) -> Progress:
         """How far loading has come."""
         return self._progress
 
-    def manifest(self) -> Manifest:
-        """Digests of the experts held; only after `start`."""
-        assert self._shard is not None, "asked for the manifest before start returned"
-        return self._shard.manifest
+    def load_experts(
+        self, pairs: Sequence[tuple[int, int]], digests: Mapping[tuple[int, int], str]
+    ) -> dict[tuple[int, int], str]:
+        """As `ShardSlots.load`."""
+        return self._changing().load(pairs, digests)
+
+    def canary(self, pairs: Sequence[tuple[int, int]]) -> tuple[str, dict[tuple[int, int], str]]:
+        """What the last bits depend on, and `ShardSlots.canary`."""
+        kernels = f"exact={self._launch.exact} {kernel_fingerprint()}"
+        return kernels, self._changing().canary(pairs)
+
+    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> None:
+        """As `ShardSlots.keep`."""
+        self._changing().keep(experts)
+
+    def fence(self, names: Sequence[str]) -> None:
+        """Refuse dense ranks of these names, and no others, until told otherwise."""
+        server, fenced = self._server, frozenset(names)
+        assert server is not None, "fence before start returned"
+        self._fenced = fenced
+        self._changing().between_calls(lambda: server.close_peers(fenced))
+
+    def until_end(self) -> None:
+        """Returns when the shard serves no more."""
+        self._thread.join()
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""
@@ -95,6 +139,7 @@ class ExpertActor:
             "experts_per_layer": [len(shard.experts_of(i)) for i in launch.experts_by_layer]
             if shard
             else [],
+            "fenced": sorted(self._fenced),
             "slots_per_layer": launch.num_slots,
             "calls_served": self._calls_served + (pump.calls_served if pump else 0),
             "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
@@ -111,6 +156,21 @@ class ExpertActor:
             self._server.stop()
         self._thread.join()
 
+    def _member(self) -> Member:
+        assert self._server is not None, "asked before start returned"
+        return member_of(self._launch, "shard", self._server.endpoint(host_label()))
+
+    def _facts(self, member: Member) -> ShardFacts:
+        shard = self._shard
+        assert shard is not None, "asked before start returned"
+        room = {layer: shard.room(layer) for layer in shard.spec.moe_layers}
+        return ShardFacts(member=member, manifest=shard.manifest, room=room)
+
+    def _changing(self) -> ShardSlots:
+        if self._slots is None:
+            raise ClusterError("the slots of a shard cannot change where rows travel over NCCL")
+        return self._slots
+
     # -- the shard's own thread ---------------------------------------------------------------
 
     def _prepare(self) -> Callable[[], None]:
@@ -118,8 +178,35 @@ class ExpertActor:
         launch = self._launch
         take_threads(launch.num_threads)
         self._hardware = self._given or Hardware.of(launch.device)
+        shard = self._shard = (
+            run_idle("remora-load", self._load) if launch.load_idle else self._load()
+        )
+        if launch.nccl is not None:
+            return self._prepare_nccl(shard, launch.nccl)
+        service = ExpertService(
+            self._compute, incarnation=launch.incarnation, native=_native_compute(shard)
+        )
+        self._pump = service.pump
+        self._server = FrameServer(
+            host_ip=launch.bind_ip,
+            token=launch.token,
+            on_frame=service.on_frame,
+            on_open=self._admit,
+            unix=launch.use_unix,
+            incarnation=launch.incarnation,
+            pump=service.pump,
+            advertise_ip=advertised_ip(launch.bind_ip),
+        )
+        self._slots = ShardSlots(shard, self._server.call_soon, launch.num_threads)
+        self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
+        logger.info("%s holds %d bytes of experts", launch.uid, shard.nbytes)
+        return self._serve
+
+    def _load(self) -> ShardExperts:
+        launch = self._launch
+        take_threads(launch.num_threads)
         spec = inspect_model(launch.model)
-        self._shard = build_shard(
+        return build_shard(
             launch.model,
             spec,
             launch.experts_by_layer,
@@ -130,24 +217,10 @@ class ExpertActor:
             progress=self._note_progress,
             device=self._hardware.device,
         )
-        if launch.nccl is not None:
-            return self._prepare_nccl(self._shard, launch.nccl)
-        service = ExpertService(
-            self._compute, incarnation=launch.incarnation, native=_native_compute(self._shard)
-        )
-        self._pump = service.pump
-        self._server = FrameServer(
-            host_ip=launch.bind_ip,
-            token=launch.token,
-            on_frame=service.on_frame,
-            unix=launch.use_unix,
-            incarnation=launch.incarnation,
-            pump=service.pump,
-            advertise_ip=advertised_ip(launch.bind_ip),
-        )
-        self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
-        logger.info("%s holds %d bytes of experts", launch.uid, self._shard.nbytes)
-        return self._serve
+
+    def _admit(self, connection: Connection) -> None:
+        if connection.peer_name in self._fenced:
+            raise FrameError(f"{connection.peer_name} is fenced: it did not take the newest view")
 
     def _prepare_nccl(self, shard: ShardExperts, nccl: NcclLaunch) -> Callable[[], None]:
         """The same where rows come over NCCL: sockets carry the conductor's messages only."""

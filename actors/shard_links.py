@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 from remora.actors.dense_model import DenseModel
+from remora.actors.view_inbox import ViewInbox
 from remora.comm.accounting import TrafficMeter
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
 from remora.comm.messages import Traffic
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
-from remora.comm.view import View
+from remora.comm.view import View, uncovered
 from remora.comm.wire import combined_rows, dispatch_bytes
 
 if TYPE_CHECKING:  # it needs what stands here
@@ -17,12 +18,19 @@ if TYPE_CHECKING:  # it needs what stands here
 
 
 def connect_shards(
-    peers: PeerSet, view: View, launch: "DenseLaunch", before: Dispatcher | None
+    peers: PeerSet,
+    view: View,
+    launch: "DenseLaunch",
+    before: Dispatcher | None,
+    views: ViewInbox | None = None,
 ) -> Dispatcher:
     """A dispatcher by `view`; `before` is the one that it takes the place of.
 
+    Args:
+        views: asked for a newer one when a call fails. None: there is none.
+
     Raises:
-        ClusterError: a shard cannot be reached.
+        ClusterError: an expert has no replica that can be reached.
     """
     if before is not None:
         for uid in before.suspects:  # a shard that hangs does not shake hands
@@ -32,11 +40,24 @@ def connect_shards(
         peers=peers,
         combine="ordered" if launch.exact else "presummed",
         deadline_s=launch.call_timeout_s,
+        refresh_view=views.newest if views else None,
+        hold=views.hold if views else None,
     )
     missing = sorted(set(view.placement.slots) - set(peers.live_uids))
-    if missing:
+    if missing and uncovered(view.placement, set(peers.live_uids)):
         raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
     return dispatcher
+
+
+def greet_shards(peers: PeerSet, view: View) -> None:
+    """Connect to shards of a view to come, beside those in use.
+
+    Raises:
+        ClusterError: one cannot be reached.
+    """
+    for member in view.members:
+        if member.role == "shard" and not peers.is_connected(member):
+            peers.connect(member)
 
 
 def peer_limits(model: DenseModel, launch: "DenseLaunch") -> PeerLimits:

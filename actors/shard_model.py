@@ -8,22 +8,17 @@ routed pairs (row, expert), M rows that came, D model width, I expert width, U =
 I without.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from remora.actors import model_build
-from remora.actors.checkpoint_files import Checkpoint
-from remora.actors.expert_gate import find_gate
+from remora.actors.expert_reader import ExpertReader
 from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec
-from remora.actors.weights import Progress, WeightPlan
 from remora.kernels import native
-from remora.kernels.device import CPU, home_of, make_experts
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
 from remora.kernels.gates import Gate
@@ -37,7 +32,7 @@ CombineMode = Literal["ordered", "presummed"]
 
 
 @dataclass(slots=True, kw_only=True)
-class _ExpertLayer:
+class ExpertLayer:
     """One MoE layer of this shard."""
 
     host: Any  # transformers' experts module, without weights
@@ -47,6 +42,7 @@ class _ExpertLayer:
     slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
     slot_there_E: Tensor  # the same where the weights are
     gate: Gate | None  # ours that computes what the host's does, if there is one
+    bad_slots: set[int] = field(default_factory=set)
 
 
 class ShardExperts:
@@ -55,6 +51,8 @@ class ShardExperts:
     Attributes:
         dtype: served dtype; rows come and go in it.
         layers: decoder layers of which it holds experts.
+        reader: what it was loaded from, for more.
+        is_int8: weights are held in one byte each.
         native: the same for a native caller, of the layers that it can compute; None without C++
             kernels.
     """
@@ -62,7 +60,8 @@ class ShardExperts:
     def __init__(
         self,
         spec: ModelSpec,
-        layers: dict[int, _ExpertLayer],
+        reader: ExpertReader,
+        layers: dict[int, ExpertLayer],
         digests: dict[tuple[int, int], ExpertDigest],
         *,
         dtype: torch.dtype,
@@ -70,8 +69,9 @@ class ShardExperts:
         is_int8: bool,
     ) -> None:
         self.spec = spec
+        self.reader = reader
         self.dtype = dtype
-        self._is_int8 = is_int8
+        self.is_int8 = is_int8
         self._layers = layers
         self._digests = digests
         self._exact = exact
@@ -97,7 +97,12 @@ class ShardExperts:
     @property
     def manifest(self) -> Manifest:
         """Digests of every expert held."""
-        return Manifest.of(torch.int8 if self._is_int8 else self.dtype, self._digests)
+        return Manifest.of(torch.int8 if self.is_int8 else self.dtype, dict(self._digests))
+
+    def digest_of(self, layer: int, expert: int) -> str | None:
+        """Digest of an expert that is held; None of any other."""
+        found = self._digests.get((layer, expert))
+        return None if found is None else found.digest
 
     def experts_of(self, layer: int) -> tuple[int, ...]:
         """Logical experts held of a decoder layer, in slot order; none of an unknown layer."""
@@ -196,8 +201,26 @@ class ShardExperts:
         held = self._layers[layer]
         return held.packed.export_slot(held.slot_of[expert])
 
-    def load_expert(self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor]) -> str:
-        """Put an expert into a free slot; the digest of what is now held comes back.
+    def free_slots(self, layer: int) -> list[int]:
+        """Slots of a decoder layer that hold nothing, and are not known to be bad, ascending."""
+        held = self._layers.get(layer)
+        if held is None:
+            return []
+        taken = set(held.slot_of.values()) | held.bad_slots
+        return [slot for slot in range(held.packed.num_slots) if slot not in taken]
+
+    def room(self, layer: int) -> int:
+        """Slots of a decoder layer that may hold something; 0 of an unknown layer."""
+        held = self._layers.get(layer)
+        return 0 if held is None else held.packed.num_slots - len(held.bad_slots)
+
+    def fill_slot(
+        self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor]
+    ) -> ExpertDigest:
+        """Write an expert into a free slot; the digest of what the slot holds now comes back.
+
+        Nobody is served from it before `publish`. Another thread may do this while the shard
+        serves: no call reads a slot that is not published.
 
         Raises:
             ValueError: tensors of the wrong names, shapes or dtype.
@@ -206,11 +229,18 @@ class ShardExperts:
         taken = {s: e for e, s in held.slot_of.items()}
         assert slot not in taken, f"layer {layer} slot {slot} holds expert {taken[slot]}"
         held.packed.load_slot(slot, tensors)
-        digest = digest_expert(layer, expert, held.packed.export_slot(slot))
+        return digest_expert(layer, expert, held.packed.export_slot(slot))
+
+    def publish(self, slot: int, digest: ExpertDigest) -> None:
+        """Serve the expert of a slot that has been filled, from the next call on."""
+        held, expert = self._layers[digest.layer], digest.expert
         held.slot_of[expert] = slot
         held.slot_of_E[expert] = held.slot_there_E[expert] = slot
-        self._digests[layer, expert] = digest
-        return digest.digest
+        self._digests[digest.layer, expert] = digest
+
+    def quarantine(self, layer: int, slot: int) -> None:
+        """Never fill this slot again: it does not hold what is written into it."""
+        self._layers[layer].bad_slots.add(slot)
 
     def drop_expert(self, layer: int, expert: int) -> None:
         """Forget an expert; its slot is free."""
@@ -220,7 +250,7 @@ class ShardExperts:
         del self._digests[layer, expert]
 
     def _compute(
-        self, held: _ExpertLayer, rows_MD: Tensor, pair_row_N: Tensor, sort: RouteSort
+        self, held: ExpertLayer, rows_MD: Tensor, pair_row_N: Tensor, sort: RouteSort
     ) -> Tensor:
         """Outputs of the pairs in slot order: [N', D], N' >= N (rows beyond are padding)."""
         order_N = pair_row_N[sort.order_N]
@@ -236,164 +266,10 @@ class ShardExperts:
         return out_ND
 
 
-def _gate(held: _ExpertLayer, up_NU: Tensor) -> Tensor:
+def _gate(held: ExpertLayer, up_NU: Tensor) -> Tensor:
     """What stands between the two linears: [N, U] -> [N, I]."""
     if held.gate is not None:
         return held.gate.apply(up_NU)
     gate = held.host._apply_gate if held.host.has_gate else held.host.act_fn
     out: Tensor = gate(up_NU)
     return out.contiguous()
-
-
-def build_shard(
-    path: str | Path,
-    spec: ModelSpec,
-    experts_by_layer: Mapping[int, Sequence[int]],
-    *,
-    dtype: torch.dtype,
-    exact: bool,
-    is_int8: bool = False,
-    num_slots: int | None = None,
-    progress: Progress | None = None,
-    device: torch.device = CPU,
-) -> ShardExperts:
-    """Load experts of a checkpoint into slots.
-
-    Args:
-        path: checkpoint directory.
-        spec: of `inspect_model(path)`.
-        experts_by_layer: decoder layer -> logical experts, in slot order.
-        dtype: served dtype, float32 or bfloat16.
-        exact: only whole tiles of rows reach torch's own kernels.
-        is_int8: hold weights in one byte each, quantised here; `dtype` is bfloat16 then.
-        num_slots: slots per layer; None: as many as the layer is given experts. A layer without
-            a slot is left out.
-        progress: called with (bytes done, bytes in all).
-        device: where the experts live and compute; rows come and go on the CPU.
-
-    Raises:
-        WeightsError: naming file and tensor.
-        RuntimeError: a GPU without Triton, or that is not there.
-    """
-    model = model_build.build_meta(spec.config, dtype)
-    model_build.compute_buffers(model)
-    sites = {s.layer: s for s in model_build.expert_sites(model) if s.layer in experts_by_layer}
-    assert sites.keys() == experts_by_layer.keys(), (
-        f"layers {sorted(experts_by_layer)} wanted, of MoE layers {spec.moe_layers}"
-    )
-    most = max(map(len, experts_by_layer.values()), default=0)
-    assert num_slots is None or most <= num_slots, f"{most} experts of a layer, {num_slots} slots"
-    with Checkpoint.open(path) as checkpoint:
-        plan = WeightPlan(model, checkpoint, dtype)
-        names = [name for name, _ in spec.expert.shapes]
-        targets = {i: {n: f"{site.name}.{n}" for n in names} for i, site in sites.items()}
-        for layer_targets in targets.values():
-            for target in layer_targets.values():
-                plan.check_experts(target)
-        counter = _Counter(plan, targets, experts_by_layer, progress)
-        layers: dict[int, _ExpertLayer] = {}
-        digests: dict[tuple[int, int], ExpertDigest] = {}
-        for index in sorted(experts_by_layer):
-            experts = experts_by_layer[index]
-            slots = len(experts) if num_slots is None else num_slots
-            if slots == 0:
-                continue
-            held = _empty_layer(
-                spec,
-                sites[index],
-                plan,
-                slots,
-                dtype=dtype,
-                exact=exact,
-                is_int8=is_int8,
-                device=device,
-            )
-            layers[index] = held
-            for slot, expert in enumerate(experts):
-                tensors = {n: plan.load_expert(t, expert) for n, t in targets[index].items()}
-                held.packed.load_slot(slot, tensors)
-                if is_int8:
-                    tensors = held.packed.export_slot(slot)
-                digests[index, expert] = digest_expert(index, expert, tensors)
-                held.slot_of[expert] = slot
-                held.slot_of_E[expert] = held.slot_there_E[expert] = slot
-                counter.loaded(index)
-    return ShardExperts(spec, layers, digests, dtype=dtype, exact=exact, is_int8=is_int8)
-
-
-class _Counter:
-    """Reports bytes loaded."""
-
-    def __init__(
-        self,
-        plan: WeightPlan,
-        targets: Mapping[int, Mapping[str, str]],
-        experts_by_layer: Mapping[int, Sequence[int]],
-        progress: Progress | None,
-    ) -> None:
-        self._of_layer = {
-            layer: sum(plan.expert_nbytes(target) for target in names.values())
-            for layer, names in targets.items()
-        }
-        self._total = sum(self._of_layer[i] * len(e) for i, e in experts_by_layer.items())
-        self._done = 0
-        self._progress = progress
-
-    def loaded(self, layer: int) -> None:
-        """One more expert of `layer`."""
-        self._done += self._of_layer[layer]
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-def _empty_layer(
-    spec: ModelSpec,
-    site: model_build.ExpertsSite,
-    plan: WeightPlan,
-    num_slots: int,
-    *,
-    dtype: torch.dtype,
-    exact: bool,
-    is_int8: bool,
-    device: torch.device,
-) -> _ExpertLayer:
-    host: Any = site.module
-    shapes = dict(spec.expert.shapes)
-    for name in shapes:
-        del host._parameters[name]
-    for name, parameter in list(host.named_parameters()):  # what all experts share: a norm
-        path, _, leaf = name.rpartition(".")
-        loaded = plan.load(f"{site.name}.{name}")[f"{site.name}.{name}"]
-        host.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(
-            loaded, requires_grad=parameter.requires_grad
-        )
-    if device.type == "cuda":
-        host.to(device)  # what is left of it: that norm
-    down = shapes["down_proj"]
-    width = down[0] if host.is_transposed else down[1]
-    gate = find_gate(host, width)
-    packed = make_experts(
-        device,
-        num_slots,
-        hidden_size=spec.hidden_size,
-        intermediate_size=width,
-        dtype=dtype,
-        gate=gate or (host._apply_gate if host.has_gate else host.act_fn),
-        post=host.post_expert_norm if host.has_post_expert_norm else None,
-        has_gate=host.has_gate,
-        has_bias=host.has_bias,
-        is_transposed=host.is_transposed,
-        exact=exact,
-        is_int8=is_int8,
-    )
-    assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
-    slot_of_E = torch.full((spec.num_experts,), -1, dtype=torch.int64)
-    return _ExpertLayer(
-        host=host,
-        name=site.name,
-        packed=packed,
-        slot_of={},
-        slot_of_E=slot_of_E,
-        slot_there_E=slot_of_E.to(home_of(device)),
-        gate=gate,
-    )

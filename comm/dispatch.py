@@ -48,6 +48,8 @@ class Dispatcher:
         deadline_s: of one attempt; a shard over it is a suspect until the next epoch.
         refresh_view: called with the epoch that disappointed; returns the newest view (it may
             block to fetch it). None keeps the view for good.
+        hold: called when an expert has no live replica; waits for a view newer than the epoch that
+            it is given, or returns None. None: such a layer fails at once.
         rows_per_call_max: larger dispatches go out in slices, so that other ranks' decode goes
             between them.
         native: False keeps to Python where the extension is there, to compare with it.
@@ -64,6 +66,7 @@ class Dispatcher:
         combine: Combine,
         deadline_s: float = 30.0,
         refresh_view: Callable[[int], View] | None = None,
+        hold: Callable[[int], View | None] | None = None,
         rows_per_call_max: int = 512,
         native: bool = True,
     ) -> None:
@@ -71,7 +74,7 @@ class Dispatcher:
             raise ValueError(f"combine is {combine!r}, must be 'ordered' or 'presummed'")
         self._peers = peers
         presummed = combine == "presummed"
-        self._routes = Routes(view, peers, refresh_view)
+        self._routes = Routes(view, peers, refresh_view, hold)
         settings = (peers, self._routes, presummed, deadline_s, rows_per_call_max)
         self._python = PythonLayers(*settings)
         native = native and native_extension() is not None

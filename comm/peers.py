@@ -92,13 +92,17 @@ class PeerSet:
             self.disconnect(uid)
         failed: dict[str, ClusterError] = {}
         for uid, member in members.items():
-            peer = self._peers.get(uid)
-            if peer is None or peer.error is not None or peer.member != member:
+            if not self.is_connected(member):
                 try:
                     self.connect(member)
                 except ClusterError as error:
                     failed[uid] = error
         return failed
+
+    def is_connected(self, member: Member) -> bool:
+        """Whether there is an open connection to this life of it."""
+        peer = self._peers.get(member.uid)
+        return peer is not None and peer.error is None and peer.member == member
 
     def peer(self, uid: str) -> Peer:
         """The live connection to `uid`. Raises PeerLostError."""

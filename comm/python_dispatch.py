@@ -107,7 +107,7 @@ class PythonLayers:
                 break
             assert missing < table_ER.shape[0], f"expert {missing} of {table_ER.shape[0]}"
             attempt += 1
-            if attempt > RETRIES_MAX or not self._routes.refresh():
+            if attempt > RETRIES_MAX or not (routes.refresh() or routes.wait_for_newer()):
                 raise sent.error or PeerLostError(
                     f"expert {missing} of layer {sent.layer} has no live replica in view "
                     f"{self._routes.view.epoch}; live shards: {self._peers.live_uids}"

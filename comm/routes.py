@@ -26,6 +26,7 @@ class Routes:
         peers: connections; views are applied to it.
         refresh_view: called with the epoch that disappointed; returns the newest view. None keeps
             the view for good.
+        hold: as `Dispatcher`'s.
 
     Attributes:
         view: the view in force.
@@ -44,9 +45,14 @@ class Routes:
     """
 
     def __init__(
-        self, view: View, peers: PeerSet, refresh_view: Callable[[int], View] | None
+        self,
+        view: View,
+        peers: PeerSet,
+        refresh_view: Callable[[int], View] | None,
+        hold: Callable[[int], View | None] | None = None,
     ) -> None:
         self._peers = peers
+        self._hold = hold
         self._refresh_view = refresh_view
         self.apply(view)
 
@@ -86,6 +92,14 @@ class Routes:
         before = self.usable_S.copy()
         self._note_usable()
         return bool((self.usable_S != before).any())
+
+    def wait_for_newer(self) -> bool:
+        """Waits for a newer view, where somebody may bring one; True when it is in force."""
+        view = self._hold(self.view.epoch) if self._hold is not None else None
+        if view is None:
+            return False
+        self.apply(view)
+        return True
 
     def avoid(self, shard: int, error: ClusterError) -> None:
         """`shard` failed on a call: it is not asked again before a view says so, or, when its

@@ -153,6 +153,12 @@ class FrameServer:
         self._calls.append(function)
         self._wake()
 
+    def close_peers(self, names: frozenset[str]) -> None:
+        """Closes the connections of peers of these names; in the loop's thread."""
+        for connection in self.connections:
+            if connection.peer_name in names:
+                self._close(connection, "fenced")
+
     @property
     def connections(self) -> list[Connection]:
         """Authenticated connections as of now."""

@@ -7,6 +7,7 @@ and the members that hold it. Frames name (layer, logical expert), never a slot.
 """
 
 import hashlib
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -55,6 +56,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
                 held.update(experts)
             missing = set(range(self.num_experts)) - held
             assert not missing, f"layer {layer}: experts {sorted(missing)} have no replica"
+
+
+def uncovered(placement: Placement, uids: Collection[str]) -> list[tuple[int, int]]:
+    """(decoder layer, expert) of what none of the shards `uids` holds."""
+    found = []
+    for index, layer in enumerate(placement.moe_layers):
+        held = {e for uid in placement.slots if uid in uids for e in placement.slots[uid][index]}
+        found += [(layer, expert) for expert in range(placement.num_experts) if expert not in held]
+    return found
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ from remora.comm.messages import (
     decode_to_ingress,
     encode,
 )
-from remora.comm.view import Member, View, contiguous_placement
+from remora.comm.view import Member, Placement, View, contiguous_placement
 from remora.kernels.device import CPU, INTERPRETED_GPU
 
 TOKEN = b"a token for the tests, 32 bytes."
@@ -89,11 +89,13 @@ class LocalCluster:
         exact: bool,
         world: World | None = None,
         slots: int | None = None,
+        num_slots: int | None = None,
     ) -> None:
         """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted).
 
         Args:
             slots: of a shard in a layer, for replicas; None: one copy of every expert.
+            num_slots: that a shard has room for; None: as many as it is given experts.
         """
         self.spec = inspect_model(model)
         self.world = world
@@ -117,21 +119,21 @@ class LocalCluster:
             shard_uids=uids,
             slots=slots,
         )
+        self._num_slots = num_slots
         self.shards = [
-            ExpertActor(
-                ShardLaunch(
-                    uid=uid,
-                    experts_by_layer=dict(
-                        zip(placement.moe_layers, placement.slots[uid], strict=True)
-                    ),
-                    **self._common,
-                ),
-                self._gpu(uid),
-            )
-            for uid in uids
+            ExpertActor(self.shard_launch(uid, placement), self._gpu(uid)) for uid in uids
         ]
         members = tuple(shard.start() for shard in self.shards)
         self.view = View(epoch=1, members=members, placement=placement)
+
+    def shard_launch(self, uid: str, placement: Placement, **more: Any) -> ShardLaunch:
+        """What shard `uid` is told, to hold what `placement` says."""
+        return ShardLaunch(
+            uid=uid,
+            experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
+            num_slots=self._num_slots,
+            **(self._common | more),
+        )
 
     def launch(self, **limits: Any) -> DenseLaunch:
         """What a dense rank over the shards is told."""

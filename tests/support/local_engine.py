@@ -17,7 +17,8 @@ from remora.actors import row_linear_patch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.model_spec import ModelSpec, inspect_model
-from remora.actors.shard_model import CombineMode, ShardExperts, build_shard
+from remora.actors.shard_build import build_shard
+from remora.actors.shard_model import CombineMode, ShardExperts
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.view import contiguous_placement

@@ -10,7 +10,7 @@ import torch
 from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
-from remora.actors.shard_model import build_shard
+from remora.actors.shard_build import build_shard
 from remora.kernels.attention import KVPages
 from remora.kernels.device import CPU, INTERPRETED_GPU, implementation_of, make_pages
 from remora.kernels.gpu_pages import GpuKVPages

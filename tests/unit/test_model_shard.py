@@ -11,7 +11,8 @@ from torch import Tensor
 
 from remora.actors.manifest import digest_expert
 from remora.actors.model_spec import ModelSpec, inspect_model
-from remora.actors.shard_model import ShardExperts, build_shard
+from remora.actors.shard_build import build_shard
+from remora.actors.shard_model import ShardExperts
 
 ALL = range(8)
 
@@ -111,13 +112,19 @@ def test_experts_move_between_shards_bit_for_bit(architecture: str, tmp_path: Pa
     tensors = right.export_expert(1, 6)
     held = right.manifest.by_expert()[1, 6]
     assert digest_expert(1, 6, tensors) == held
-    assert left.load_expert(1, 6, 5, tensors) == held.digest
+    assert left.free_slots(1) == [4, 5]
+    assert left.fill_slot(1, 6, 5, tensors) == held
+    assert left.not_mine(1, torch.tensor([6])) == [6], "filled, and not published yet"
+    left.publish(5, held)
+    assert left.free_slots(1) == [4]
+    left.quarantine(1, 4)
+    assert (left.free_slots(1), left.room(1)) == ([], 5)
     assert left.experts_of(1) == (0, 1, 2, 3, 6)
     assert left.manifest.by_expert()[1, 6] == held
     moved = left.forward(1, x, row, torch.tensor([6]), torch.ones(1), "ordered")
     assert torch.equal(moved, expected)
     with pytest.raises(AssertionError, match="slot 5 holds expert 6"):
-        left.load_expert(1, 5, 5, right.export_expert(1, 5))
+        left.fill_slot(1, 5, 5, right.export_expert(1, 5))
     right.drop_expert(1, 6)
     assert right.not_mine(1, torch.tensor([6, 7])) == [6]
     assert (1, 6) not in right.manifest.by_expert()
@@ -133,7 +140,8 @@ def test_int8_experts_are_near_and_move_bit_for_bit(architecture: str, tmp_path:
     assert tensors["down_proj"].dtype == torch.int8
     held = right.manifest.by_expert()[1, 6]
     assert right.manifest.dtype == "int8"
-    assert left.load_expert(1, 6, 3, tensors) == held.digest
+    assert left.fill_slot(1, 6, 3, tensors) == held
+    left.publish(3, held)
     assert held.nbytes == spec.expert_nbytes(torch.bfloat16, is_int8=True)
     x, row = torch.randn((9, spec.hidden_size)).bfloat16(), torch.arange(9)
     pairs = row, torch.full((9,), 6), torch.ones(9)

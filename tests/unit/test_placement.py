@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
-from remora.actors.shard_model import build_shard
+from remora.actors.shard_build import build_shard
 from remora.cluster.cli import main
 from remora.cluster.config import load_config, parse_config
 from remora.cluster.launch import placement_of, shard_launch

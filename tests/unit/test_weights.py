@@ -18,7 +18,7 @@ from remora.actors.checkpoint_files import INDEX_NAME, Checkpoint
 from remora.actors.dense_model import build_dense
 from remora.actors.manifest import Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec, inspect_model
-from remora.actors.shard_model import build_shard
+from remora.actors.shard_build import build_shard
 from remora.comm.errors import WeightsError
 
 EXPERT = "model.layers.0.mlp.experts.5.up_proj.weight"
@@ -327,7 +327,7 @@ import sys, torch
 from pathlib import Path
 from remora.actors.dense_model import build_dense
 from remora.actors.model_spec import inspect_model
-from remora.actors.shard_model import build_shard
+from remora.actors.shard_build import build_shard
 
 def status(key):
     text = Path("/proc/self/status").read_text()

@@ -1,0 +1,164 @@
+"""Builds a shard: experts modules of a model without weights, and slots filled from a checkpoint.
+
+Legend as in `shard_model.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.actors import model_build
+from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.expert_gate import find_gate
+from remora.actors.expert_reader import ExpertReader
+from remora.actors.manifest import ExpertDigest, digest_expert
+from remora.actors.model_spec import ModelSpec
+from remora.actors.shard_model import ExpertLayer, ShardExperts
+from remora.actors.weights import Progress, WeightPlan
+from remora.kernels.device import CPU, home_of, make_experts
+
+
+def build_shard(
+    path: str | Path,
+    spec: ModelSpec,
+    experts_by_layer: Mapping[int, Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    exact: bool,
+    is_int8: bool = False,
+    num_slots: int | None = None,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
+) -> ShardExperts:
+    """Load experts of a checkpoint into slots.
+
+    Args:
+        path: checkpoint directory.
+        spec: of `inspect_model(path)`.
+        experts_by_layer: decoder layer -> logical experts, in slot order.
+        dtype: served dtype, float32 or bfloat16.
+        exact: only whole tiles of rows reach torch's own kernels.
+        is_int8: hold weights in one byte each, quantised here; `dtype` is bfloat16 then.
+        num_slots: slots per layer; None: as many as the layer is given experts. A layer without
+            a slot is left out.
+        progress: called with (bytes done, bytes in all).
+        device: where the experts live and compute; rows come and go on the CPU.
+
+    Raises:
+        WeightsError: naming file and tensor.
+        RuntimeError: a GPU without Triton, or that is not there.
+    """
+    assert set(experts_by_layer) <= set(spec.moe_layers), (
+        f"layers {sorted(experts_by_layer)} wanted, of MoE layers {spec.moe_layers}"
+    )
+    most = max(map(len, experts_by_layer.values()), default=0)
+    assert num_slots is None or most <= num_slots, f"{most} experts of a layer, {num_slots} slots"
+    with Checkpoint.open(path) as checkpoint:
+        reader = ExpertReader(checkpoint, spec, dtype)
+        for index in experts_by_layer:
+            reader.check(index)
+        counter = _Counter(reader, experts_by_layer, progress)
+        layers: dict[int, ExpertLayer] = {}
+        digests: dict[tuple[int, int], ExpertDigest] = {}
+        for index in sorted(experts_by_layer):
+            experts = experts_by_layer[index]
+            slots = len(experts) if num_slots is None else num_slots
+            if slots == 0:
+                continue
+            held = _empty_layer(
+                spec,
+                reader.sites[index],
+                reader.plan,
+                slots,
+                dtype=dtype,
+                exact=exact,
+                is_int8=is_int8,
+                device=device,
+            )
+            layers[index] = held
+            for slot, expert in enumerate(experts):
+                tensors = reader.read(index, expert)
+                held.packed.load_slot(slot, tensors)
+                if is_int8:
+                    tensors = held.packed.export_slot(slot)
+                digests[index, expert] = digest_expert(index, expert, tensors)
+                held.slot_of[expert] = slot
+                held.slot_of_E[expert] = held.slot_there_E[expert] = slot
+                counter.loaded(index)
+    return ShardExperts(spec, reader, layers, digests, dtype=dtype, exact=exact, is_int8=is_int8)
+
+
+class _Counter:
+    """Reports bytes loaded."""
+
+    def __init__(
+        self,
+        reader: ExpertReader,
+        experts_by_layer: Mapping[int, Sequence[int]],
+        progress: Progress | None,
+    ) -> None:
+        self._of_layer = {layer: reader.nbytes(layer) for layer in experts_by_layer}
+        self._total = sum(self._of_layer[i] * len(e) for i, e in experts_by_layer.items())
+        self._done = 0
+        self._progress = progress
+
+    def loaded(self, layer: int) -> None:
+        """One more expert of `layer`."""
+        self._done += self._of_layer[layer]
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _empty_layer(
+    spec: ModelSpec,
+    site: model_build.ExpertsSite,
+    plan: WeightPlan,
+    num_slots: int,
+    *,
+    dtype: torch.dtype,
+    exact: bool,
+    is_int8: bool,
+    device: torch.device,
+) -> ExpertLayer:
+    host: Any = site.module
+    shapes = dict(spec.expert.shapes)
+    for name in shapes:
+        del host._parameters[name]
+    for name, parameter in list(host.named_parameters()):  # what all experts share: a norm
+        path, _, leaf = name.rpartition(".")
+        loaded = plan.load(f"{site.name}.{name}")[f"{site.name}.{name}"]
+        host.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(
+            loaded, requires_grad=parameter.requires_grad
+        )
+    if device.type == "cuda":
+        host.to(device)  # what is left of it: that norm
+    down = shapes["down_proj"]
+    width = down[0] if host.is_transposed else down[1]
+    gate = find_gate(host, width)
+    packed = make_experts(
+        device,
+        num_slots,
+        hidden_size=spec.hidden_size,
+        intermediate_size=width,
+        dtype=dtype,
+        gate=gate or (host._apply_gate if host.has_gate else host.act_fn),
+        post=host.post_expert_norm if host.has_post_expert_norm else None,
+        has_gate=host.has_gate,
+        has_bias=host.has_bias,
+        is_transposed=host.is_transposed,
+        exact=exact,
+        is_int8=is_int8,
+    )
+    assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
+    slot_of_E = torch.full((spec.num_experts,), -1, dtype=torch.int64)
+    return ExpertLayer(
+        host=host,
+        name=site.name,
+        packed=packed,
+        slot_of={},
+        slot_of_E=slot_of_E,
+        slot_there_E=slot_of_E.to(home_of(device)),
+        gate=gate,
+    )

@@ -1,0 +1,96 @@
+"""Views that the coordinator tells a dense rank, on their way to the thread that routes by them.
+
+That thread takes them between two steps. A step that finds no replica of an expert waits here for a
+view that has one (its requests are *held*, not failed), and connects meanwhile to whatever shards
+the coordinator offers: without that no such view could be committed.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final
+
+from remora.comm.errors import DeadlineError
+from remora.comm.view import View
+
+GREET_S: Final = 60.0  # for a step to end, and for handshakes
+
+
+class ViewInbox:
+    """One dense rank's.
+
+    Args:
+        greet: connects to the shards of a view; in the routing thread.
+        hold_s: longest wait for a view that has what is missing.
+    """
+
+    def __init__(self, greet: Callable[[View], None], hold_s: float) -> None:
+        self._greet = greet
+        self._hold_s = hold_s
+        self._changed = threading.Condition()
+        self._newest: View | None = None
+        self._offers: list[tuple[View, Future[None]]] = []
+
+    # -- any thread ---------------------------------------------------------------------------
+
+    def tell(self, view: View) -> None:
+        """This view is committed."""
+        with self._changed:
+            if self._newest is None or view.epoch > self._newest.epoch:
+                self._newest = view
+            self._changed.notify_all()
+
+    def offer(self, view: View, run_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Have the routing thread greet a view to come, between two steps or in a hold.
+
+        Args:
+            run_soon: runs something in that thread between two steps.
+
+        Raises:
+            ClusterError: what greeting raised.
+            DeadlineError: the thread did not come to it.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            self._offers.append((view, done))
+            self._changed.notify_all()
+        run_soon(self.take_offers)
+        try:
+            done.result(GREET_S)
+        except TimeoutError:
+            raise DeadlineError(f"no step ended within {GREET_S:g} s") from None
+
+    # -- the routing thread -------------------------------------------------------------------
+
+    def newest(self, _epoch: int) -> View:
+        """The newest view that was told."""
+        with self._changed:
+            assert self._newest is not None, "no view has been told yet"
+            return self._newest
+
+    def take_offers(self) -> None:
+        """Greet what is offered."""
+        with self._changed:
+            offers, self._offers = self._offers, []
+        for view, done in offers:
+            try:
+                self._greet(view)
+            except Exception as failure:  # handed to whoever offered it
+                done.set_exception(failure)
+            else:
+                done.set_result(None)
+
+    def hold(self, epoch: int) -> View | None:
+        """Wait for a view newer than `epoch`; None when none came in time."""
+        until_s = time.monotonic() + self._hold_s
+        while True:
+            self.take_offers()
+            with self._changed:
+                if self._newest is not None and self._newest.epoch > epoch:
+                    return self._newest
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    return None
+                if not self._offers:
+                    self._changed.wait(left_s)
