@@ -33,6 +33,11 @@ class ActorThread:
         if self._thread.is_alive():
             self._thread.join()
 
+    def wait_until_end(self) -> None:
+        """Wait until it has ended, whether it has been started yet or not."""
+        self._prepared.wait()
+        self._thread.join()
+
     def _run(self) -> None:
         try:
             serve = self._prepare()

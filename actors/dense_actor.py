@@ -143,7 +143,7 @@ class DenseActor:
 
     def until_end(self) -> None:
         """Returns when this rank serves no more."""
-        self._thread.join()
+        self._thread.wait_until_end()
 
     def progress(self) -> Progress:
         """How far loading has come."""

@@ -126,7 +126,7 @@ class ExpertActor:
 
     def until_end(self) -> None:
         """Returns when the shard serves no more."""
-        self._thread.join()
+        self._thread.wait_until_end()
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""

@@ -68,6 +68,8 @@ class RouterActor:
 
     def adopt_view(self, view: View) -> None:
         """Route by `view` from now on."""
+        if self._view is not None and self._view.placement != view.placement:
+            self._statistics.start_fresh()
         self._view = view
         self._server.adopt_view(view)
 
@@ -80,7 +82,7 @@ class RouterActor:
         return self._server.plan(self._known_view(), seed)
 
     def fresh_cost(self, placement: Placement) -> PlacementCost:
-        """What a placement of the same shards costs on what came since this router's start.
+        """What a placement of the same shards costs on what came since the one in force serves.
 
         Raises:
             ClusterError: no view yet, or too little came.

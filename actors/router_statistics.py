@@ -161,7 +161,7 @@ class RouterStatistics:
         self._path = path
         self._lock = threading.Lock()
         self._history: RoutingHistory | None = None
-        self._fresh: RoutingHistory | None = None  # since this router's start, nothing restored
+        self._fresh: RoutingHistory | None = None  # since this placement serves, nothing restored
         self._counts: RoutingCounts | None = None  # by token id, of samples
         self._reports = 0
         self._since_homes = 0.0
@@ -263,6 +263,11 @@ class RouterStatistics:
         """
         topology = topology_of(view, self._slots)
         return plan_from(self._bundles(topology), view.placement, topology, seed)
+
+    def start_fresh(self) -> None:
+        """Forget what `fresh_cost` is measured on: another placement serves from now on."""
+        with self._lock:
+            self._fresh = None
 
     def fresh_cost(self, view: View, placement: Placement) -> PlacementCost:
         """What a placement of the same shards costs on what came since this router's start.

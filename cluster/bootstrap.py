@@ -4,6 +4,7 @@ The coordinator is a detached named actor, so whoever comes first creates it and
 adopts it: an application upgrade keeps the data plane, an explicit `stop_cluster` tears it down.
 """
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from remora.actors.router_actor import router_address
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
 from remora.cluster.instances import instances_dir
+from remora.cluster.operation import Target
 from remora.comm.errors import ClusterError, ConfigError, RemoraError
 from remora.comm.view import Member, View
 
 PROGRESS_EVERY_S = 0.2
 COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
+OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
@@ -55,6 +58,24 @@ class ClusterHandle:
         """As `Coordinator.rebalance_gauges`."""
         gauges: dict[str, float] = _call(self.coordinator.rebalance_gauges.remote())
         return gauges
+
+    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
+        """As `Coordinator.request`."""
+        operation: dict[str, Any] = _call(self.coordinator.request.remote(operation_id, target))
+        return operation
+
+    def wait(self, operation_id: str, timeout_s: float = OPERATION_LOOK_S) -> dict[str, Any]:
+        """How an operation is, once it is over or the time is."""
+        pending = self.coordinator.wait.remote(operation_id, timeout_s)
+        operation: dict[str, Any] = _call(pending)
+        return operation
+
+    def done(self, operation_id: str, target: Target) -> dict[str, Any]:
+        """Begin an operation, or find the one of that id, and wait until it is over."""
+        operation = self.request(operation_id, target)
+        while operation["outcome"] == "running":
+            operation = self.wait(operation_id)
+        return operation
 
     def dense_members(self) -> list[Member]:
         """The dense groups' first ranks: where ingresses connect."""
@@ -112,11 +133,11 @@ def _coordinator(config: RemoraConfig) -> Any:
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
-        max_restarts=0,
+        max_restarts=-1,  # a new life reads the log, and adopts what lives
         max_concurrency=COORDINATOR_THREADS,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
     )
-    token = _token_of(config)
+    token = _token_of(config) or secrets.token_bytes(32)
     for _ in range(ADOPTIONS_MAX):
         actor: Any = make.remote(config.model_dump(mode="json"), token)
         if not _remove_if_over(actor):

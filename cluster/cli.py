@@ -14,6 +14,7 @@ from typing import Any
 
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
+from remora.cluster.operation_command import add_how, add_operations, run_operation
 from remora.cluster.rebalance_command import add_rebalance, run_rebalance, run_trace
 from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
@@ -95,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     add_placement(commands)
     add_trace(commands)
     add_rebalance(commands).set_defaults(run=_rebalance)
+    for command in add_operations(commands):
+        command.set_defaults(run=_operate)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),
@@ -104,17 +107,26 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--ray-address", help="Ray cluster that it runs in")
         command.add_argument("--json", action="store_true", help="machine-readable output")
         command.set_defaults(run=_manage, command=name)
+        if name == "status":
+            command.add_argument(
+                "--watch", action="store_true", help="again and again, until Ctrl-C"
+            )
     return top
 
 
 def add_placement(commands: Any) -> None:
-    """`remora placement export | check`."""
+    """`remora placement export | import | check`."""
     placement = commands.add_parser("placement", help="which shard holds which experts, as a file")
     actions = placement.add_subparsers(required=True, metavar="ACTION")
     export = actions.add_parser("export", help="write the placement of a deployment that runs")
     export.add_argument("file", help="YAML file to write")
     export.add_argument("--deployment", metavar="NAME", help="may be left out if one runs")
     export.add_argument("--ray-address", help="Ray cluster that it runs in")
+    apply = actions.add_parser("import", help="have a deployment that runs hold what a file says")
+    apply.add_argument("file", help="YAML or JSON file")
+    apply.add_argument("--deployment", dest="name", metavar="NAME", help="if several run")
+    add_how(apply)
+    apply.set_defaults(run=_operate)
     check = actions.add_parser("check", help="whether a file is a placement, and what is in it")
     check.add_argument("file", help="YAML or JSON file")
     check.add_argument("--model", help="checkpoint that it must fit")
@@ -215,8 +227,18 @@ def _manage(options: argparse.Namespace) -> int:
         return missing("no deployment runs on this machine", options.json)
     from remora.cluster import manage_command  # imports Ray: the token must be in place
 
-    run = manage_command.run_stop if options.command == "stop" else manage_command.run_status
-    return run(name, instance, options.ray_address, as_json=options.json)
+    if options.command == "stop":
+        return manage_command.run_stop(name, instance, options.ray_address, as_json=options.json)
+    return manage_command.run_status(
+        name, instance, options.ray_address, as_json=options.json, watch=options.watch
+    )
+
+
+def _operate(options: argparse.Namespace) -> int:
+    name, instance = _which(options.name, options.ray_address)
+    if name is None:
+        return missing("no deployment runs on this machine", options.json)
+    return run_operation(name, instance, options)
 
 
 def _rebalance(options: argparse.Namespace) -> int:

@@ -138,6 +138,16 @@ class RouterConfig(_Section):
     rebalance: RebalanceConfig = RebalanceConfig()
 
 
+class ElasticConfig(_Section):
+    """Operations on a deployment that serves (docs/elasticity.md)."""
+
+    log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
+    drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
+    hold_s: Annotated[float, Field(ge=0, le=1e7)] = (
+        120.0  # requests wait for a lost shard's experts
+    )
+
+
 class HttpConfig(_Section):
     """The OpenAI-compatible endpoint and its bounds."""
 
@@ -183,6 +193,7 @@ class RemoraConfig(_Section):
     dense: DenseConfig = DenseConfig()
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
+    elastic: ElasticConfig = ElasticConfig()
     http: HttpConfig = HttpConfig()
     security: SecurityConfig = SecurityConfig()
     ray: RayConfig = RayConfig()
@@ -295,9 +306,11 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
     http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
     security = absolute(config.security, ("token_file",))
     router = absolute(config.router, ("state_dir",))
+    elastic = absolute(config.elastic, ("log_dir",))
     update: dict[str, Any] = {
         "experts": config.experts.model_copy(update=experts),
         "router": config.router.model_copy(update=router),
+        "elastic": config.elastic.model_copy(update=elastic),
         "http": config.http.model_copy(update=http),
         "security": config.security.model_copy(update=security),
     }
@@ -308,19 +321,13 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
 
 def preset_names() -> list[str]:
     """Presets that come with the package."""
-    names = []
-    for entry in resources.files("remora.manifests").iterdir():
-        if entry.name.endswith(".yaml") and not entry.name.startswith("serve_"):
-            names.append(entry.name.removesuffix(".yaml"))
-    return sorted(names)
+    names = (entry.name for entry in resources.files("remora.manifests").iterdir())
+    files = [name for name in names if name.endswith(".yaml") and not name.startswith("serve_")]
+    return sorted(name.removesuffix(".yaml") for name in files)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`dense.groups=2` -> ("dense.groups", 2); the value is read as YAML.
-
-    Raises:
-        ConfigError: no `=`, or a value that is not YAML.
-    """
+    """`dense.groups=2` -> ("dense.groups", 2), the value read as YAML. Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: allowed is KEY=VALUE, such as dense.groups=2")

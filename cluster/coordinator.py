@@ -1,17 +1,17 @@
 """The coordinator: brings the data-plane actors of one deployment up and publishes its view.
 
-One detached, named actor per deployment. This first cut brings a deployment up, keeps the view that
-dense ranks and ingresses read, tells who lives, and takes everything down; elasticity (operations,
-write-ahead log, supervision of incarnations) grows here with its own issue.
+One detached, named actor per deployment. It brings a deployment up, keeps the view that dense ranks
+and ingresses read, changes it while requests run (`elastic.py`), tells who lives, and takes
+everything down.
 
 Every data-plane actor is detached and named by incarnation, so that it outlives its creator:
 `remora/<deployment>/shard-0#1`. A coordinator brings its deployment up once: after a failure or a
-stop it has nothing up and is of no more use; whoever asks next removes it and makes another.
+stop it has nothing up and is of no more use; whoever asks next removes it and makes another. One
+that dies is started again by Ray, reads its log, and adopts what lives.
 """
 
 import functools
 import logging
-import secrets
 import threading
 import time
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from typing import Any, Literal
 import ray
 
 from remora.actors.dense_actor import DenseActor, DenseLaunch
-from remora.actors.expert_actor import ExpertActor, ShardLaunch
-from remora.actors.launch import Progress, actor_name
+from remora.actors.expert_actor import ExpertActor, ShardFacts, ShardLaunch
+from remora.actors.launch import Progress, actor_name, router_name
 from remora.actors.manifest import Manifest
-from remora.actors.model_spec import inspect_model
+from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.tp_actor import RankActor
 from remora.cluster.config import RemoraConfig
 from remora.cluster.dense_groups import (
@@ -31,18 +31,23 @@ from remora.cluster.dense_groups import (
     remove_placement_groups,
     start_ranks,
 )
+from remora.cluster.elastic import Elastic, log_folder
 from remora.cluster.launch import (
     placement_of,
     shard_launch,
     shard_options,
 )
+from remora.cluster.member_tasks import find_actor
 from remora.cluster.members import (
     LateError,
     all_answers,
-    answers_within,
     asked_of_ray,
+    progress_of,
+    status_of,
+    stop_members,
     why_late,
 )
+from remora.cluster.operation import PlaceAs, Target
 from remora.cluster.rebalancer import Rebalancer
 from remora.cluster.router_process import (
     kill_router,
@@ -51,6 +56,7 @@ from remora.cluster.router_process import (
     start_router,
     stop_router,
 )
+from remora.cluster.wal import Wal
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
 
@@ -58,10 +64,7 @@ logger = logging.getLogger(__name__)
 
 Phase = Literal["new", "starting", "serving", "failed", "stopped"]
 OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
-STATUS_S = 5.0  # for all members to tell how they are
-PROGRESS_S = 1.0
-STOP_S = 10.0  # for all members of a role to stop by themselves
-_UNANSWERED = (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
+PLACE_LOOK_S = 1.0
 
 
 class Coordinator:
@@ -71,9 +74,9 @@ class Coordinator:
     while `deploy` runs. The lock guards the fields; no remote call is made while it is held.
     """
 
-    def __init__(self, config: dict[str, Any], token: bytes | None) -> None:
+    def __init__(self, config: dict[str, Any], token: bytes) -> None:
         self._config = RemoraConfig.model_validate(config)
-        self._token = token if token is not None else secrets.token_bytes(32)
+        self._token = token
         self._lock = threading.Lock()
         self._deploying = threading.Lock()
         self._phase: Phase = "new"
@@ -87,6 +90,12 @@ class Coordinator:
         self._rebalancer: Rebalancer | None = None
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
+        self._elastic: Elastic | None = None
+        try:
+            self._adopt()
+        except RemoraError as failure:
+            logger.exception("deployment %s cannot be adopted", self._config.name)
+            self._over("failed", failure)
 
     # ---- what ingresses and operators read ----
 
@@ -133,16 +142,8 @@ class Coordinator:
             phase, failure, view = self._phase, self._failure, self._view
             handles, router = dict(self._handles), self._router
             rebalancer = self._rebalancer
-        members = {}
-        pending = {uid: handle.status.remote() for uid, handle in handles.items()}
-        for uid, answer in answers_within(pending, STATUS_S).items():
-            if isinstance(answer, _UNANSWERED):
-                waits = phase == "starting"  # for a place, or for its imports
-                members[uid] = {"alive": waits, "phase": phase, "error": "it does not answer"}
-            elif isinstance(answer, Exception):
-                members[uid] = {"alive": False, "error": str(answer).splitlines()[0]}
-            else:
-                members[uid] = answer
+        runner = self._elastic.runner if self._elastic is not None else None
+        members = status_of(handles, starting=phase == "starting")
         return {
             "name": self._config.name,
             "model": self._config.model,
@@ -154,33 +155,45 @@ class Coordinator:
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
             "router": router_status(router, rebalancer),
+            "operations": runner.status() if runner is not None else None,
         }
 
     def progress(self) -> dict[str, Progress]:
         """How far each actor has loaded; empty before any exists."""
         with self._lock:
             handles = dict(self._handles)
-        report = {}
-        pending = {uid: handle.progress.remote() for uid, handle in handles.items()}
-        for uid, answer in answers_within(pending, PROGRESS_S).items():
-            if isinstance(answer, _UNANSWERED):
-                answer = Progress(phase="starting")
-            elif isinstance(answer, Exception):
-                answer = Progress(phase=f"died: {str(answer).splitlines()[0]}")
-            report[uid] = answer
-        return report
+        return progress_of(handles)
 
     def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """A round of rebalancing now; see `Rebalancer.propose` and `move`.
 
         Raises:
             ClusterError: nothing serves, the router is off, or it has no plan to give.
-            ConfigError: not a dry run, and nowhere to keep a placement.
         """
         rebalancer = self._rebalancer
         if rebalancer is None:
             raise ClusterError(f"deployment {self._config.name!r} has no router that serves")
         return rebalancer.propose() if dry_run else rebalancer.move()
+
+    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
+        """Begin an operation on what serves, or find the one of that id.
+
+        Raises:
+            ConfigError, ClusterError: it cannot be, or nothing serves.
+        """
+        return self._operations().request(operation_id, target)
+
+    def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
+        """How an operation is, once it is over or the time is. Raises ClusterError: unknown."""
+        runner = self._operations().runner
+        assert runner is not None
+        return runner.wait(operation_id, timeout_s)
+
+    def _operations(self) -> Elastic:
+        with self._lock:
+            if self._phase != "serving" or self._elastic is None:
+                raise ClusterError(f"deployment {self._config.name!r} is {self._phase}")
+            return self._elastic
 
     def rebalance_gauges(self) -> dict[str, float]:
         """Metrics of the online loop by name; empty before its first move."""
@@ -211,8 +224,8 @@ class Coordinator:
                     logger.exception("deployment %s failed", self._config.name)
                 raise self._over("failed", failure) from failure
             with self._lock:
-                self._view, self._phase = view, "serving"
-            return view
+                self._view, self._phase = self._view or view, "serving"
+                return self._view
 
     def stop(self) -> None:
         """Stop every data-plane actor, also while they start, for good. The caller removes the
@@ -223,7 +236,9 @@ class Coordinator:
                 for handle in self._handles.values():
                     ray.kill(handle, no_restart=True)
         with self._deploying:
-            self._stop_members()
+            self._end_operations()
+            stop_router(self._router)
+            stop_members(self._handles)
             self._kill()
             self._over("stopped", ClusterError(self._stopped()))
 
@@ -267,8 +282,7 @@ class Coordinator:
                 f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
                 f" {why_late(missing, self._asked)}"
             ) from late
-        if self._router is not None:
-            self._rebalancer = make_rebalancer(config, spec, view, self._router)
+        self._serve(spec, view)
         return view
 
     def _connect(
@@ -280,16 +294,80 @@ class Coordinator:
     ) -> View:
         """Have every actor load, check what the shards hold, and tell the dense ranks."""
         handles = self._handles
-        pending = {uid: handles[uid].start.remote() for uid in shard_uids}
+        pending = {uid: handles[uid].join.remote() for uid in shard_uids}
         started = all_answers(pending | start_ranks(handles, self._ranks), until_s)
-        num_experts = len(placement.moe_layers) * placement.num_experts
-        self._keep_manifest(shard_uids, num_experts, until_s)
-        view = View(epoch=1, members=tuple(filter(None, started.values())), placement=placement)
+        facts: dict[str, ShardFacts] = {uid: started[uid] for uid in shard_uids}
+        members = [facts[u].member if u in facts else m for u, m in started.items() if m]
+        manifest = functools.reduce(Manifest.merge, (f.manifest for f in facts.values()))
+        with self._lock:
+            self._manifest = manifest
+        view = View(epoch=1, members=tuple(members), placement=placement)
         adopted = {uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}
         if self._router is not None:
             adopted["router"] = self._router.adopt_view.remote(view)
         all_answers(adopted, until_s)
+        wal, _ = Wal.open(log_folder(self._config))
+        self._elastic = self._new_elastic(wal)
+        members_handles = {m.uid: handles[m.uid] for m in members}
+        self._elastic.begin(view, facts, manifest, members_handles, self._router)
         return view
+
+    def _new_elastic(self, wal: Wal) -> Elastic:
+        publish, changed = self._publish, self._change_handle
+        return Elastic(self._config, self._token, wal, publish=publish, changed=changed)
+
+    def _serve(self, spec: ModelSpec, view: View) -> None:
+        """What goes on while a deployment serves."""
+        router = self._router
+        if router is not None:
+            self._rebalancer = make_rebalancer(self._config, spec, view, router, apply=self._place)
+
+    def _place(self, operation_id: str, placement: Placement) -> dict[str, Any]:
+        """Have what serves hold a placement; returns when it does, or cannot."""
+        elastic, target = self._operations(), PlaceAs(placement.slots)
+        operation = elastic.request(operation_id, target)
+        assert elastic.runner is not None
+        while operation["outcome"] == "running" and not self._stopping:
+            operation = elastic.runner.wait(operation_id, PLACE_LOOK_S)
+        return operation
+
+    def _publish(self, view: View) -> None:
+        with self._lock:
+            self._view = view
+        if self._rebalancer is not None:
+            self._rebalancer.adopt_view(view)
+
+    def _change_handle(self, uid: str, handle: Any, asked: str) -> None:
+        with self._lock:
+            if handle is None:
+                self._handles.pop(uid, None)
+            else:
+                self._handles[uid], self._asked[uid] = handle, asked
+
+    def _adopt(self) -> None:
+        """Take over what a coordinator left that died; nothing of it: this one is new.
+
+        Raises:
+            RemoraError: its log cannot be read.
+        """
+        wal, records = Wal.open(log_folder(self._config))
+        router = find_actor(router_name(self._config.name)) if self._config.router.enabled else None
+        if not records:
+            wal.remove()
+            return
+        self._elastic = self._new_elastic(wal)
+        self._phase, self._router = "serving", router
+        view = self._elastic.resume(records, router)
+        if view is None:
+            self._phase, self._router = "new", None
+            self._end_operations()
+            return
+        self._serve(inspect_model(self._config.model), view)
+
+    def _end_operations(self) -> None:
+        elastic, self._elastic = self._elastic, None
+        if elastic is not None:
+            elastic.close(forget=True)
 
     def _create(
         self,
@@ -305,32 +383,13 @@ class Coordinator:
             if self._stopping:  # after `stop` had looked whom to kill
                 raise ClusterError(self._stopped())
 
-    def _keep_manifest(self, shard_uids: tuple[str, ...], count: int, until_s: float) -> None:
-        """Digests of every expert held anywhere; replicas with different bytes are an error."""
-        pending = {uid: self._handles[uid].manifest.remote() for uid in shard_uids}
-        whole: Manifest = functools.reduce(Manifest.merge, all_answers(pending, until_s).values())
-        assert len(whole.experts) == count, f"{len(whole.experts)} digests != {count} experts"
-        with self._lock:
-            self._manifest = whole
-
-    def _stop_members(self) -> None:
-        """Ask all to stop. Dense ranks first: one whose shards vanish would report a fault."""
-        stop_router(self._router)
-        followers = {plan.uid for plan in self._ranks if plan.launch.rank}
-        leaders = {plan.uid for plan in self._ranks} - followers
-        for uids in (leaders, followers, self._handles.keys() - leaders - followers):
-            pending = {u: h.stop.remote() for u, h in self._handles.items() if u in uids}
-            for uid, answer in answers_within(pending, STOP_S).items():
-                if isinstance(answer, Exception):
-                    reason = str(answer).splitlines()[0]
-                    logger.warning("%s did not stop by itself: %s", uid, reason)
-
     def _kill(self) -> None:
         with self._lock:
             handles, self._handles = dict(self._handles), {}
             ranks, self._ranks = self._ranks, []
             router, self._router = self._router, None
             rebalancer, self._rebalancer = self._rebalancer, None
+        self._end_operations()
         if rebalancer is not None:
             rebalancer.close()
         kill_router(router)

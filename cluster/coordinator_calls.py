@@ -68,7 +68,7 @@ class CoordinatorCalls:
         self.fenced: set[str] = set()
         self.lost: set[str] = set()
         self.lost_dense: set[str] = set()
-        self._manifest = dict(manifest)
+        self.manifest = dict(manifest)
         self._limits = limits
         self._has_router = has_router
         self._calls = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from remora.cluster.coordinator_calls import Limits
 from remora.cluster.operation import (
     Adopt,
     Alarm,
@@ -44,6 +45,7 @@ from remora.cluster.operation import (
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.cluster.operation_steps import RESTORES_MAX, OperationSteps
 from remora.comm.errors import ClusterError, ConfigError
+from remora.comm.view import View
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
@@ -102,7 +104,9 @@ class CoordinatorState(OperationSteps):
         """The record that makes all earlier ones unnecessary; between operations."""
         assert self.operation is None, f"operation {self.operation} runs"
         over = [msgspec.to_builtins(operation) for operation in self.history.values()]
-        return self._record("base", view=msgspec.to_builtins(self.view), history=over)
+        manifest = [[*pair, digest] for pair, digest in self.manifest.items()]
+        view = msgspec.to_builtins(self.view)
+        return self._record("base", view=view, manifest=manifest, history=over)
 
     def resume(self, operation: Operation | None, now_s: float) -> list[Effect]:
         """After a restart, with the view of the log: everybody is told it again, and an operation
@@ -223,6 +227,8 @@ class CoordinatorState(OperationSteps):
         if member is not None and member.incarnation == incarnation:
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
             self.fenced.discard(uid)
+            if uid in self.lost:  # what is left of a process that serves no more
+                self._aside_all([Stop(uid=uid, incarnation=incarnation)])
         elif self.operation is None or self.operation.joiners.get(uid) != incarnation:
             return  # of a life that is over anyway
         if self.operation is None:
@@ -263,15 +269,17 @@ class CoordinatorState(OperationSteps):
             self._request(f"restore-{lives}", Restore(tuple(uids)))
 
 
-def recovered(records: list[dict[str, Any]]) -> tuple[dict[str, Any], Operation | None]:
-    """What a log says.
+def recovered(
+    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
+) -> tuple[CoordinatorState, Operation | None]:
+    """The machine that a log leads to.
 
     Returns:
-        The newest base (`view`, `room`, `incarnations`, `history`) as plain data, and the operation
-        in flight, with the rounds that it has committed.
+        The machine, to be resumed; and the operation in flight, with the rounds that it has
+        committed.
 
     Raises:
-        ClusterError: it does not begin with a base record.
+        ClusterError: the log does not begin with a base record.
     """
     if not records or records[0]["t"] != "base":
         raise ClusterError("the coordinator's log does not begin with a base record")
@@ -289,5 +297,13 @@ def recovered(records: list[dict[str, Any]]) -> tuple[dict[str, Any], Operation 
         if record["t"] == "committed":
             base["view"] = record["view"]
             running.round += 1
-    base["history"] = list(history.values())
-    return base, running
+    state = CoordinatorState(
+        view=msgspec.convert(base["view"], View),
+        room={uid: tuple(slots) for uid, slots in base["room"].items()},
+        manifest={(layer, expert): digest for layer, expert, digest in base["manifest"]},
+        incarnations=base["incarnations"],
+        limits=limits,
+        has_router=has_router,
+    )
+    state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
+    return state, running

@@ -20,7 +20,7 @@ from remora.comm.view import Placement, contiguous_placement
 
 logger = logging.getLogger(__name__)
 
-ACTOR_THREADS = 4  # start, progress, status and stop answer beside each other
+ACTOR_THREADS = 6  # start, progress, status, stop, changes, and who waits for the end
 
 FIRST_INCARNATION = 1
 
@@ -186,6 +186,7 @@ def dense_launch(
         max_model_len=max_model_len,
         max_waiting=dense.max_waiting,
         prefix_caching=dense.prefix_caching,
+        hold_s=config.elastic.hold_s,
         call_timeout_s=config.experts.call_timeout_s,
         report_every_s=config.router.report_every_s if config.router.enabled else None,
         rank=rank,

@@ -4,6 +4,8 @@ import json
 import os
 import select
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,29 +15,40 @@ import ray
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
+from remora.cluster.operation_command import operation_text
 from remora.cluster.ray_address import connect, started_by_ray_start
 from remora.cluster.router_text import router_lines
 from remora.comm.errors import ClusterError
 
 STOP_WITHIN_S = 60.0
+WATCH_EVERY_S = 1.0
+CLEAR = "\x1b[H\x1b[2J"  # of a terminal
 OK = 0
 
 
 def run_status(
-    name: str, instance: Instance | None, ray_address: str | None, *, as_json: bool
+    name: str, instance: Instance | None, ray_address: str | None, *, as_json: bool, watch: bool
 ) -> int:
-    """Print what a deployment is doing. Returns the exit status: 3 when there is none."""
+    """Print what a deployment is doing. Returns the exit status: 3 when there is none.
+
+    Args:
+        watch: again and again, until Ctrl-C or until there is none.
+    """
     with connected(instance.ray_address if instance else ray_address) as found:
-        if found and find_cluster(name) is not None:
-            status = cluster_status(name)
-        elif instance is not None:
-            status = _not_there_yet(instance)
-        else:
-            return missing(nothing_of(name), as_json)
-    if instance is not None and instance.url is not None:
-        status["url"] = instance.url
-    print(json.dumps(status, default=str) if as_json else status_text(status))
-    return OK
+        while True:
+            if found and find_cluster(name) is not None:
+                status = cluster_status(name)
+            elif instance is not None:
+                status = _not_there_yet(instance)
+            else:
+                return missing(nothing_of(name), as_json)
+            if instance is not None and instance.url is not None:
+                status["url"] = instance.url
+            text = json.dumps(status, default=str) if as_json else status_text(status)
+            print(f"{CLEAR if watch and sys.stdout.isatty() else ''}{text}", flush=True)
+            if not watch:
+                return OK
+            time.sleep(WATCH_EVERY_S)
 
 
 def run_stop(
@@ -100,6 +113,12 @@ def status_text(status: dict[str, Any]) -> str:
         lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}".rstrip())
     if "router" in status:
         lines += router_lines(status["router"])
+    operations = status.get("operations") or {"running": None, "last": []}
+    for operation in [operations["running"]] if operations["running"] else operations["last"][-1:]:
+        lines.append(f"  operation {operation_text(operation)}")
+    for what in ("fenced", "lost"):
+        if operations.get(what):
+            lines.append(f"  {what}: {', '.join(operations[what])}")
     return "\n".join(lines)
 
 

@@ -1,13 +1,21 @@
 """Calls to many data-plane actors at once, under one deadline, with errors that name the actor."""
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 
+from remora.actors.launch import Progress
 from remora.comm.errors import ClusterError, DeadlineError, RemoraError
 
+logger = logging.getLogger(__name__)
+
+STATUS_S = 5.0  # for all members to tell how they are
+PROGRESS_S = 1.0
+STOP_S = 10.0  # for all members of a role to stop by themselves
+_UNANSWERED = (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
 LOOK_S = 2.0  # for an actor to say how far it is, once it is late
 
 
@@ -42,6 +50,50 @@ def all_answers(pending: Mapping[str, Any], until_s: float) -> dict[str, Any]:
         for reference in done:
             found[uids[reference]] = _answer(uids[reference], reference)
     return {uid: found[uid] for uid in pending}
+
+
+def status_of(handles: Mapping[str, Any], *, starting: bool) -> dict[str, dict[str, Any]]:
+    """What every member says of itself, or what keeps it from that; plain data.
+
+    Args:
+        starting: who does not answer waits for a place, or for its imports.
+    """
+    members = {}
+    pending = {uid: handle.status.remote() for uid, handle in handles.items()}
+    for uid, answer in answers_within(pending, STATUS_S).items():
+        if isinstance(answer, _UNANSWERED):
+            phase = "starting" if starting else "serving"
+            members[uid] = {"alive": starting, "phase": phase, "error": "it does not answer"}
+        elif isinstance(answer, Exception):
+            members[uid] = {"alive": False, "error": _first_line(answer)}
+        else:
+            members[uid] = answer
+    return members
+
+
+def progress_of(handles: Mapping[str, Any]) -> dict[str, Progress]:
+    """How far each actor has loaded."""
+    report = {}
+    pending = {uid: handle.progress.remote() for uid, handle in handles.items()}
+    for uid, answer in answers_within(pending, PROGRESS_S).items():
+        if isinstance(answer, _UNANSWERED):
+            answer = Progress(phase="starting")
+        elif isinstance(answer, Exception):
+            answer = Progress(phase=f"died: {_first_line(answer)}")
+        report[uid] = answer
+    return report
+
+
+def stop_members(handles: Mapping[str, Any]) -> None:
+    """Ask all to stop, within STOP_S a role. Dense groups first, their first ranks before the
+    others: one whose shards vanish would report a fault."""
+    dense = {uid for uid in handles if uid.startswith("dense-")}
+    leaders = {uid for uid in dense if "." not in uid}
+    for uids in (leaders, dense - leaders, handles.keys() - dense):
+        pending = {u: h.stop.remote() for u, h in handles.items() if u in uids}
+        for uid, answer in answers_within(pending, STOP_S).items():
+            if isinstance(answer, Exception):
+                logger.warning("%s did not stop by itself: %s", uid, _first_line(answer))
 
 
 class LateError(DeadlineError):

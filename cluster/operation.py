@@ -66,8 +66,8 @@ class Operation(msgspec.Struct, kw_only=True):
     ended_s: float | None = None  # after `begun_s`
 
     def public(self) -> dict[str, object]:
-        """For people and programs, without the placement."""
-        fields: dict[str, object] = msgspec.to_builtins(self)
+        """Plain data for people and programs, without the placement."""
+        fields: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
         fields["kind"] = type(self.target).__struct_config__.tag
         del fields["slots"], fields["begun_s"]
         if isinstance(self.target, PlaceAs):

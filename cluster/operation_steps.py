@@ -256,7 +256,7 @@ class OperationSteps(CoordinatorCalls):
 
     def _digest_fault(self, uid: str, digests: Mapping[Pair, str]) -> str | None:
         for pair, digest in sorted(digests.items()):
-            if self._manifest[pair] != digest:
+            if self.manifest[pair] != digest:
                 return f"{uid}: layer {pair[0]} expert {pair[1]} is {digest}, not what was loaded"
         return None
 

@@ -20,11 +20,11 @@ OK = 0
 def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentParser:
     """The command line of it; what it runs is set by the caller."""
     command = commands.add_parser(
-        "rebalance", help="plan a better placement; without --dry-run the next start takes it"
+        "rebalance", help="plan a better placement; without --dry-run, move experts accordingly"
     )
     command.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
     command.add_argument("--ray-address", help="Ray cluster that it runs in")
-    command.add_argument("--dry-run", action="store_true", help="show it, write nothing")
+    command.add_argument("--dry-run", action="store_true", help="show it, change nothing")
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.add_argument(
         "--trace", type=Path, metavar="FILE", help="plan from a routing trace; no deployment needed"
@@ -46,7 +46,7 @@ def run_rebalance(
 
     Raises:
         ClusterError: the router has no plan to give.
-        ConfigError: not a dry run, and `router.state_dir` is not set.
+        ConfigError: `router.state_dir` cannot be written.
     """
     from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing

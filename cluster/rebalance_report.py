@@ -141,8 +141,13 @@ def report_text(report: dict[str, Any]) -> str:
     more = len(report["moves"]) - MOVES_SHOWN
     if more > 0:
         lines.append(f"  ... and {more} more (--json shows all)")
+    if "applied_epoch" in report:
+        took_s = report["operation"]["ended_s"]
+        lines.append(f"done in {took_s:.1f} s: it serves since epoch {report['applied_epoch']}")
+    if "not_applied" in report:
+        lines.append(f"not applied: {report['not_applied']}")
     if report.get("written"):
-        lines.append(f"written to {report['written']}: it holds from the next start on")
+        lines.append(f"written to {report['written']}, for starts with experts.placement: latest")
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """The online loop of one deployment: plans asked of the router, decided, logged, written down.
 
-Until experts move while a deployment serves, what is decided is a placement file in
-`router.state_dir`, which a start with `experts.placement: latest` takes. After that start the gain
-is measured on the traffic that came since, and logged beside what had been predicted.
+What is decided is applied while the deployment serves (`docs/elasticity.md`), and written to
+`router.state_dir`, where a start with `experts.placement: latest` finds it. The gain is measured on
+the traffic that the router counted, and logged beside what had been predicted.
 """
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -16,13 +17,15 @@ from typing import Any, Final, Protocol
 from remora.actors.router_statistics import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide
 from remora.cluster.decision_log import DecisionLog
+from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_file import LATEST, read_placement, write_placement
 from remora.cluster.rebalance_report import Round, round_of
-from remora.comm.errors import ClusterError, ConfigError, RemoraError
+from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
 
+Apply = Callable[[str, Placement], dict[str, Any]]  # operation id, placement -> the operation
 BEFORE: Final = "placement.before.yaml"  # what the last move replaced
 SEED: Final = 0
 
@@ -41,7 +44,9 @@ class Rebalancer:
     """See the head of this file. Threads may call.
 
     Args:
-        view: in force.
+        view: in force; later ones come by `adopt_view`.
+        apply: has the deployment hold a placement; returns the operation when it is over, or raises
+            a RemoraError.
         expert_bytes: one expert's weights in one layer.
         row_bytes: one copy of a row, there and back.
         folder: `router.state_dir`; None: nothing can be written.
@@ -53,6 +58,7 @@ class Rebalancer:
         planner: Planner,
         policy: RebalancePolicy,
         view: View,
+        apply: Apply,
         expert_bytes: int,
         row_bytes: int,
         folder: Path | None,
@@ -62,6 +68,7 @@ class Rebalancer:
         self._planner = planner
         self._policy = policy
         self._view = view
+        self._apply = apply
         self._bytes = {"expert_bytes": expert_bytes, "row_bytes": row_bytes}
         self._folder = folder
         self._log = DecisionLog(folder) if folder is not None else None
@@ -90,17 +97,12 @@ class Rebalancer:
             return report | asdict(decision)
 
     def move(self) -> dict[str, Any]:
-        """Plan, and write the placement for the next start if anything is worth its moves.
+        """Plan, and move experts if anything is worth it; returns when they have moved.
 
         Raises:
             ClusterError: the router has no plan to give.
-            ConfigError: there is no `router.state_dir`, or it cannot be written.
+            ConfigError: `router.state_dir` cannot be written.
         """
-        if self._folder is None:
-            raise ConfigError(
-                "router.state_dir is not set: there is nowhere to keep a placement for the next"
-                " start (--dry-run only shows one)"
-            )
         with self._lock:
             found, report = self._plan()
             if not found.proposal.layers:
@@ -108,7 +110,11 @@ class Rebalancer:
                 return self._note(report, {"verdict": "keep", "reason": reason})
             verdict = {"verdict": "move", "reason": "asked for"}
             self._memory = RebalanceMemory(last_move_s=self._clock())
-            return self._note(self._write(found, report), verdict)
+            return self._note(self._move(found, report), verdict)
+
+    def adopt_view(self, view: View) -> None:
+        """Plan against `view` from now on. Not under the lock: a move waits for its views."""
+        self._view = view
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class Rebalancer:
         self._closing.set()
 
     def step(self) -> dict[str, Any]:
-        """One round of the loop: plan, decide, log; write when it says move.
+        """One round of the loop: plan, decide, log; move when it says so.
 
         Raises:
             RemoraError: as `move`.
@@ -136,7 +142,7 @@ class Rebalancer:
                 self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
             )
             if decision.verdict == "move":
-                report = self._write(found, report)
+                report = self._move(found, report)
             return self._note(report, asdict(decision))
 
     def gauges(self) -> dict[str, float]:
@@ -172,14 +178,22 @@ class Rebalancer:
         moves = [asdict(move) for move in found.moves]
         return found, {"epoch": self._view.epoch, **found.fields(), "moves": moves}
 
-    def _write(self, found: Round, report: dict[str, Any]) -> dict[str, Any]:
-        if self._folder is None:
-            logger.warning("router.state_dir is not set: a placement worth moving to is not kept")
-            return report
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_placement(self._folder / BEFORE, self._view.placement)
-        write_placement(self._folder / LATEST, found.placement)
-        return report | {"written": str(self._folder / LATEST)}
+    def _move(self, found: Round, report: dict[str, Any]) -> dict[str, Any]:
+        """Write what is decided, and have it done; what came of both."""
+        before = self._view.placement
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_placement(self._folder / BEFORE, before)
+            write_placement(self._folder / LATEST, found.placement)
+            report = report | {"written": str(self._folder / LATEST)}
+        try:
+            operation = self._apply(f"rebalance-{secrets.token_hex(4)}", found.placement)
+        except RemoraError as refused:
+            logger.warning("a placement worth moving to is not applied: %s", refused)
+            return report | {"not_applied": str(refused)}
+        if operation["outcome"] != "done":
+            return report | {"not_applied": operation["reason"], "operation": operation}
+        return report | {"operation": operation, "applied_epoch": self._view.epoch}
 
     def _note(self, report: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
         report = report | verdict
@@ -214,9 +228,13 @@ class Rebalancer:
         latest, before = self._folder / LATEST, self._folder / BEFORE
         if not (latest.exists() and before.exists()):
             return
-        if read_placement(latest).slots != self._view.placement.slots:
+        if not same_slots(read_placement(latest).slots, self._view.placement.slots):
             return  # it does not serve yet
-        now = self._planner.fresh_cost(self._view.placement)
+        try:
+            now = self._planner.fresh_cost(self._view.placement)
+        except ClusterError as too_little:
+            logger.info("the last move is not measured yet: %s", too_little)
+            return
         if now.tokens < self._policy.tokens_min:
             return
         then = self._planner.fresh_cost(read_placement(before))

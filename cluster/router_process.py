@@ -12,7 +12,7 @@ from remora.actors.router_statistics import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.config import RemoraConfig
 from remora.cluster.members import answers_within
-from remora.cluster.rebalancer import Rebalancer
+from remora.cluster.rebalancer import Apply, Rebalancer
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
 
@@ -83,13 +83,16 @@ class RemotePlanner:
         return found
 
 
-def make_rebalancer(config: RemoraConfig, spec: ModelSpec, view: View, handle: Any) -> Rebalancer:
+def make_rebalancer(
+    config: RemoraConfig, spec: ModelSpec, view: View, handle: Any, *, apply: Apply
+) -> Rebalancer:
     """The online loop of a deployment that serves; started where the configuration says so."""
     dtype = resolve_dtype(spec, config.dtype)
     rebalancer = Rebalancer(
         planner=RemotePlanner(handle),
         policy=RebalancePolicy(**config.router.rebalance.model_dump()),
         view=view,
+        apply=apply,
         expert_bytes=spec.expert_nbytes(dtype, is_int8=config.experts_dtype == "int8"),
         row_bytes=2 * spec.hidden_size * dtype.itemsize,
         folder=config.router.state_dir,

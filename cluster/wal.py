@@ -7,6 +7,7 @@ not as it was written is an error that names the place. One process writes: a lo
 says so, and goes with the process.
 """
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -110,8 +111,11 @@ class Wal:
         self._fd, self.num_bytes, self._broken = descriptor, len(frame), None
 
     def remove(self) -> None:
-        """Delete the log: there is nothing left to remember."""
+        """Delete the log, and its folder if that is empty: there is nothing left to remember."""
         self.path.unlink(missing_ok=True)
+        self.path.with_name(f"{FILE}.lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            self.path.parent.rmdir()
         self.close()
 
     def close(self) -> None:

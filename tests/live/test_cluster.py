@@ -299,21 +299,23 @@ def test_an_unservable_architecture_is_refused_at_start(raylets: Cluster, tmp_pa
     assert alive_actors("mamba") == []
 
 
-def test_a_killed_shard_ends_requests_with_an_error_that_names_it(
+def test_requests_of_a_killed_shard_are_held_until_it_is_restored(
     raylets: Cluster, model: Path
 ) -> None:
     handle = ensure_cluster(config(model, "killed"))
     try:
-        assert generate(handle).finish_reason == "length"
-        assert pong(handle).serving
+        expected = generate(handle)
+        assert expected.finish_reason == "length" and pong(handle).serving
         victim = next(m for m in handle.view().members if m.uid == "shard-1")
         ray.kill(ray.get_actor(victim.actor_name, namespace=RAY_NAMESPACE))
-        lost = generate(handle)
-        assert lost.finish_reason == "error"
-        assert lost.error is not None and "shard-1" in lost.error
-        answer = pong(handle)
-        assert not answer.serving and answer.why_not is not None and "shard-1" in answer.why_not
-        assert cluster_status("killed")["members"]["shard-1"]["alive"] is False
+        held = generate(handle)
+        assert (held.finish_reason, held.token_ids) == ("length", expected.token_ids)
+        assert pong(handle).serving
+        again = next(m for m in handle.view().members if m.uid == "shard-1")
+        assert again.incarnation == 2
+        status = cluster_status("killed")
+        assert status["members"]["shard-1"]["incarnation"] == 2
+        assert status["epoch"] == 2 and status["operations"]["lost"] == []
     finally:
         stop_cluster("killed")
     assert alive_actors("killed") == []

@@ -1,4 +1,4 @@
-"""The whole loop on two hosts: dense groups count, the router plans, the next start obeys."""
+"""The whole loop on two hosts: dense groups count, the router plans, experts move."""
 
 import asyncio
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ from remora.cluster.config import RemoraConfig, parse_config
 from remora.cluster.connect import connected_service
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.openai_schema import CompletionRequest
+from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_file import read_placement
 from remora.cluster.rebalance_report import report_text
 from remora.cluster.rebalancer import LATEST
@@ -89,7 +90,9 @@ async def texts_of(settings: RemoraConfig, handle: ClusterHandle) -> list[str]:
         await service.close()
 
 
-def test_what_is_planned_holds_after_the_next_start(hosts: Cluster, tmp_path: Path) -> None:
+def test_what_is_planned_serves_at_once_and_after_the_next_start(
+    hosts: Cluster, tmp_path: Path
+) -> None:
     first = config(tmp_path)
     handle = ensure_cluster(first)
     try:
@@ -103,7 +106,10 @@ def test_what_is_planned_holds_after_the_next_start(hosts: Cluster, tmp_path: Pa
         done = handle.rebalance(dry_run=False)
         assert done["verdict"] == "move" and done["written"] == str(tmp_path / LATEST)
         planned = read_placement(tmp_path / LATEST)
-        assert planned.slots != handle.view().placement.slots
+        assert same_slots(handle.view().placement.slots, planned.slots)
+        assert handle.view().epoch == done["applied_epoch"] > 1
+        assert done["operation"]["moved"] == done["moved_experts"] > 0
+        assert asyncio.run(texts_of(first, handle)) == before, "exact: moving changes nothing"
         gauges = handle.rebalance_gauges()
         assert gauges["remora_rebalance_predicted_gain_ratio"] == done["predicted_gain_ratio"] > 0
     finally:

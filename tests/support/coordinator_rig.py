@@ -174,13 +174,9 @@ class World:
 
     def restart(self) -> None:
         """The coordinator dies, and another one reads the log."""
-        base, operation = recovered(msgspec.json.decode(msgspec.json.encode(self.log)))
-        room = {uid: tuple(slots) for uid, slots in base["room"].items()}
-        view = msgspec.convert(base["view"], View)
-        self.state = self._machine(view, room, base["incarnations"])
-        for each in base["history"]:
-            old = msgspec.convert(each, Operation)
-            self.state.history[old.operation_id] = old
+        log = msgspec.json.decode(msgspec.json.encode(self.log))
+        self.state, operation = recovered(log, self.limits, has_router=True)
+        view = self.state.view
         self.queue.clear()
         self._carry_out(self.state.resume(operation, self.now_s))
         for m in view.members:

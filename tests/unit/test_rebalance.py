@@ -16,7 +16,7 @@ from remora.cluster.config import parse_config
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.placement_file import read_placement
 from remora.cluster.rebalance_report import mixed_placement, moves_between, report_text
-from remora.cluster.rebalancer import BEFORE, LATEST, Rebalancer
+from remora.cluster.rebalancer import BEFORE, LATEST, Apply, Rebalancer
 from remora.comm import router_pb2
 from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.router_grpc import (
@@ -51,13 +51,20 @@ class Direct:
         return self.statistics.fresh_cost(self.view, placement)
 
 
-def loop(planner: Direct, folder: Path | None, **policy: Any) -> tuple[Rebalancer, list[float]]:
+def no_room(operation_id: str, placement: Placement) -> dict[str, Any]:
+    raise ConfigError("no slot is free to begin with")
+
+
+def loop(
+    planner: Direct, folder: Path | None, apply: Apply = no_room, **policy: Any
+) -> tuple[Rebalancer, list[float]]:
     now = [0.0]
     settings = {"confirmations": 2, "cooldown_s": 100.0, "tokens_min": 1000.0, **policy}
     rebalancer = Rebalancer(
         planner=planner,
         policy=RebalancePolicy(**settings),
         view=planner.view,
+        apply=apply,
         expert_bytes=1000,
         row_bytes=64,
         folder=folder,
@@ -155,14 +162,43 @@ def test_a_dry_run_writes_and_remembers_nothing(tmp_path: Path) -> None:
 def test_by_hand_it_moves_at_once_or_says_why_not(tmp_path: Path) -> None:
     planner = Direct(view_of())
     planner.report()
-    with pytest.raises(ConfigError, match=r"router\.state_dir is not set"):
-        loop(planner, None)[0].move()
+    report = loop(planner, None)[0].move()
+    assert "no slot is free" in report["not_applied"] and "written" not in report
     report = loop(planner, tmp_path)[0].move()
+    assert "not applied: no slot is free" in report_text(report)
     assert report["verdict"] == "move" and (tmp_path / LATEST).exists()
     served = Direct(view_of(placement=read_placement(tmp_path / LATEST)))
     served.report()
     assert loop(served, tmp_path / "other")[0].move()["verdict"] == "keep"
     assert not (tmp_path / "other" / LATEST).exists()
+
+
+def test_what_is_decided_serves_at_once_and_is_measured_on_traffic_since(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    planner.report()
+    asked = []
+
+    def move(operation_id: str, placement: Placement) -> dict[str, Any]:
+        asked.append(operation_id)
+        if len(asked) == 1:
+            return {"outcome": "failed", "reason": "shard-1 died"}
+        planner.view = view_of(epoch=2, placement=placement)
+        planner.statistics.start_fresh()
+        rebalancer.adopt_view(planner.view)
+        return {"outcome": "done", "ended_s": 0.5}
+
+    rebalancer, _ = loop(planner, tmp_path, move, cooldown_s=0.0)
+    assert rebalancer.move()["not_applied"] == "shard-1 died"
+    report = rebalancer.move()
+    assert report["applied_epoch"] == 2 and "not_applied" not in report
+    assert "done in 0.5 s: it serves since epoch 2" in report_text(report)
+    assert len(set(asked)) == 2, "a new try is a new operation"
+    rebalancer.step()
+    assert "remora_rebalance_achieved_gain_ratio" not in rebalancer.gauges(), "nothing came yet"
+    planner.report(seed=1)
+    assert rebalancer.step()["verdict"] == "keep"
+    achieved = rebalancer.gauges()["remora_rebalance_achieved_gain_ratio"]
+    assert achieved == pytest.approx(report["predicted_gain_ratio"], abs=0.05)
 
 
 def test_a_round_changes_whole_layers_and_bounds_its_moves(tmp_path: Path) -> None:

@@ -145,5 +145,12 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         Wal.open(tmp_path / "file" / "under")
 
 
+def test_nothing_is_left_of_a_log_that_is_removed(tmp_path: Path) -> None:
+    wal, _ = Wal.open(tmp_path / "one")
+    wal.append({"t": "base"})
+    wal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_private(tmp_path: Path) -> None:
     assert os.stat(written(tmp_path / "new")).st_mode & 0o077 == 0

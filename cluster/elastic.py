@@ -1,0 +1,163 @@
+"""Operations of one deployment: its log, its machine and who carries out what that asks for."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from remora.actors.expert_actor import ShardFacts
+from remora.actors.manifest import Manifest
+from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator_calls import Limits
+from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.instances import instances_dir
+from remora.cluster.member_tasks import MemberTasks, find_actor
+from remora.cluster.operation import Effect, Target
+from remora.cluster.operation_runner import OperationRunner
+from remora.cluster.wal import Wal
+from remora.comm.errors import ConfigError
+from remora.comm.view import View
+
+logger = logging.getLogger(__name__)
+
+
+def log_folder(config: RemoraConfig) -> Path:
+    """Where the coordinator of a deployment keeps its log: as configured, or a private folder of
+    this host and this Ray cluster."""
+    base = config.elastic.log_dir
+    if base is None:
+        base = instances_dir() / ray.get_runtime_context().get_session_name()
+    return base / config.name
+
+
+def limits_of(config: RemoraConfig) -> Limits:
+    """What operations of a deployment may take, and aim at."""
+    slots = config.experts.slots
+    return Limits(
+        prepare_s=config.start_timeout_s,
+        copy_s=config.start_timeout_s,
+        drain_s=config.elastic.drain_timeout_s,
+        replicas=1 if slots is None else 2,
+        slots_of_joiners=slots or 1,
+    )
+
+
+class Elastic:
+    """From the first view of a deployment to its end; also across lives of its coordinator.
+
+    Args:
+        wal: its log, open.
+        publish: called with every view that is committed.
+        changed: as `MemberTasks`.
+    """
+
+    def __init__(
+        self,
+        config: RemoraConfig,
+        token: bytes,
+        wal: Wal,
+        *,
+        publish: Callable[[View], None],
+        changed: Callable[[str, Any, str], None],
+    ) -> None:
+        self._config, self._token, self._wal = config, token, wal
+        self._publish, self._changed = publish, changed
+        self._tasks: MemberTasks | None = None
+        self.runner: OperationRunner | None = None
+
+    def begin(
+        self, view: View, facts: Mapping[str, ShardFacts], manifest: Manifest,
+        handles: Mapping[str, Any], router: Any,
+    ) -> None:  # fmt: skip
+        """Take over a deployment that has just come up.
+
+        Raises:
+            WalError: the log cannot be written.
+        """
+        layers = view.placement.moe_layers
+        state = CoordinatorState(
+            view=view,
+            room={uid: tuple(f.room[layer] for layer in layers) for uid, f in facts.items()},
+            manifest={pair: entry.digest for pair, entry in manifest.by_expert().items()},
+            incarnations={m.uid: m.incarnation for m in view.members if m.role == "shard"},
+            limits=limits_of(self._config),
+            has_router=router is not None,
+        )
+        self._wal.replace(state.snapshot())
+        self._run(state, handles, router, [])
+
+    def resume(self, records: list[dict[str, Any]], router: Any) -> View | None:
+        """Take over from a coordinator that died, by its log; None: nothing of it lives.
+
+        Raises:
+            ClusterError: the log is none of ours.
+        """
+        limits = limits_of(self._config)
+        state, operation = recovered(records, limits, has_router=router is not None)
+        members = {m.uid: find_actor(m.actor_name) for m in state.view.members}
+        living = {uid: handle for uid, handle in members.items() if handle is not None}
+        if not living:
+            return None
+        in_flight = operation.operation_id if operation else "none"
+        logger.warning("adopting %s; operation in flight: %s", sorted(living), in_flight)
+        for uid, handle in living.items():
+            self._changed(uid, handle, "")
+        self._run(state, living, router, state.resume(operation, time.monotonic()))
+        for member in state.view.members:
+            if member.uid not in living:
+                self._runner().lost(member.uid, member.incarnation)
+        return state.view
+
+    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
+        """Begin an operation, or find the one of that id.
+
+        Raises:
+            ConfigError, ClusterError: it cannot be; see `CoordinatorState.request`.
+        """
+        if self._config.experts.transport == "nccl":
+            raise ConfigError(
+                "experts.transport = nccl: a communicator has fixed members yet; scale and move"
+                " experts with transport auto or tcp"
+            )
+        return self._runner().request(operation_id, target)
+
+    def close(self, *, forget: bool) -> None:
+        """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
+        if self._tasks is not None:
+            self._tasks.close()
+        if self.runner is not None:
+            self.runner.close()
+        if forget:
+            self._wal.remove()
+        self._wal.close()
+
+    def _run(
+        self, state: CoordinatorState, handles: Mapping[str, Any], router: Any,
+        effects: list[Effect],
+    ) -> None:  # fmt: skip
+        tasks = MemberTasks(
+            self._config,
+            self._token,
+            state.view.placement,
+            state.manifest,
+            soon=lambda work: self._runner().soon(work),
+            lost=lambda uid, incarnation: self._runner().lost(uid, incarnation),
+            changed=self._changed,
+        )
+        self._tasks = tasks
+        self.runner = OperationRunner(
+            state, self._wal, perform=tasks.perform, publish=self._publish
+        )
+        if router is not None:
+            tasks.add_router(router)
+        for member in state.view.members:
+            if member.uid in handles:
+                tasks.add(member.uid, member.incarnation, handles[member.uid])
+        self.runner.start(effects)
+
+    def _runner(self) -> OperationRunner:
+        assert self.runner is not None, "before the first view"
+        return self.runner

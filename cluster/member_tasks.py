@@ -1,0 +1,210 @@
+"""What the coordinator's machine asks for, as calls of Ray actors; and who of them has died."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+import ray
+
+from remora.actors.expert_actor import ExpertActor, ShardFacts
+from remora.actors.launch import RAY_NAMESPACE, actor_name
+from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator_calls import ROUTER
+from remora.cluster.launch import shard_launch, shard_options
+from remora.cluster.members import asked_of_ray
+from remora.cluster.operation import (
+    Adopt,
+    Answer,
+    Canary,
+    CanaryResult,
+    Copy,
+    Fence,
+    Keep,
+    Offer,
+    Pair,
+    Started,
+    StartShard,
+    Stop,
+    Task,
+)
+from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.view import Placement
+
+logger = logging.getLogger(__name__)
+
+
+class MemberTasks:
+    """Performs tasks on the members of one deployment. Any thread; nothing here waits.
+
+    Args:
+        placement: for its layers.
+        manifest: digest of every expert.
+        soon: runs something in a thread of ours.
+        lost: told of a life that is over without having been asked to end.
+        changed: told of the handle of each uid that there is from now on (None: no more), and of
+            what it asks of Ray.
+    """
+
+    def __init__(
+        self,
+        config: RemoraConfig,
+        token: bytes,
+        placement: Placement,
+        manifest: Mapping[Pair, str],
+        *,
+        soon: Callable[[Callable[[], None]], None],
+        lost: Callable[[str, int], None],
+        changed: Callable[[str, Any, str], None],
+    ) -> None:
+        self._config, self._token = config, token
+        self._placement = placement
+        self._manifest = dict(manifest)
+        self._soon, self._lost, self._changed = soon, lost, changed
+        self._lock = threading.Lock()
+        self._lives: dict[tuple[str, int], Any] = {}
+        self._newest: dict[str, int] = {}
+        self._router: Any = None
+        self._closed = False
+
+    def add(self, uid: str, incarnation: int, handle: Any) -> None:
+        """A member that lives; its death is told."""
+        with self._lock:
+            self._lives[uid, incarnation] = handle
+            self._newest[uid] = incarnation
+        self._watch(uid, incarnation, handle)
+
+    def add_router(self, handle: Any) -> None:
+        """The router; Ray starts it again when it dies."""
+        self._router = handle
+
+    def close(self) -> None:
+        """Deaths are told no more."""
+        self._closed = True
+
+    def perform(self, task: Task) -> "Future[Answer]":
+        """Begin a task.
+
+        Raises:
+            ClusterError: no such member.
+        """
+        match task:
+            case StartShard():
+                return self._start(task)
+            case Stop(uid=uid, incarnation=incarnation):
+                return self._stop(uid, incarnation)
+            case Adopt(uid=uid, view=view):
+                handle = self._router if uid == ROUTER else self._handle(uid)
+                return _answer(handle.adopt_view.remote(view))
+            case Offer(uid=uid, view=view):
+                return _answer(self._handle(uid).offer_view.remote(view))
+            case Fence(uid=uid, fenced=fenced):
+                return _answer(self._handle(uid).fence.remote(fenced))
+            case Copy(uid=uid, pairs=pairs):
+                digests = {pair: self._manifest[pair] for pair in pairs}
+                return _answer(self._handle(uid).load_experts.remote(pairs, digests))
+            case Canary(uid=uid, pairs=pairs):
+                return _answer(self._handle(uid).canary.remote(pairs), _canary_result)
+            case Keep(uid=uid, experts=experts):
+                by_layer = dict(zip(self._placement.moe_layers, experts, strict=True))
+                return _answer(self._handle(uid).keep_experts.remote(by_layer))
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _handle(self, uid: str) -> Any:
+        with self._lock:
+            handle = self._lives.get((uid, self._newest.get(uid, 0)))
+        if handle is None:
+            raise ClusterError(f"there is no {uid}")
+        return handle
+
+    def _start(self, task: StartShard) -> "Future[Answer]":
+        config, uid = self._config, task.uid
+        placement = msgspec.structs.replace(self._placement, slots={uid: task.experts})
+        launch = msgspec.structs.replace(
+            shard_launch(config, uid, placement, self._token),
+            incarnation=task.incarnation,
+            num_slots=task.num_slots,
+            load_idle=True,
+        )
+        options = shard_options(config)
+        name = actor_name(config.name, uid, task.incarnation)
+        handle: Any = ray.remote(ExpertActor).options(name=name, **options).remote(launch)
+        self.add(uid, task.incarnation, handle)
+        self._changed(uid, handle, asked_of_ray(options))
+        return _answer(handle.join.remote(), self._started)
+
+    def _started(self, facts: ShardFacts) -> Started:
+        digests = {pair: entry.digest for pair, entry in facts.manifest.by_expert().items()}
+        room = tuple(facts.room[layer] for layer in self._placement.moe_layers)
+        return Started(member=facts.member, digests=digests, room=room)
+
+    def _stop(self, uid: str, incarnation: int) -> "Future[Answer]":
+        with self._lock:
+            handle = self._lives.pop((uid, incarnation), None)
+            is_newest = self._newest.get(uid) == incarnation
+        if handle is None:  # of a coordinator that is no more
+            handle = find_actor(actor_name(self._config.name, uid, incarnation))
+        if handle is not None:
+            ray.kill(handle, no_restart=True)
+        if is_newest:
+            self._changed(uid, None, "")
+        done: Future[Answer] = Future()
+        done.set_result(None)
+        return done
+
+    def _watch(self, uid: str, incarnation: int, handle: Any) -> None:
+        """Have the end of a life told. Ray tells it in a thread from which nothing of Ray's may be
+        waited for."""
+
+        def ended(done: "Future[None]") -> None:
+            with self._lock:
+                is_known = (uid, incarnation) in self._lives
+            if self._closed or not is_known:
+                return
+            failure = done.exception()
+            if isinstance(failure, ray.exceptions.ActorUnavailableError):  # cut off for a while
+                self._soon(lambda: self._watch(uid, incarnation, handle))
+                return
+            logger.error("%s (incarnation %d) died: %s", uid, incarnation, failure or "it ended")
+            self._lost(uid, incarnation)
+
+        handle.until_end.remote().future().add_done_callback(ended)
+
+
+def find_actor(name: str) -> Any:
+    """The living actor of a name in our namespace; None: there is none."""
+    try:
+        return ray.get_actor(name, namespace=RAY_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _canary_result(answer: tuple[str, dict[Pair, str]]) -> CanaryResult:
+    return CanaryResult(kernels=answer[0], outputs=answer[1])
+
+
+def _answer(
+    reference: Any, convert: Callable[[Any], Answer] = lambda answer: answer
+) -> "Future[Answer]":
+    """What a call came to, with errors in the words of whoever raised them."""
+    answered: Future[Answer] = Future()
+
+    def told(done: "Future[Any]") -> None:
+        failure = done.exception()
+        if failure is None:
+            try:
+                answered.set_result(convert(done.result()))
+            except Exception as wrong:  # an answer of another form
+                answered.set_exception(wrong)
+        elif isinstance(failure, ray.exceptions.RayTaskError):
+            cause = failure.cause
+            known = cause if isinstance(cause, RemoraError) else ClusterError(repr(cause))
+            answered.set_exception(known)
+        else:
+            answered.set_exception(ClusterError(str(failure).splitlines()[0]))
+
+    reference.future().add_done_callback(told)
+    return answered

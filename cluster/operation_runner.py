@@ -1,0 +1,209 @@
+"""Drives the coordinator's state machine: carries its effects out, and brings it what came of them.
+
+One thread waits for events (answers of members, deaths, deadlines) and handles them one after the
+other; requests are handled in the caller's thread, under the same lock. A log entry is on the disk
+before the next effect. Nothing here knows Ray: `perform` starts a task and returns at once.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Final
+
+from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.operation import (
+    Alarm,
+    Answer,
+    Answered,
+    Ask,
+    CallFailed,
+    Effect,
+    Event,
+    Log,
+    LogFailed,
+    Logged,
+    MemberLost,
+    Operation,
+    Publish,
+    Settled,
+    Target,
+    Task,
+    Tick,
+)
+from remora.cluster.wal import Wal, WalError
+from remora.comm.errors import ClusterError
+from remora.comm.view import View
+
+logger = logging.getLogger(__name__)
+
+LOG_BYTES_MAX: Final = 4 << 20  # then a snapshot takes the place of it, between operations
+OPERATIONS_SHOWN: Final = 8
+
+
+class OperationRunner:
+    """See the head of this file.
+
+    Args:
+        perform: starts a task; its future holds the answer, or an exception.
+        publish: called with every view that is committed.
+    """
+
+    def __init__(
+        self,
+        state: CoordinatorState,
+        wal: Wal,
+        *,
+        perform: Callable[[Task], "Future[Answer]"],
+        publish: Callable[[View], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = state
+        self._wal = wal
+        self._perform = perform
+        self._publish = publish
+        self._clock = clock
+        self._changed = threading.Condition(threading.RLock())  # guards the state
+        self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="remora-operations", daemon=True)
+
+    def start(self, effects: list[Effect]) -> None:
+        """Carry the first effects out, and go on until `close`."""
+        with self._changed:
+            self._carry_out(effects)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop: an operation that runs stays where it is, in the log too. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._events.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
+        """Begin an operation, or find the one of that id; how it is.
+
+        Raises:
+            ConfigError, ClusterError: as `CoordinatorState.request`; or this deployment stops.
+        """
+        with self._changed:
+            if self._closed:
+                raise ClusterError("this deployment is being stopped")
+            self._carry_out(self._state.request(operation_id, target, self._clock()))
+        self._events.put(Tick())  # the loop looks when the next deadline is
+        return self.operation(operation_id)
+
+    def operation(self, operation_id: str) -> dict[str, Any]:
+        """How an operation is. Raises ClusterError: none of that id is known."""
+        with self._changed:
+            found = self._state.history.get(operation_id)
+            if found is None:
+                raise ClusterError(f"no operation {operation_id!r} is known")
+            return found.public()
+
+    def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
+        """As `operation`, once it is over or the time is."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or self.operation(operation_id)["outcome"] != "running",
+                timeout_s,
+            )
+            return self.operation(operation_id)
+
+    def status(self) -> dict[str, Any]:
+        """The operation that runs, the last ones, and who is missing or fenced."""
+        with self._changed:
+            state = self._state
+            last = list(state.history.values())[-OPERATIONS_SHOWN:]
+            return {
+                "running": state.operation.public() if state.operation else None,
+                "last": [operation.public() for operation in last],
+                "fenced": sorted(state.fenced),
+                "lost": sorted(state.lost | state.lost_dense),
+                "shards": sorted(state.view.placement.slots),
+            }
+
+    def lost(self, uid: str, incarnation: int) -> None:
+        """This life of a member is over. Any thread."""
+        self._events.put(MemberLost(uid, incarnation))
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Run something that raises nothing, in this thread. Any thread."""
+        self._events.put(work)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                due_s = self._state.next_time()
+            wait_s = None if due_s is None else max(0.0, due_s - self._clock())
+            try:
+                event = self._events.get(timeout=wait_s)
+            except queue.Empty:
+                event = Tick()
+            if event is None:
+                return
+            if callable(event):
+                event()
+                continue
+            with self._changed:
+                if self._closed:
+                    return
+                self._carry_out(self._state.handle(event, self._clock()))
+                self._changed.notify_all()
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Log(record):
+                    self._carry_out(self._state.handle(self._log(record), self._clock()))
+                case Ask():
+                    self._ask(effect)
+                case Publish(view):
+                    logger.info("epoch %d is committed (%s)", view.epoch, view.view_hash)
+                    self._publish(view)
+                case Alarm(text):
+                    logger.error("%s", text)
+                case Settled(operation):
+                    self._over(operation)
+
+    def _log(self, record: Mapping[str, object]) -> Logged | LogFailed:
+        try:
+            self._wal.append(dict(record))
+        except WalError as failed:
+            return LogFailed(str(failed))
+        return Logged()
+
+    def _ask(self, ask: Ask) -> None:
+        logger.info("%s of %s", type(ask.task).__name__, ask.task.uid)
+        try:
+            pending = self._perform(ask.task)
+        except Exception as failure:
+            logger.exception("%s of %s", type(ask.task).__name__, ask.task.uid)
+            self._events.put(CallFailed(ask.call, f"{type(failure).__name__}: {failure}"))
+            return
+
+        def told(done: "Future[Answer]") -> None:
+            failure = done.exception()
+            if failure is None:
+                self._events.put(Answered(ask.call, done.result()))
+            else:
+                self._events.put(CallFailed(ask.call, str(failure)))
+
+        pending.add_done_callback(told)
+
+    def _over(self, operation: Operation) -> None:
+        say = logger.info if operation.outcome == "done" else logger.error
+        say("operation %s: %s %s", operation.operation_id, operation.outcome, operation.reason)
+        if self._wal.num_bytes > LOG_BYTES_MAX and self._state.operation is None:
+            try:
+                self._wal.replace(self._state.snapshot())
+            except WalError as failed:
+                logger.warning("the log stays long: %s", failed)
+        self._changed.notify_all()
