@@ -13,7 +13,8 @@ Layers = tuple[tuple[int, ...], ...]  # of one shard
 Slots = Mapping[str, Layers]
 Room = Mapping[str, tuple[int, ...]]
 
-ROUNDS_MAX: Final = 32  # of one operation
+ROUNDS_MAX: Final = 64  # of one operation
+LENT_MAX: Final = 4  # slots of a shard in a layer that replicas give to others for a while
 
 
 def spread(
@@ -122,58 +123,82 @@ def rounds(held: Slots, target: Slots, room: Room) -> list[Slots]:
     """What shards hold after each commit on the way from `held` to `target`; the last is `target`.
 
     In a round a shard takes what it lacks into slots that are free, and lets go, once nobody asks
-    it any more, of what it is not to hold and what is where it is to be. So full shards first
-    drop replicas, and then take.
+    it any more, of what it is not to hold and what is where it is to be. So full shards first drop
+    replicas, and then take. Where that frees no slot, replicas that are to stay give theirs for a
+    while, and are copied again at the end.
 
     Args:
         held: of living shards; those that are not in `target` are to hold nothing.
         room: of every shard of `target`.
 
     Raises:
-        ConfigError: there is no such way: full shards that wait for each other, or too long a one.
+        ConfigError: there is no such way: full shards without replicas, or too long a one.
     """
-    empty: Layers = ((),) * len(next(iter(target.values())))
-    now = {uid: tuple(tuple(experts) for experts in layers) for uid, layers in held.items()}
-    now |= {uid: empty for uid in target if uid not in now}
+    num_layers = len(next(iter(target.values())))
+    uids = sorted({*held, *target})
+    empty: Layers = ((),) * num_layers
+    now = {uid: held.get(uid, empty) for uid in uids}
+    aim = {uid: target.get(uid, empty) for uid in uids}
     found: list[Slots] = []
-    while any(set(now[uid][i]) != set(target.get(uid, empty)[i]) for uid, i in _places(now)):
-        after = _round(now, target, room, empty)
-        if after == now:
-            raise ConfigError(
-                "no slot is free to begin with: every move needs a spare slot in the shard that"
-                " takes the expert (experts.slots above what the placement needs)"
+    while any(set(now[u][i]) != set(aim[u][i]) for u in uids for i in range(num_layers)):
+        layers = [
+            _layer_round(
+                {uid: now[uid][index] for uid in uids},
+                {uid: aim[uid][index] for uid in uids},
+                {uid: room[uid][index] if uid in target else 0 for uid in uids},
             )
+            for index in range(num_layers)
+        ]
         if len(found) == ROUNDS_MAX:
             raise ConfigError(f"over {ROUNDS_MAX} rounds of moves are needed: give more slots")
-        found.append(after)
-        now = after
+        now = {uid: tuple(layer[uid] for layer in layers) for uid in uids}
+        found.append(now)
     return found
 
 
-def _places(held: Slots) -> list[tuple[str, int]]:
-    return [(uid, index) for uid, layers in held.items() for index in range(len(layers))]
+Experts = dict[str, tuple[int, ...]]  # of one layer, by shard
 
 
-def _round(now: Slots, target: Slots, room: Room, empty: Layers) -> dict[str, Layers]:
-    grown: dict[tuple[str, int], list[int]] = {}
-    homes: list[set[int]] = [set() for _ in empty]  # experts that are where they are to be
-    for uid, index in _places(now):
-        held, wanted = now[uid][index], target.get(uid, empty)[index]
-        free = room[uid][index] - len(held) if uid in target else 0
-        taken = [expert for expert in wanted if expert not in held][: max(0, free)]
-        grown[uid, index] = [*held, *taken]
-        homes[index].update(set(grown[uid, index]) & set(wanted))
-    return {
-        uid: tuple(
-            tuple(
-                expert
-                for expert in grown[uid, index]
-                if expert in target.get(uid, empty)[index] or expert not in homes[index]
-            )
-            for index in range(len(empty))
-        )
-        for uid in now
+def _layer_round(now: Experts, aim: Experts, room: Mapping[str, int]) -> Experts:
+    """One layer after one round; as it is where nothing is left to do."""
+    out_of_place = {e for uid, held in now.items() for e in held if e not in aim[uid]}
+    grown: Experts = {}
+    for uid, held in now.items():
+        wanted = [expert for expert in aim[uid] if expert not in held]
+        wanted.sort(key=lambda expert: expert not in out_of_place)  # those free a slot elsewhere
+        grown[uid] = (*held, *wanted[: max(0, room[uid] - len(held))])
+    home = {e for uid, held in grown.items() for e in held if e in aim[uid]}
+    after = {
+        uid: tuple(e for e in held if e in aim[uid] or e not in home) for uid, held in grown.items()
     }
+    if after != now or all(set(now[uid]) == set(aim[uid]) for uid in now):
+        return after
+    return _lend_slots(now, aim)
+
+
+def _lend_slots(now: Experts, aim: Experts) -> Experts:
+    """Full shards that wait for each other drop replicas, a few each.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    count: dict[int, int] = {}
+    for held in now.values():
+        for expert in held:
+            count[expert] = count.get(expert, 0) + 1
+    after = dict(now)
+    for uid, held in now.items():
+        wanted = len(set(aim[uid]) - set(held))
+        for expert in [e for e in reversed(held) if count[e] > 1][: min(wanted, LENT_MAX)]:
+            if count[expert] > 1:
+                count[expert] -= 1
+                after[uid] = tuple(e for e in after[uid] if e != expert)
+    if after == now:
+        raise ConfigError(
+            "no slot is free to begin with: where no expert has a replica, every move needs a spare"
+            " slot in the shard that takes the expert (experts.slots above what is held)"
+        )
+    return after
 
 
 def pairs_of(held: Layers, layers: tuple[int, ...]) -> list[tuple[int, int]]:
