@@ -130,8 +130,7 @@ class DenseActor:
         return view.view_hash
 
     def adopt_view(self, view: View) -> str:
-        """Serve with the shards of `view` from the next step on; its hash. A call that fails in the
-        step in flight is repeated by it already.
+        """Serve by `view` from the next step on; its hash. Calls that fail before are repeated by it.
 
         Raises:
             ClusterError: an expert cannot be reached; the old view stays in force.

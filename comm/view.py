@@ -38,8 +38,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Which shards hold which experts.
 
     `slots[uid][i]` are the logical experts that shard `uid` holds for the i-th MoE layer: in slot
-    order at its start, those that came later behind them. Invariant (checked by `check`): every expert of every MoE layer has a replica, and no
-    shard holds an expert twice.
+    order at its start, those that came later behind them. Invariant (checked by `check`): every
+    expert of every MoE layer has a replica, and no shard holds an expert twice.
     """
 
     num_experts: int
