@@ -130,7 +130,7 @@ class DenseActor:
         return view.view_hash
 
     def adopt_view(self, view: View) -> str:
-        """Serve by `view` from the next step on; its hash. Calls that fail before are repeated by it.
+        """Serve by `view` from the next step on (a call that fails before, by it too); its hash.
 
         Raises:
             ClusterError: an expert cannot be reached; the old view stays in force.
