@@ -34,6 +34,27 @@ class LayerBundles:
         return float(self.weight_B.sum())
 
 
+def sample_bundles(bundles: LayerBundles, count: int, seed: int) -> LayerBundles:
+    """About `count` bundles that stand for all of them, in an order drawn by `seed`.
+
+    Systematic sampling by weight: a bundle is drawn once for each multiple of (weight of all /
+    `count`) that its own weight reaches, and the fraction left over by chance, so that every
+    expert's weight stays what it is but for less than the weight of a few draws. All of them, in
+    that order, when there are no more than `count`.
+    """
+    order = np.random.default_rng(seed).permutation(len(bundles.weight_B))
+    weight_B = bundles.weight_B[order]
+    if len(order) > count:
+        each = float(weight_B.sum()) / count
+        drawn_B = np.diff(np.floor(np.cumsum(weight_B) / each), prepend=0.0)
+        order, weight_B = order[drawn_B > 0], drawn_B[drawn_B > 0] * each
+    return LayerBundles(
+        experts_BK=bundles.experts_BK[order],
+        source_B=bundles.source_B[order],
+        weight_B=weight_B,
+    )
+
+
 def count_bundles(
     expert_ids_TK: NDArray[np.integer],
     source_T: NDArray[np.integer],

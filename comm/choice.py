@@ -34,7 +34,6 @@ SKIPPED: Final = -2  # a pair whose expert index was negative: it contributes no
 UNIT: Final = 720720 * 64  # the price of one copy to a remote host; divides by 1 .. 16
 OPEN_SHARD: Final = UNIT // 8  # a row to one more shard of a host that gets it anyway
 GAIN_ONE: Final = 16
-GAIN: Final = 4 * GAIN_ONE  # a shard a quarter over the mean load costs one copy a pair more
 LOCAL_SHARE: Final = 32  # shards of our own host: cheaper by the price of 1/32 of the mean load
 PAIR: Final = 64  # load of one pair: decay needs fractions
 DECAY_SHIFT: Final = 13  # load is forgotten over 2 ** 13 tokens
@@ -44,6 +43,16 @@ HOST_SHARE_N: Final = np.array([0] + [UNIT // n for n in range(1, TOP_K_MAX + 1)
 SHARD_SHARE_N: Final = np.array([0] + [OPEN_SHARD // n for n in range(1, TOP_K_MAX + 1)], np.int64)
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
+
+
+def gain_for(num_shards: int) -> int:
+    """Gain of the load prices, in 1 / GAIN_ONE.
+
+    With 2 a shard that is half over the mean load costs one copy a pair more. Among more than 16
+    shards a token's pairs are spread thinner and rows to another shard of the same host are cheap,
+    so that load needs an eighth of their number to come out as even.
+    """
+    return GAIN_ONE * max(2, num_shards // 8)
 
 
 @_jit
@@ -280,7 +289,7 @@ def warm() -> None:
     none_T1, none32_T1 = np.zeros((0, 1), np.int64), np.zeros((0, 1), np.int32)
     host_S, usable_S, load_S = np.zeros(1, np.int32), np.zeros(1, np.uint8), np.zeros(1, np.int64)
     table_ER = np.zeros((1, 1), np.int16)
-    choose(none_T1, 0, table_ER, host_S, 0, usable_S, load_S, GAIN, none32_T1, none32_T1)
+    choose(none_T1, 0, table_ER, host_S, 0, usable_S, load_S, GAIN_ONE, none32_T1, none32_T1)
 
 
 def choose_naive(
@@ -289,7 +298,7 @@ def choose_naive(
     hosts: list[int],
     own_host: int,
     load: list[int],
-    gain: int = GAIN,
+    gain: int,
 ) -> list[list[int]]:
     """Slow twin of `choose`: the shard of each pair, -1 for negative experts.
 

@@ -13,27 +13,31 @@ To try another planner, give `plan_placement` another `plan_layer` (docs/routing
 
 Method (traffic.md, Objective and Method 2 to 4, 8): seeds, exact local search over partitions
 (`partition_search.py`), replicas by marginal gain (`replica_search.py`), shards relabelled so that
-weights stay. On the planning bundles no layer is worse than EPLB in copies or in load: where a
-plan is, EPLB's placement is taken.
+weights stay. A layer whose load on the planning bundles is more than `Objective.load_margin` over
+EPLB's is repaired: exchanges under steeper load prices. EPLB's placement is taken only where that
+does not help either, or where it has fewer copies.
 
 Shape suffixes: S shards, H hosts, E experts, L MoE layers.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.bundles import LayerBundles
-from remora.comm.choice import GAIN
+from remora.comm.bundles import LayerBundles, sample_bundles
 from remora.comm.eplb import eplb_held
-from remora.comm.layer_plan import expert_loads, plan_layer_by_search
+from remora.comm.exchange_search import within_load
+from remora.comm.layer_plan import expert_loads, plan_layer_by_search, sample_size
 from remora.comm.objective import Objective
 from remora.comm.replay import LayerCost, replay
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
+COST_BUNDLES_MAX: Final = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,53 +78,67 @@ def plan_placement(
     objective: Objective | None = None,
     progress: Progress | None = None,
     plan_layer: LayerPlanner | None = None,
+    threads: int = 1,
 ) -> GroupingResult:
     """Placement of all layers; deterministic in its arguments.
 
     Args:
         seed: of every random decision.
         progress: called after each layer, for long plans.
+        threads: that plan layers at once; the result does not depend on it.
         plan_layer: (bundles, topology, num_experts, old or None, objective, seed) -> held; None is
             `plan_layer_by_search`.
     """
     objective = objective or Objective()
     plan = plan_layer or plan_layer_by_search
-    held_L, costs_L, eplb_L = [], [], []
-    for index, bundles in enumerate(problem.layers):
-        old = problem.old_L[index] if problem.old_L is not None else None
-        held = plan(
-            bundles, problem.topology, problem.num_experts, old, objective, seed * 1009 + index
-        )
-        assert held.any(0).all() and (held.sum(1) <= problem.topology.slots_S).all(), (
-            f"layer {index}: {held.sum(1)} slots used, {held.sum(0).min()} copies of an expert"
-        )
-        load_E = expert_loads(bundles, problem.num_experts)
-        eplb = eplb_held(load_E, problem.topology)
-        cost, eplb_cost = (
-            bundle_cost(bundles, h, problem.topology, seed=seed) for h in (held, eplb)
-        )
-        bound = max(eplb_cost.load_max_over_mean, 1 + objective.load_eps)
-        if cost.remote_copies > eplb_cost.remote_copies or cost.load_max_over_mean > bound:
-            held, cost = eplb, eplb_cost
-        held_L.append(held)
-        costs_L.append(cost)
-        eplb_L.append(eplb_cost)
-        if progress is not None:
-            progress(index + 1, len(problem.layers))
+
+    def plan_one(index: int) -> tuple[Held, LayerCost, LayerCost]:
+        return _plan_one(problem, index, plan, objective, seed)
+
+    found = []
+    with ThreadPoolExecutor(threads) as pool:  # the searches are compiled and hold no lock
+        for one in pool.map(plan_one, range(len(problem.layers))):
+            found.append(one)
+            if progress is not None:
+                progress(len(found), len(problem.layers))
+    held_L = tuple(held for held, _, _ in found)
     moved = 0
     if problem.old_L is not None:
         moved = sum(int((h & ~o).sum()) for h, o in zip(held_L, problem.old_L, strict=True))
     return GroupingResult(
-        held_L=tuple(held_L), costs_L=tuple(costs_L), eplb_costs_L=tuple(eplb_L), moved=moved
+        held_L=held_L,
+        costs_L=tuple(cost for _, cost, _ in found),
+        eplb_costs_L=tuple(eplb for _, _, eplb in found),
+        moved=moved,
     )
 
 
+def _plan_one(
+    problem: GroupingProblem, index: int, plan: LayerPlanner, objective: Objective, seed: int
+) -> tuple[Held, LayerCost, LayerCost]:
+    """A layer's placement, its cost, and that of EPLB."""
+    bundles, topology = problem.layers[index], problem.topology
+    old = problem.old_L[index] if problem.old_L is not None else None
+    held = plan(bundles, topology, problem.num_experts, old, objective, seed * 1009 + index)
+    assert held.any(0).all() and (held.sum(1) <= topology.slots_S).all(), (
+        f"layer {index}: {held.sum(1)} slots used, {held.sum(0).min()} copies of an expert"
+    )
+    eplb = eplb_held(expert_loads(bundles, problem.num_experts), topology)
+    cost, eplb_cost = (bundle_cost(bundles, h, topology, seed=seed) for h in (held, eplb))
+    load_max = max(eplb_cost.load_max_over_mean + objective.load_margin, 1 + objective.load_eps)
+    if cost.load_max_over_mean > load_max:
+        sample = sample_bundles(bundles, sample_size(topology, objective), seed)
+        held = within_load(sample, topology, held, objective, load_max=load_max, old=old)
+        cost = bundle_cost(bundles, held, topology, seed=seed)
+    far_over = cost.load_max_over_mean > load_max + objective.load_margin
+    if cost.remote_copies > eplb_cost.remote_copies or far_over:
+        return eplb, eplb_cost, eplb_cost
+    return held, cost, eplb_cost
+
+
 def bundle_cost(
-    bundles: LayerBundles, held_SE: Held, topology: Topology, *, seed: int = 0, gain: int = GAIN
+    bundles: LayerBundles, held_SE: Held, topology: Topology, *, seed: int = 0
 ) -> LayerCost:
-    """`replay` of a layer's bundles, in an order drawn by `seed`."""
-    order = np.random.default_rng(seed).permutation(len(bundles.weight_B))
-    return replay(
-        bundles.experts_BK[order], bundles.source_B[order], held_SE, topology,
-        weight_T=bundles.weight_B[order], gain=gain,
-    )  # fmt: skip
+    """`replay` of a layer's bundles, of COST_BUNDLES_MAX at most, in an order drawn by `seed`."""
+    drawn = sample_bundles(bundles, COST_BUNDLES_MAX, seed)
+    return replay(drawn.experts_BK, drawn.source_B, held_SE, topology, weight_T=drawn.weight_B)

@@ -7,6 +7,7 @@ each host; its deterministic preset depends on the seed alone.
 Shape suffixes: B bundles, E experts, S shards.
 """
 
+import threading
 from typing import Any, Final
 
 import mtkahypar
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 from remora.comm.bundles import LayerBundles
 from remora.comm.topology import Topology
 
-EDGES_MAX: Final = 20_000  # heaviest bundles; the seed need not see the tail
+EDGES_MAX: Final = 4_000  # heaviest bundles; the seed need not see the tail
 
 _threads: list[Any] = []  # mt-kahypar is initialised once in a process
+_one_at_a_time = threading.Lock()  # it has one seed for all
 
 
 def hypergraph_seed(
@@ -62,6 +64,15 @@ def _parts(
             weights.append(max(1, round(weight * scale)))
     part_N = np.arange(len(experts)) % num_parts
     if edges:
+        part_N = _partitioned(edges, weights, len(experts), num_parts, seed)
+    return _equalised(part_N, num_parts, room)
+
+
+def _partitioned(
+    edges: list[list[int]], weights: list[int], num_nodes: int, num_parts: int, seed: int
+) -> NDArray[np.int64]:
+    """Part of each node, by mt-kahypar."""
+    with _one_at_a_time:
         if not _threads:
             _threads.append(mtkahypar.initialize(1))
         mtkahypar.set_seed(seed % 2**31)
@@ -70,11 +81,10 @@ def _parts(
         context.set_partitioning_parameters(num_parts, 0.0, mtkahypar.Objective.KM1)
         context.logging = False
         graph = maker.create_hypergraph(
-            context, len(experts), len(edges), edges, [1] * len(experts), weights
+            context, num_nodes, len(edges), edges, [1] * num_nodes, weights
         )
         partition = graph.partition(context)
-        part_N = np.array([partition.block_id(n) for n in range(len(experts))])
-    return _equalised(part_N, num_parts, room)
+        return np.array([partition.block_id(n) for n in range(num_nodes)])
 
 
 def _equalised(part_N: NDArray[np.int64], num_parts: int, room: int) -> NDArray[np.int64]:

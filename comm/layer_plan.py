@@ -14,16 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from remora.comm.bundles import LayerBundles
+from remora.comm.bundles import LayerBundles, sample_bundles
 from remora.comm.exchange_search import exchange
 from remora.comm.hypergraph_seed import hypergraph_seed
 from remora.comm.objective import Objective
 from remora.comm.partition_search import PartitionSearch
-from remora.comm.replica_search import add_coverage, add_replicas, replayed_value
+from remora.comm.replica_search import add_coverage, add_replicas, tables_of, value_of
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
 SPARE_EPS: Final = (0.05, 0.25)  # caps of the partition under replicas
+PAIRS_MAX: Final = 640_000  # of (bundle, shard) that a search looks at
+KICKED_EXPERTS: Final = 64  # more of them: fewer kicks, since a descent takes longer by the square
+
+
+def sample_size(topology: Topology, objective: Objective) -> int:
+    """Bundles of a layer that a search looks at: what one costs grows with the shards."""
+    return min(objective.bundles_max, PAIRS_MAX // topology.num_shards)
 
 
 def expert_loads(bundles: LayerBundles, num_experts: int) -> NDArray[np.float64]:
@@ -44,20 +51,17 @@ def plan_layer_by_search(
 ) -> Held:
     """`[S, E]`; deterministic. Arguments as `grouping.plan_placement` says of `plan_layer`."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(bundles.weight_B))  # a replay should not see sources in runs
-    mixed = LayerBundles(
-        experts_BK=bundles.experts_BK[order],
-        source_B=bundles.source_B[order],
-        weight_B=bundles.weight_B[order],
-    )
+    size = sample_size(topology, objective)
     if old is not None:
-        return warm_layer(mixed, topology, old, objective)
+        few = sample_bundles(bundles, size // 2, seed)
+        return warm_layer(few, topology, old, objective)
+    mixed = sample_bundles(bundles, size, seed)
     load_E = expert_loads(bundles, num_experts)
     weights = (objective.b_dev, objective.b_host, objective.mu, objective.kappa)
     search = PartitionSearch(mixed, topology, load_E, weights)
     mean = load_E.sum() / topology.num_shards
     shard_E, least = search.descend(packed(load_E, topology), cap=(1 + objective.load_eps) * mean)
-    parted_E = hypergraph_seed(bundles, num_experts, topology, seed=seed)
+    parted_E = hypergraph_seed(mixed, num_experts, topology, seed=seed)
     if parted_E is not None:
         parted_E, cost = search.descend(parted_E, cap=(1 + objective.load_eps) * mean)
         if cost < least and np.bincount(parted_E, load_E).max() <= (1 + objective.load_eps) * mean:
@@ -72,7 +76,7 @@ def plan_layer_by_search(
             add_coverage(mixed, topology, held_SE, objective)
             add_replicas(mixed, topology, held_SE, objective)
             held_SE = exchange(mixed, topology, held_SE, objective)
-        value = replayed_value(mixed, topology, held_SE, objective)
+        value = value_of(tables_of(mixed, topology, held_SE, objective)[2], objective)
         if value < best:
             best_held, best = held_SE, value
     assert best_held is not None
@@ -166,6 +170,10 @@ def relabel(
     return result_SE
 
 
+def _num_kicks(objective: Objective, num_experts: int) -> int:
+    return round(objective.rounds * min(1.0, KICKED_EXPERTS / num_experts) ** 2)
+
+
 def _kicked(
     search: PartitionSearch,
     shard_E: NDArray[np.int64],
@@ -176,7 +184,7 @@ def _kicked(
 ) -> NDArray[np.int64]:
     """Iterated local search: a few random swaps, down again, kept when better."""
     best_E, best = search.descend(shard_E, cap=cap)
-    for _ in range(objective.rounds):
+    for _ in range(_num_kicks(objective, len(load_E))):
         kicked_E = best_E.copy()
         for _ in range(4):
             a, b = rng.integers(0, len(load_E), 2)

@@ -66,8 +66,8 @@ def plan_source(
     host_S = np.where(local_S, 0, np.arange(1, num_shards + 1)).astype(np.int32)
     load_S = np.zeros(num_shards, np.int64)  # of this dispatch alone: all ranks plan alike
     missing = choice.choose(
-        index_TK, num_tokens, replicas_ER, host_S, 0, usable_S, load_S, choice.GAIN, shard_TK,
-        call_TK,
+        index_TK, num_tokens, replicas_ER, host_S, 0, usable_S, load_S,
+        choice.gain_for(num_shards), shard_TK, call_TK,
     )  # fmt: skip
     if missing >= 0:
         raise PeerLostError(f"expert {missing} has no replica in this generation")

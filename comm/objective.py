@@ -14,4 +14,7 @@ class Objective:
     nu: float = 4096.0  # moving one expert's weights, in rows (three matrices: 3 x its width)
     horizon_tokens: float = 1e6  # tokens that the new placement will serve
     load_eps: float = 0.04  # load of every shard <= (1 + load_eps) x mean, where it can be
+    load_price: float = 16.0  # rows a token for all of the load over that
+    load_margin: float = 0.03  # of a layer's load, over EPLB's: beyond it a plan is repaired
     rounds: int = 60  # kicks of the local search, per seed: care against planning time
+    bundles_max: int = 24_000  # that a search looks at, of one layer; a sample where there are more

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.comm.choice import (
-    GAIN,
     PAIR,
     PENDING,
     TOP_K_MAX,
@@ -26,6 +25,7 @@ from remora.comm.choice import (
     choose_token,
     decay,
     discount_local,
+    gain_for,
 )
 from remora.comm.topology import Topology
 
@@ -60,11 +60,12 @@ class LayerCost:
 
 def replicas_of(held_SE: NDArray[np.bool_]) -> NDArray[np.int16]:
     """`[E, R]` shards that hold each expert in ascending order, padded with -1."""
-    num_replicas = max(1, int(held_SE.sum(0).max()))
-    table_ER = np.full((held_SE.shape[1], num_replicas), -1, np.int16)
-    for expert in range(held_SE.shape[1]):
-        shards = np.flatnonzero(held_SE[:, expert])
-        table_ER[expert, : len(shards)] = shards
+    count_E = held_SE.sum(0)
+    table_ER = np.full((held_SE.shape[1], max(1, int(count_E.max()))), -1, np.int16)
+    experts_C, shards_C = np.nonzero(held_SE.T)
+    table_ER[experts_C, np.arange(len(experts_C)) - (np.cumsum(count_E) - count_E)[experts_C]] = (
+        shards_C
+    )
     return table_ER
 
 
@@ -76,7 +77,7 @@ def replay(
     *,
     weight_T: NDArray[np.floating] | None = None,
     policy: Literal["cover", "random"] = "cover",
-    gain: int = GAIN,
+    gain: int | None = None,
     step_tokens: int = 256,
     seed: int = 0,
 ) -> LayerCost:
@@ -87,7 +88,7 @@ def replay(
         source_T: host of each token, an index into `topology.hosts`; negative: no host of it.
         weight_T: tokens that each row stands for; 1 when None.
         policy: "cover" is `choice.choose`; "random" any replica, evenly, by `seed`.
-        gain: of the load prices, in 1 / GAIN_ONE; 0 switches them off.
+        gain: of the load prices, in 1 / GAIN_ONE; 0 switches them off, None: `choice.gain_for`.
         step_tokens: rows between two exchanges of load.
     """
     num_tokens = len(expert_ids_TK)
@@ -96,12 +97,22 @@ def replay(
         expert_ids_TK, source_T, held_SE, topology, weight_T=weights, policy=policy, gain=gain,
         step_tokens=step_tokens, seed=seed,
     )  # fmt: skip
+    return cost_of_choice(shard_TK, source_T, weights, topology)
+
+
+def cost_of_choice(
+    shard_TK: NDArray[np.int32],
+    source_T: NDArray[np.integer],
+    weight_T: NDArray[np.float64],
+    topology: Topology,
+) -> LayerCost:
+    """What tokens cost whose pairs go to `shard_TK` (`choose_all`)."""
     host_S = np.array(topology.host_of_S, np.int64)
     sums, load_S, ingress_H, egress_H = _account(
-        shard_TK, np.asarray(source_T, np.int64), weights, host_S, topology.num_hosts
+        shard_TK, np.asarray(source_T, np.int64), weight_T, host_S, topology.num_hosts
     )
     return LayerCost(
-        tokens=float(weights.sum()),
+        tokens=float(weight_T.sum()),
         pairs=float(load_S.sum()),
         remote_copies=sums[0],
         shard_copies=sums[1],
@@ -122,7 +133,7 @@ def choose_all(
     *,
     weight_T: NDArray[np.floating] | None = None,
     policy: Literal["cover", "random"] = "cover",
-    gain: int = GAIN,
+    gain: int | None = None,
     step_tokens: int = 256,
     seed: int = 0,
 ) -> NDArray[np.int32]:
@@ -139,6 +150,7 @@ def choose_all(
         pick_TK = (drawn_TK * count_E[safe_TK]).astype(np.int64)
         return np.where(ids_TK >= 0, table_ER[safe_TK, pick_TK], -1).astype(np.int32)
     weights = np.ones(num_tokens) if weight_T is None else np.asarray(weight_T, np.float64)
+    gain = gain_for(topology.num_shards) if gain is None else gain
     missing = _choose_steps(
         ids_TK, np.asarray(source_T, np.int64), np.rint(weights * PAIR).astype(np.int64), table_ER,
         np.array(topology.host_of_S, np.int32), topology.num_hosts, gain, step_tokens, shard_TK,

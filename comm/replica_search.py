@@ -14,19 +14,17 @@ themselves more cleverly make the truth a little better than `gain` and `loss` s
 Shape suffixes: B bundles, K top-k, E experts, R most replicas, S shards, H hosts.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from remora.comm.bundles import LayerBundles
-from remora.comm.choice import GAIN, GAIN_ONE
+from remora.comm.choice import GAIN_ONE, gain_for
 from remora.comm.objective import Objective
-from remora.comm.replay import choose_all, replay
+from remora.comm.replay import LayerCost, choose_all, cost_of_choice
 from remora.comm.topology import Topology
-
-LOAD_PRICE: Final = 16.0  # rows a token for all of the load over the cap
 
 Held = NDArray[np.bool_]  # [S, E]
 
@@ -92,37 +90,35 @@ def load_prices(load_S: NDArray[np.float64], gain: float) -> NDArray[np.float64]
     return gain * (load_S / mean - 1.0) if mean > 0 else np.zeros_like(load_S)
 
 
-def replayed_value(
-    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
-) -> float:
-    """The objective as a replay finds it, per token; load over the cap is dear."""
-    cost = replay(
-        bundles.experts_BK, bundles.source_B, held_SE, topology, weight_T=bundles.weight_B
-    )
+def value_of(cost: LayerCost, objective: Objective) -> float:
+    """The objective per token of a cost; load over the cap is dear."""
     tokens = max(cost.tokens, 1e-30)
     rows = objective.b_host * cost.remote_copies + objective.b_dev * cost.shard_copies
     worst = objective.mu * cost.load_S.max() + objective.kappa * cost.ingress_H.max()
     over = max(0.0, cost.load_max_over_mean - 1 - objective.load_eps)
-    return float((rows + worst) / tokens + LOAD_PRICE * over)
+    return float((rows + worst) / tokens + objective.load_price * over)
 
 
 def tables_of(
-    bundles: LayerBundles, topology: Topology, held_SE: Held, objective: Objective
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """`change_tables` of a replay, and the load it led to."""
+    bundles: LayerBundles,
+    topology: Topology,
+    held_SE: Held,
+    objective: Objective,
+    *,
+    steepness: float = 1.0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], LayerCost]:
+    """`change_tables` of a replay, load at `steepness` times its price, and what it cost."""
     shard_BK = choose_all(
         bundles.experts_BK, bundles.source_B, held_SE, topology, weight_T=bundles.weight_B
     )
-    weight_BK = np.where(shard_BK >= 0, bundles.weight_B[:, None], 0.0)
-    load_S = np.bincount(
-        np.maximum(shard_BK, 0).ravel(), weight_BK.ravel(), topology.num_shards
-    ).astype(np.float64)
+    cost = cost_of_choice(shard_BK, bundles.source_B, bundles.weight_B, topology)
     gain_ES, loss_ES = change_tables(
         bundles.experts_BK, bundles.source_B.astype(np.int64), bundles.weight_B, shard_BK, held_SE,
         np.array(topology.host_of_S, np.int64), topology.num_hosts,
-        load_prices(load_S, GAIN / GAIN_ONE), objective.b_dev, objective.b_host,
+        load_prices(cost.load_S, steepness * gain_for(topology.num_shards) / GAIN_ONE),
+        objective.b_dev, objective.b_host,
     )  # fmt: skip
-    return gain_ES, loss_ES, load_S
+    return gain_ES, loss_ES, cost
 
 
 def hosts_wanted(topology: Topology, num_experts: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.choice import DECAY_SHIFT, GAIN, PAIR
+from remora.comm.choice import DECAY_SHIFT, PAIR, gain_for
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.peers import PeerSet
 from remora.comm.replicas import replica_tables
@@ -77,7 +77,7 @@ class Routes:
         self._told = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
         self._noted = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
         self._num_dense = max(1, sum(m.role == "dense" for m in view.members))
-        self.gain = np.array([max(1, GAIN // self._num_dense)], np.int64)
+        self.gain = np.array([max(1, gain_for(len(self.uids)) // self._num_dense)], np.int64)
         self._note_usable()
 
     def refresh(self) -> bool:
@@ -130,7 +130,8 @@ class Routes:
             pairs_LS: as of `take_sent`.
             top_k: experts of a token.
         """
-        self.gain[0] = max(1, GAIN // self._num_dense) if pairs_LS is None else GAIN
+        gain = gain_for(len(self.uids))
+        self.gain[0] = max(1, gain // self._num_dense) if pairs_LS is None else gain
         for index, (layer, sent_S) in enumerate(self.sent.items()):
             load_S = self.load[layer]
             own_S = np.minimum(PAIR * (sent_S - self._noted[layer]), load_S)

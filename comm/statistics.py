@@ -35,7 +35,7 @@ class HistoryLimits:
     domains_max: int = 12
     bytes_max: int = 64 << 20  # of bundles; loads and centroids come on top
     half_life_tokens: float = 200_000  # of what a domain's tokens chose
-    share_half_life_tokens: float = 4_000  # of which domains there are
+    share_half_life_tokens: float = 1_000  # of which domains there are
 
 
 @dataclass(slots=True)

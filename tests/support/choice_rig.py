@@ -38,7 +38,7 @@ def run_choose(
     *,
     hosts: list[int] | None = None,
     load: list[int] | None = None,
-    gain: int = choice.GAIN,
+    gain: int = 4 * choice.GAIN_ONE,
 ) -> tuple[int, np.ndarray, np.ndarray, list[int]]:
     """(missing, shards, calls, load afterwards); host 0 is ours, each other shard has its own
     host unless `hosts` are given."""

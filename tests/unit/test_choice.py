@@ -10,7 +10,7 @@ from remora.comm import choice, native
 
 Problem = tuple[np.ndarray, list[list[int]], set[int]]
 loads = st.lists(st.integers(0, 1 << 22), min_size=7, max_size=7)
-gains = st.sampled_from([0, 1, choice.GAIN, 40 * choice.GAIN])
+gains = st.sampled_from([0, 1, 4 * choice.GAIN_ONE, 160 * choice.GAIN_ONE])
 
 
 @settings(max_examples=150, deadline=None)
@@ -67,7 +67,7 @@ def test_a_host_in_use_costs_nothing_more() -> None:
 
 
 def test_load_has_its_price_and_locality_too() -> None:
-    """A remote replica is worth a copy exactly from the load on that GAIN says."""
+    """A remote replica is worth a copy exactly from the load on that the gain says."""
     mean = 1 << 18
     for over, expected in ((0.05, 0), (0.5, 1)):
         load = [int(mean * (1 + over)), int(mean * (1 - over))]

@@ -16,7 +16,7 @@ from support.router_rig import running_router, view_of
 from remora.actors.load_sharing import NOTHING, LoadSharing
 from remora.actors.router_loads import LoadExchange
 from remora.actors.router_reporter import RouterReporter
-from remora.comm.choice import GAIN, PAIR
+from remora.comm.choice import PAIR, gain_for
 from remora.comm.dispatch import Dispatcher
 from remora.comm.messages import EngineStats, SamplingParams
 from remora.comm.peers import PeerSet
@@ -87,7 +87,8 @@ def test_without_word_of_the_others_own_load_weighs_less() -> None:
         for others_LS in (None, np.zeros((2, 2), np.int64), None):
             dispatcher.note_others(others_LS, top_k=4)
             gains.append(int(dispatcher._routes.gain[0]))
-        assert gains == [GAIN // 2, GAIN, GAIN // 2]
+        whole = gain_for(2)
+        assert gains == [whole // 2, whole, whole // 2]
     peers.close()
 
 
@@ -126,7 +127,7 @@ def test_two_dense_groups_tell_each_other(cluster: LocalCluster) -> None:
                 heard_LS = _loads(second) / PAIR
                 assert np.allclose(heard_LS, sent_LS, rtol=0.02), "faded a little between reports"
                 assert not any(_dispatcher(second)._routes.sent[0])
-                assert [_dispatcher(g)._routes.gain[0] for g in groups] == [GAIN, GAIN]
+                assert [_dispatcher(g)._routes.gain[0] for g in groups] == [gain_for(2)] * 2
             finally:
                 for reporter in reporters:
                     reporter.close()
