@@ -47,6 +47,7 @@ def sample_bundles(bundles: LayerBundles, count: int, seed: int) -> LayerBundles
     if len(order) > count:
         each = float(weight_B.sum()) / count
         drawn_B = np.diff(np.floor(np.cumsum(weight_B) / each), prepend=0.0)
+        each = float(weight_B.sum() / drawn_B.sum())  # rounding may lose the last draw
         order, weight_B = order[drawn_B > 0], drawn_B[drawn_B > 0] * each
     return LayerBundles(
         experts_BK=bundles.experts_BK[order],

@@ -174,6 +174,14 @@ def _rows(ids_K, shard_K, host_S, source, b_dev, b_host):  # type: ignore[no-unt
 
 
 @_jit
+def _shift(ids_K, before_K, after_K, weight, change_S):  # type: ignore[no-untyped-def]
+    for k in range(ids_K.shape[0]):
+        if ids_K[k] >= 0 and after_K[k] != before_K[k]:
+            change_S[after_K[k]] += weight
+            change_S[before_K[k]] -= weight
+
+
+@_jit
 def _load_change(change_S, shifted_S, price_S, bend):  # type: ignore[no-untyped-def]
     """What a change of load costs after what was shifted already; see the module's docstring."""
     cost = 0.0
@@ -247,10 +255,7 @@ def _try_moves(moves_MF2, found, ids_BK, source_B, weight_B, start, bundle, held
                 choose_token(ids_BK[b], call_K, table_ER, host_S, source_B[b], usable_S, price_S, 0, cover_S, cover_H, opened_H, candidates, opened, shard_NK[count])  # fmt: skip  # noqa: E501
                 rows_N[count] = _rows(ids_BK[b], shard_NK[count], host_S, source_B[b], b_dev, b_host)  # fmt: skip  # noqa: E501
                 change += weight_B[b] * (rows_N[count] - rows_B[b])
-                for k in range(top_k):
-                    if ids_BK[b, k] >= 0 and shard_NK[count, k] != shard_BK[b, k]:
-                        change_S[shard_NK[count, k]] += weight_B[b]
-                        change_S[shard_BK[b, k]] -= weight_B[b]
+                _shift(ids_BK[b], shard_BK[b], shard_NK[count], weight_B[b], change_S)
                 touched_N[count] = b
                 count += 1
         change += steepness * _load_change(change_S, shifted_S, price_S, gain / (2 * mean))
