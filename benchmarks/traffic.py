@@ -180,7 +180,20 @@ def scale(quick: bool) -> list[Bar]:
             target=target if op else None,
         )
 
+    choice = [
+        Bar(
+            name="scale_choice",
+            value=Spread(
+                float(np.median(times.choice_us)), min(times.choice_us), max(times.choice_us)
+            ),
+            unit="us",
+            op="<",
+            target=30,
+        )
+        for _ in times.choice_us[:1]
+    ]
     return [
+        *choice,
         bar("scale_plan_cold", times.cold_s, "s", 120),
         bar("scale_plan_warm", times.warm_s, "s", 20),
         bar("scale_copies_vs_eplb", times.copies_vs_eplb, "x"),

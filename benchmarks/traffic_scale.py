@@ -7,15 +7,19 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from routing_generator import FITTED, generate
 from traffic_data import SEED
 
 from remora.comm.bundles import LayerBundles, count_bundles
+from remora.comm.choice import gain_for
 from remora.comm.grouping import GroupingProblem, plan_placement
+from remora.comm.replay import replicas_of
 from remora.comm.topology import Topology
 
 EXPERTS, TOP_K, HOSTS, SHARDS, SLOTS = 256, 8, 8, 64, 288
 BUNDLES = 100_000
+CHOICE_TOKENS, CHOICE_CALLS, CHOICE_ROUNDS = 64, 50, 100
 DRIFT = 5  # one in so many bundles is another one when the plan is made again
 
 
@@ -27,6 +31,7 @@ class ScaleTimes:
     warm_s: float
     copies_vs_eplb: float
     moved: int
+    choice_us: list[float]  # rounds of the compiled replica choice under the first layer's plan
 
 
 def topology() -> Topology:
@@ -77,7 +82,40 @@ def measure(num_layers: int) -> ScaleTimes:
         ours.copies_per_token / theirs.copies_per_token
         for ours, theirs in zip(first.costs_L, first.eplb_costs_L, strict=True)
     ]
-    return ScaleTimes(cold_s, warm_s, float(np.mean(copies)), second.moved)
+    return ScaleTimes(
+        cold_s=cold_s,
+        warm_s=warm_s,
+        copies_vs_eplb=float(np.mean(copies)),
+        moved=second.moved,
+        choice_us=choice_us(first.held_L[0]),
+    )
+
+
+def choice_us(held_SE: NDArray[np.bool_]) -> list[float]:
+    """Microseconds of the compiled replica choice for CHOICE_TOKENS tokens, one value a round; none
+    where the extension is not built."""
+    try:
+        from remora.comm import _C
+    except ImportError:
+        return []
+    ids_TK, _ = generate(
+        num_tokens=CHOICE_TOKENS, num_experts=EXPERTS, top_k=TOP_K, skew=FITTED, seed=SEED
+    )
+    ids_TK, table_ER = ids_TK.astype(np.int64), np.ascontiguousarray(replicas_of(held_SE))
+    host_S = np.array(topology().host_of_S, np.int32)
+    usable_S, gain = np.ones(SHARDS, np.uint8), np.array([gain_for(SHARDS)], np.int64)
+    load_S, shard_TK = np.zeros(SHARDS, np.int64), np.zeros(ids_TK.shape, np.int32)
+    found = []
+    for _ in range(CHOICE_ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(CHOICE_CALLS):
+            _C.choose(
+                ids_TK.ctypes.data, CHOICE_TOKENS, TOP_K, table_ER.ctypes.data, EXPERTS,
+                table_ER.shape[1], host_S.ctypes.data, 0, usable_S.ctypes.data, gain.ctypes.data,
+                SHARDS, load_S.ctypes.data, shard_TK.ctypes.data,
+            )  # fmt: skip
+        found.append((time.perf_counter() - begin) / CHOICE_CALLS * 1e6)
+    return found
 
 
 def _drifted(old: LayerBundles, new: LayerBundles) -> LayerBundles:

@@ -21,6 +21,15 @@ constexpr std::array<int64_t, kTopKMax + 1> shares(int64_t cost) {
   for (int n = 1; n <= kTopKMax; ++n) share_N[n] = cost / n;
   return share_N;
 }
+// A table: a processor that this was not built for may lack the instruction, and without it
+// `std::popcount` is a call.
+constexpr auto kBits = [] {
+  std::array<uint8_t, 1 << 8> bits_M{};
+  for (int m = 1; m < 1 << 8; ++m) bits_M[m] = static_cast<uint8_t>(bits_M[m >> 1] + (m & 1));
+  return bits_M;
+}();
+int count(uint32_t pairs) { return kBits[pairs & 0xff] + kBits[pairs >> 8]; }  // of kTopKMax
+
 constexpr auto kHostShare = shares(kUnit);
 constexpr auto kShardShare = shares(kOpenShard);
 
@@ -64,6 +73,7 @@ bool Chooser::choose(const Routing& routing, const ReplicaTable& table, const Sh
   pair_price_ = kPair * slope;
   cover_S_.assign(num_shards, 0);
   candidates_.resize(num_shards);
+  left_.resize(num_shards);
   const int32_t num_hosts = 1 + *std::max_element(shards.host_S, shards.host_S + num_shards);
   cover_H_.assign(num_hosts, 0);
   opened_H_.assign(num_hosts, 0);
@@ -110,18 +120,21 @@ bool Chooser::token(const int64_t* expert_K, int64_t top_k, const ReplicaTable& 
     if (!covered) return false;
     pairs |= 1u << k;
   }
+  std::copy_n(candidates_.begin(), num_candidates_, left_.begin());
+  num_left_ = num_candidates_;
   for (uint32_t remaining = pairs; remaining;) {
     const int32_t s = best(shards, remaining);
     const uint32_t taken = cover_S_[s] & remaining;
     for (uint32_t bits = taken; bits; bits &= bits - 1) shard_K[std::countr_zero(bits)] = s;
-    price_S_[s] += pair_price_ * std::popcount(taken);
+    price_S_[s] += pair_price_ * count(taken);
     remaining &= ~taken;
+    taken_[num_opened_] = taken;
     opened_[num_opened_++] = s;
     ++opened_H_[shards.host_S[s]];
   }
-  if (num_opened_ > 1) {
-    close(shards, pairs, shard_K);
-    level(pairs, shard_K);
+  if (num_opened_ > 1 && twice()) {
+    close(shards, shard_K);
+    level(twice(), shard_K);
   }
   for (int c = 0; c < num_candidates_; ++c) {
     const int32_t s = candidates_[c];
@@ -131,20 +144,33 @@ bool Chooser::token(const int64_t* expert_K, int64_t top_k, const ReplicaTable& 
   return true;
 }
 
-int32_t Chooser::best(const ShardTable& shards, uint32_t remaining) const {
+int32_t Chooser::best(const ShardTable& shards, uint32_t remaining) {
   int32_t found = -1;
   int64_t least = 0;
-  for (int c = 0; c < num_candidates_; ++c) {
-    const int32_t s = candidates_[c];
+  int num_left = 0;
+  for (int c = 0; c < num_left_; ++c) {
+    const int32_t s = left_[c];
     const uint32_t bits = cover_S_[s] & remaining;
-    if (!bits) continue;
+    if (!bits) continue;  // nor later
+    left_[num_left++] = s;
     const int32_t h = shards.host_S[s];
-    int64_t score = price_S_[s] + kShardShare[std::popcount(bits)];
-    if (h != shards.own_host && !opened_H_[h])
-      score += kHostShare[std::popcount(cover_H_[h] & remaining)];
+    int64_t score = price_S_[s] + kShardShare[count(bits)];
+    if (h != shards.own_host && !opened_H_[h]) score += kHostShare[count(cover_H_[h] & remaining)];
     if (found < 0 || score < least || (score == least && s < found)) found = s, least = score;
   }
+  num_left_ = num_left;
   return found;
+}
+
+// Pairs that two opened shards or more could take: all that `close` and `level` may change.
+uint32_t Chooser::twice() const {
+  uint32_t once = 0, again = 0;
+  for (int i = 0; i < num_opened_; ++i) {
+    if (opened_[i] < 0) continue;
+    again |= once & cover_S_[opened_[i]];
+    once |= cover_S_[opened_[i]];
+  }
+  return again;
 }
 
 int32_t Chooser::cheapest(int k, int32_t without) const {
@@ -164,29 +190,29 @@ void Chooser::move(int32_t from, int32_t to) {
   price_S_[from] -= pair_price_;
 }
 
-void Chooser::close(const ShardTable& shards, uint32_t pairs, int32_t* shard_K) {
+void Chooser::close(const ShardTable& shards, int32_t* shard_K) {
+  uint32_t movable = twice();
   for (int i = 0; i < num_opened_; ++i) {
     const int32_t s = opened_[i];
     const int32_t h = shards.host_S[s];
+    // Pairs come to an opened shard when another one is closed; none of its own leaves before.
+    if (taken_[i] & ~movable) continue;
     int64_t saved = kOpenShard;
     if (h != shards.own_host && opened_H_[h] == 1) saved += kUnit;
-    bool able = true;
-    for (uint32_t bits = pairs; bits && able; bits &= bits - 1) {
+    for (uint32_t bits = taken_[i]; bits; bits &= bits - 1)
+      saved += price_S_[s] - price_S_[cheapest(std::countr_zero(bits), s)];
+    if (saved <= 0) continue;
+    for (uint32_t bits = taken_[i]; bits; bits &= bits - 1) {
       const int k = std::countr_zero(bits);
-      if (shard_K[k] != s) continue;
-      const int32_t other = cheapest(k, s);
-      able = other >= 0;
-      if (able) saved += price_S_[s] - price_S_[other];
-    }
-    if (!able || saved <= 0) continue;
-    for (uint32_t bits = pairs; bits; bits &= bits - 1) {
-      const int k = std::countr_zero(bits);
-      if (shard_K[k] != s) continue;
-      shard_K[k] = cheapest(k, s);
-      move(s, shard_K[k]);
+      const int32_t to = cheapest(k, s);
+      shard_K[k] = to;
+      move(s, to);
+      for (int j = 0; j < num_opened_; ++j)
+        if (opened_[j] == to) taken_[j] |= 1u << k;
     }
     opened_[i] = -1;
     --opened_H_[h];
+    movable = twice();
   }
 }
 

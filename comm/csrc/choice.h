@@ -51,17 +51,19 @@ class Chooser {
  private:
   bool token(const int64_t* expert_K, int64_t top_k, const ReplicaTable& table,
              const ShardTable& shards, int32_t* shard_K, int32_t* call_K);
-  int32_t best(const ShardTable& shards, uint32_t remaining) const;
+  int32_t best(const ShardTable& shards, uint32_t remaining);
   int32_t cheapest(int k, int32_t without) const;
-  void close(const ShardTable& shards, uint32_t pairs, int32_t* shard_K);
+  uint32_t twice() const;
+  void close(const ShardTable& shards, int32_t* shard_K);
   void level(uint32_t pairs, int32_t* shard_K);
   void move(int32_t from, int32_t to);
 
   std::vector<int64_t> price_S_;
   std::vector<uint32_t> cover_S_, cover_H_;
-  std::vector<int32_t> opened_H_, candidates_;
+  std::vector<int32_t> opened_H_, candidates_, left_;  // left_: those that cover what remains
   int32_t opened_[kTopKMax];
-  int num_candidates_ = 0, num_opened_ = 0;
+  uint32_t taken_[kTopKMax];  // pairs that each opened shard was opened for
+  int num_candidates_ = 0, num_left_ = 0, num_opened_ = 0;
   int64_t pair_price_ = 0;
 };
 
