@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.comm.bundles import LayerBundles
-from remora.comm.choice import GAIN_ONE, PENDING, TOP_K_MAX, UNIT, choose_token, gain_for
+from remora.comm.choice import (
+    GAIN_ONE,
+    PENDING,
+    TOP_K_MAX,
+    UNIT,
+    choose_token,
+    discount_local,
+    gain_for,
+)
 from remora.comm.objective import Objective
 from remora.comm.partition_search import index_bundles
 from remora.comm.replay import replicas_of
@@ -192,13 +200,14 @@ def _load_change(change_S, shifted_S, price_S, bend):  # type: ignore[no-untyped
 
 
 @_jit
-def _try_moves(moves_MF2, found, ids_BK, source_B, weight_B, start, bundle, held_SE, table_ER, move_SE, host_S, num_hosts, hosts_min, price_S, gain, mean, steepness, b_dev, b_host, shard_BK, rows_B, tiny):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _try_moves(moves_MF2, found, ids_BK, source_B, weight_B, start, bundle, held_SE, table_ER, move_SE, host_S, num_hosts, hosts_min, price_S, price_XS, gain, mean, steepness, b_dev, b_host, shard_BK, rows_B, tiny):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Tries moves in turn and does those that improve; how many.
 
     Args:
         held_SE, table_ER: the placement, changed by what is done.
         move_SE: what having a copy there costs in moved weights.
         price_S: int64 frozen prices in UNIT, of slope `gain` per (load / `mean`).
+        price_XS: the same as each source host sees them, and last as one of no host does.
         shard_BK, rows_B: written first: each bundle's choice under the frozen prices, its rows.
     """
     num_bundles, top_k = ids_BK.shape
@@ -212,7 +221,7 @@ def _try_moves(moves_MF2, found, ids_BK, source_B, weight_B, start, bundle, held
     call_K = np.empty(top_k, np.int32)
     for b in range(num_bundles):
         call_K[:] = PENDING
-        choose_token(ids_BK[b], call_K, table_ER, host_S, source_B[b], usable_S, price_S, 0, cover_S, cover_H, opened_H, candidates, opened, shard_BK[b])  # fmt: skip  # noqa: E501
+        choose_token(ids_BK[b], call_K, table_ER, host_S, source_B[b], usable_S, price_XS[source_B[b]], 0, cover_S, cover_H, opened_H, candidates, opened, shard_BK[b])  # fmt: skip  # noqa: E501
         rows_B[b] = _rows(ids_BK[b], shard_BK[b], host_S, source_B[b], b_dev, b_host)
     tried_B = np.full(num_bundles, -1, np.int64)
     touched_N = np.empty(num_bundles, np.int64)
@@ -252,7 +261,7 @@ def _try_moves(moves_MF2, found, ids_BK, source_B, weight_B, start, bundle, held
                 if not _concerned(b, moves_MF2[m], ids_BK, source_B, shard_BK, held_SE, host_S):
                     continue
                 call_K[:] = PENDING
-                choose_token(ids_BK[b], call_K, table_ER, host_S, source_B[b], usable_S, price_S, 0, cover_S, cover_H, opened_H, candidates, opened, shard_NK[count])  # fmt: skip  # noqa: E501
+                choose_token(ids_BK[b], call_K, table_ER, host_S, source_B[b], usable_S, price_XS[source_B[b]], 0, cover_S, cover_H, opened_H, candidates, opened, shard_NK[count])  # fmt: skip  # noqa: E501
                 rows_N[count] = _rows(ids_BK[b], shard_NK[count], host_S, source_B[b], b_dev, b_host)  # fmt: skip  # noqa: E501
                 change += weight_B[b] * (rows_N[count] - rows_B[b])
                 _shift(ids_BK[b], shard_BK[b], shard_NK[count], weight_B[b], change_S)
@@ -337,12 +346,15 @@ def exchange(
         listed_ER = replicas_of(held_SE)
         table_ER[:, : listed_ER.shape[1]] = listed_ER
         price_S = np.rint(load_prices(cost.load_S, gain) * UNIT).astype(np.int64)
+        price_XS = np.repeat(price_S[None], topology.num_hosts + 1, axis=0)
+        for host in range(topology.num_hosts):
+            discount_local(host_S, host, gain_for(num_shards), price_XS[host])
         weight = float(bundles.weight_B.sum())
         done = _try_moves(
             moves_MF2, found, ids_BK, source_B, bundles.weight_B, start, bundle, held_SE, table_ER,
             move_SE * weight, host_S, topology.num_hosts, hosts_wanted(topology, num_experts),
-            price_S, gain, float(cost.load_S.mean()), steepness, objective.b_dev, objective.b_host,
-            shard_BK, rows_B, 1e-7 * weight,
+            price_S, price_XS, gain, float(cost.load_S.mean()), steepness, objective.b_dev,
+            objective.b_host, shard_BK, rows_B, 1e-7 * weight,
         )  # fmt: skip
         if not done:
             break

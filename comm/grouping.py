@@ -15,7 +15,8 @@ Method (traffic.md, Objective and Method 2 to 4, 8): seeds, exact local search o
 (`partition_search.py`), replicas by marginal gain (`replica_search.py`), shards relabelled so that
 weights stay. A layer whose load on the planning bundles is more than `Objective.load_margin` over
 EPLB's is repaired: exchanges under steeper load prices. EPLB's placement is taken only where that
-does not help either, or where it has fewer copies.
+does not help either, or where it has fewer copies, and never in place of an old placement, all of
+which it would move.
 
 Shape suffixes: S shards, H hosts, E experts, L MoE layers.
 """
@@ -131,7 +132,7 @@ def _plan_one(
         held = within_load(sample, topology, held, objective, load_max=load_max, old=old)
         cost = bundle_cost(bundles, held, topology, seed=seed)
     far_over = cost.load_max_over_mean > load_max + objective.load_margin
-    if cost.remote_copies > eplb_cost.remote_copies or far_over:
+    if old is None and (far_over or cost.remote_copies > eplb_cost.remote_copies):
         return eplb, eplb_cost, eplb_cost
     return held, cost, eplb_cost
 
