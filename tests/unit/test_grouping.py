@@ -1,7 +1,6 @@
 """Planner: invariants, exact increments against a recount, small cases against brute force."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,17 +204,14 @@ def test_unequal_shards_are_filled_as_far_as_they_go() -> None:
 
 
 def test_a_plan_over_the_load_is_repaired_and_not_given_up() -> None:
-    """A grouping that takes no account of load, with replicas: exchanges bring it under the cap and
-    keep most of what it saves, which EPLB's placement has none of."""
-    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=6)
+    """Groups by topic, one topic being more frequent: exchanges bring the load under the cap and
+    keep much of what grouping saves, which EPLB's placement has none of."""
+    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=4)
     rng = np.random.default_rng(0)
-    scores = rng.gumbel(size=(2000, 16)) + 4.0 * (
-        np.arange(16) % 4 == rng.choice(4, (2000, 1), p=[0.7, 0.1, 0.1, 0.1])
-    )
+    topic_T = rng.choice(4, (2000, 1), p=[0.3, 0.7 / 3, 0.7 / 3, 0.7 / 3])
+    scores = rng.gumbel(size=(2000, 16)) + 4.0 * (np.arange(16) % 4 == topic_T)
     bundles = count_bundles(np.argsort(-scores, 1)[:, :3], np.arange(2000) % 4)
     held = one_copy(np.arange(16) % 4, topology)
-    held[:2, [0, 1, 2, 3]] = True  # 4 + 3, 4 + 3 copies: two are too many
-    held = warm_layer(bundles, topology, held, replace(QUICK, nu=1e12))
     load_max = 1.1
     before = replay(bundles.experts_BK, bundles.source_B, held, topology, weight_T=bundles.weight_B)
     repaired = within_load(bundles, topology, held, QUICK, load_max=load_max)
@@ -227,7 +223,7 @@ def test_a_plan_over_the_load_is_repaired_and_not_given_up() -> None:
         topology, weight_T=bundles.weight_B,
     )  # fmt: skip
     assert before.load_max_over_mean > load_max >= after.load_max_over_mean
-    assert after.remote_copies < 0.95 * eplb.remote_copies
+    assert after.remote_copies < 0.75 * eplb.remote_copies
 
 
 @settings(max_examples=10, deadline=None)
