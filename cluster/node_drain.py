@@ -113,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RemoraError as error:
         print(f"preStop: {error}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILED
-    print(f"preStop: safe to delete: {', '.join(safe) or 'nothing was here'}", file=sys.stderr)
+    print(
+        f"preStop: safe to delete: {', '.join(safe) or 'there was nothing to drain'}",
+        file=sys.stderr,
+    )
     return OK
 
 
@@ -123,11 +126,12 @@ def _actors_here() -> list[str]:
     from ray.util.state import list_actors
     from ray.util.state.exception import RayStateApiException
 
-    node_id = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
     try:
         actors = list_actors(
+            address=context.gcs_address,  # else Ray looks for a cluster by itself, and finds others
             filters=[
-                ("node_id", "=", node_id),
+                ("node_id", "=", context.get_node_id()),
                 ("state", "=", "ALIVE"),
                 ("ray_namespace", "=", RAY_NAMESPACE),
             ],

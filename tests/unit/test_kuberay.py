@@ -13,8 +13,11 @@ import yaml
 from support.crd_schema import ROOT, crds_dir, faults, strict
 
 from remora.actors.launch import actor_name
+from remora.cluster.cli import parser
 from remora.cluster.config import RemoraConfig, preset_names
-from remora.cluster.node_drain import drain_here, shard_uids
+from remora.cluster.node_drain import drain_command, drain_here, shard_uids
+from remora.cluster.operation import DrainShards
+from remora.cluster.operation_command import target_of
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError
 
 # Ray Serve, as it is imported, uses what pydantic has deprecated.
@@ -212,8 +215,8 @@ def test_state_lies_on_the_volume(rendered: dict[str, list[Resource]], overlay: 
 
 def kept(config: RemoraConfig) -> list[Path]:
     """Folders that must outlive a pod."""
-    assert config.router.state_dir is not None
-    return [config.router.state_dir]
+    assert config.router.state_dir is not None and config.elastic.log_dir is not None
+    return [config.router.state_dir, config.elastic.log_dir]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -306,6 +309,25 @@ def drained(answers: Mapping[int, tuple[int, str]], here: Sequence[str]) -> list
         return answers[min(len(attempts) - 1, max(answers))]
 
     return drain_here(lambda: here, drain, within_s=10, clock=Clock())
+
+
+def test_the_command_line_of_a_drain_is_one_of_ours() -> None:
+    """Options are those of `remora drain`, whose answer has `safe_to_delete` with --json."""
+    program, *arguments = drain_command("a", ["shard-0", "shard-2"], "pre-stop-1")
+    options = parser().parse_args(arguments)
+    assert program == "remora" and target_of(options) == DrainShards(("shard-0", "shard-2"))
+    assert (options.name, options.operation_id, options.json) == ("a", "pre-stop-1", True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_one_shard_fewer_still_holds_the_model(
+    rendered: dict[str, list[Resource]], overlay: str
+) -> None:
+    """Else a drain is refused."""
+    config = config_of(rendered[overlay])
+    num_experts = {"demo-model": 32, "Qwen3-30B-A3B": 128}[config.model_id]
+    assert config.experts.slots is not None
+    assert (config.experts.shards - 1) * config.experts.slots >= num_experts
 
 
 def test_a_pod_waits_until_its_shards_are_safe_to_delete() -> None:
