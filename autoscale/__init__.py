@@ -1,1 +1,1 @@
-"""Pure decisions about capacity; empty until elasticity comes. No ray, torch, clock or chance."""
+"""Pure decisions: when experts move, when a pool grows. No ray, torch, clock or chance."""

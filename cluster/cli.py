@@ -1,7 +1,7 @@
 """The command `remora`: one configuration path, `--json` everywhere.
 
-Exit statuses: 0 done; 1 the cluster failed; 2 what was asked for cannot be (configuration, model,
-weights), or the command line; 3 there is no such deployment.
+Exit statuses: 0 done; 1 the cluster failed, or a replay differs; 2 what was asked for cannot be
+(configuration, model, weights), or the command line; 3 there is no such deployment.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from remora.cluster.autoscale_command import add_autoscale
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
 from remora.cluster.operation_command import add_how, add_operations, run_operation
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add_rebalance(commands).set_defaults(run=_rebalance)
     for command in add_operations(commands):
         command.set_defaults(run=_operate)
+    add_autoscale(commands)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),

@@ -4,17 +4,16 @@ An unknown key, at any depth, is a `ConfigError` that names it, its nearest allo
 all that is allowed. Serve's `args`, the CLI's flags and YAML files all go through `parse_config`.
 """
 
-import difflib
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from remora.cluster.device_rules import Device, check_devices, resolve
+from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
@@ -23,17 +22,13 @@ Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
-
-
-class _Placed(_Section):
+class _Placed(Section):
     """What Ray needs to place one actor, and how many threads torch may use inside it."""
 
     num_cpus: Fraction = 1.0  # logical CPUs, as Ray counts them
     num_gpus: Fraction = 0.0
-    resources: dict[str, float] = {}  # Ray custom resources
-    labels: dict[str, str] = {}  # Ray node labels that must match (label selector)
+    resources: dict[str, float] = Field(default_factory=dict)  # Ray custom resources
+    labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that must match
     threads: Positive | None = None  # None: the machine's cores shared out by bootstrap
     device: Device = "auto"  # what computes; auto: the GPU where num_gpus asks for one
 
@@ -114,7 +109,7 @@ class ExpertsConfig(_Placed):
     call_timeout_s: Seconds = 30.0  # one dispatch to one shard
 
 
-class RebalanceConfig(_Section):
+class RebalanceConfig(Section):
     """When a better placement is worth its moves (autoscale/rebalance.py)."""
 
     horizon_tokens: Annotated[float, Field(gt=0, le=1e15)] = 1e6  # that it will serve
@@ -125,7 +120,7 @@ class RebalanceConfig(_Section):
     moves_max: Positive = 4096  # experts in one round, over all layers
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The router: dense groups for requests, statistics of traffic, plans (docs/router.md)."""
 
     enabled: bool = True
@@ -138,7 +133,7 @@ class RouterConfig(_Section):
     rebalance: RebalanceConfig = RebalanceConfig()
 
 
-class ElasticConfig(_Section):
+class ElasticConfig(Section):
     """Operations on a deployment that serves (docs/elasticity.md)."""
 
     log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
@@ -148,7 +143,7 @@ class ElasticConfig(_Section):
     )
 
 
-class HttpConfig(_Section):
+class HttpConfig(Section):
     """The OpenAI-compatible endpoint and its bounds."""
 
     host: str = "127.0.0.1"
@@ -164,13 +159,13 @@ class HttpConfig(_Section):
     request_timeout_s: Seconds = 3600.0
 
 
-class SecurityConfig(_Section):
+class SecurityConfig(Section):
     """How the processes of one cluster know each other."""
 
     token_file: Path | None = None  # None: a random token, kept by the coordinator
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster underneath."""
 
     address: str | None = None  # None: a cluster of its own on this machine
@@ -178,7 +173,7 @@ class RayConfig(_Section):
     object_store_mib: Annotated[int, Field(ge=80, le=1 << 20)] = 100  # of an own local cluster
 
 
-class RemoraConfig(_Section):
+class RemoraConfig(Section):
     """Everything that one deployment is."""
 
     name: Name = "remora"  # deployment: names actors, the Serve application and its routes
@@ -240,20 +235,7 @@ def parse_config(data: Mapping[str, Any], *, source: str = "configuration") -> R
     Raises:
         ConfigError: unknown key (named, with what is allowed and the nearest), or a bad value.
     """
-    for path, allowed in _unknown_keys(data, RemoraConfig, ""):
-        key = path.rpartition(".")[2]
-        near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.6)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ConfigError(f"{source}: unknown key {path!r}{hint}; allowed: {', '.join(allowed)}")
-    try:
-        return RemoraConfig.model_validate(dict(data))
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "value"
-            got = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}")
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+    return parse_section(data, RemoraConfig, source=source)
 
 
 def load_config(
@@ -274,7 +256,7 @@ def load_config(
     label = "configuration"
     if preset is not None:
         label = f"preset {preset}"
-        data = _read_yaml(_preset_text(preset), label)
+        data = yaml_mapping(_preset_text(preset), label)
     if source is not None:
         path = Path(source)
         label = str(path)
@@ -282,7 +264,7 @@ def load_config(
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
-        content = _read_yaml(text, label)
+        content = yaml_mapping(text, label)
         model = content.get("model")
         if isinstance(model, str) and (path.parent / model).is_dir():
             content["model"] = str((path.parent / model).resolve())
@@ -296,7 +278,7 @@ def load_config(
 def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
     """Relative paths are the caller's; actors run in other working directories."""
 
-    def absolute(section: _Section, names: tuple[str, ...]) -> dict[str, Any]:
+    def absolute(section: Section, names: tuple[str, ...]) -> dict[str, Any]:
         paths = {name: getattr(section, name) for name in names}
         return {name: path.expanduser().resolve() for name, path in paths.items() if path}
 
@@ -344,18 +326,6 @@ def _preset_text(preset: str) -> str:
     return (resources.files("remora.manifests") / f"{preset}.yaml").read_text(encoding="utf-8")
 
 
-def _read_yaml(text: str, label: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{label}: not YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{label}: a mapping of keys is needed, got {type(data).__name__}")
-    return data
-
-
 def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in top.items():
@@ -376,24 +346,3 @@ def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
         data[part] = dict(child)  # never write into a preset's or a caller's own mapping
         data = data[part]
     data[parts[-1]] = value
-
-
-def _unknown_keys(
-    data: Mapping[str, Any], model: type[BaseModel], prefix: str
-) -> Iterator[tuple[str, list[str]]]:
-    allowed = sorted(model.model_fields)
-    for key, value in data.items():
-        if key not in model.model_fields:
-            yield f"{prefix}{key}", allowed
-            continue
-        section = _section_of(model.model_fields[key].annotation)
-        if section is not None and isinstance(value, Mapping):
-            yield from _unknown_keys(value, section, f"{prefix}{key}.")
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((s for a in get_args(annotation) if (s := _section_of(a)) is not None), None)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None

@@ -1,0 +1,326 @@
+"""Whether a pool should grow, shrink or rebalance: one sample at a time, pure.
+
+    state = AutoscaleState()
+    decision, state = decide(policy, state, sample)      # for every sample
+
+Two loops propose a number of units and the larger one counts:
+
+- *reactive*: the worst median of a target's ratio (value over bound) over `window_s`; over 1, the
+  pool grows by that ratio (the rule of Kubernetes' horizontal pod autoscaler), by `step_up_max` at
+  most;
+- *predictive*: the peak of the forecast plus its margin over `load_per_unit`.
+
+It shrinks when over `down_window_s` no target's ratio reached `down_below`, what stays has room,
+and the forecast agrees. An imbalance is rebalanced first; a shard is added where that did not
+suffice. While an operation runs nothing is decided but to wait, and samples taken meanwhile, or
+with another number of units, say nothing about the pool as it is: windows begin anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import median
+from typing import Any, Final, Literal
+
+from remora.autoscale.autoscale_policy import AutoscalePolicy, Predictive
+from remora.autoscale.autoscale_sample import (
+    SAMPLES_MAX,
+    AutoscaleState,
+    LoadSeries,
+    Outlook,
+    Sample,
+)
+from remora.autoscale.forecast import best_forecast
+from remora.comm.checked import Section
+
+Verdict = Literal["keep", "wait", "rebalance", "scale"]
+Effect = Literal["none", "advise", "act"]
+
+EFFECTS: Final[dict[str, Effect]] = {"observe": "none", "advise": "advise", "act": "act"}
+ROOM: Final = 0.9  # of a target that shrinking may lead to: below 1, lest it grows again at once
+SHARED: Final = ("queue", "kv_use")  # ratios that grow as units / fewer units when units leave
+
+
+class Decision(Section):
+    """What to do now, and why.
+
+    Attributes:
+        effect: what the policy's mode lets the caller do with it.
+        target_units: absolute; `units` unless the verdict is `scale`.
+        inputs: what it was decided from, as JSON data.
+    """
+
+    verdict: Verdict
+    effect: Effect
+    units: int
+    target_units: int
+    reason: str
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Signals:
+    """What the windows say. Ratios are values over bounds."""
+
+    now: dict[str, float]  # medians over `window_s` of those that are known
+    highest: dict[str, float | None]  # maxima over `down_window_s`; None: not always known
+    is_covered: bool  # the whole of `down_window_s` was seen
+    need: int | None  # units that the forecast asks for
+
+
+def decide(
+    policy: AutoscalePolicy, state: AutoscaleState, sample: Sample
+) -> tuple[Decision, AutoscaleState]:
+    """What to do about the pool, and what to remember.
+
+    A decision to scale or rebalance starts its cooldown whether or not the mode lets it be carried
+    out: advice is repeated once a cooldown, not with every sample.
+    """
+    if state.seen_s is not None and sample.at_s <= state.seen_s:
+        reason = f"the sample is of {sample.at_s:.3f} s, not after the last of {state.seen_s:.3f} s"
+        return _decision(policy, sample, "wait", sample.units, reason, {}), state
+    state = _remember(policy, state, sample)
+    signals = _signals(policy, state, sample)
+    verdict, target, reason = _judge(policy, state, sample, signals)
+    inputs = _inputs(policy, state, sample, signals, target)
+    decision = _decision(policy, sample, verdict, target, reason, inputs)
+    now_s = sample.at_s
+    if verdict == "rebalance":
+        state = state.model_copy(update={"rebalance_s": now_s})
+    elif verdict == "scale":
+        field = "up_s" if target > sample.units else "down_s"
+        state = state.model_copy(update={field: now_s})
+    return decision, state
+
+
+def _decision(
+    policy: AutoscalePolicy,
+    sample: Sample,
+    verdict: Verdict,
+    target: int,
+    reason: str,
+    inputs: dict[str, Any],
+) -> Decision:
+    is_action = verdict in ("scale", "rebalance")
+    return Decision(
+        verdict=verdict,
+        effect=EFFECTS[policy.mode] if is_action else "none",
+        units=sample.units,
+        target_units=target,
+        reason=reason,
+        inputs=inputs,
+    )
+
+
+def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> AutoscaleState:
+    """The state with the sample in its windows and the series, and the forecast renewed."""
+    now_s = sample.at_s
+    since_s = state.since_s
+    kept: tuple[Sample, ...] = ()
+    if sample.operation is not None:
+        since_s = None
+    else:
+        if since_s is None or (state.samples and state.samples[-1].units != sample.units):
+            since_s = now_s
+        else:
+            from_s = now_s - policy.reactive.down_window_s
+            kept = tuple(old for old in state.samples if old.at_s > from_s)
+        kept = (*kept, sample)
+        if len(kept) > SAMPLES_MAX:
+            kept = kept[-SAMPLES_MAX:]
+            since_s = kept[0].at_s
+    update: dict[str, Any] = {"samples": kept, "since_s": since_s, "seen_s": now_s}
+    if policy.predictive is not None:
+        update |= _foresee(policy.predictive, state, sample)
+    return state.model_copy(update=update)
+
+
+def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> dict[str, Any]:
+    """The series with the sample's load, and the forecast, renewed when a step is over."""
+    series: LoadSeries = state.series
+    if sample.load is not None:
+        series = series.after(
+            sample.at_s,
+            sample.load,
+            step_s=predictive.step_s,
+            steps_max=predictive.history_steps,
+        )
+    step = int(sample.at_s // predictive.step_s)
+    outlook = state.outlook
+    if sample.load is not None and series.closed and (outlook is None or outlook.step != step):
+        forecast = best_forecast(
+            series.closed,
+            # The step that is open is to be forecast, too.
+            horizon=predictive.horizon_steps + 1,
+            season=predictive.season_steps,
+            names=predictive.forecasters,
+            quantile=predictive.quantile,
+        )
+        outlook = Outlook(
+            step=step,
+            forecaster=forecast.forecaster,
+            peak=forecast.peak,
+            margin=forecast.margin,
+            errors=forecast.errors,
+        )
+    elif not series.closed or (outlook and step - outlook.step > predictive.horizon_steps):
+        outlook = None  # the series began anew, or ended: its forecast says nothing any more
+    return {"series": series, "outlook": outlook}
+
+
+def _signals(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> _Signals:
+    reactive, now_s = policy.reactive, sample.at_s
+    recent = [old for old in state.samples if old.at_s > now_s - reactive.window_s]
+    now: dict[str, float] = {}
+    if len(recent) >= reactive.samples_min:
+        ratios = [old.ratios(policy) for old in recent]
+        for name in ratios[0]:
+            known = [value for row in ratios if (value := row[name]) is not None]
+            if len(known) >= reactive.samples_min:
+                now[name] = median(known)
+    rows = [old.ratios(policy) for old in state.samples]
+    highest: dict[str, float | None] = {}
+    for name in rows[0] if rows else ():
+        highest[name] = _largest([row[name] for row in rows])
+    need = None
+    if policy.predictive is not None and state.outlook is not None:
+        wanted = state.outlook.peak + state.outlook.margin
+        need = max(policy.bounds.min_units, ceil(wanted / policy.predictive.load_per_unit))
+    return _Signals(
+        now=now,
+        highest=highest,
+        is_covered=state.since_s is not None and now_s - state.since_s >= reactive.down_window_s,
+        need=need,
+    )
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _judge(
+    policy: AutoscalePolicy, state: AutoscaleState, sample: Sample, signals: _Signals
+) -> tuple[Verdict, int, str]:
+    """Verdict, absolute number of units, reason."""
+    units, bounds = sample.units, policy.bounds
+    if sample.operation is not None:
+        return "wait", units, f"operation {sample.operation} runs"
+    if _should_rebalance(policy, state, sample, signals):
+        ratio = signals.now["imbalance"]
+        return "rebalance", units, f"imbalance at {ratio:.2f} of its target: rebalance first"
+    wanted, why = _wanted(policy, state, sample, signals)
+    target = min(wanted, max(units, bounds.min_units) + bounds.step_up_max, policy.units_max)
+    if target > units:
+        left_s = _cooldown_left(policy.cooldowns.up_s, sample.at_s, state.up_s, state.down_s)
+        if left_s > 0:
+            return "wait", units, f"{why}; cooldown, {left_s:.0f} s to go"
+        return "scale", target, why
+    if wanted > units == policy.units_max:
+        return "keep", units, f"{why}; but {policy.units_max} units are the most allowed"
+    target, why = _fewer(policy, sample, signals)
+    if target < units:
+        left_s = _cooldown_left(policy.cooldowns.down_s, sample.at_s, state.up_s, state.down_s)
+        if left_s > 0:
+            return "wait", units, f"{why}; cooldown, {left_s:.0f} s to go"
+        return "scale", target, why
+    return "keep", units, why
+
+
+def _cooldown_left(cooldown_s: float, now_s: float, *last_s: float | None) -> float:
+    done = [at_s for at_s in last_s if at_s is not None]
+    return cooldown_s - (now_s - max(done)) if done else 0.0
+
+
+def _should_rebalance(
+    policy: AutoscalePolicy, state: AutoscaleState, sample: Sample, signals: _Signals
+) -> bool:
+    """An imbalance over its target that has not lately been rebalanced; one shard has none."""
+    if sample.units < 2 or signals.now.get("imbalance", 0.0) <= 1:
+        return False
+    last_s = state.rebalance_s
+    return last_s is None or sample.at_s - last_s >= policy.cooldowns.rebalance_again_s
+
+
+def _wanted(
+    policy: AutoscalePolicy, state: AutoscaleState, sample: Sample, signals: _Signals
+) -> tuple[int, str]:
+    """Units that the worst of the targets or the forecast asks for, and why; no bound but one."""
+    units, bounds = sample.units, policy.bounds
+    wanted, why = units, "within all targets"
+    if units < bounds.min_units:
+        wanted, why = bounds.min_units, f"{units} units, at least {bounds.min_units} are wanted"
+    ratios = {name: ratio for name, ratio in signals.now.items() if name != "imbalance"}
+    if ratios:
+        worst = max(ratios, key=lambda name: ratios[name])
+        asked = max(units + 1, ceil(units * ratios[worst]))
+        if ratios[worst] > 1 and asked > wanted:
+            wanted, why = asked, f"{worst} at {ratios[worst]:.2f} of its target"
+    if signals.now.get("imbalance", 0.0) > 1 and units >= 2 and wanted <= units:
+        assert state.rebalance_s is not None, "an imbalance that was never rebalanced adds no shard"
+        since_s = sample.at_s - state.rebalance_s
+        if since_s >= policy.cooldowns.rebalance_s:
+            wanted = units + 1
+            why = (
+                f"imbalance at {signals.now['imbalance']:.2f} of its target,"
+                f" though a rebalance was decided {since_s:.0f} s ago"
+            )
+    if signals.need is not None and signals.need > wanted and state.outlook is not None:
+        wanted = signals.need
+        why = (
+            f"{state.outlook.forecaster} forecasts {state.outlook.peak:.4g}"
+            f" + {state.outlook.margin:.4g} of load: {wanted} units"
+        )
+    return wanted, why
+
+
+def _fewer(policy: AutoscalePolicy, sample: Sample, signals: _Signals) -> tuple[int, str]:
+    """The fewest units that one step may leave, and why not fewer."""
+    units, reactive, bounds = sample.units, policy.reactive, policy.bounds
+    if units > policy.units_max:  # lowered since, or the budget was: holds whatever is asked for
+        target = max(policy.units_max, units - bounds.step_down_max)
+        return target, f"{units} units, at most {policy.units_max} are allowed"
+    if signals.now.get("imbalance", 0.0) > 1:
+        return units, f"imbalance at {signals.now['imbalance']:.2f} of its target: a rebalance acts"
+    if units <= bounds.min_units:
+        return units, "within all targets"
+    if not signals.is_covered:
+        return units, f"within all targets; not yet {reactive.down_window_s:g} s of samples"
+    if policy.predictive is not None and signals.need is None:
+        return units, "within all targets; no forecast: the load is not measured"
+    highest = {name: value for name, value in signals.highest.items() if name != "imbalance"}
+    unknown = [name for name, value in highest.items() if value is None]
+    if unknown:
+        return units, f"within all targets; not always measured: {', '.join(unknown)}"
+    known = {name: value for name, value in highest.items() if value is not None}
+    busy = [name for name, value in known.items() if value >= reactive.down_below]
+    if busy:
+        return units, f"within all targets, {', '.join(busy)} in use"
+    target = max(bounds.min_units, units - bounds.step_down_max, signals.need or 0)
+    shared = max([known[name] for name in SHARED if name in known], default=0.0)
+    while target < units and shared * units / target > ROOM:
+        target += 1
+    if target >= units:
+        return units, f"within all targets; {units} units are needed"
+    top = max(known.values(), default=0.0)
+    return target, f"no target above {top:.2f} for {reactive.down_window_s:g} s"
+
+
+def _inputs(
+    policy: AutoscalePolicy,
+    state: AutoscaleState,
+    sample: Sample,
+    signals: _Signals,
+    target: int,
+) -> dict[str, Any]:
+    """What the decision was made from, besides the sample itself."""
+    inputs: dict[str, Any] = {
+        "ratio_median": signals.now,
+        "ratio_max": signals.highest,
+        "samples": len(state.samples),
+    }
+    if state.outlook is not None:
+        inputs["forecast"] = {**state.outlook.model_dump(), "units": signals.need}
+    if policy.cost is not None:
+        inputs["cost_per_hour"] = [policy.cost.per_hour(n) for n in (sample.units, target)]
+    return inputs

@@ -1,0 +1,149 @@
+"""Decisions as JSON lines, and their replay.
+
+A log begins with a line of kind `autoscale_start` (the policy and the state that it starts with)
+and has a line of kind `autoscale_decision` (the sample and what was decided from it) for every
+sample. A rotated log begins with such a start of its own, so each file replays alone. Lines of
+other kinds and keys besides `kind`, such as a time stamp, are left alone.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from remora.autoscale.autoscale_policy import AutoscalePolicy
+from remora.autoscale.autoscale_sample import AutoscaleState, Sample
+from remora.autoscale.autoscaler import Decision, decide
+from remora.comm.checked import Section, parse_section
+from remora.comm.errors import ConfigError
+
+START: Final = "autoscale_start"
+DECISION: Final = "autoscale_decision"
+LINE_BYTES_MAX: Final = 16 << 20
+DIFFERENCES_MAX: Final = 1000  # that a report lists; all are counted
+COMPARED: Final = ("verdict", "effect", "units", "target_units")  # not the wording of reasons
+
+
+class _Start(Section):
+    policy: AutoscalePolicy
+    state: AutoscaleState
+
+
+class _Line(Section):
+    sample: Sample
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A decision that is another one now. `field`: the first of `COMPARED` that differs."""
+
+    line: int  # of the log, from 1
+    at_s: float
+    field: str
+    logged: Decision
+    replayed: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a log came to."""
+
+    decisions: int
+    num_differences: int
+    differences: tuple[Difference, ...]  # the first `DIFFERENCES_MAX`
+
+
+def start_line(policy: AutoscalePolicy, state: AutoscaleState) -> str:
+    """The first line of a log, without its newline."""
+    fields = {"policy": policy.model_dump(mode="json"), "state": state.model_dump(mode="json")}
+    return json.dumps({"kind": START, **fields}, allow_nan=False)
+
+
+def decision_line(sample: Sample, decision: Decision) -> str:
+    """A decision with its inputs, without its newline."""
+    fields = {
+        "sample": sample.model_dump(mode="json"),
+        "decision": decision.model_dump(mode="json"),
+    }
+    return json.dumps({"kind": DECISION, **fields}, allow_nan=False)
+
+
+def replay(
+    lines: Iterable[str], *, source: str = "log", policy: AutoscalePolicy | None = None
+) -> Replay:
+    """Decides again from the samples of a log and compares.
+
+    Args:
+        lines: of a log.
+        source: its name in errors.
+        policy: instead of the one in the log, and from an empty state. The samples stay those that
+            came of the logged decisions: it shows where another policy would first have done
+            something else, not what would have come of it.
+
+    Raises:
+        ConfigError: a line that is cut off or no such line, a decision before a start, or no
+            decision at all.
+    """
+    state: AutoscaleState | None = None
+    decider: AutoscalePolicy | None = None
+    decisions, num_differences = 0, 0
+    differences: list[Difference] = []
+    for number, text in enumerate(lines, 1):
+        where = f"{source}:{number}"
+        kind, fields = _fields(text, where)
+        if kind == START:
+            start = parse_section(fields, _Start, source=where)
+            if policy is None:
+                decider, state = start.policy, start.state
+            elif state is None:  # windows and series of the log are in steps of its own policy
+                decider, state = policy, AutoscaleState()
+        elif kind == DECISION:
+            if state is None or decider is None:
+                raise ConfigError(f"{where}: a decision before a line of kind {START}")
+            line = parse_section(fields, _Line, source=where)
+            replayed, state = decide(decider, state, line.sample)
+            decisions += 1
+            field = _first_difference(line.decision, replayed)
+            if field is not None:
+                num_differences += 1
+                if len(differences) < DIFFERENCES_MAX:
+                    differences.append(
+                        Difference(
+                            line=number,
+                            at_s=line.sample.at_s,
+                            field=field,
+                            logged=line.decision,
+                            replayed=replayed,
+                        )
+                    )
+    if not decisions:
+        raise ConfigError(f"{source}: no line of kind {DECISION}: nothing to replay")
+    return Replay(
+        decisions=decisions, num_differences=num_differences, differences=tuple(differences)
+    )
+
+
+def _fields(text: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Kind of a line, and what we put into it; nothing of lines of other kinds."""
+    if len(text) > LINE_BYTES_MAX:
+        raise ConfigError(f"{where}: {len(text)} bytes; a line has at most {LINE_BYTES_MAX}")
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not a whole JSON line: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: an object is needed, got {type(data).__name__}")
+    kind = str(data.get("kind"))
+    names = {START: ("policy", "state"), DECISION: ("sample", "decision")}.get(kind, ())
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ConfigError(f"{where}: a line of kind {kind} needs {', '.join(missing)}")
+    return kind, {name: data[name] for name in names}
+
+
+def _first_difference(logged: Decision, replayed: Decision) -> str | None:
+    for name in COMPARED:
+        if getattr(logged, name) != getattr(replayed, name):
+            return name
+    return None

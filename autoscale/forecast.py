@@ -1,0 +1,153 @@
+"""Forecasts of offered load, the forecaster chosen by back-test, with seasonal naive as the floor.
+
+    forecast = best_forecast(series, horizon=4, season=2880, names=("seasonal_naive", "holt"))
+    forecast.peak + forecast.margin      # what to have capacity for
+
+A back-test stands at several earlier moments of the series (rolling origin), forecasts from what
+was known then, and is compared with what came. Another forecaster takes the place of seasonal
+naive only where its mean absolute error is smaller, that is where its scaled error (MASE, Hyndman
+and Koehler 2006, doi:10.1016/j.ijforecast.2006.03.001) is below 1. Plain floats and fixed orders:
+the same series gives the same forecast on any machine.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, fsum
+from typing import Final, Literal
+
+ForecasterName = Literal["seasonal_naive", "moving_average", "holt"]
+
+ORIGINS_MAX: Final = 12  # moments that a back-test stands at
+FIT_STEPS_MAX: Final = 120  # latest steps that Holt's method and the moving average look at
+MEAN_STEPS: Final = 8
+DAMPING: Final = 0.9  # of Holt's trend (Gardner and McKenzie 1985)
+ALPHAS: Final = (0.2, 0.5, 0.8)  # smoothing of the level
+BETAS: Final = (0.05, 0.2, 0.5)  # of the trend
+
+Forecaster = Callable[[Sequence[float], int, int], list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the load is expected to be.
+
+    Attributes:
+        forecaster: which one was taken.
+        values: one a step ahead, each >= 0, in the unit of the series.
+        margin: the quantile asked for of (came - forecast) in the back-test of the one taken, >= 0.
+        errors: mean absolute error of each in the back-test; none where the series is too short.
+    """
+
+    forecaster: ForecasterName
+    values: tuple[float, ...]
+    margin: float
+    errors: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """The largest value over the horizon."""
+        return max(self.values)
+
+
+def seasonal_naive(series: Sequence[float], horizon: int, season: int) -> list[float]:
+    """What was a season ago; the last value again while there is no whole season yet."""
+    if len(series) < season:
+        return [series[-1]] * horizon
+    return [series[len(series) - season + step % season] for step in range(horizon)]
+
+
+def moving_average(series: Sequence[float], horizon: int, season: int) -> list[float]:
+    """The mean of the last `MEAN_STEPS` values."""
+    last = series[-MEAN_STEPS:]
+    return [fsum(last) / len(last)] * horizon
+
+
+def holt(series: Sequence[float], horizon: int, season: int) -> list[float]:
+    """Holt's linear method with a damped trend, smoothed as fits its own last steps best."""
+    recent = series[-FIT_STEPS_MAX:]
+    if len(recent) < 2:
+        return [recent[-1]] * horizon
+    fits = [_smoothed(recent, alpha, beta) for alpha in ALPHAS for beta in BETAS]
+    _, level, trend = min(fits, key=lambda fit: fit[0])  # the first of equals
+    values, damped = [], 0.0
+    for step in range(1, horizon + 1):
+        damped += DAMPING**step
+        values.append(max(0.0, level + damped * trend))
+    return values
+
+
+def _smoothed(series: Sequence[float], alpha: float, beta: float) -> tuple[float, float, float]:
+    """Squared one-step error, last level, last trend."""
+    level, trend, error = series[0], series[1] - series[0], 0.0
+    for value in series[1:]:
+        expected = level + DAMPING * trend
+        error += (value - expected) ** 2
+        before, level = level, alpha * value + (1 - alpha) * expected
+        trend = beta * (level - before) + (1 - beta) * DAMPING * trend
+    return error, level, trend
+
+
+FORECASTERS: Final[dict[ForecasterName, Forecaster]] = {
+    "seasonal_naive": seasonal_naive,
+    "moving_average": moving_average,
+    "holt": holt,
+}
+
+
+def backtest(
+    forecaster: Forecaster, series: Sequence[float], *, horizon: int, season: int
+) -> list[float]:
+    """Errors (came - forecast) of all steps ahead, at up to `ORIGINS_MAX` latest moments.
+
+    Moments are a horizon apart, so that no step is judged twice, and have two steps before them.
+    """
+    origins = range(len(series) - horizon, 1, -horizon)[:ORIGINS_MAX]
+    errors = []
+    for origin in origins:
+        expected = forecaster(series[:origin], horizon, season)
+        came = series[origin : origin + horizon]
+        errors += [value - guess for value, guess in zip(came, expected, strict=True)]
+    return errors
+
+
+def best_forecast(
+    series: Sequence[float],
+    *,
+    horizon: int,
+    season: int,
+    names: Sequence[ForecasterName],
+    quantile: float = 0.9,
+) -> Forecast:
+    """The forecast of the forecaster with the smallest error in the back-test.
+
+    Args:
+        series: load a step, oldest first; at least one value.
+        horizon: steps ahead.
+        season: steps of a season.
+        names: those to choose among; seasonal naive is always one of them.
+        quantile: of the back-test's errors, for the margin; 0.5 to 1.
+    """
+    assert len(series) >= 1, f"series of {len(series)} steps: a forecast needs one"
+    best: ForecasterName = "seasonal_naive"
+    found = {best: backtest(seasonal_naive, series, horizon=horizon, season=season)}
+    for name in names:
+        if name not in found:
+            found[name] = backtest(FORECASTERS[name], series, horizon=horizon, season=season)
+    errors: dict[str, float] = {}
+    if found[best]:
+        errors = {name: fsum(map(abs, off)) / len(off) for name, off in found.items()}
+        best = min(found, key=lambda name: errors[name])  # the floor comes first: it wins ties
+    values = FORECASTERS[best](series, horizon, season)
+    return Forecast(
+        forecaster=best,
+        values=tuple(values),
+        margin=_quantile(found[best], quantile),
+        errors=errors,
+    )
+
+
+def _quantile(errors: Sequence[float], quantile: float) -> float:
+    """The smallest error that `quantile` of them do not exceed, at least 0; 0 of none."""
+    if not errors:
+        return 0.0
+    return max(0.0, sorted(errors)[ceil(quantile * len(errors)) - 1])

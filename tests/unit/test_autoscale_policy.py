@@ -1,0 +1,176 @@
+"""Policy files: what is refused and how it is said, bounds, and the two commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.autoscaling import BASE, decisions_of, policy_of, sample_of
+
+from remora.autoscale.autoscale_policy import parse_policy, read_policy
+from remora.autoscale.autoscale_sample import AutoscaleState
+from remora.autoscale.decision_lines import decision_line, start_line
+from remora.cluster.cli import main
+from remora.comm.errors import ConfigError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "Autoscale"}, ["kind", "AutoscalePolicy"]),
+        ({"version": 2}, ["version", "1"]),
+        ({"pool": "hosts"}, ["pool", "experts", "dense", "ingress"]),
+        ({"mode": "auto"}, ["mode", "observe", "advise", "act"]),
+        ({"tragets": {}}, ["unknown key 'tragets'", "did you mean targets", "bounds"]),
+        ({"targets": {}}, ["at least one of ttft"]),
+        ({"targets": {"tfft": {"seconds": 1}}}, ["'targets.tfft'", "ttft", "queue_per_unit"]),
+        ({"targets": {"ttft": {"second": 1}}}, ["'targets.ttft.second'", "percentile, seconds"]),
+        ({"targets": {"ttft": {"seconds": 0}}}, ["targets.ttft.seconds", "greater than 0", "0"]),
+        ({"targets": {"ttft": {"percentile": "p98", "seconds": 1}}}, ["percentile", "p99"]),
+        ({"targets": {"kv_use": 1.1}}, ["targets.kv_use", "1.1"]),
+        ({"targets": {"kv_use": float("nan")}}, ["targets.kv_use"]),
+        ({"targets": {"imbalance": 1.5}, "pool": "dense"}, ["only pool experts", "dense"]),
+        ({"bounds": {"min_units": 3, "max_units": 2}}, ["min_units = 3", "max_units = 2"]),
+        ({"bounds": {"min_units": 0, "max_units": 2}}, ["bounds.min_units", "0"]),
+        ({"bounds": {}}, ["bounds.max_units", "required"]),
+        ({"reactive": {"window_s": 60, "down_window_s": 30}}, ["down_window_s = 30", "60"]),
+        ({"reactive": {"down_below": 1}}, ["reactive.down_below", "less than 1"]),
+        ({"cooldowns": {"rebalance_again_s": 1}}, ["rebalance_again_s = 1"]),
+        ({"predictive": {"load_per_unit": 1, "season_s": 1e6}}, ["8192 steps", "step_s larger"]),
+        ({"predictive": {"load_per_unit": 1, "forecasters": ["holt"]}}, ["seasonal_naive"]),
+        ({"predictive": {"load_per_unit": 1, "forecasters": ["arima"]}}, ["moving_average"]),
+        (
+            {"cost": {"host_hour": 3, "budget_per_hour": 2}},
+            ["budget_per_hour pays for 0 units", "min_units = 1"],
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_is_allowed(
+    change: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_policy({**BASE, **change}, source="p.yaml")
+    for word in ("p.yaml", *words):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "per_host", "units"), [(0.3, 1, 3), (0.29, 1, 2), (0.2, 4, 8), (None, 1, 8)]
+)
+def test_the_budget_bounds_the_units(budget: float | None, per_host: int, units: int) -> None:
+    cost = {"host_hour": 0.1, "units_per_host": per_host, "budget_per_hour": budget}
+    policy = policy_of(cost=cost)
+    assert policy.units_max == units
+    assert policy.cost is not None
+    assert policy.cost.per_hour(per_host + 1) == pytest.approx(0.2)
+
+
+def test_a_policy_is_the_same_after_a_round_trip() -> None:
+    policy = read_policy(EXAMPLE)
+    assert parse_policy(json.loads(policy.model_dump_json())) == policy
+    assert policy.units_max == 12, "the example's budget pays for 6 hosts of 2 units"
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    for content, word in (
+        (b"a: [", "not YAML"),
+        (b"- a", "a mapping"),
+        (b"\xff", "cannot read"),
+        (b"#" * (1 << 17), "at most 65536"),
+        (b"", "kind"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=word):
+            read_policy(file)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_policy(tmp_path / "none.yaml")
+
+
+def test_check_says_what_a_policy_comes_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["autoscale", "check", str(EXAMPLE)]) == 0
+    text = capsys.readouterr().out
+    assert "pool experts, mode advise" in text and "2 to 12" in text and "ttft p99 <= 2 s" in text
+    assert main(["autoscale", "check", str(EXAMPLE), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["units_max"] == 12
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({**BASE, "windows": 3}))
+    assert main(["autoscale", "check", str(bad)]) == 2
+    assert "unknown key 'windows'" in capsys.readouterr().err
+
+
+def _log(path: Path) -> list[str]:
+    """A log in which a pool of 2 is asked too much and then nothing."""
+    policy = policy_of()
+    samples = [sample_of(10.0 * n, waiting=50) for n in range(6)]
+    samples += [sample_of(60 + 10.0 * n, units=5) for n in range(30)]
+    made, _ = decisions_of(policy, samples)
+    lines = [start_line(policy, AutoscaleState())]
+    lines += [decision_line(*pair) for pair in zip(samples, made, strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def test_replay_agrees_with_an_honest_log(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    _log(log)
+    assert main(["autoscale", "replay", str(log)]) == 0
+    assert "36 decisions, 0 differ" in capsys.readouterr().out
+
+
+def test_replay_finds_a_decision_that_is_another_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    lines = _log(log)
+    changed = json.loads(lines[3])
+    assert changed["decision"]["verdict"] == "scale", "the third sample fills the window"
+    changed["decision"]["target_units"] += 1
+    log.write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]))
+    assert main(["autoscale", "replay", str(log), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["decisions"], report["num_differences"]) == (36, 1)
+    (difference,) = report["differences"]
+    assert (difference["line"], difference["field"]) == (4, "target_units")
+    assert main(["autoscale", "replay", str(log)]) == 1
+    assert "line 4" in capsys.readouterr().out
+
+
+def test_replay_by_another_policy_shows_where_it_parts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log, other = tmp_path / "decisions.jsonl", tmp_path / "other.yaml"
+    _log(log)
+    other.write_text(yaml.safe_dump({**BASE, "targets": {"queue_per_unit": 1000}}))
+    assert main(["autoscale", "replay", str(log), "--policy", str(other), "--json"]) == 1
+    first = json.loads(capsys.readouterr().out)["differences"][0]
+    assert first["logged"]["verdict"] == "scale" and first["replayed"]["verdict"] == "keep"
+    other.write_text(yaml.safe_dump(BASE))
+    assert main(["autoscale", "replay", str(log), "--policy", str(other)]) == 0
+
+
+def test_damaged_logs_are_refused_by_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    lines = _log(log)
+    for content, word in (
+        ("", "nothing to replay"),
+        ("\n".join(lines[1:]), ":1: a decision before"),
+        (f"{lines[0]}\n{lines[1][:40]}", ":2: not a whole JSON line"),
+        (f"{lines[0]}\n[]", ":2: an object"),
+        (f'{lines[0]}\n{{"kind": "autoscale_decision"}}', ":2: a line of kind"),
+        (f"{lines[0]}\n{lines[1].replace('waiting', 'waited')}", "unknown key 'sample.waited'"),
+    ):
+        log.write_text(content)
+        assert main(["autoscale", "replay", str(log)]) == 2
+        assert word in capsys.readouterr().err
+    assert main(["autoscale", "replay", str(tmp_path / "none")]) == 2
+    assert "cannot read the log" in capsys.readouterr().err
