@@ -94,8 +94,7 @@ class Coordinator:
         try:
             self._adopt()
         except RemoraError as failure:
-            logger.exception("deployment %s cannot be adopted", self._config.name)
-            self._over("failed", failure)
+            self._failure = failure  # told by `deploy`
 
     # ---- what ingresses and operators read ----
 
@@ -214,6 +213,7 @@ class Coordinator:
                     assert self._view is not None
                     return self._view
                 if self._failure is not None:
+                    self._phase = "failed" if self._phase == "new" else self._phase
                     raise self._failure
                 self._phase = "starting"
             try:

@@ -27,7 +27,7 @@ from remora.cluster.bootstrap import (
     neutral_runtime_env,
     stop_cluster,
 )
-from remora.cluster.config import RemoraConfig, parse_config
+from remora.cluster.config import ElasticConfig, RemoraConfig, parse_config
 from remora.cluster.placement_file import write_placement
 from remora.comm.aio import connect_async
 from remora.comm.errors import ClusterError, ConfigError, UnsupportedModelError, WeightsError
@@ -284,6 +284,17 @@ def test_an_address_that_cannot_be_bound_is_told_with_the_actor(
     with pytest.raises(ClusterError, match=r"(shard|dense)-\d failed: OSError.*assign requested"):
         ensure_cluster(asked)
     assert alive_actors("unbound") == []
+
+
+def test_a_log_that_cannot_be_written_is_told_and_leaves_nothing(
+    raylets: Cluster, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    asked = config(model, "unlogged")
+    asked = asked.model_copy(update={"elastic": ElasticConfig(log_dir=tmp_path / "file")})
+    with pytest.raises(ClusterError, match=r"coordinator\.wal: Not a directory"):
+        ensure_cluster(asked)
+    assert find_cluster("unlogged") is None and alive_actors("unlogged") == []
 
 
 def test_more_shards_than_experts_are_refused(raylets: Cluster, model: Path) -> None:

@@ -1,0 +1,88 @@
+"""What the command line makes of operations, and what it prints of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.programs import benchmarks_on_path
+from support.programs import program as module
+
+from remora.cluster.cli import main
+from remora.cluster.cli import parser as cli_parser
+from remora.cluster.manage_command import status_text
+from remora.cluster.operation import (
+    DrainShards,
+    Operation,
+    PlaceAs,
+    Restore,
+    ScaleTo,
+    Target,
+)
+from remora.cluster.operation_command import operation_text, target_of
+from remora.cluster.placement_file import write_placement
+from remora.comm.errors import ConfigError
+from remora.comm.view import contiguous_placement
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "name"),
+    [
+        (["scale", "--shards", "3"], ScaleTo(3), None),
+        (["scale", "demo", "--shards", "2", "--retire", "shard-0", "shard-3"],
+         ScaleTo(2, ("shard-0", "shard-3")), "demo"),
+        (["drain", "shard-1", "--deployment", "demo"], DrainShards(("shard-1",)), "demo"),
+    ],
+)  # fmt: skip
+def test_command_lines(arguments: list[str], target: Target, name: str | None) -> None:
+    options = cli_parser().parse_args([*arguments, "--operation-id", "one"])
+    assert (target_of(options), options.name) == (target, name)
+    assert options.operation_id == "one"
+
+
+def test_a_placement_file_is_a_target(tmp_path: Path) -> None:
+    placement = contiguous_placement(num_experts=4, moe_layers=(1,), shard_uids=("shard-0",))
+    write_placement(tmp_path / "p.yaml", placement)
+    options = cli_parser().parse_args(["placement", "import", str(tmp_path / "p.yaml")])
+    assert target_of(options) == PlaceAs(placement.slots)
+    options = cli_parser().parse_args(["placement", "import", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        target_of(options)
+
+
+def test_without_a_deployment_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "no-such-one", "--shards", "2"]) == 3
+    assert "no-such-one" in capsys.readouterr().err
+
+
+def test_operations_for_people() -> None:
+    operation = Operation(
+        operation_id="up", target=ScaleTo(3), step="copy", round=1, num_rounds=3, begun_s=1.0
+    )
+    assert operation_text(operation.public()) == "up: scale running, step copy, round 2 of 3"
+    operation.outcome, operation.ended_s, operation.moved = "done", 2.5, 12
+    operation.safe_to_delete, operation.reason = ("shard-0",), "dense-1 fenced"
+    assert operation_text(operation.public()) == (
+        "up: scale done in 2.5 s, 12 experts loaded, safe to delete: shard-0 (dense-1 fenced)"
+    )
+    public: dict[str, Any] = operation.public()
+    assert public["kind"] == "scale" and public["safe_to_delete"] == ["shard-0"]
+    restore = Operation(operation_id="r", target=Restore(("shard-1",)))
+    status = {
+        "name": "demo", "phase": "serving", "model": "m", "numerics": "exact", "epoch": 2,
+        "members": {},
+        "operations": {
+            "running": restore.public(), "last": [public], "fenced": ["dense-1"], "lost": [],
+        },
+    }  # fmt: skip
+    text = status_text(status)
+    assert "operation r: restore running, step plan" in text and "fenced: dense-1" in text
+    assert "lost" not in text
+
+
+def test_windows_of_the_benchmark() -> None:
+    with benchmarks_on_path():
+        window = module("elastic").window
+    tokens = [(0.5, 1, None), (1.0, 1, 0.5), (1.5, 2, 0.5), (2.2, 1, 0.7), (9.0, 1, 6.8)]
+    found = window(tokens, 1.0, 2.0)
+    assert found.tokens_per_s == 3.0
+    assert found.gap_max_ms == pytest.approx(700.0), "a gap may end shortly after"
