@@ -1,0 +1,172 @@
+"""A pool of units under a trace of requests, and the cheapest plan that a clairvoyant would make.
+
+The pool is one first-in-first-out queue with a server of `units * rate` work a second; the work of
+a request is output tokens + prompt tokens / `PROMPT_PER_OUTPUT`. Its time to first token is taken
+to be its wait for what came before it. Within an interval of `STEP_S` the number of units is
+constant, so the wait has a closed form (Lindley's recursion), vectorised here; a wait that reaches
+into the next interval is counted at the rate of its own. Batching, prefix caches, memory, prefill
+and the drain of leaving units are not modelled.
+
+Shapes: R requests of one interval.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+STEP_S = 10.0
+TTFT_S = 2.0  # the objective
+PROMPT_PER_OUTPUT = 10.0  # prompt tokens that cost as much as one output token; assumed
+UNITS_MAX = 80
+FRONTIER_MAX = 16  # plans that the clairvoyant goes on with from an interval to the next
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What arrives in one interval. offset_R: seconds from its begin, in order; work_R."""
+
+    offset_R: Floats
+    work_R: Floats
+
+    def served(self, backlog: float, rate: float) -> tuple[Floats, float]:
+        """wait_R in seconds, and the work left at the end, with `rate` work a second."""
+        before_R = np.concatenate([[0.0], np.cumsum(self.work_R)])  # one more: the end
+        drift_R = before_R - rate * np.append(self.offset_R, STEP_S)
+        # Idle since any earlier arrival: an end has no arrival of its own to start from.
+        lows_R = np.maximum.accumulate(-drift_R)
+        workload_R = drift_R + np.maximum(backlog, lows_R)
+        return workload_R[:-1] / rate, float(workload_R[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a trace."""
+
+    attainment: float  # share of requests that waited at most `TTFT_S`
+    unit_hours: float
+
+
+def read_trace(path: Path) -> list[Interval]:
+    """Intervals of one of the files of ../shared/data/requests."""
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [(r["timestamp"] / 1e3, r["input_length"], r["output_length"]) for r in rows]
+    else:
+        found = []
+        for row in csv.DictReader(path.read_text().splitlines()):
+            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+            found.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
+    table = np.array(sorted(found), dtype=np.float64)
+    at_R, work_R = table[:, 0] - table[0, 0], table[:, 2] + table[:, 1] / PROMPT_PER_OUTPUT
+    step_R = (at_R // STEP_S).astype(int)
+    return [
+        Interval(at_R[step_R == step] - step * STEP_S, work_R[step_R == step])
+        for step in range(int(step_R[-1]) + 1)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a policy is told after an interval."""
+
+    at_s: float
+    units: int  # that serve now
+    wait_R: Floats
+    load: float  # work that arrived, a second
+    backlog: float  # work that waits
+    requests_waiting: int
+    is_starting: bool
+
+
+Policy = Callable[[Seen], int]  # absolute number of units from now on
+
+
+def run(
+    intervals: Sequence[Interval], rate: float, policy: Policy, *, units: int, start_s: float
+) -> Outcome:
+    """The trace under a policy. Units are paid from the decision on and serve `start_s` later."""
+    backlog, paid_s, kept, total = 0.0, 0.0, 0, 0
+    ready_s, coming = 0.0, units
+    mean_work = float(np.mean(np.concatenate([i.work_R for i in intervals])))
+    for step, interval in enumerate(intervals):
+        paid_s += max(units, coming) * STEP_S
+        wait_R, backlog = interval.served(backlog, units * rate)
+        kept += int(np.sum(wait_R <= TTFT_S))
+        total += len(wait_R)
+        at_s = (step + 1) * STEP_S
+        if at_s >= ready_s:
+            units = coming
+        seen = Seen(
+            at_s=at_s,
+            units=units,
+            wait_R=wait_R,
+            load=float(interval.work_R.sum()) / STEP_S,
+            backlog=backlog,
+            requests_waiting=round(backlog / mean_work),
+            is_starting=at_s < ready_s,
+        )
+        wanted = policy(seen)
+        if wanted != coming and not seen.is_starting:
+            ready_s = at_s + (start_s if wanted > units else 0.0)
+            coming = wanted
+            units = min(units, coming)  # those that leave do so at once
+    return Outcome(kept / total, paid_s / 3600)
+
+
+def clairvoyant(
+    intervals: Sequence[Interval], rate: float, *, attainment: float, rounds: int
+) -> Outcome:
+    """The fewest unit-hours with at least `attainment`, all arrivals known, units at once.
+
+    A plan is a number of units an interval. Plans are compared by unit-intervals + price x misses
+    and by the backlog they leave (Pareto); the price is bisected, `rounds` times, until the
+    attainment is met. The frontier is cut to its `FRONTIER_MAX` cheapest plans: a plan that can be
+    carried out, close to the least but no proof of it.
+    """
+    total = sum(len(interval.work_R) for interval in intervals)
+    low, high = 0.0, 16.0  # unit-intervals a miss
+    best = _cheapest(intervals, rate, high, total)
+    for _ in range(rounds):
+        price = high / 8 if low == 0.0 else (low * high) ** 0.5
+        found = _cheapest(intervals, rate, price, total)
+        if found.attainment >= attainment:
+            high, best = price, min(best, found, key=lambda one: one.unit_hours)
+        else:
+            low = price
+    return best
+
+
+def _cheapest(intervals: Sequence[Interval], rate: float, price: float, total: int) -> Outcome:
+    """U: numbers of units to choose from."""
+    frontier = [(0.0, 0.0, 0, 0)]  # cost, backlog, unit-intervals, misses
+    for interval in intervals:
+        most = int(interval.work_R.sum() / (rate * STEP_S) * 4) + 8
+        rate_U = rate * np.arange(1, min(UNITS_MAX, most) + 1)
+        before_R = np.concatenate([[0.0], np.cumsum(interval.work_R)])
+        drift_UR = before_R - rate_U[:, None] * np.append(interval.offset_R, STEP_S)
+        lows_UR = np.maximum.accumulate(-drift_UR, axis=1)
+        late_UR = TTFT_S * rate_U[:, None] - drift_UR[:, :-1]  # a workload over this is late
+        grown = []
+        for cost, backlog, used, missed in frontier:
+            misses_U = np.sum(np.maximum(backlog, lows_UR[:, :-1]) > late_UR, axis=1).tolist()
+            left_U = (drift_UR[:, -1] + np.maximum(backlog, lows_UR[:, -1])).tolist()
+            for units, (late, left) in enumerate(zip(misses_U, left_U, strict=True), 1):
+                grown.append((cost + units + price * late, left, used + units, missed + late))
+        grown.sort()
+        frontier, least = [], float("inf")
+        for plan in grown:
+            if plan[1] < least - 1e-9:
+                frontier.append(plan)
+                least = plan[1]
+            if len(frontier) == FRONTIER_MAX:
+                break
+    _, _, used, missed = min(frontier)
+    return Outcome(1 - missed / total, used * STEP_S / 3600)
