@@ -88,6 +88,13 @@ def test_shrinks_only_after_a_whole_quiet_window() -> None:
     assert [n for n, d in enumerate(made) if d.verdict == "scale"] == [18], "120 s after it"
 
 
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.21, "keep"), (1.19, "scale")])
+def test_a_latency_near_its_target_keeps_the_pool(seconds: float, verdict: str) -> None:
+    """0.6 of 2 s is the line; one sample over it counts for the whole window."""
+    samples = [*every(10, 12), sample_of(120, ttft_s={"p99": seconds})]
+    assert last(policy_of(), samples).verdict == verdict
+
+
 def test_does_not_shrink_into_what_would_grow_it_again() -> None:
     tight = last(policy_of(), every(10, 13, kv_use=0.4))  # 0.5 of the target; 1.0 with one unit
     assert tight.verdict == "keep" and "2 units are needed" in tight.reason
@@ -174,6 +181,14 @@ def test_a_season_is_known_the_second_time() -> None:
         if step % 10 == 6:
             target_before.append(decision.inputs.get("forecast", {}).get("units"))
     assert target_before[0] == 1 and target_before[-1] == 4
+
+
+def test_a_long_gap_begins_the_series_anew() -> None:
+    policy = policy_of(predictive=PREDICTIVE)
+    _, short = decisions_of(policy, [*every(20, 5), sample_of(80 + 20 * 20)])
+    assert len(short.series.means) == 25 and short.outlook is not None
+    _, long = decisions_of(policy, [*every(20, 5), sample_of(80 + 20 * 21)])
+    assert len(long.series.means) == 1 and long.outlook is None
 
 
 def test_a_sample_that_is_not_newer_changes_nothing() -> None:
