@@ -35,6 +35,8 @@ test check: export OMP_WAIT_POLICY := PASSIVE
 # `make test` runs every test. CI has just run `make check`, which holds the tests that need no Ray
 # cluster, and passes AFTER_CHECK=1 so that those are not run a second time.
 AFTER_CHECK ?=
+# Processes of `make check`, each with whole files of tests.
+UNIT_WORKERS ?= 2
 PYTEST := $(BIN)/pytest --durations=10
 
 .PHONY: help setup serve test check lint types clean
@@ -51,7 +53,7 @@ test: setup ## every test, real Ray clusters included
 	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
 
 check: lint types setup ## formatting, lint, types, and the tests that need no Ray cluster
-	$(PYTEST) -m "not live" $(ARGS)
+	$(PYTEST) -m "not live" -n $(UNIT_WORKERS) --dist loadfile $(ARGS)
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff format --check .

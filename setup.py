@@ -12,9 +12,11 @@ import os
 import platform
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 KERNELS = os.path.join("kernels", "csrc")
@@ -103,6 +105,22 @@ def kernel_extensions() -> list[Extension]:
     ]
 
 
+class BuildTogether(build_ext):
+    """`build_ext` that compiles several files of an extension at once: one a core, 8 at most."""
+
+    def build_extensions(self) -> None:
+        """Build all extensions."""
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], *args: object, **options: object) -> list[str]:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+                built = pool.map(lambda path: compile_some([path], *args, **options), sources)
+                return [path for paths in built for path in paths]
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
+
+
 class BuildWithMessages(build_py):
     """`build_py` that also compiles `comm/*.proto`."""
 
@@ -158,5 +176,5 @@ def compile_protos(folder: str, target: str) -> None:
 
 setup(
     ext_modules=extensions() if platform.system() == "Linux" else [],
-    cmdclass={"build_py": BuildWithMessages, "protos": Protos},
+    cmdclass={"build_ext": BuildTogether, "build_py": BuildWithMessages, "protos": Protos},
 )
