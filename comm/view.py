@@ -91,8 +91,9 @@ def contiguous_placement(
     """Experts in equal contiguous runs over the shards: the placement before anything is known.
 
     Args:
-        slots: of one shard in one layer. Those that its own run leaves over get replicas, from the
-            run half-way round the shards on: the one that is most likely on another host.
+        slots: of one shard in one layer. Those that its own run leaves over get replicas: of what
+            has fewest, from the run half-way round the shards on, which is the one that is most
+            likely on another host.
 
     Raises:
         ValueError: more shards than experts, or fewer slots than experts.
@@ -108,16 +109,24 @@ def contiguous_placement(
             f" at least {-(-num_experts // num_shards)} slots are needed"
         )
     bounds = [i * num_experts // num_shards for i in range(num_shards + 1)]
-    held = {}
-    for shard, uid in enumerate(shard_uids):
-        own = list(range(bounds[shard], bounds[shard + 1]))
+    held = {
+        uid: list(range(bounds[shard], bounds[shard + 1])) for shard, uid in enumerate(shard_uids)
+    }
+    room = {uid: min(slots or 0, num_experts) - len(own) for uid, own in held.items()}
+    copies = [1] * num_experts
+    for _ in range(sum(max(0, spare) for spare in room.values())):
+        shard = max(
+            range(num_shards), key=lambda i: room[shard_uids[i]]
+        )  # the first of the roomiest
+        own = held[shard_uids[shard]]
         start = bounds[(shard + num_shards // 2) % num_shards]
-        others = [(start + i) % num_experts for i in range(num_experts)]
-        spare = max(0, (slots or 0) - len(own))
-        own += [expert for expert in others if expert not in own][:spare]
-        held[uid] = tuple(own)
+        others = (expert % num_experts for expert in range(start, start + num_experts))
+        chosen = min((e for e in others if e not in own), key=copies.__getitem__)
+        own.append(chosen)
+        copies[chosen] += 1
+        room[shard_uids[shard]] -= 1
     return Placement(
         num_experts=num_experts,
         moe_layers=moe_layers,
-        slots={uid: tuple(experts for _ in moe_layers) for uid, experts in held.items()},
+        slots={uid: tuple(tuple(own) for _ in moe_layers) for uid, own in held.items()},
     )
