@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Final, TypeVar
 
 import torch
@@ -65,7 +66,7 @@ class ShardSlots:
         Raises:
             ClusterError: an expert is not held.
         """
-        return {pair: self.between_calls(lambda pair=pair: self._canary(pair)) for pair in pairs}  # type: ignore[misc]
+        return {pair: self.between_calls(partial(self._canary, pair)) for pair in pairs}
 
     def keep(self, experts: Mapping[int, Sequence[int]]) -> None:
         """Free every slot with another expert than those of `experts` (by decoder layer)."""

@@ -3,6 +3,7 @@
 `OperationSteps` says what each step asks for, `CoordinatorState` what events mean.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -47,7 +48,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     slots_of_joiners: int = 1  # of a layer; at least
 
 
-class CoordinatorCalls:
+class CoordinatorCalls(ABC):
     """Fields and plumbing; see `CoordinatorState`."""
 
     def __init__(
@@ -116,9 +117,9 @@ class CoordinatorCalls:
             self._ask(task)
         self._go_on()
 
+    @abstractmethod
     def _go_on(self) -> None:
         """The next step, once nothing of this one is open."""
-        raise NotImplementedError
 
     def _forget_calls(self) -> None:
         """Answers to what was asked count no more."""
