@@ -136,7 +136,7 @@ class ExpertActor:
             "phase": self._progress.phase,
             "incarnation": launch.incarnation,
             "weights_bytes": shard.nbytes if shard else 0,
-            "experts_per_layer": [len(shard.experts_of(i)) for i in launch.experts_by_layer]
+            "experts_per_layer": [len(shard.state.experts_of(i)) for i in launch.experts_by_layer]
             if shard
             else [],
             "fenced": sorted(self._fenced),
@@ -163,7 +163,7 @@ class ExpertActor:
     def _facts(self, member: Member) -> ShardFacts:
         shard = self._shard
         assert shard is not None, "asked before start returned"
-        room = {layer: shard.room(layer) for layer in shard.spec.moe_layers}
+        room = {layer: shard.state.room(layer) for layer in shard.spec.moe_layers}
         return ShardFacts(member=member, manifest=shard.manifest, room=room)
 
     def _changing(self) -> ShardSlots:
@@ -280,7 +280,7 @@ class ExpertActor:
         shard = self._shard
         assert shard is not None
         started = time.perf_counter()
-        missing = shard.not_mine(call.layer, call.pair_expert_P)
+        missing = shard.state.not_mine(call.layer, call.pair_expert_P.tolist())
         if missing:
             raise NotMineError(missing)
         rows = shard.forward(

@@ -15,16 +15,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from remora.actors.expert_state import ExpertDigest
 from remora.comm.errors import WeightsError
-
-
-class ExpertDigest(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One logical expert: `expert` of decoder layer `layer`."""
-
-    layer: int
-    expert: int
-    digest: str  # 64 hex digits of blake3
-    nbytes: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,8 @@ from remora.actors import model_build
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.expert_gate import find_gate
 from remora.actors.expert_reader import ExpertReader
-from remora.actors.manifest import ExpertDigest, digest_expert
+from remora.actors.expert_state import ExpertState
+from remora.actors.manifest import digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_model import ExpertLayer, ShardExperts
 from remora.actors.weights import Progress, WeightPlan
@@ -61,33 +62,33 @@ def build_shard(
             reader.check(index)
         counter = _Counter(reader, experts_by_layer, progress)
         layers: dict[int, ExpertLayer] = {}
-        digests: dict[tuple[int, int], ExpertDigest] = {}
-        for index in sorted(experts_by_layer):
-            experts = experts_by_layer[index]
-            slots = len(experts) if num_slots is None else num_slots
-            if slots == 0:
-                continue
+        num_slots_of = {
+            index: len(experts) if num_slots is None else num_slots
+            for index, experts in experts_by_layer.items()
+        }
+        state = ExpertState({index: count for index, count in num_slots_of.items() if count})
+        for index in state.layers:
             held = _empty_layer(
                 spec,
                 reader.sites[index],
                 reader.plan,
-                slots,
+                num_slots_of[index],
                 dtype=dtype,
                 exact=exact,
                 is_int8=is_int8,
                 device=device,
             )
             layers[index] = held
-            for slot, expert in enumerate(experts):
+            for slot, expert in enumerate(experts_by_layer[index]):
                 tensors = reader.read(index, expert)
                 held.packed.load_slot(slot, tensors)
                 if is_int8:
                     tensors = held.packed.export_slot(slot)
-                digests[index, expert] = digest_expert(index, expert, tensors)
-                held.slot_of[expert] = slot
+                digest = digest_expert(index, expert, tensors)
+                state.settle(slot, digest, digest.digest)
                 held.slot_of_E[expert] = held.slot_there_E[expert] = slot
                 counter.loaded(index)
-    return ShardExperts(spec, reader, layers, digests, dtype=dtype, exact=exact, is_int8=is_int8)
+    return ShardExperts(spec, reader, layers, state, dtype=dtype, exact=exact, is_int8=is_int8)
 
 
 class _Counter:
@@ -157,7 +158,6 @@ def _empty_layer(
         host=host,
         name=site.name,
         packed=packed,
-        slot_of={},
         slot_of_E=slot_of_E,
         slot_there_E=slot_of_E.to(home_of(device)),
         gate=gate,

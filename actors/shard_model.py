@@ -9,14 +9,15 @@ I without.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from remora.actors.expert_reader import ExpertReader
-from remora.actors.manifest import ExpertDigest, Manifest, digest_expert
+from remora.actors.expert_state import ExpertDigest, ExpertState
+from remora.actors.manifest import Manifest, digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.kernels import native
 from remora.kernels.expert_shard import NativeShard
@@ -38,11 +39,9 @@ class ExpertLayer:
     host: Any  # transformers' experts module, without weights
     name: str  # its full module name
     packed: "PackedExperts | GpuExperts"
-    slot_of: dict[int, int]  # logical expert -> slot
-    slot_of_E: Tensor  # int64 [E]: the same as a table, -1 where the expert is not here
+    slot_of_E: Tensor  # int64 [E]: logical expert -> slot, -1 where the expert is not here
     slot_there_E: Tensor  # the same where the weights are
     gate: Gate | None  # ours that computes what the host's does, if there is one
-    bad_slots: set[int] = field(default_factory=set)
 
 
 class ShardExperts:
@@ -50,7 +49,7 @@ class ShardExperts:
 
     Attributes:
         dtype: served dtype; rows come and go in it.
-        layers: decoder layers of which it holds experts.
+        state: which slot holds what; changed by the methods here alone.
         reader: what it was loaded from, for more.
         is_int8: weights are held in one byte each.
         native: the same for a native caller, of the layers that it can compute; None without C++
@@ -62,7 +61,7 @@ class ShardExperts:
         spec: ModelSpec,
         reader: ExpertReader,
         layers: dict[int, ExpertLayer],
-        digests: dict[tuple[int, int], ExpertDigest],
+        state: ExpertState,
         *,
         dtype: torch.dtype,
         exact: bool,
@@ -73,7 +72,7 @@ class ShardExperts:
         self.dtype = dtype
         self.is_int8 = is_int8
         self._layers = layers
-        self._digests = digests
+        self.state = state
         self._exact = exact
         self.native = NativeShard() if native.native_available() else None
         if self.native is not None:
@@ -85,11 +84,6 @@ class ShardExperts:
                     self.native.add_layer(index, packed, held.gate, held.slot_of_E)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Decoder layers with slots, ascending."""
-        return tuple(sorted(self._layers))
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(layer.packed.weight_nbytes for layer in self._layers.values())
@@ -97,23 +91,7 @@ class ShardExperts:
     @property
     def manifest(self) -> Manifest:
         """Digests of every expert held."""
-        return Manifest.of(torch.int8 if self.is_int8 else self.dtype, dict(self._digests))
-
-    def digest_of(self, layer: int, expert: int) -> str | None:
-        """Digest of an expert that is held; None of any other."""
-        found = self._digests.get((layer, expert))
-        return None if found is None else found.digest
-
-    def experts_of(self, layer: int) -> tuple[int, ...]:
-        """Logical experts held of a decoder layer, in slot order; none of an unknown layer."""
-        held = self._layers.get(layer)
-        return () if held is None else tuple(sorted(held.slot_of, key=held.slot_of.__getitem__))
-
-    def not_mine(self, layer: int, pair_expert_N: Tensor) -> list[int]:
-        """Experts among `pair_expert_N` that this shard does not hold, ascending."""
-        held = self._layers.get(layer)
-        here = set() if held is None else set(held.slot_of)
-        return sorted(set(pair_expert_N.tolist()) - here)
+        return Manifest.of(torch.int8 if self.is_int8 else self.dtype, dict(self.state.digests))
 
     def forward(
         self,
@@ -127,11 +105,11 @@ class ShardExperts:
         """Expert outputs of the routed pairs.
 
         Args:
-            layer: decoder layer, one of `layers`.
+            layer: decoder layer, one of `state.layers`.
             rows_MD: [M, D] in `dtype`.
             pair_row_N: int32 or int64, row of each pair, 0 <= row < M.
-            pair_expert_N: int32 or int64, logical expert of each pair; all held (`not_mine` is
-                empty).
+            pair_expert_N: int32 or int64, logical expert of each pair; all held
+                (`state.not_mine` is empty).
             pair_weight_N: float32 or bfloat16; only `presummed` reads it.
             mode: `ordered`: one row per pair, not weighted, in pair order; `presummed`: one row
                 per row that came, the weighted sum of its pairs (float32 inside).
@@ -142,7 +120,8 @@ class ShardExperts:
         held = self._layers[layer]
         slot_N = held.slot_of_E[pair_expert_N.long()]
         assert slot_N.numel() == 0 or int(slot_N.min()) >= 0, (
-            f"layer {layer}: experts {self.not_mine(layer, pair_expert_N)} are not held"
+            f"layer {layer}: experts {self.state.not_mine(layer, pair_expert_N.tolist())} are not"
+            " held"
         )
         if not isinstance(held.packed, PackedExperts):
             there = held.packed.device
@@ -198,56 +177,39 @@ class ShardExperts:
 
     def export_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """Canonical tensors of one expert, bit for bit as they are held."""
-        held = self._layers[layer]
-        return held.packed.export_slot(held.slot_of[expert])
-
-    def free_slots(self, layer: int) -> list[int]:
-        """Slots of a decoder layer that hold nothing, and are not known to be bad, ascending."""
-        held = self._layers.get(layer)
-        if held is None:
-            return []
-        taken = set(held.slot_of.values()) | held.bad_slots
-        return [slot for slot in range(held.packed.num_slots) if slot not in taken]
-
-    def room(self, layer: int) -> int:
-        """Slots of a decoder layer that may hold something; 0 of an unknown layer."""
-        held = self._layers.get(layer)
-        return 0 if held is None else held.packed.num_slots - len(held.bad_slots)
+        slot = self.state.slot_of(layer, expert)
+        assert slot is not None, f"layer {layer} expert {expert} is not held"
+        return self._layers[layer].packed.export_slot(slot)
 
     def fill_slot(
         self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor]
     ) -> ExpertDigest:
         """Write an expert into a free slot; the digest of what the slot holds now comes back.
 
-        Nobody is served from it before `publish`. Another thread may do this while the shard
+        Nobody is served from it before `settle`. Another thread may do this while the shard
         serves: no call reads a slot that is not published.
 
         Raises:
             ValueError: tensors of the wrong names, shapes or dtype.
         """
-        held = self._layers[layer]
-        taken = {s: e for e, s in held.slot_of.items()}
-        assert slot not in taken, f"layer {layer} slot {slot} holds expert {taken[slot]}"
-        held.packed.load_slot(slot, tensors)
-        return digest_expert(layer, expert, held.packed.export_slot(slot))
+        assert slot in self.state.free_slots(layer), f"layer {layer} slot {slot} is not free"
+        packed = self._layers[layer].packed
+        packed.load_slot(slot, tensors)
+        return digest_expert(layer, expert, packed.export_slot(slot))
 
-    def publish(self, slot: int, digest: ExpertDigest) -> None:
-        """Serve the expert of a slot that has been filled, from the next call on."""
-        held, expert = self._layers[digest.layer], digest.expert
-        held.slot_of[expert] = slot
-        held.slot_of_E[expert] = held.slot_there_E[expert] = slot
-        self._digests[digest.layer, expert] = digest
-
-    def quarantine(self, layer: int, slot: int) -> None:
-        """Never fill this slot again: it does not hold what is written into it."""
-        self._layers[layer].bad_slots.add(slot)
+    def settle(self, slot: int, found: ExpertDigest, wanted: str) -> bool:
+        """As `ExpertState.settle`: an expert is served from the next call on, or a slot is bad."""
+        is_good = self.state.settle(slot, found, wanted)
+        if is_good:
+            held = self._layers[found.layer]
+            held.slot_of_E[found.expert] = held.slot_there_E[found.expert] = slot
+        return is_good
 
     def drop_expert(self, layer: int, expert: int) -> None:
         """Forget an expert; its slot is free."""
         held = self._layers[layer]
-        held.packed.clear_slot(held.slot_of.pop(expert))
+        held.packed.clear_slot(self.state.drop(layer, expert))
         held.slot_of_E[expert] = held.slot_there_E[expert] = -1
-        del self._digests[layer, expert]
 
     def _compute(
         self, held: ExpertLayer, rows_MD: Tensor, pair_row_N: Tensor, sort: RouteSort

@@ -13,8 +13,8 @@ from typing import Final, TypeVar
 
 import torch
 from blake3 import blake3
-from torch import Tensor
 
+from remora.actors.expert_state import SLOTS_TRIED_MAX, Pair, unusable
 from remora.actors.idle_thread import run_idle
 from remora.actors.launch import take_threads
 from remora.actors.manifest import digest_expert
@@ -23,10 +23,8 @@ from remora.comm.errors import ClusterError, DeadlineError, WeightsError
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[int, int]  # decoder layer, logical expert
 T = TypeVar("T")
 
-SLOTS_TRIED_MAX: Final = 2  # for one expert
 BETWEEN_CALLS_S: Final = 60.0  # for the serving thread to come to what it is asked
 CANARY_ROWS: Final = 2
 
@@ -105,7 +103,7 @@ class ShardSlots:
 
     def _load_one(self, pair: Pair, wanted: str) -> str:
         shard, (layer, expert) = self._shard, pair
-        held = shard.digest_of(layer, expert)
+        held = shard.state.digest_of(layer, expert)
         if held is not None:  # asked before, and the answer got lost
             return held
         tensors = shard.reader.read(layer, expert)
@@ -116,33 +114,16 @@ class ShardSlots:
                 " when the deployment started: is it another one?"
             )
         for _ in range(SLOTS_TRIED_MAX):
-            free = shard.free_slots(layer)
-            if not free:
-                raise ClusterError(f"layer {layer}: no slot is free for expert {expert}")
-            found = self._fill(layer, expert, free[0], tensors, wanted)
-            if found == wanted:
-                return found
-        raise WeightsError(
-            f"layer {layer} expert {expert}: {SLOTS_TRIED_MAX} slots in turn held {found} after"
-            f" loading, not {wanted}"
-        )
-
-    def _fill(
-        self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor], wanted: str
-    ) -> str:
-        """Fill one slot, and publish it if it holds what it is to; else nobody uses it again."""
-        shard = self._shard
-        digest = shard.fill_slot(layer, expert, slot, tensors)
-        if digest.digest == wanted:
-            self.between_calls(lambda: shard.publish(slot, digest))
-        else:
+            slot = shard.state.slot_for(layer, expert)
+            digest = shard.fill_slot(layer, expert, slot, tensors)
+            if self.between_calls(partial(shard.settle, slot, digest, wanted)):
+                return wanted
             logger.error("layer %d slot %d does not hold what was to be there", layer, slot)
-            self.between_calls(lambda: shard.quarantine(layer, slot))
-        return digest.digest
+        raise unusable(layer, expert, digest.digest, wanted)
 
     def _canary(self, pair: Pair) -> str:
         shard, (layer, expert) = self._shard, pair
-        if shard.digest_of(layer, expert) is None:
+        if shard.state.digest_of(layer, expert) is None:
             raise ClusterError(f"layer {layer} expert {expert} is not held")
         count = CANARY_ROWS * shard.spec.hidden_size
         # multiples of 1/64 below 2: exact in bfloat16
@@ -154,6 +135,5 @@ class ShardSlots:
         return blake3(out_ND.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def _keep(self, experts: Mapping[int, Sequence[int]]) -> None:
-        for layer in self._shard.layers:
-            for expert in set(self._shard.experts_of(layer)) - set(experts.get(layer, ())):
-                self._shard.drop_expert(layer, expert)
+        for pair in self._shard.state.besides(experts):
+            self._shard.drop_expert(*pair)

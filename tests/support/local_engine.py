@@ -44,7 +44,7 @@ class LocalExperts:
         place_TK = torch.full(index_TK.shape, -1, dtype=torch.int64)
         start = 0
         for shard in self.shards:
-            held = torch.tensor(shard.experts_of(layer), dtype=torch.int64)
+            held = torch.tensor(shard.state.experts_of(layer), dtype=torch.int64)
             mine_TK = torch.isin(index_TK, held)
             mine_TK[num_tokens:] = False
             token_N, k_N = mine_TK.nonzero(as_tuple=True)

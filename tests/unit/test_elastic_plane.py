@@ -148,14 +148,14 @@ def test_a_slot_that_does_not_hold_what_is_written_is_not_used_again(
 
     monkeypatch.setattr(packed, "export_slot", damaged)
     assert first.load_experts([(layer, 4)], known) == {(layer, 4): known[layer, 4]}
-    assert shard._layers[layer].slot_of[4] == 5
-    assert (shard.free_slots(layer), shard.room(layer)) == ([], 5)
+    assert shard.state.slot_of(layer, 4) == 5
+    assert (shard.state.free_slots(layer), shard.state.room(layer)) == ([], 5)
     with pytest.raises(ClusterError, match="no slot is free"):
         first.load_experts([(layer, 5)], known)
     last = cluster.spec.moe_layers[-1]
     with pytest.raises(WeightsError, match="is it another one"):
         first.load_experts([(last, 5)], {(last, 5): "0" * 64})
-    assert shard.free_slots(last) == [4, 5], "the slots are not to blame"
+    assert shard.state.free_slots(last) == [4, 5], "the slots are not to blame"
 
 
 def test_a_fenced_rank_is_cut_off_and_let_in_again(cluster: LocalCluster) -> None:

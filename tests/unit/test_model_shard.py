@@ -77,11 +77,11 @@ def test_a_pair_does_not_know_the_others(
 
 def test_only_what_it_holds(tmp_path: Path) -> None:
     spec, shard = load(make_checkpoint(tmp_path, "qwen3_moe"), experts=[6, 1, 3])
-    assert shard.layers == spec.moe_layers == (0, 2)
-    assert shard.experts_of(0) == (6, 1, 3)
-    assert shard.experts_of(1) == ()
-    assert shard.not_mine(0, torch.tensor([1, 6, 2, 2, 0])) == [0, 2]
-    assert shard.not_mine(1, torch.tensor([1])) == [1]
+    assert shard.state.layers == spec.moe_layers == (0, 2)
+    assert shard.state.experts_of(0) == (6, 1, 3)
+    assert shard.state.experts_of(1) == ()
+    assert shard.state.not_mine(0, [1, 6, 2, 2, 0]) == [0, 2]
+    assert shard.state.not_mine(1, [1]) == [1]
     x = torch.randn((2, spec.hidden_size))
     one = torch.tensor([1])
     with pytest.raises(AssertionError, match=r"layer 0: experts \[2\] are not held"):
@@ -112,21 +112,21 @@ def test_experts_move_between_shards_bit_for_bit(architecture: str, tmp_path: Pa
     tensors = right.export_expert(1, 6)
     held = right.manifest.by_expert()[1, 6]
     assert digest_expert(1, 6, tensors) == held
-    assert left.free_slots(1) == [4, 5]
+    assert left.state.free_slots(1) == [4, 5]
     assert left.fill_slot(1, 6, 5, tensors) == held
-    assert left.not_mine(1, torch.tensor([6])) == [6], "filled, and not published yet"
-    left.publish(5, held)
-    assert left.free_slots(1) == [4]
-    left.quarantine(1, 4)
-    assert (left.free_slots(1), left.room(1)) == ([], 5)
-    assert left.experts_of(1) == (0, 1, 2, 3, 6)
+    assert left.state.not_mine(1, [6]) == [6], "filled, and not published yet"
+    assert left.settle(5, held, held.digest)
+    assert left.state.free_slots(1) == [4]
+    assert not left.settle(4, held, "another digest")
+    assert (left.state.free_slots(1), left.state.room(1)) == ([], 5)
+    assert left.state.experts_of(1) == (0, 1, 2, 3, 6)
     assert left.manifest.by_expert()[1, 6] == held
     moved = left.forward(1, x, row, torch.tensor([6]), torch.ones(1), "ordered")
     assert torch.equal(moved, expected)
-    with pytest.raises(AssertionError, match="slot 5 holds expert 6"):
+    with pytest.raises(AssertionError, match="slot 5 is not free"):
         left.fill_slot(1, 5, 5, right.export_expert(1, 5))
     right.drop_expert(1, 6)
-    assert right.not_mine(1, torch.tensor([6, 7])) == [6]
+    assert right.state.not_mine(1, [6, 7]) == [6]
     assert (1, 6) not in right.manifest.by_expert()
 
 
@@ -141,7 +141,7 @@ def test_int8_experts_are_near_and_move_bit_for_bit(architecture: str, tmp_path:
     held = right.manifest.by_expert()[1, 6]
     assert right.manifest.dtype == "int8"
     assert left.fill_slot(1, 6, 3, tensors) == held
-    left.publish(3, held)
+    assert left.settle(3, held, held.digest)
     assert held.nbytes == spec.expert_nbytes(torch.bfloat16, is_int8=True)
     x, row = torch.randn((9, spec.hidden_size)).bfloat16(), torch.arange(9)
     pairs = row, torch.full((9,), 6), torch.ones(9)

@@ -127,8 +127,8 @@ def test_an_expert_that_is_not_where_the_view_says_fails_the_step(cluster: Local
         tokens(dense, asks(0, 1))
         shard = cluster.shards[1]._shard
         assert shard is not None
-        layer = shard.layers[0]
-        for expert in shard.experts_of(layer):
+        layer = shard.state.layers[0]
+        for expert in shard.state.experts_of(layer):
             shard.drop_expert(layer, expert)
         answer = dense.ask(asks(0, 1))[0]
         assert answer.finish_reason == "error"

@@ -150,10 +150,10 @@ def test_a_shard_holds_what_it_is_told_layer_by_layer(tmp_path: Path) -> None:
     told = {first: (3, 0), **{layer: () for layer in others}}
     common = {"dtype": torch.float32, "exact": True}
     shard = build_shard(path, spec, told, **common)
-    assert shard.experts_of(first) == (3, 0) and shard.layers == (first,)
-    assert shard.not_mine(others[0], torch.tensor([1])) == [1]
+    assert shard.state.experts_of(first) == (3, 0) and shard.state.layers == (first,)
+    assert shard.state.not_mine(others[0], torch.tensor([1])) == [1]
     roomy = build_shard(path, spec, told, num_slots=4, **common)
-    assert roomy.layers == spec.moe_layers and roomy.manifest == shard.manifest
+    assert roomy.state.layers == spec.moe_layers and roomy.manifest == shard.manifest
     assert roomy.nbytes == 2 * len(spec.moe_layers) * shard.nbytes
     rows = torch.randn(5, spec.hidden_size)
     pairs = (torch.arange(5), torch.tensor([0, 3, 3, 0, 0]), torch.ones(5))
