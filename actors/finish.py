@@ -23,13 +23,18 @@ def refusal(submit: Submit, limits: DenseLimits) -> str | None:
             f"prompt of {num_prompt} tokens + max_tokens {max_tokens} "
             f"> max_model_len {limits.max_model_len}"
         )
+    if submit.output_ids and len(submit.output_ids) >= max_tokens:
+        return f"{len(submit.output_ids)} tokens were generated before, max_tokens is {max_tokens}"
+    if submit.output_ids and submit.params.prompt_logprobs is not None:
+        return "prompt_logprobs come with the first token, and this sequence has had that"
     num_blocks = num_blocks_at_most(submit, limits.block_size)
     if num_blocks > limits.num_blocks:
         return (
             f"prompt of {num_prompt} tokens + max_tokens {max_tokens} needs {num_blocks} KV blocks "
             f"of {limits.block_size} tokens; there are {limits.num_blocks}"
         )
-    lowest, highest = min(submit.prompt_ids), max(submit.prompt_ids)
+    known_ids = submit.prompt_ids + submit.output_ids
+    lowest, highest = min(known_ids), max(known_ids)
     if lowest < 0 or highest >= limits.vocab_size:
         wrong = lowest if lowest < 0 else highest
         return f"token id {wrong} is outside the vocabulary: 0 to {limits.vocab_size - 1}"

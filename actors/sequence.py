@@ -34,7 +34,8 @@ class Sequence:
         order: (priority, arrival); who is smaller goes first.
         domain: the client's name for this kind of traffic, for statistics.
         prompt_ids: tokens of the prompt; never changes.
-        output_ids: tokens sampled so far; grows by one for each sampled step.
+        output_ids: tokens sampled so far, here or where it ran before; grows by one for each
+            sampled step.
         token_ids: prompt_ids + output_ids.
         num_computed: leading tokens whose K/V is in the blocks (prefix hits included).
         block_table: block of position p is block_table[p // block_size]. On release it is replaced,
@@ -44,7 +45,7 @@ class Sequence:
         prompt_logprobs: of positions 1.. as far as computed.
         num_cached_tokens: prompt tokens taken from the prefix cache when it first ran.
         num_preemptions: how often it had to give its blocks back.
-        has_emitted: whether an output has been sent.
+        has_emitted: whether an output has been sent, by us or by whom it ran at before.
         eos_ids: the model's end tokens; empty with `ignore_eos`.
         stop_ids: eos_ids and those of the request.
     """
@@ -82,8 +83,8 @@ class Sequence:
         self.order: tuple[int, int] = (submit.priority, arrival)
         self.domain: str | None = submit.domain
         self.prompt_ids: list[int] = submit.prompt_ids
-        self.output_ids: list[int] = []
-        self.token_ids: list[int] = list(submit.prompt_ids)
+        self.output_ids: list[int] = list(submit.output_ids)
+        self.token_ids: list[int] = submit.prompt_ids + submit.output_ids
         self.num_computed: int = 0
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
@@ -91,7 +92,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.num_cached_tokens: int = 0
         self.num_preemptions: int = 0
-        self.has_emitted: bool = False
+        self.has_emitted: bool = bool(submit.output_ids)
         self.phase: Phase = Phase.WAITING
         self.eos_ids: frozenset[int] = frozenset() if submit.params.ignore_eos else eos_token_ids
         self.stop_ids: frozenset[int] = self.eos_ids.union(submit.params.stop_token_ids)

@@ -1,8 +1,8 @@
-"""The emit log of one sequence, and what may be sent of it.
+"""One sequence as its client sees it, and what may be sent of it.
 
-`Choice` holds the prompt, the resolved parameters and the token ids *received* (not the text sent):
-all that a replay on another group needs. It turns step outputs into `Piece`s: text that no stop
-string can take back, log-probabilities, the end.
+`Choice` turns step outputs into `Piece`s: text that no stop string can take back,
+log-probabilities, the end. Which dense group they come from, or whether it was one, makes no
+difference here (`emit_log.py`).
 """
 
 import uuid
@@ -35,7 +35,7 @@ class Piece:
 
 
 class Choice:
-    """Emit log and text state of one sequence."""
+    """Tokens and text state of one sequence."""
 
     __slots__ = (
         "_held_ids",

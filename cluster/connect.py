@@ -40,7 +40,13 @@ async def connected_service(config: RemoraConfig, cluster: ClusterHandle) -> Ser
     if config.router.enabled:
         timeout_s = config.router.route_timeout_s
         router = RouterClient(router_address, token=cluster.token, timeout_s=timeout_s)
-    engine = EngineClient(members, token=cluster.token, self_host=host_label(), router=router)
+    engine = EngineClient(
+        members,
+        token=cluster.token,
+        self_host=host_label(),
+        router=router,
+        hold_s=config.elastic.hold_s,
+    )
     await engine.start()
     model = await asyncio.to_thread(_model_info, config)
     tokenizer = await asyncio.to_thread(Tokenizer, config.model)

@@ -61,6 +61,7 @@ class IngressMetrics:
         stats: dense group uid -> its newest gauges; read at every scrape.
         routed: sequences by who chose their group; the same.
         traffic: dense group uid -> what it told of its links, a second old at most.
+        replays: sequences that went on at another dense group.
 
     Attributes:
         rebalance: gauges of the online loop by name, as the coordinator told them last.
@@ -71,6 +72,7 @@ class IngressMetrics:
         stats: Callable[[], Mapping[str, EngineStats]],
         routed: Callable[[], Mapping[str, int]] = dict,
         traffic: Callable[[], Mapping[str, Traffic]] = dict,
+        replays: Callable[[], int] = int,
     ) -> None:
         self.rebalance: Mapping[str, float] = {}
         self.registry = CollectorRegistry()
@@ -113,6 +115,7 @@ class IngressMetrics:
         reg.register(_EngineCollector(stats))
         reg.register(_RouterCollector(routed, lambda: self.rebalance))
         reg.register(_TrafficCollector(traffic))
+        reg.register(_ReplayCollector(replays))
 
     def render(self) -> bytes:
         """The exposition text."""
@@ -156,6 +159,18 @@ class _RouterCollector(Collector):
         for name, text in _REBALANCE:
             if name in values:
                 yield GaugeMetricFamily(name, text, value=values[name])
+
+
+class _ReplayCollector(Collector):
+    def __init__(self, replays: Callable[[], int]) -> None:
+        self._replays = replays
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(
+            "remora_request_replays",
+            "Sequences that went on at another dense group, or at a new life of theirs",
+            value=self._replays(),
+        )
 
 
 class _TrafficCollector(Collector):

@@ -106,7 +106,9 @@ def make_service(
             engine=engine,
             tokenizer=tokenizer,
             admission=Admission(http.queue_max),
-            metrics=IngressMetrics(engine.stats, engine.routed, engine.traffic),
+            metrics=IngressMetrics(
+                engine.stats, engine.routed, engine.traffic, lambda: engine.num_replays
+            ),
             timeout_s=http.request_timeout_s,
         ),
         keys=Keys(

@@ -46,13 +46,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
-    """Ingress -> dense group: run this sequence. `request_id` is unique for the cluster's life."""
+    """Ingress -> dense group: run this sequence. `request_id` is unique for the cluster's life.
+
+    One whose dense group was lost goes on elsewhere: `output_ids` are the tokens it has had. They
+    count as generated (limits, penalties, the position that keys the RNG) and are not sent again.
+    """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first; equal in order of arrival
     domain: str | None = None  # the client's name for this kind of traffic; statistics alone use it
+    output_ids: list[int] = []  # fewer than max_tokens; then without prompt_logprobs
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

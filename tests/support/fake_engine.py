@@ -17,6 +17,7 @@ from remora.actors.dense_events import (
     Slice,
     SliceResult,
     SourceLost,
+    StatusChanged,
     StepDone,
 )
 from remora.actors.dense_state import DenseState
@@ -63,6 +64,7 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.serving = True
+        self.closed = False
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._go = threading.Event()
         self._go.set()
@@ -83,6 +85,7 @@ class FakeEngine:
 
     def close(self) -> None:
         """Ends both threads and every connection."""
+        self.closed = True
         self._stopping.set()
         self._go.set()
         self._events.put(None)
@@ -96,6 +99,10 @@ class FakeEngine:
     def release(self) -> None:
         """Steps go on."""
         self._go.set()
+
+    def adopt(self, epoch: int) -> None:
+        """Tell of a newer view."""
+        self._events.put(StatusChanged(executor="eager", epoch=epoch))
 
     def member(self) -> Member:
         """How a view names this engine."""

@@ -56,14 +56,16 @@ def make_config(**http: Any) -> RemoraConfig:
 
 
 @asynccontextmanager
-async def running_service(*engines: FakeEngine, **http: Any) -> AsyncIterator[Service]:
-    """A connected service on the running loop."""
+async def running_service(
+    *engines: FakeEngine, hold_s: float = 0.0, **http: Any
+) -> AsyncIterator[Service]:
+    """A connected service on the running loop; `hold_s` as `EngineClient`."""
 
     async def members() -> list[Member]:
         return [engine.member() for engine in engines]
 
     tokenizer = demo_tokenizer()
-    client = EngineClient(members, token=TOKEN, self_host=HOST)
+    client = EngineClient(members, token=TOKEN, self_host=HOST, hold_s=hold_s)
     await client.start()
     info = ModelInfo(
         id=MODEL,
