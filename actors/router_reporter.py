@@ -17,8 +17,9 @@ import remora.comm.router_pb2 as router_pb2
 from remora.actors.launch import Launch
 from remora.actors.load_sharing import NOTHING, LoadSharing
 from remora.actors.router_actor import router_address
+from remora.comm.grpc_base import channel_options, unary_call
 from remora.comm.messages import EngineStats
-from remora.comm.router_grpc import REPORT, channel_options, credentials_of, unary_call
+from remora.comm.router_grpc import REPORT, credentials_of
 
 logger = logging.getLogger(__name__)
 

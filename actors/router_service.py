@@ -13,10 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import grpc
-import grpc.aio
 import numpy as np
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 import remora.comm.router_pb2 as router_pb2
 from remora.actors.router_loads import LoadExchange
@@ -29,19 +26,14 @@ from remora.actors.router_state import (
     ViewAdopted,
 )
 from remora.actors.router_statistics import PlanOutcome, RouterStatistics
-from remora.comm.errors import ClusterError, FrameError, RemoraError
+from remora.comm.errors import ClusterError
+from remora.comm.grpc_server import START_S, GrpcServer, bounded
 from remora.comm.router_grpc import (
-    CALLS_MAX,
     METHODS,
     PROMPT_TOKENS_MAX,
     PROMPTS_MAX,
-    ROUTER,
-    VIEWS,
     WATCHERS_MAX,
-    Method,
-    TokenInterceptor,
-    channel_options,
-    generic_handlers,
+    bearer_of,
     placement_message,
     view_message,
 )
@@ -49,8 +41,6 @@ from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
 
-START_S: Final = 30.0
-CLOSE_S: Final = 2.0  # for calls under way when the server stops
 PAIRS_MAX: Final = 1 << 40  # in one report, to one shard: totals stay far from overflow
 
 
@@ -63,9 +53,6 @@ class RouterServer:
         statistics: what was reported, restored by the caller.
         report_every_s: asked of dense groups.
         clock: monotonic seconds.
-
-    Attributes:
-        address: "ip:port" once `start` returned.
     """
 
     def __init__(
@@ -78,11 +65,7 @@ class RouterServer:
         report_every_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.address = ""
         self.statistics = statistics
-        self._token = token
-        self._bind = f"{bind_ip}:{port}"
-        self._bind_ip = bind_ip
         self._report_every_s = report_every_s
         self._clock = clock
         self._state = RouterState()
@@ -92,14 +75,26 @@ class RouterServer:
         self._admitted: list[tuple[list[Prompt], asyncio.Future[list[Choice | None]]]] = []
         self._routed = {"flows": 0, "sequences": 0, "alone": 0}
         self._homes_epoch = 0  # of the view that `HomesLearned` was last made for
-        self._changed: asyncio.Event | None = None
-        self._stop: asyncio.Event | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready = threading.Event()
-        self._failure: Exception | None = None
+        self._changed = asyncio.Event()
         self._workers = ThreadPoolExecutor(2, "remora-router-plan")
         self._planning = threading.Lock()
-        self._thread = threading.Thread(target=self._main, name="remora-router", daemon=True)
+        self._server = GrpcServer(
+            name="router",
+            bearer=bearer_of(token),
+            bind_ip=bind_ip,
+            port=port,
+            methods=METHODS,
+            behaviours=self._behaviours(),
+        )
+
+    @property
+    def address(self) -> str:
+        """ "ip:port" once `start` returned."""
+        return self._server.address
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return self._server.loop
 
     def start(self) -> str:
         """Listen; returns the address.
@@ -107,19 +102,11 @@ class RouterServer:
         Raises:
             ClusterError: the address cannot be bound.
         """
-        self._thread.start()
-        if not self._ready.wait(START_S):
-            raise ClusterError(f"the router did not start within {START_S:g} s")
-        if self._failure is not None:
-            raise ClusterError(f"the router cannot listen on {self._bind}: {self._failure}")
-        return self.address
+        return self._server.start()
 
     def stop(self) -> None:
         """Refuse new calls, end the others, join."""
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-        if self._thread.ident is not None:
-            self._thread.join(START_S)
+        self._server.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def adopt_view(self, view: View) -> None:
@@ -130,12 +117,10 @@ class RouterServer:
             self._state.handle(ViewAdopted(view, self._clock()))
             if self._state.view is view:
                 self._loads.adopt(view)
-            assert self._changed is not None
             self._changed.set()
             self._changed = asyncio.Event()
             done.set()
 
-        assert self._loop is not None, "adopt_view before start returned"
         self._loop.call_soon_threadsafe(adopt)
         done.wait(START_S)
 
@@ -154,39 +139,6 @@ class RouterServer:
 
     # -- the loop's thread --------------------------------------------------------------------
 
-    def _main(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except Exception as failure:  # told by `start`, or logged when it comes later
-            if self._ready.is_set():
-                logger.exception("the router's server ended")
-            self._failure = failure
-        finally:
-            self._ready.set()
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._changed, self._stop = asyncio.Event(), asyncio.Event()
-        server = grpc.aio.server(
-            interceptors=[TokenInterceptor(self._token)],
-            options=channel_options(),
-            maximum_concurrent_rpcs=CALLS_MAX,
-        )
-        server.add_generic_rpc_handlers(generic_handlers(self._behaviours()))
-        checks = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        names = [ROUTER, VIEWS, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, server)
-        port = server.add_insecure_port(self._bind)  # raises where it is taken
-        await server.start()
-        for name in ("", ROUTER, VIEWS):
-            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self.address = f"{self._bind_ip}:{port}"
-        self._ready.set()
-        await self._stop.wait()
-        await checks.enter_graceful_shutdown()
-        await server.stop(CLOSE_S)
-
     def _behaviours(self) -> dict[str, Callable[..., Any]]:
         own: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "Route": self._route,
@@ -195,30 +147,11 @@ class RouterServer:
             "GetView": self._get_view,
         }
         behaviours: dict[str, Callable[..., Any]] = {
-            method.name: self._unary(method, own[method.name])
+            method.name: bounded(method, own[method.name], self._calls)
             for method in METHODS
             if not method.is_stream
         }
         return behaviours | {"WatchView": self._watch_view}
-
-    def _unary(self, method: Method, answer: Callable[[Any], Awaitable[Any]]) -> Any:
-        """`answer` under its limit, its errors as gRPC's statuses."""
-
-        async def behave(request: Any, context: Any) -> Any:
-            self._calls[method.name] += 1
-            left_s = context.time_remaining()
-            limit_s = method.limit_s if left_s is None else min(method.limit_s, left_s)
-            try:
-                return await asyncio.wait_for(answer(request), max(0.0, limit_s))
-            except TimeoutError:
-                code, text = grpc.StatusCode.DEADLINE_EXCEEDED, f"not done in {limit_s:.3g} s"
-            except (ValueError, FrameError) as wrong:
-                code, text = grpc.StatusCode.INVALID_ARGUMENT, str(wrong)
-            except RemoraError as failed:
-                code, text = grpc.StatusCode.UNAVAILABLE, str(failed)
-            await context.abort(code, text)
-
-        return behave
 
     async def _route(self, request: Any) -> Any:
         if not 1 <= len(request.prompts) <= PROMPTS_MAX:
@@ -256,7 +189,6 @@ class RouterServer:
 
     async def _choices(self, prompts: list[Prompt]) -> list[Choice]:
         """With those of all calls that the loop finds ready together: one flow decides."""
-        assert self._loop is not None
         answer: asyncio.Future[list[Choice | None]] = self._loop.create_future()
         if not self._admitted:
             self._loop.call_soon(self._admit)
@@ -287,7 +219,6 @@ class RouterServer:
             )
         )
         if request.sketch:
-            assert self._loop is not None
             add = self._loop.run_in_executor(self._workers, self.statistics.add, request.sketch)
             await add
             await self._learn_homes()
@@ -302,7 +233,6 @@ class RouterServer:
         if view is None or not self.statistics.homes_are_due(view.epoch != self._homes_epoch):
             return
         self._homes_epoch = view.epoch
-        assert self._loop is not None
         homes = await self._loop.run_in_executor(self._workers, self.statistics.homes, view)
         if self._state.view is view:
             self._state.handle(homes)
@@ -322,7 +252,6 @@ class RouterServer:
 
     async def _plan(self, request: Any) -> Any:
         view = self._view()
-        assert self._loop is not None
         outcome = await self._loop.run_in_executor(self._workers, self.plan, view, request.seed)
         return router_pb2.PlanResponse(
             epoch=view.epoch,
@@ -370,7 +299,6 @@ class RouterServer:
                 if view is not None and view.epoch > epoch:
                     epoch = view.epoch
                     yield view_message(view)
-                assert changed is not None
                 await changed.wait()
         finally:
             self._num_watchers -= 1

@@ -18,12 +18,13 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
 from remora.cluster.instances import instances_dir
 from remora.cluster.operation import Target
-from remora.comm.errors import ClusterError, ConfigError, RemoraError
+from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError
 from remora.comm.view import Member, View
 
 PROGRESS_EVERY_S = 0.2
 COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
+BEGIN_S = 30.0  # for the coordinator to take an operation, or to tell how one is
 OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
@@ -49,32 +50,43 @@ class ClusterHandle:
         """Where the router listens; None when it is off, or not up just now."""
         return router_address(self.name)
 
-    def rebalance(self, *, dry_run: bool) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
+        """As `Coordinator.status`."""
+        status: dict[str, Any] = _call(self.coordinator.status.remote())
+        return status
+
+    def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
         """As `Coordinator.rebalance`."""
-        report: dict[str, Any] = _call(self.coordinator.rebalance.remote(dry_run))
+        pending = self.coordinator.rebalance.remote(operation_id, dry_run=dry_run)
+        report: dict[str, Any] = _call(pending)
         return report
 
-    def rebalance_gauges(self) -> dict[str, float]:
-        """As `Coordinator.rebalance_gauges`."""
-        gauges: dict[str, float] = _call(self.coordinator.rebalance_gauges.remote())
+    def gauges(self) -> dict[str, float]:
+        """As `Coordinator.gauges`."""
+        gauges: dict[str, float] = _call(self.coordinator.gauges.remote())
         return gauges
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
         """As `Coordinator.request`."""
-        operation: dict[str, Any] = _call(self.coordinator.request.remote(operation_id, target))
+        pending = self.coordinator.request.remote(operation_id, target)
+        operation: dict[str, Any] = _call(pending, BEGIN_S)
         return operation
 
     def wait(self, operation_id: str, timeout_s: float = OPERATION_LOOK_S) -> dict[str, Any]:
         """How an operation is, once it is over or the time is."""
         pending = self.coordinator.wait.remote(operation_id, timeout_s)
-        operation: dict[str, Any] = _call(pending)
+        operation: dict[str, Any] = _call(pending, timeout_s + BEGIN_S)
         return operation
 
     def done(self, operation_id: str, target: Target) -> dict[str, Any]:
         """Begin an operation, or find the one of that id, and wait until it is over."""
-        operation = self.request(operation_id, target)
-        while operation["outcome"] == "running":
-            operation = self.wait(operation_id)
+        self.request(operation_id, target)
+        return self.over(operation_id)
+
+    def over(self, operation_id: str) -> dict[str, Any]:
+        """An operation, once it is over."""
+        while (operation := self.wait(operation_id))["outcome"] == "running":
+            pass
         return operation
 
     def dense_members(self) -> list[Member]:
@@ -199,8 +211,7 @@ def cluster_status(name: str) -> dict[str, Any]:
     Raises:
         ClusterError: no deployment of that name.
     """
-    status: dict[str, Any] = _call(_found(name).coordinator.status.remote())
-    return status
+    return _found(name).status()
 
 
 def stop_cluster(name: str) -> None:
@@ -238,10 +249,12 @@ def _token_of(config: RemoraConfig) -> bytes | None:
     return token
 
 
-def _call(reference: Any) -> Any:
-    """`ray.get` that raises our own error when an actor raised one."""
+def _call(reference: Any, timeout_s: float | None = None) -> Any:
+    """`ray.get` that raises our own error when an actor raised one, or has not answered in time."""
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as late:
+        raise DeadlineError(f"the coordinator did not answer within {timeout_s:g} s") from late
     except ray.exceptions.RayTaskError as failure:
         if isinstance(failure.cause, RemoraError):
             raise failure.cause from None

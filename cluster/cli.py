@@ -249,9 +249,7 @@ def _rebalance(options: argparse.Namespace) -> int:
     name, instance = _which(options.name, options.ray_address)
     if name is None:
         return missing("no deployment runs on this machine", options.json)
-    return run_rebalance(
-        name, instance, options.ray_address, dry_run=options.dry_run, as_json=options.json
-    )
+    return run_rebalance(name, instance, options)
 
 
 def _placement_export(options: argparse.Namespace) -> int:

@@ -136,6 +136,8 @@ class RouterConfig(Section):
 class ElasticConfig(Section):
     """Operations on a deployment that serves (docs/elasticity.md)."""
 
+    bind_address: str | None = None  # of the gRPC service; None: that of the data plane
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of it; 0: one that is free
     log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
     hold_s: Annotated[float, Field(ge=0, le=1e7)] = (

@@ -50,20 +50,22 @@ async def connected_service(config: RemoraConfig, cluster: ClusterHandle) -> Ser
     await engine.start()
     model = await asyncio.to_thread(_model_info, config)
     tokenizer = await asyncio.to_thread(Tokenizer, config.model)
-    service = make_service(config, model=model, tokenizer=tokenizer, engine=engine)
+    service = make_service(
+        config, model=model, tokenizer=tokenizer, engine=engine, operations=cluster
+    )
     if config.router.enabled:
         service.watch = asyncio.ensure_future(_keep_gauges(cluster, service.serving.metrics))
     return service
 
 
 async def _keep_gauges(cluster: ClusterHandle, metrics: IngressMetrics) -> None:
-    """What the coordinator knows of rebalancing, for `/metrics`."""
+    """What the coordinator knows of its loops, for `/metrics`."""
     while True:
         try:
-            metrics.rebalance = await asyncio.to_thread(cluster.rebalance_gauges)
+            metrics.coordinator = await asyncio.to_thread(cluster.gauges)
         except ClusterError as error:  # it is gone: what was known grows old, and is left out
-            logger.info("no figures of rebalancing: %s", error)
-            metrics.rebalance = {}
+            logger.info("no figures of the coordinator: %s", error)
+            metrics.coordinator = {}
         await asyncio.sleep(GAUGES_EVERY_S)
 
 

@@ -22,8 +22,9 @@ from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ExpertActor, ShardFacts, ShardLaunch
 from remora.actors.launch import Progress, actor_name, router_name
 from remora.actors.manifest import Manifest
-from remora.actors.model_spec import ModelSpec, inspect_model
+from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
+from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
 from remora.cluster.dense_groups import (
     RankPlan,
@@ -47,15 +48,8 @@ from remora.cluster.members import (
     stop_members,
     why_late,
 )
-from remora.cluster.operation import PlaceAs, Target
-from remora.cluster.rebalancer import Rebalancer
-from remora.cluster.router_process import (
-    kill_router,
-    make_rebalancer,
-    router_status,
-    start_router,
-    stop_router,
-)
+from remora.cluster.operation import Target
+from remora.cluster.router_process import kill_router, start_router, stop_router
 from remora.cluster.wal import Wal
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
@@ -64,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 Phase = Literal["new", "starting", "serving", "failed", "stopped"]
 OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
-PLACE_LOOK_S = 1.0
 
 
 class Coordinator:
@@ -87,7 +80,7 @@ class Coordinator:
         self._handles: dict[str, Any] = {}
         self._ranks: list[RankPlan] = []  # of dense groups
         self._router: Any = None
-        self._rebalancer: Rebalancer | None = None
+        self._beside = Beside(self._config, token, self, lambda: self._stopping)
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
         self._elastic: Elastic | None = None
@@ -139,8 +132,7 @@ class Coordinator:
         """Phase, members and their own accounts of themselves; plain data for the CLI."""
         with self._lock:
             phase, failure, view = self._phase, self._failure, self._view
-            handles, router = dict(self._handles), self._router
-            rebalancer = self._rebalancer
+            handles = dict(self._handles)
         runner = self._elastic.runner if self._elastic is not None else None
         members = status_of(handles, starting=phase == "starting")
         return {
@@ -153,8 +145,8 @@ class Coordinator:
             "view_hash": view.view_hash if view else None,
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
-            "router": router_status(router, rebalancer),
             "operations": runner.status() if runner is not None else None,
+            **self._beside.status(),
         }
 
     def progress(self) -> dict[str, Progress]:
@@ -163,16 +155,9 @@ class Coordinator:
             handles = dict(self._handles)
         return progress_of(handles)
 
-    def rebalance(self, dry_run: bool) -> dict[str, Any]:
-        """A round of rebalancing now; see `Rebalancer.propose` and `move`.
-
-        Raises:
-            ClusterError: nothing serves, the router is off, or it has no plan to give.
-        """
-        rebalancer = self._rebalancer
-        if rebalancer is None:
-            raise ClusterError(f"deployment {self._config.name!r} has no router that serves")
-        return rebalancer.propose() if dry_run else rebalancer.move()
+    def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
+        """A round of rebalancing now; see `Beside.rebalance`. Raises ClusterError."""
+        return self._beside.rebalance(operation_id, dry_run=dry_run)
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
         """Begin an operation on what serves, or find the one of that id.
@@ -194,9 +179,9 @@ class Coordinator:
                 raise ClusterError(f"deployment {self._config.name!r} is {self._phase}")
             return self._elastic
 
-    def rebalance_gauges(self) -> dict[str, float]:
-        """Metrics of the online loop by name; empty before its first move."""
-        return self._rebalancer.gauges() if self._rebalancer is not None else {}
+    def gauges(self) -> dict[str, float]:
+        """Metrics of the loops beside operations, by name."""
+        return self._beside.gauges()
 
     # ---- up and down ----
 
@@ -257,6 +242,7 @@ class Coordinator:
 
     def _bring_up(self, until_s: float) -> View:
         config = self._config
+        self._beside.listen()  # a port that is taken is found before anything loads
         spec = inspect_model(config.model)
         placement = placement_of(config, spec)
         if config.router.enabled:
@@ -282,7 +268,7 @@ class Coordinator:
                 f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
                 f" {why_late(missing, self._asked)}"
             ) from late
-        self._serve(spec, view)
+        self._beside.serve(spec, view, self._router)
         return view
 
     def _connect(
@@ -316,26 +302,10 @@ class Coordinator:
         publish, changed = self._publish, self._change_handle
         return Elastic(self._config, self._token, wal, publish=publish, changed=changed)
 
-    def _serve(self, spec: ModelSpec, view: View) -> None:
-        """What goes on while a deployment serves."""
-        router = self._router
-        if router is not None:
-            self._rebalancer = make_rebalancer(self._config, spec, view, router, apply=self._place)
-
-    def _place(self, operation_id: str, placement: Placement) -> dict[str, Any]:
-        """Have what serves hold a placement; returns when it does, or cannot."""
-        elastic, target = self._operations(), PlaceAs(placement.slots)
-        operation = elastic.request(operation_id, target)
-        assert elastic.runner is not None
-        while operation["outcome"] == "running" and not self._stopping:
-            operation = elastic.runner.wait(operation_id, PLACE_LOOK_S)
-        return operation
-
     def _publish(self, view: View) -> None:
         with self._lock:
             self._view = view
-        if self._rebalancer is not None:
-            self._rebalancer.adopt_view(view)
+        self._beside.adopt_view(view)
 
     def _change_handle(self, uid: str, handle: Any, asked: str) -> None:
         with self._lock:
@@ -362,7 +332,11 @@ class Coordinator:
             self._phase, self._router = "new", None
             self._end_operations()
             return
-        self._serve(inspect_model(self._config.model), view)
+        try:
+            self._beside.listen()
+        except ClusterError:  # what serves goes on serving; operators ask by Ray and HTTP
+            logger.exception("deployment %s takes no calls over gRPC", self._config.name)
+        self._beside.serve(inspect_model(self._config.model), view, router)
 
     def _end_operations(self) -> None:
         elastic, self._elastic = self._elastic, None
@@ -388,10 +362,8 @@ class Coordinator:
             handles, self._handles = dict(self._handles), {}
             ranks, self._ranks = self._ranks, []
             router, self._router = self._router, None
-            rebalancer, self._rebalancer = self._rebalancer, None
+        self._beside.close()
         self._end_operations()
-        if rebalancer is not None:
-            rebalancer.close()
         kill_router(router)
         for handle in handles.values():
             ray.kill(handle, no_restart=True)

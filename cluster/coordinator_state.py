@@ -44,7 +44,11 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.cluster.operation_steps import RESTORES_MAX, OperationSteps
-from remora.comm.errors import ClusterError, ConfigError
+from remora.comm.errors import (
+    ClusterError,
+    OperationIdTakenError,
+    OperationRunsError,
+)
 from remora.comm.view import View
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
@@ -72,8 +76,9 @@ class CoordinatorState(OperationSteps):
         """Begin an operation; one of that id and target that is known is left as it is.
 
         Raises:
-            ConfigError: what is asked for cannot be, or the id stands for something else.
-            ClusterError: another operation runs.
+            ConfigError: what is asked for cannot be.
+            OperationIdTakenError: the id stands for something else.
+            OperationRunsError: another operation runs.
         """
         self._now_s = now_s
         self._request(operation_id, target)
@@ -135,13 +140,13 @@ class CoordinatorState(OperationSteps):
         known = self.history.get(operation_id)
         if known is not None:
             if known.target != target:
-                raise ConfigError(
+                raise OperationIdTakenError(
                     f"operation {operation_id!r} is another one: {known.public()['kind']},"
                     f" {known.outcome}; choose a new id"
                 )
             return
         if self.operation is not None:
-            raise ClusterError(
+            raise OperationRunsError(
                 f"operation {self.operation.operation_id!r} runs (step {self.operation.step}):"
                 " one at a time"
             )

@@ -14,13 +14,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from remora.comm.errors import ClusterError, OverloadedError, RemoraError, RequestError
+from remora.comm.errors import (
+    ClusterError,
+    OperationIdTakenError,
+    OperationRunsError,
+    OverloadedError,
+    RemoraError,
+    RequestError,
+    UnknownOperationError,
+)
 
 logger = logging.getLogger(__name__)
 
 VALUE_CHARS_MAX = 64
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_OPERATION_ERRORS: tuple[tuple[type[RemoraError], int, str], ...] = (
+    (OperationIdTakenError, 409, "operation_id_taken"),
+    (OperationRunsError, 409, "operation_runs"),
+    (UnknownOperationError, 404, "operation_not_found"),
+)
 _FIELDS_NOT_YET = {
     "suffix": "suffix is not supported",
     "best_of": "best_of above 1 is not supported; use n",
@@ -66,6 +79,10 @@ def as_request_error(error: BaseException) -> RequestError:
     """Any failure of a handler, as what the client is told."""
     if isinstance(error, RequestError):
         return error
+    for kind, status, code in _OPERATION_ERRORS:
+        if isinstance(error, kind):
+            type_ = _TYPES.get(status, "conflict_error")
+            return RequestError(str(error), status=status, type=type_, code=code)
     if isinstance(error, ClusterError):
         return RequestError(
             f"the serving cluster cannot answer now: {error}",

@@ -4,8 +4,6 @@ Bodies are read and checked by hand (pydantic's JSON mode): limits apply before 
 and every refusal has the one error body.
 """
 
-from typing import Any
-
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
@@ -17,6 +15,7 @@ from remora.cluster.chat import encode_chat
 from remora.cluster.errors_http import handle_error
 from remora.cluster.gate import Gate
 from remora.cluster.generation import Generation
+from remora.cluster.http_body import json_response, read_json
 from remora.cluster.metrics import CONTENT_TYPE
 from remora.cluster.openai_schema import (
     ChatRequest,
@@ -32,9 +31,10 @@ from remora.cluster.openai_schema import (
     TokenizeResponse,
 )
 from remora.cluster.openapi import error_responses, openapi_of
+from remora.cluster.operation_routes import add_operation_routes
 from remora.cluster.request_plan import check_ids, check_model
 from remora.cluster.service import Service
-from remora.cluster.sse import EventStream, Format, collect, to_json
+from remora.cluster.sse import EventStream, Format, collect
 from remora.comm.errors import RemoraError, RequestError
 
 _BODY_ERRORS = (400, 401, 404, 413, 415)
@@ -64,7 +64,8 @@ def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
     _add_generation(app, service)
     _add_models(app, service)
     _add_tokenizer(app, service)
-    _add_operations(app, service)
+    _add_health(app, service)
+    add_operation_routes(app, service.operations, service.body_bytes_max)
     openapi_of(app)  # it tells of no HEAD
     for route in app.routes:
         if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
@@ -138,7 +139,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             special = body.add_special_tokens is not False
             text = body.prompt or ""
             ids = await service.off_loop(tokenizer.encode, text, add_special_tokens=special)
-        return _json(
+        return json_response(
             {
                 "count": len(ids),
                 "max_model_len": model.max_model_len,
@@ -157,10 +158,10 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         check_model(body.model, model)
         check_ids(body.tokens, model, "tokens")
         text = await service.off_loop(tokenizer.decode, body.tokens, skip_special_tokens=False)
-        return _json({"prompt": text})
+        return json_response({"prompt": text})
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, service: Service) -> None:
     engine = service.serving.engine
 
     def health(status: str) -> HealthResponse:
@@ -199,36 +200,4 @@ async def _respond(
     if stream:
         return EventStream(generation, form)
     answer = await collect(generation, form, request.receive)
-    return Response(status_code=499) if answer is None else _json(answer)
-
-
-async def read_json(request: Request, bytes_max: int) -> bytes:
-    """The body of a JSON request.
-
-    Raises:
-        RequestError: 415 for another content type, 413 over `bytes_max` (read no further).
-    """
-    content_type = request.headers.get("content-type", "application/json")
-    media = content_type.partition(";")[0].strip().lower()
-    if media != "application/json" and not (media.startswith("application/") and "+json" in media):
-        raise RequestError(
-            f"content type {media[:64]!r}: application/json is needed",
-            status=415,
-            code="unsupported_media_type",
-        )
-    too_large = RequestError(
-        f"the body is larger than {bytes_max} bytes", status=413, code="body_too_large"
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > bytes_max:
-        raise too_large
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > bytes_max:
-            raise too_large
-    return bytes(data)
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(to_json(content), media_type="application/json")
+    return Response(status_code=499) if answer is None else json_response(answer)

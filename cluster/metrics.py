@@ -64,7 +64,7 @@ class IngressMetrics:
         replays: sequences that went on at another dense group.
 
     Attributes:
-        rebalance: gauges of the online loop by name, as the coordinator told them last.
+        coordinator: gauges of the coordinator's loops by name, as the coordinator told them last.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class IngressMetrics:
         traffic: Callable[[], Mapping[str, Traffic]] = dict,
         replays: Callable[[], int] = int,
     ) -> None:
-        self.rebalance: Mapping[str, float] = {}
+        self.coordinator: Mapping[str, float] = {}
         self.registry = CollectorRegistry()
         reg = self.registry
         self.ttft_s = Histogram(
@@ -113,7 +113,7 @@ class IngressMetrics:
             "remora_ingress_sequences", "Sequences admitted and not ended", registry=reg
         )
         reg.register(_EngineCollector(stats))
-        reg.register(_RouterCollector(routed, lambda: self.rebalance))
+        reg.register(_RouterCollector(routed, lambda: self.coordinator))
         reg.register(_TrafficCollector(traffic))
         reg.register(_ReplayCollector(replays))
 

@@ -13,11 +13,14 @@ from remora.cluster.openai_schema import (
     ErrorBody,
     TokenizeRequest,
 )
+from remora.cluster.operation_request import DrainBody, PlaceBody, RebalanceBody, ScaleBody
 
 ERROR_STATUSES = {
     400: "The request cannot be served as it is",
     401: "No accepted API key",
-    404: "No such model or route",
+    403: "No admin key is configured: these routes are closed",
+    404: "No such model, route or operation",
+    409: "Another operation runs, or the id is another one's",
     413: "The body is too large",
     415: "The body is not application/json",
     429: "The queue is full; see Retry-After",
@@ -30,6 +33,10 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/v1/ep/scale": ScaleBody,
+    "/v1/ep/drain": DrainBody,
+    "/v1/ep/rebalance": RebalanceBody,
+    "/v1/ep/placement": PlaceBody,
 }
 _STREAMED = ("/v1/completions", "/v1/chat/completions")
 
@@ -51,7 +58,8 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
-        operation = document["paths"][path]["post"]
+        methods = document["paths"][path]
+        operation = methods.get("post") or methods["put"]
         operation["requestBody"] = {
             "required": True,
             "content": {

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
+from remora.comm.checked import parse_section
 from remora.comm.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
-    from remora.cluster.operation import Target
+    from remora.cluster.operation_request import DrainBody, PlaceBody, ScaleBody
 
 OK = 0
 Which = Callable[[str | None, str | None], tuple[str | None, Instance | None]]
@@ -47,20 +48,28 @@ def add_how(command: ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="machine-readable output")
 
 
-def target_of(options: Namespace) -> "Target":
+def new_operation_id() -> str:
+    """For who gives none."""
+    return f"cli-{secrets.token_hex(4)}"
+
+
+def body_of(options: Namespace) -> "ScaleBody | DrainBody | PlaceBody":
     """What a command line asks for.
 
     Raises:
-        ConfigError: a placement file that is none.
+        ConfigError: a value that is not allowed, or a placement file that is none.
     """
-    from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo
+    from remora.cluster.operation_request import DrainBody, PlaceBody, PlacementBody, ScaleBody
     from remora.cluster.placement_file import read_placement
 
+    fields: dict[str, Any] = {"operation_id": options.operation_id or new_operation_id()}
     if hasattr(options, "shards"):
-        return ScaleTo(options.shards, tuple(options.retire))
+        fields |= {"shards": options.shards, "retire": tuple(options.retire)}
+        return parse_section(fields, ScaleBody, source="scale")
     if hasattr(options, "uids"):
-        return DrainShards(tuple(options.uids))
-    return PlaceAs(read_placement(Path(options.file)).slots)
+        return parse_section(fields | {"uids": tuple(options.uids)}, DrainBody, source="drain")
+    placement = PlacementBody.of(read_placement(Path(options.file)))
+    return parse_section(fields | {"placement": placement}, PlaceBody, source="placement import")
 
 
 def run_operation(name: str, instance: Instance | None, options: Namespace) -> int:
@@ -73,15 +82,16 @@ def run_operation(name: str, instance: Instance | None, options: Namespace) -> i
     from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing
     from remora.cluster.manage_command import connected, nothing_of
+    from remora.cluster.operation_request import begin
 
-    target = target_of(options)
-    operation_id = options.operation_id or f"cli-{secrets.token_hex(4)}"
+    body = body_of(options)
+    operation_id = body.operation_id
     with connected(instance.ray_address if instance else options.ray_address) as found:
         cluster = find_cluster(name) if found else None
         if cluster is None:
             return missing(nothing_of(name), options.json)
         try:
-            operation = cluster.request(operation_id, target)
+            operation = begin(cluster, body)
             while operation["outcome"] == "running":
                 if not options.json:
                     print(f"{operation_id}: {progress_text(operation)}", file=sys.stderr)

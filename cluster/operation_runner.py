@@ -34,7 +34,7 @@ from remora.cluster.operation import (
     Tick,
 )
 from remora.cluster.wal import Wal, WalError
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, UnknownOperationError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -99,11 +99,11 @@ class OperationRunner:
         return self.operation(operation_id)
 
     def operation(self, operation_id: str) -> dict[str, Any]:
-        """How an operation is. Raises ClusterError: none of that id is known."""
+        """How an operation is. Raises UnknownOperationError."""
         with self._changed:
             found = self._state.history.get(operation_id)
             if found is None:
-                raise ClusterError(f"no operation {operation_id!r} is known")
+                raise UnknownOperationError(f"no operation {operation_id!r} is known")
             return found.public()
 
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:

@@ -47,9 +47,14 @@ def read_placement(path: Path) -> Placement:
     placement = Placement(
         num_experts=found.num_experts, moe_layers=found.moe_layers, slots=found.slots
     )
+    return checked_placement(placement, source=f"placement {path}")
+
+
+def checked_placement(placement: Placement, *, source: str) -> Placement:
+    """A placement that is complete in itself. Raises ConfigError: it is none."""
     fault = _fault(placement)
     if fault is not None:
-        raise ConfigError(f"placement {path}: {fault}")
+        raise ConfigError(f"{source}: {fault}")
     return placement
 
 

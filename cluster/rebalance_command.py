@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
+from remora.cluster.operation_command import add_how, new_operation_id
+from remora.comm.checked import parse_section
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,9 +25,8 @@ def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentPars
         "rebalance", help="plan a better placement; without --dry-run, move experts accordingly"
     )
     command.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
-    command.add_argument("--ray-address", help="Ray cluster that it runs in")
     command.add_argument("--dry-run", action="store_true", help="show it, change nothing")
-    command.add_argument("--json", action="store_true", help="machine-readable output")
+    add_how(command)
     command.add_argument(
         "--trace", type=Path, metavar="FILE", help="plan from a routing trace; no deployment needed"
     )
@@ -39,9 +40,7 @@ def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentPars
     return command
 
 
-def run_rebalance(
-    name: str, instance: Instance | None, ray_address: str | None, *, dry_run: bool, as_json: bool
-) -> int:
+def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> int:
     """A round on a running deployment. Returns the exit status: 3 when there is none.
 
     Raises:
@@ -51,13 +50,26 @@ def run_rebalance(
     from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing
     from remora.cluster.manage_command import connected, nothing_of
+    from remora.cluster.operation_request import RebalanceBody
 
-    with connected(instance.ray_address if instance else ray_address) as found:
+    operation_id = options.operation_id or new_operation_id()
+    body = parse_section(
+        {"operation_id": operation_id, "dry_run": options.dry_run},
+        RebalanceBody,
+        source="rebalance",
+    )
+    with connected(instance.ray_address if instance else options.ray_address) as found:
         cluster = find_cluster(name) if found else None
         if cluster is None:
-            return missing(nothing_of(name), as_json)
-        report = cluster.rebalance(dry_run=dry_run)
-    return _print(report, as_json)
+            return missing(nothing_of(name), options.json)
+        report = cluster.rebalance(body.operation_id, dry_run=body.dry_run)
+        if "operation" in report:
+            report["operation"] = operation = cluster.over(body.operation_id)
+            if operation["outcome"] == "failed":
+                report["not_applied"] = operation["reason"]
+            else:
+                report["applied_epoch"] = cluster.view().epoch
+    return _print(report, options.json)
 
 
 def run_trace(options: Namespace) -> int:

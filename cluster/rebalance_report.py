@@ -8,6 +8,7 @@ import numpy as np
 
 from remora.actors.router_statistics import LayerOutcome, PlanOutcome
 from remora.autoscale.rebalance import LayerChange, Proposal, RebalancePolicy, propose
+from remora.cluster.operation_command import operation_text
 from remora.comm.view import Placement
 
 MOVES_SHOWN = 20  # by the text for people
@@ -122,6 +123,8 @@ def moves_between(old: Placement, new: Placement) -> tuple[Move, ...]:
 
 def report_text(report: dict[str, Any]) -> str:
     """A report of `remora rebalance` for people."""
+    if "tokens" not in report:  # asked again under an id that is known
+        return f"{report['reason']}: {operation_text(report['operation'])}"
     lines = [
         f"planned from {report['tokens']:,} tokens against epoch {report['epoch']}",
         f"  remote copies a token and layer  {report['copies_before']:.3f} ->"

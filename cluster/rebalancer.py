@@ -20,7 +20,7 @@ from remora.cluster.decision_log import DecisionLog
 from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_file import LATEST, read_placement, write_placement
 from remora.cluster.rebalance_report import Round, round_of
-from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.errors import ClusterError, OperationRunsError, RemoraError
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
@@ -96,21 +96,30 @@ class Rebalancer:
             )
             return report | asdict(decision)
 
-    def move(self) -> dict[str, Any]:
-        """Plan, and move experts if anything is worth it; returns when they have moved.
+    def move(self, operation_id: str, begin: Apply) -> dict[str, Any]:
+        """Plan, and begin to move experts if anything is worth it.
+
+        Args:
+            operation_id: of the move.
+            begin: as `apply`, but does not wait.
 
         Raises:
+            OperationRunsError: a round is being made.
             ClusterError: the router has no plan to give.
             ConfigError: `router.state_dir` cannot be written.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            raise OperationRunsError("a round of rebalancing is being made: one at a time")
+        try:
             found, report = self._plan()
             if not found.proposal.layers:
                 reason = "no layer is worth its moves"
                 return self._note(report, {"verdict": "keep", "reason": reason})
             verdict = {"verdict": "move", "reason": "asked for"}
             self._memory = RebalanceMemory(last_move_s=self._clock())
-            return self._note(self._move(found, report), verdict)
+            return self._note(self._move(found, report, operation_id, begin), verdict)
+        finally:
+            self._lock.release()
 
     def adopt_view(self, view: View) -> None:
         """Plan against `view` from now on. Not under the lock: a move waits for its views."""
@@ -142,7 +151,8 @@ class Rebalancer:
                 self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
             )
             if decision.verdict == "move":
-                report = self._move(found, report)
+                operation_id = f"rebalance-{secrets.token_hex(4)}"
+                report = self._move(found, report, operation_id, self._apply)
             return self._note(report, asdict(decision))
 
     def gauges(self) -> dict[str, float]:
@@ -178,7 +188,9 @@ class Rebalancer:
         moves = [asdict(move) for move in found.moves]
         return found, {"epoch": self._view.epoch, **found.fields(), "moves": moves}
 
-    def _move(self, found: Round, report: dict[str, Any]) -> dict[str, Any]:
+    def _move(
+        self, found: Round, report: dict[str, Any], operation_id: str, apply: Apply
+    ) -> dict[str, Any]:
         """Write what is decided, and have it done; what came of both."""
         before = self._view.placement
         if self._folder is not None:
@@ -187,13 +199,15 @@ class Rebalancer:
             write_placement(self._folder / LATEST, found.placement)
             report = report | {"written": str(self._folder / LATEST)}
         try:
-            operation = self._apply(f"rebalance-{secrets.token_hex(4)}", found.placement)
+            operation = apply(operation_id, found.placement)
         except RemoraError as refused:
             logger.warning("a placement worth moving to is not applied: %s", refused)
             return report | {"not_applied": str(refused)}
-        if operation["outcome"] != "done":
+        if operation["outcome"] == "failed":
             return report | {"not_applied": operation["reason"], "operation": operation}
-        return report | {"operation": operation, "applied_epoch": self._view.epoch}
+        report = report | {"operation": operation}
+        done = operation["outcome"] == "done"
+        return report | {"applied_epoch": self._view.epoch} if done else report
 
     def _note(self, report: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
         report = report | verdict

@@ -14,15 +14,9 @@ import grpc
 import grpc.aio
 
 import remora.comm.router_pb2 as router_pb2
+from remora.comm.grpc_base import channel_options, unary_call
 from remora.comm.messages import Submit
-from remora.comm.router_grpc import (
-    PROMPT_TOKENS_MAX,
-    PROMPTS_MAX,
-    ROUTE,
-    channel_options,
-    credentials_of,
-    unary_call,
-)
+from remora.comm.router_grpc import PROMPT_TOKENS_MAX, PROMPTS_MAX, ROUTE, credentials_of
 
 logger = logging.getLogger(__name__)
 

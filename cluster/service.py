@@ -20,6 +20,8 @@ from remora.cluster.gate import Keys
 from remora.cluster.generation import Generation, Serving
 from remora.cluster.metrics import IngressMetrics
 from remora.cluster.openai_schema import ChatRequest, CompletionRequest
+from remora.cluster.operation_request import Operations
+from remora.cluster.operation_routes import OperationCalls
 from remora.cluster.request_plan import ModelInfo, RequestLimits
 from remora.cluster.security import ADMIN_KEYS_ENV, API_KEYS_ENV, load_keys
 from remora.cluster.sse import Format
@@ -41,6 +43,7 @@ class Service:
     serving: Serving
     keys: Keys
     body_bytes_max: int
+    operations: OperationCalls
     watch: asyncio.Task[None] | None = None  # ends with the service
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(TOKENIZER_THREADS, "remora-tokenizer")
@@ -83,12 +86,21 @@ class Service:
             await asyncio.gather(self.watch, return_exceptions=True)
         await self.serving.engine.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.operations.close()
 
 
 def make_service(
-    config: RemoraConfig, *, model: ModelInfo, tokenizer: Tokenizer, engine: EngineClient
+    config: RemoraConfig,
+    *,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    engine: EngineClient,
+    operations: Operations | None = None,
 ) -> Service:
     """A service from its configuration and what was loaded for it.
+
+    Args:
+        operations: the deployment as operators see it, for `/v1/ep/*`.
 
     Raises:
         ConfigError: a keys file that cannot be used.
@@ -116,6 +128,7 @@ def make_service(
             admin=load_keys(http.admin_keys_file, ADMIN_KEYS_ENV),
         ),
         body_bytes_max=http.body_bytes_max,
+        operations=OperationCalls(operations),
     )
 
 

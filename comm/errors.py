@@ -3,6 +3,7 @@
     RemoraError
      |- UserError                 what somebody asked for cannot be; the text says what is allowed
      |   |- ConfigError           a configuration key or value (CLI: exit status 2)
+     |   |   '- OperationIdTakenError  an operation of that id is known, and is another one
      |   |- UnsupportedModelError an architecture that cannot be served, and why
      |   |- WeightsError          a checkpoint file or tensor that is missing, damaged or unsafe
      |   |- TraceError            a file of routing traces or statistics: damaged, or not writable
@@ -13,6 +14,8 @@
          |- FrameError            bytes that are no frame, or one over its bound
          |- PeerLostError         a connection closed or refused under a call
          |- DeadlineError         a peer did not answer within its deadline
+         |- OperationRunsError    another operation runs, and there is one at a time
+         |- UnknownOperationError no operation of that id is known
          '- FencedError           an answer or a call of an older incarnation or epoch
 
 All of them survive pickling, fields included: Ray carries them from actors to callers. Pickle makes
@@ -32,6 +35,10 @@ class UserError(RemoraError):
 
 class ConfigError(UserError):
     """A configuration key or value is wrong."""
+
+
+class OperationIdTakenError(ConfigError):
+    """An operation of that id is known, and had another target."""
 
 
 class UnsupportedModelError(UserError):
@@ -100,6 +107,14 @@ class PeerLostError(ClusterError):
 
 class DeadlineError(ClusterError):
     """A peer did not answer within its deadline."""
+
+
+class OperationRunsError(ClusterError):
+    """Another operation runs; there is one at a time."""
+
+
+class UnknownOperationError(ClusterError):
+    """No operation of that id is known."""
 
 
 class FencedError(ClusterError):

@@ -30,7 +30,8 @@ from remora.cluster.service import Service
 from remora.cluster.sse import collect
 from remora.comm import coordinator_pb2
 from remora.comm.errors import ClusterError
-from remora.comm.router_grpc import GET_VIEW, credentials_of, unary_call
+from remora.comm.grpc_base import unary_call
+from remora.comm.router_grpc import GET_VIEW, credentials_of
 
 PROMPTS = [f"Once upon a time there were {n} remoras and" for n in range(6)]
 SOON_S = 60.0

@@ -8,7 +8,7 @@ import grpc
 
 from remora.actors.router_service import RouterServer
 from remora.actors.router_statistics import RouterStatistics
-from remora.comm.router_grpc import channel_options
+from remora.comm.grpc_base import channel_options
 from remora.comm.view import Endpoint, Member, Placement, View, contiguous_placement
 
 TOKEN = b"a token for the tests, 32 bytes."

@@ -18,7 +18,7 @@ from remora.cluster.operation import (
     ScaleTo,
     Target,
 )
-from remora.cluster.operation_command import operation_text, target_of
+from remora.cluster.operation_command import body_of, operation_text
 from remora.cluster.placement_file import write_placement
 from remora.comm.errors import ConfigError
 from remora.comm.view import contiguous_placement
@@ -35,18 +35,19 @@ from remora.comm.view import contiguous_placement
 )  # fmt: skip
 def test_command_lines(arguments: list[str], target: Target, name: str | None) -> None:
     options = cli_parser().parse_args([*arguments, "--operation-id", "one"])
-    assert (target_of(options), options.name) == (target, name)
-    assert options.operation_id == "one"
+    body = body_of(options)
+    assert (body.target, options.name) == (target, name)
+    assert body.operation_id == "one"
 
 
 def test_a_placement_file_is_a_target(tmp_path: Path) -> None:
     placement = contiguous_placement(num_experts=4, moe_layers=(1,), shard_uids=("shard-0",))
     write_placement(tmp_path / "p.yaml", placement)
     options = cli_parser().parse_args(["placement", "import", str(tmp_path / "p.yaml")])
-    assert target_of(options) == PlaceAs(placement.slots)
+    assert body_of(options).target == PlaceAs(placement.slots)
     options = cli_parser().parse_args(["placement", "import", str(tmp_path / "none.yaml")])
     with pytest.raises(ConfigError, match=r"none\.yaml"):
-        target_of(options)
+        body_of(options)
 
 
 def test_without_a_deployment_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

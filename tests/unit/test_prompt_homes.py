@@ -19,9 +19,10 @@ from remora.actors.router_state import Prompt, RouteAsked, RouterState, ViewAdop
 from remora.actors.router_statistics import RouterStatistics
 from remora.comm import router_pb2
 from remora.comm.errors import ClusterError, FrameError
+from remora.comm.grpc_base import unary_call
 from remora.comm.predict import SCALE, Predictor
 from remora.comm.prompt_copies import prompt_copies
-from remora.comm.router_grpc import REPORT, ROUTE, credentials_of, unary_call
+from remora.comm.router_grpc import REPORT, ROUTE, credentials_of
 from remora.comm.routing_counter import SAMPLE_RUN_MAX, RoutingCounter, Run
 from remora.comm.sketch import RoutingSketch, TokenSample, decode_sketch, encode_sketch
 from remora.comm.statistics import RoutingHistory

@@ -19,13 +19,8 @@ from remora.cluster.rebalance_report import mixed_placement, moves_between, repo
 from remora.cluster.rebalancer import BEFORE, LATEST, Apply, Rebalancer
 from remora.comm import router_pb2
 from remora.comm.errors import ClusterError, ConfigError
-from remora.comm.router_grpc import (
-    PLAN,
-    REPORT,
-    credentials_of,
-    placement_from_message,
-    unary_call,
-)
+from remora.comm.grpc_base import unary_call
+from remora.comm.router_grpc import PLAN, REPORT, credentials_of, placement_from_message
 from remora.comm.trace import TraceHeader, TraceWriter, make_trace
 from remora.comm.view import Placement, View
 
@@ -162,14 +157,14 @@ def test_a_dry_run_writes_and_remembers_nothing(tmp_path: Path) -> None:
 def test_by_hand_it_moves_at_once_or_says_why_not(tmp_path: Path) -> None:
     planner = Direct(view_of())
     planner.report()
-    report = loop(planner, None)[0].move()
+    report = loop(planner, None)[0].move("a", no_room)
     assert "no slot is free" in report["not_applied"] and "written" not in report
-    report = loop(planner, tmp_path)[0].move()
+    report = loop(planner, tmp_path)[0].move("b", no_room)
     assert "not applied: no slot is free" in report_text(report)
     assert report["verdict"] == "move" and (tmp_path / LATEST).exists()
     served = Direct(view_of(placement=read_placement(tmp_path / LATEST)))
     served.report()
-    assert loop(served, tmp_path / "other")[0].move()["verdict"] == "keep"
+    assert loop(served, tmp_path / "other")[0].move("c", no_room)["verdict"] == "keep"
     assert not (tmp_path / "other" / LATEST).exists()
 
 
@@ -188,11 +183,11 @@ def test_what_is_decided_serves_at_once_and_is_measured_on_traffic_since(tmp_pat
         return {"outcome": "done", "ended_s": 0.5}
 
     rebalancer, _ = loop(planner, tmp_path, move, cooldown_s=0.0)
-    assert rebalancer.move()["not_applied"] == "shard-1 died"
-    report = rebalancer.move()
+    assert rebalancer.move("a", move)["not_applied"] == "shard-1 died"
+    report = rebalancer.move("b", move)
     assert report["applied_epoch"] == 2 and "not_applied" not in report
     assert "done in 0.5 s: it serves since epoch 2" in report_text(report)
-    assert len(set(asked)) == 2, "a new try is a new operation"
+    assert asked == ["a", "b"]
     rebalancer.step()
     assert "remora_rebalance_achieved_gain_ratio" not in rebalancer.gauges(), "nothing came yet"
     planner.report(seed=1)

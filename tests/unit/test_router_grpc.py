@@ -11,9 +11,9 @@ from support.router_rig import TOKEN, channel_to, running_router, view_of
 
 from remora.comm import coordinator_pb2, router_pb2
 from remora.comm.errors import ClusterError
+from remora.comm.grpc_base import MESSAGE_BYTES_MAX, Method, stream_call, unary_call
 from remora.comm.router_grpc import (
     GET_VIEW,
-    MESSAGE_BYTES_MAX,
     METHODS,
     PLAN,
     PROMPT_TOKENS_MAX,
@@ -21,12 +21,9 @@ from remora.comm.router_grpc import (
     REPORT,
     ROUTE,
     WATCH_VIEW,
-    Method,
     bearer_of,
     credentials_of,
     placement_from_message,
-    stream_call,
-    unary_call,
 )
 
 SOON_S = 20.0

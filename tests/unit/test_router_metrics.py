@@ -10,7 +10,7 @@ def test_the_router_and_rebalancing_are_told_once_something_is_known() -> None:
     assert 'remora_routed_sequences_total{by="router"} 0.0' in text
     assert "remora_rebalance" not in text, "absent before the first move"
     routed["alone"] = 3
-    metrics.rebalance = {
+    metrics.coordinator = {
         "remora_rebalance_predicted_gain_ratio": 0.25,
         "remora_seconds_since_last_rebalance": 12.0,
     }

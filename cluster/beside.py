@@ -1,0 +1,111 @@
+"""What runs in the coordinator beside its operations: the gRPC service, and loops over samples.
+
+The online loop of placement (`rebalancer.py`) asks for operations as anybody does.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from remora.actors.launch import advertised_ip
+from remora.actors.model_spec import ModelSpec
+from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator_server import CoordinatorServer
+from remora.cluster.operation import PlaceAs
+from remora.cluster.operation_request import Operations
+from remora.cluster.rebalancer import Rebalancer
+from remora.cluster.router_process import make_rebalancer, router_status
+from remora.comm.errors import ClusterError, UnknownOperationError
+from remora.comm.view import Placement, View
+
+logger = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0  # of one look at an operation that the online loop waits for
+
+
+class Beside:
+    """See the head of this file.
+
+    Args:
+        operations: the coordinator.
+        is_stopping: whether the deployment is being stopped.
+    """
+
+    def __init__(
+        self,
+        config: RemoraConfig,
+        token: bytes,
+        operations: Operations,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._config, self._operations, self._is_stopping = config, operations, is_stopping
+        ip = config.elastic.bind_address or config.bind_address
+        self._bind_ip = ip
+        self._server = CoordinatorServer(
+            operations, token=token, bind_ip=ip, port=config.elastic.port
+        )
+        self._router: Any = None
+        self._rebalancer: Rebalancer | None = None
+
+    def listen(self) -> None:
+        """Take calls over gRPC. Raises ClusterError: the address cannot be bound."""
+        self._server.start()
+
+    def serve(self, spec: ModelSpec, view: View, router: Any) -> None:
+        """Start what needs a deployment that serves; `router`: its actor, or None."""
+        self._router = router
+        if router is not None:
+            self._rebalancer = make_rebalancer(
+                self._config, spec, view, router, apply=self._place_and_wait
+            )
+
+    def adopt_view(self, view: View) -> None:
+        """Go by `view` from now on."""
+        if self._rebalancer is not None:
+            self._rebalancer.adopt_view(view)
+
+    def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
+        """A round now; the operation that it begins is not waited for.
+
+        Raises:
+            OperationRunsError: a round or an operation runs.
+            ClusterError: nothing serves, the router is off, or it has no plan to give.
+        """
+        if self._rebalancer is None:
+            raise ClusterError(f"deployment {self._config.name!r} has no router that serves")
+        if dry_run:
+            return self._rebalancer.propose()
+        try:
+            known = self._operations.wait(operation_id, 0.0)
+        except UnknownOperationError:
+            return self._rebalancer.move(operation_id, self._place)
+        return {"verdict": "move", "reason": "asked for before", "operation": known}
+
+    def gauges(self) -> dict[str, float]:
+        """Metrics by name, for the ingress' `/metrics`."""
+        return self._rebalancer.gauges() if self._rebalancer is not None else {}
+
+    def status(self) -> dict[str, Any]:
+        """For `remora status`."""
+        api = self._server.status()
+        ip = advertised_ip(self._bind_ip)
+        if ip is not None and api["address"]:
+            api["address"] = f"{ip}:{api['address'].rpartition(':')[2]}"
+        return {"router": router_status(self._router, self._rebalancer), "operator": api}
+
+    def close(self) -> None:
+        """Stop all of it."""
+        rebalancer, self._rebalancer, self._router = self._rebalancer, None, None
+        if rebalancer is not None:
+            rebalancer.close()
+        self._server.stop()
+
+    def _place(self, operation_id: str, placement: Placement) -> dict[str, Any]:
+        return self._operations.request(operation_id, PlaceAs(placement.slots))
+
+    def _place_and_wait(self, operation_id: str, placement: Placement) -> dict[str, Any]:
+        """Have what serves hold a placement; returns when it does, or cannot."""
+        operation = self._place(operation_id, placement)
+        while operation["outcome"] == "running" and not self._is_stopping():
+            operation = self._operations.wait(operation_id, LOOK_S)
+        return operation
