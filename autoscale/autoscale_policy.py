@@ -14,6 +14,7 @@ from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
 
 POLICY_BYTES_MAX = 1 << 16
+SAMPLES_MAX = 1024  # remembered; the oldest go first, and windows are as long as what is left
 HISTORY_MAX = 8192  # steps of load that a forecast is made from
 
 Percentile = Literal["p50", "p90", "p95", "p99"]
@@ -204,3 +205,27 @@ def read_policy(path: Path) -> AutoscalePolicy:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the policy: {error}") from None
     return parse_policy(yaml_mapping(text, str(path)), source=str(path))
+
+
+def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
+    """Whether a running deployment can hold to a policy, sampled so often.
+
+    Raises:
+        ValueError: windows that samples do not fill or overfill, or a pool that nobody resizes.
+    """
+    reactive = policy.reactive
+    least_s = reactive.down_window_s / SAMPLES_MAX
+    if sample_every_s < least_s:
+        raise ValueError(
+            f"sample_every_s = {sample_every_s:g}: a window of down_window_s ="
+            f" {reactive.down_window_s:g} takes at most {SAMPLES_MAX} samples: at least {least_s:g}"
+        )
+    if reactive.samples_min * sample_every_s > reactive.window_s:
+        raise ValueError(
+            f"sample_every_s = {sample_every_s:g}: window_s = {reactive.window_s:g} would never"
+            f" hold samples_min = {reactive.samples_min} samples"
+        )
+    if policy.mode == "act" and policy.pool != "experts":
+        raise ValueError(
+            f"mode = act: pool {policy.pool} is not resized by the coordinator; advise is possible"
+        )

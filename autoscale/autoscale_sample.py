@@ -13,7 +13,6 @@ from remora.autoscale.autoscale_policy import AutoscalePolicy, Percentile
 from remora.autoscale.forecast import ForecasterName
 from remora.comm.checked import Section
 
-SAMPLES_MAX = 1024  # remembered; the oldest go first, and windows are as long as what is left
 GAP_STEPS_MAX = 20  # steps without a sample that are filled in; after more the series begins anew
 
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]

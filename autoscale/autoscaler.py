@@ -22,9 +22,8 @@ from math import ceil
 from statistics import median
 from typing import Any, Final, Literal
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy, Predictive
+from remora.autoscale.autoscale_policy import SAMPLES_MAX, AutoscalePolicy, Predictive
 from remora.autoscale.autoscale_sample import (
-    SAMPLES_MAX,
     AutoscaleState,
     LoadSeries,
     Outlook,

@@ -77,6 +77,25 @@ def run_replay(options: Namespace) -> int:
     return DIFFERS if found.num_differences else OK
 
 
+def autoscale_lines(status: dict[str, Any] | None) -> list[str]:
+    """The autoscaler in `remora status`."""
+    if status is None:
+        return []
+    last, action = status["last"], status["action"]
+    lines = [f"  autoscale  {status['pool']}, mode {status['mode']}: no sample yet"]
+    if last is not None:
+        change = f"{last['units']} -> {last['target_units']} units"
+        lines = [
+            f"  autoscale  {status['pool']}, mode {status['mode']}: {last['verdict']} {change}"
+            f" ({last['reason']})"
+        ]
+    if action is not None:
+        lines.append(f"  autoscale  {action['operation_id']}: {action['outcome']}".rstrip())
+        if action["reason"]:
+            lines[-1] += f" ({action['reason']})"
+    return lines
+
+
 def _fields(difference: "Difference") -> dict[str, Any]:
     return {
         "line": difference.line,

@@ -1,6 +1,7 @@
 """What runs in the coordinator beside its operations: the gRPC service, and loops over samples.
 
-The online loop of placement (`rebalancer.py`) asks for operations as anybody does.
+The online loop of placement (`rebalancer.py`) and the autoscaler (`autoscale_loop.py`) ask for
+operations as anybody does.
 """
 
 import logging
@@ -9,8 +10,13 @@ from typing import Any, Final
 
 from remora.actors.launch import advertised_ip
 from remora.actors.model_spec import ModelSpec
+from remora.autoscale.autoscale_policy import AutoscalePolicy
+from remora.autoscale.ingress_load import IngressLoad
+from remora.cluster.autoscale_log import AutoscaleLog
+from remora.cluster.autoscale_loop import Autoscaler
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_server import CoordinatorServer
+from remora.cluster.elastic import log_folder
 from remora.cluster.operation import PlaceAs
 from remora.cluster.operation_request import Operations
 from remora.cluster.rebalancer import Rebalancer
@@ -29,6 +35,7 @@ class Beside:
     Args:
         operations: the coordinator.
         is_stopping: whether the deployment is being stopped.
+        running: id of the operation that runs.
     """
 
     def __init__(
@@ -37,8 +44,10 @@ class Beside:
         token: bytes,
         operations: Operations,
         is_stopping: Callable[[], bool],
+        running: Callable[[], str | None],
     ) -> None:
-        self._config, self._operations, self._is_stopping = config, operations, is_stopping
+        self._config, self._operations = config, operations
+        self._is_stopping, self._running = is_stopping, running
         ip = config.elastic.bind_address or config.bind_address
         self._bind_ip = ip
         self._server = CoordinatorServer(
@@ -46,6 +55,7 @@ class Beside:
         )
         self._router: Any = None
         self._rebalancer: Rebalancer | None = None
+        self._autoscaler: Autoscaler | None = None
 
     def listen(self) -> None:
         """Take calls over gRPC. Raises ClusterError: the address cannot be bound."""
@@ -58,6 +68,19 @@ class Beside:
             self._rebalancer = make_rebalancer(
                 self._config, spec, view, router, apply=self._place_and_wait
             )
+        autoscale = self._config.autoscale.loaded()
+        policy = autoscale.policy
+        if isinstance(policy, AutoscalePolicy):
+            folder = autoscale.log_dir or log_folder(self._config)
+            self._autoscaler = Autoscaler(
+                policy,
+                sample_every_s=autoscale.sample_every_s,
+                operations=self._operations,
+                running=self._running,
+                view=self._operations.view,
+                log=AutoscaleLog(folder, policy),
+            )
+            self._autoscaler.start()
 
     def adopt_view(self, view: View) -> None:
         """Go by `view` from now on."""
@@ -81,9 +104,15 @@ class Beside:
             return self._rebalancer.move(operation_id, self._place)
         return {"verdict": "move", "reason": "asked for before", "operation": known}
 
-    def gauges(self) -> dict[str, float]:
-        """Metrics by name, for the ingress' `/metrics`."""
-        return self._rebalancer.gauges() if self._rebalancer is not None else {}
+    def exchange(self, load: IngressLoad | None) -> dict[str, float]:
+        """Take what an ingress counted; metrics by name, for its `/metrics`."""
+        rebalancer, autoscaler = self._rebalancer, self._autoscaler
+        gauges = rebalancer.gauges() if rebalancer is not None else {}
+        if autoscaler is None:
+            return gauges
+        if load is not None:
+            autoscaler.report(load)
+        return gauges | autoscaler.gauges()
 
     def status(self) -> dict[str, Any]:
         """For `remora status`."""
@@ -91,11 +120,19 @@ class Beside:
         ip = advertised_ip(self._bind_ip)
         if ip is not None and api["address"]:
             api["address"] = f"{ip}:{api['address'].rpartition(':')[2]}"
-        return {"router": router_status(self._router, self._rebalancer), "operator": api}
+        autoscaler = self._autoscaler
+        return {
+            "router": router_status(self._router, self._rebalancer),
+            "operator": api,
+            "autoscale": autoscaler.status() if autoscaler is not None else None,
+        }
 
     def close(self) -> None:
         """Stop all of it."""
         rebalancer, self._rebalancer, self._router = self._rebalancer, None, None
+        autoscaler, self._autoscaler = self._autoscaler, None
+        if autoscaler is not None:
+            autoscaler.close()
         if rebalancer is not None:
             rebalancer.close()
         self._server.stop()

@@ -14,6 +14,7 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
 from remora.actors.router_actor import router_address
+from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
 from remora.cluster.instances import instances_dir
@@ -30,6 +31,7 @@ ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
     "dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts", "router",
+    "autoscale",
 )  # fmt: skip
 
 
@@ -61,9 +63,9 @@ class ClusterHandle:
         report: dict[str, Any] = _call(pending)
         return report
 
-    def gauges(self) -> dict[str, float]:
-        """As `Coordinator.gauges`."""
-        gauges: dict[str, float] = _call(self.coordinator.gauges.remote())
+    def exchange(self, load: IngressLoad | None) -> dict[str, float]:
+        """As `Coordinator.exchange`."""
+        gauges: dict[str, float] = _call(self.coordinator.exchange.remote(load))
         return gauges
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from remora.autoscale.autoscale_policy import AutoscalePolicy, check_live, read_policy
 from remora.cluster.device_rules import Device, check_devices, resolve
 from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
@@ -145,6 +146,28 @@ class ElasticConfig(Section):
     )
 
 
+class AutoscaleConfig(Section):
+    """Whether the deployment resizes itself (docs/autoscaling.md)."""
+
+    policy: AutoscalePolicy | Path | None = None  # or the file of one; None: it does not
+    sample_every_s: Annotated[float, Field(ge=0.1, le=300, allow_inf_nan=False)] = 5.0
+    log_dir: Path | None = None  # of its decisions; None: beside the coordinator's log
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> "AutoscaleConfig":
+        if isinstance(self.policy, AutoscalePolicy):
+            check_live(self.policy, self.sample_every_s)
+        return self
+
+    def loaded(self) -> "AutoscaleConfig":
+        """With the policy itself where a file was named. Raises ConfigError: it holds none."""
+        if not isinstance(self.policy, Path):
+            return self
+        policy = read_policy(self.policy.expanduser())
+        data = self.model_dump() | {"policy": policy.model_dump()}
+        return parse_section(data, AutoscaleConfig, source=f"autoscale.policy {self.policy}")
+
+
 class HttpConfig(Section):
     """The OpenAI-compatible endpoint and its bounds."""
 
@@ -191,6 +214,7 @@ class RemoraConfig(Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     elastic: ElasticConfig = ElasticConfig()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     http: HttpConfig = HttpConfig()
     security: SecurityConfig = SecurityConfig()
     ray: RayConfig = RayConfig()
@@ -278,7 +302,8 @@ def load_config(
 
 
 def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
-    """Relative paths are the caller's; actors run in other working directories."""
+    """Relative paths are the caller's; actors run in other working directories. A policy is read
+    here: who runs it may be on another host."""
 
     def absolute(section: Section, names: tuple[str, ...]) -> dict[str, Any]:
         paths = {name: getattr(section, name) for name in names}
@@ -290,10 +315,12 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
     http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
     security = absolute(config.security, ("token_file",))
     router = absolute(config.router, ("state_dir",))
+    autoscale = config.autoscale.loaded()
     elastic = absolute(config.elastic, ("log_dir",))
     update: dict[str, Any] = {
         "experts": config.experts.model_copy(update=experts),
         "router": config.router.model_copy(update=router),
+        "autoscale": autoscale.model_copy(update=absolute(autoscale, ("log_dir",))),
         "elastic": config.elastic.model_copy(update=elastic),
         "http": config.http.model_copy(update=http),
         "security": config.security.model_copy(update=security),

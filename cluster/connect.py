@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from remora.actors.launch import host_label
 from remora.actors.model_spec import inspect_model
 from remora.actors.tokenizer import Tokenizer
+from remora.autoscale.ingress_load import GroupLoad, LoadTotals
 from remora.cluster.bootstrap import ClusterHandle
 from remora.cluster.config import RemoraConfig
 from remora.cluster.engine_client import EngineClient
@@ -16,6 +19,7 @@ from remora.cluster.request_plan import ModelInfo
 from remora.cluster.router_client import RouterClient
 from remora.cluster.service import Service, fingerprint_of, make_service
 from remora.comm.errors import ClusterError
+from remora.comm.messages import EngineStats, Traffic
 from remora.comm.view import Member
 
 logger = logging.getLogger(__name__)
@@ -53,20 +57,46 @@ async def connected_service(config: RemoraConfig, cluster: ClusterHandle) -> Ser
     service = make_service(
         config, model=model, tokenizer=tokenizer, engine=engine, operations=cluster
     )
-    if config.router.enabled:
-        service.watch = asyncio.ensure_future(_keep_gauges(cluster, service.serving.metrics))
+    metrics = service.serving.metrics
+    every_s = GAUGES_EVERY_S
+    if config.autoscale.policy is not None:
+        metrics.load = LoadTotals()
+        every_s = config.autoscale.sample_every_s
+    if config.router.enabled or metrics.load is not None:
+        service.watch = asyncio.ensure_future(_exchange(cluster, engine, metrics, every_s))
     return service
 
 
-async def _keep_gauges(cluster: ClusterHandle, metrics: IngressMetrics) -> None:
-    """What the coordinator knows of its loops, for `/metrics`."""
+async def _exchange(
+    cluster: ClusterHandle, engine: EngineClient, metrics: IngressMetrics, every_s: float
+) -> None:
+    """Tell the coordinator of the load, and take what it knows of its loops for `/metrics`."""
+    source = uuid.uuid4().hex
     while True:
+        load = None
+        if metrics.load is not None:
+            load = metrics.load.told(source, group_loads(engine.stats(), engine.traffic()))
         try:
-            metrics.coordinator = await asyncio.to_thread(cluster.gauges)
+            metrics.coordinator = await asyncio.to_thread(cluster.exchange, load)
         except ClusterError as error:  # it is gone: what was known grows old, and is left out
             logger.info("no figures of the coordinator: %s", error)
             metrics.coordinator = {}
-        await asyncio.sleep(GAUGES_EVERY_S)
+        await asyncio.sleep(every_s)
+
+
+def group_loads(
+    stats: Mapping[str, EngineStats], traffic: Mapping[str, Traffic]
+) -> dict[str, GroupLoad]:
+    """Dense groups as this ingress knows them, for the autoscaler."""
+    return {
+        uid: GroupLoad(
+            waiting=one.num_waiting,
+            kv_used=one.kv_blocks_used,
+            kv_total=one.kv_blocks_total,
+            shard_load={p.uid: p.load_ratio for p in traffic[uid].peers} if uid in traffic else {},
+        )
+        for uid, one in stats.items()
+    }
 
 
 def _model_info(config: RemoraConfig) -> ModelInfo:

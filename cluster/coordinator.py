@@ -24,6 +24,7 @@ from remora.actors.launch import Progress, actor_name, router_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
+from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
 from remora.cluster.dense_groups import (
@@ -80,7 +81,7 @@ class Coordinator:
         self._handles: dict[str, Any] = {}
         self._ranks: list[RankPlan] = []  # of dense groups
         self._router: Any = None
-        self._beside = Beside(self._config, token, self, lambda: self._stopping)
+        self._beside = Beside(self._config, token, self, lambda: self._stopping, self._running)
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
         self._elastic: Elastic | None = None
@@ -173,15 +174,19 @@ class Coordinator:
         assert runner is not None
         return runner.wait(operation_id, timeout_s)
 
+    def _running(self) -> str | None:
+        runner = self._operations().runner
+        return runner.running() if runner is not None else None
+
     def _operations(self) -> Elastic:
         with self._lock:
             if self._phase != "serving" or self._elastic is None:
                 raise ClusterError(f"deployment {self._config.name!r} is {self._phase}")
             return self._elastic
 
-    def gauges(self) -> dict[str, float]:
-        """Metrics of the loops beside operations, by name."""
-        return self._beside.gauges()
+    def exchange(self, load: IngressLoad | None) -> dict[str, float]:
+        """Take what an ingress counted; metrics of the loops beside operations, by name."""
+        return self._beside.exchange(load)
 
     # ---- up and down ----
 

@@ -66,11 +66,10 @@ class Generation:
         try:
             serving.admission.admit(job.num_sequences)
         except RequestError:
-            serving.metrics.rejected.inc()
+            serving.metrics.refuse(job.num_sequences)
             raise
         self._admitted = job.num_sequences
-        serving.metrics.admitted.inc(self._admitted)
-        serving.metrics.prompt_tokens.inc(self.usage.prompt_tokens)
+        serving.metrics.accept(self._admitted, self.usage.prompt_tokens)
         self._started_s = serving.clock()
         for prompt in job.prompts:
             for number in range(job.n):
@@ -132,8 +131,7 @@ class Generation:
         if self._admitted:
             now_s = self._serving.clock()
             self._serving.admission.release(self._admitted, now_s)
-            self._serving.metrics.admitted.dec(self._admitted)
-            self._serving.metrics.duration_s.observe(now_s - self._started_s)
+            self._serving.metrics.release(self._admitted, now_s - self._started_s)
             self._admitted = 0
 
     def _finish(self, choice: Choice, output: SequenceOutput) -> None:
@@ -144,16 +142,15 @@ class Generation:
 
     def _count(self, choice: Choice, output: SequenceOutput, now_s: float) -> None:
         num_tokens = len(output.token_ids)
-        metrics = self._serving.metrics
+        first_s = None
         if choice.last_s == 0.0:
-            metrics.ttft_s.observe(now_s - self._started_s)
+            first_s = now_s - self._started_s
             if choice.index % self.job.n == 0:
                 self.usage.cached_tokens += output.num_cached_tokens
-        else:
-            metrics.inter_token_s.observe(now_s - choice.last_s)
+        metrics = self._serving.metrics
+        metrics.output(num_tokens, first_s=first_s, since_s=now_s - choice.last_s)
         choice.last_s = now_s
         self.usage.completion_tokens += num_tokens
-        metrics.generation_tokens.inc(num_tokens)
 
     def _on_timeout(self) -> None:
         self._inbox.fail(

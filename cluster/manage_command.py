@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from remora.cluster.autoscale_command import autoscale_lines
 from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
 from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
@@ -113,6 +114,7 @@ def status_text(status: dict[str, Any]) -> str:
         lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}".rstrip())
     if "router" in status:
         lines += router_lines(status["router"])
+    lines += autoscale_lines(status.get("autoscale"))
     operations = status.get("operations") or {"running": None, "last": []}
     for operation in [operations["running"]] if operations["running"] else operations["last"][-1:]:
         lines.append(f"  operation {operation_text(operation)}")

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from remora.autoscale.ingress_load import LoadTotals
 from remora.comm.messages import EngineStats, Traffic
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,7 +42,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("remora_engine_steps", "Steps of the dense group", lambda s: s.steps_total),
 )
 
-_REBALANCE: tuple[tuple[str, str], ...] = (
+_COORDINATOR: tuple[tuple[str, str], ...] = (
     (
         "remora_rebalance_predicted_gain_ratio",
         "Share of copies and load that the last move was to save",
@@ -51,6 +52,11 @@ _REBALANCE: tuple[tuple[str, str], ...] = (
         "Share that it saves on the traffic since; absent until enough came",
     ),
     ("remora_seconds_since_last_rebalance", "Since the last move was decided"),
+    ("remora_autoscale_units", "Units of the pool that the policy is for"),
+    ("remora_autoscale_target_units", "Units that the last decision wants"),
+    ("remora_autoscale_up", "Decisions for more units since the coordinator's start"),
+    ("remora_autoscale_down", "Decisions for fewer units since then"),
+    ("remora_autoscale_rebalance", "Decisions to rebalance since then"),
 )
 
 
@@ -64,6 +70,7 @@ class IngressMetrics:
         replays: sequences that went on at another dense group.
 
     Attributes:
+        load: totals for the autoscaler; None: there is none, and nothing is counted for it.
         coordinator: gauges of the coordinator's loops by name, as the coordinator told them last.
     """
 
@@ -75,6 +82,7 @@ class IngressMetrics:
         replays: Callable[[], int] = int,
     ) -> None:
         self.coordinator: Mapping[str, float] = {}
+        self.load: LoadTotals | None = None
         self.registry = CollectorRegistry()
         reg = self.registry
         self.ttft_s = Histogram(
@@ -117,6 +125,43 @@ class IngressMetrics:
         reg.register(_TrafficCollector(traffic))
         reg.register(_ReplayCollector(replays))
 
+    def refuse(self, num_sequences: int) -> None:
+        """A request was answered 429."""
+        self.rejected.inc()
+        if self.load is not None:
+            self.load.arrived += num_sequences
+
+    def accept(self, num_sequences: int, prompt_tokens: int) -> None:
+        """A request was let in."""
+        self.admitted.inc(num_sequences)
+        self.prompt_tokens.inc(prompt_tokens)
+        if self.load is not None:
+            self.load.arrived += num_sequences
+            self.load.accepted += num_sequences
+            self.load.prompt_tokens += prompt_tokens
+
+    def release(self, num_sequences: int, took_s: float) -> None:
+        """A request is over, however it ended."""
+        self.admitted.dec(num_sequences)
+        self.duration_s.observe(took_s)
+        if self.load is not None:
+            self.load.ended += num_sequences
+
+    def output(self, num_tokens: int, *, first_s: float | None, since_s: float) -> None:
+        """A sequence got tokens.
+
+        Args:
+            first_s: after acceptance, where they are its first; else None.
+            since_s: since its last output; not looked at for the first.
+        """
+        self.generation_tokens.inc(num_tokens)
+        histogram = self.inter_token_s if first_s is None else self.ttft_s
+        seconds = since_s if first_s is None else first_s
+        histogram.observe(seconds)
+        if self.load is not None:
+            self.load.generated_tokens += num_tokens
+            (self.load.itl if first_s is None else self.load.ttft).observe(seconds)
+
     def render(self) -> bytes:
         """The exposition text."""
         return generate_latest(self.registry)
@@ -144,9 +189,9 @@ class _RouterCollector(Collector):
     def __init__(
         self,
         routed: Callable[[], Mapping[str, int]],
-        rebalance: Callable[[], Mapping[str, float]],
+        coordinator: Callable[[], Mapping[str, float]],
     ) -> None:
-        self._routed, self._rebalance = routed, rebalance
+        self._routed, self._coordinator = routed, coordinator
 
     def collect(self) -> Iterable[Metric]:
         total = CounterMetricFamily(
@@ -155,8 +200,8 @@ class _RouterCollector(Collector):
         for who, count in self._routed().items():
             total.add_metric([who], count)
         yield total
-        values = self._rebalance()
-        for name, text in _REBALANCE:
+        values = self._coordinator()
+        for name, text in _COORDINATOR:
             if name in values:
                 yield GaugeMetricFamily(name, text, value=values[name])
 

@@ -128,6 +128,12 @@ class OperationRunner:
                 "shards": sorted(state.view.placement.slots),
             }
 
+    def running(self) -> str | None:
+        """Id of the operation that runs."""
+        with self._changed:
+            operation = self._state.operation
+            return operation.operation_id if operation is not None else None
+
     def lost(self, uid: str, incarnation: int) -> None:
         """This life of a member is over. Any thread."""
         self._events.put(MemberLost(uid, incarnation))

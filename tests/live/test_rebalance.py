@@ -112,7 +112,7 @@ def test_what_is_planned_serves_at_once_and_after_the_next_start(
         assert handle.rebalance("move", dry_run=False)["operation"] == operation
         assert operation["moved"] == done["moved_experts"] > 0
         assert asyncio.run(texts_of(first, handle)) == before, "exact: moving changes nothing"
-        gauges = handle.gauges()
+        gauges = handle.exchange(None)
         assert gauges["remora_rebalance_predicted_gain_ratio"] == done["predicted_gain_ratio"] > 0
     finally:
         stop_cluster("balanced")

@@ -1,5 +1,6 @@
 """A deployment as operators see it: the real state machine and runner over a world without Ray."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ class WorldOperations:
         self.runner, self.world = runner, world
         self.asked: list[str] = []
         self.fails: Exception | None = None
+        self.planning: threading.Event | None = None
+        self.rebalanced = threading.Event()
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
         self._note("request")
@@ -33,8 +36,20 @@ class WorldOperations:
         self._note("wait")
         return self.runner.wait(operation_id, timeout_s)
 
+    def hold_rebalance(self) -> threading.Event:
+        """Rounds from now on wait until this is set."""
+        self.planning = threading.Event()
+        return self.planning
+
     def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
         self._note("rebalance")
+        try:
+            assert self.planning is None or self.planning.wait(20)
+            return self._rebalance(operation_id, dry_run)
+        finally:
+            self.rebalanced.set()
+
+    def _rebalance(self, operation_id: str, dry_run: bool) -> dict[str, Any]:
         report: dict[str, Any] = {
             "reason": "asked for", "moved_experts": 4, "copies_before": 2.0, "copies_after": 1.0,
         }  # fmt: skip

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.autoscaling import BASE, decisions_of, policy_of, sample_of
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy
-from remora.autoscale.autoscale_sample import SAMPLES_MAX, AutoscaleState, Sample
+from remora.autoscale.autoscale_policy import SAMPLES_MAX, AutoscalePolicy
+from remora.autoscale.autoscale_sample import AutoscaleState, Sample
 from remora.autoscale.autoscaler import Decision, decide
 from remora.autoscale.decision_lines import decision_line, replay, start_line
 

@@ -1,0 +1,79 @@
+"""The autoscaler's decisions on the disk: JSON lines, bounded, rotated, each file replays alone.
+
+`autoscale.jsonl` is being written, `autoscale.jsonl.1` the one before it, and so on. Each begins
+with the policy and the state at that moment (`decision_lines.py`), so that
+`remora autoscale replay` takes any of them.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from remora.autoscale.autoscale_policy import AutoscalePolicy
+from remora.autoscale.autoscale_sample import AutoscaleState, Sample
+from remora.autoscale.autoscaler import Decision
+from remora.autoscale.decision_lines import decision_line, start_line
+
+logger = logging.getLogger(__name__)
+
+FILE: Final = "autoscale.jsonl"
+LOG_BYTES_MAX: Final = 8 << 20
+OLDER_MAX: Final = 4  # files that are kept beside the one being written
+
+
+class AutoscaleLog:
+    """Appends lines to `<folder>/autoscale.jsonl`.
+
+    A disk that takes nothing costs lines, with a warning, not decisions; the next file that can be
+    begun replays again.
+    """
+
+    def __init__(self, folder: Path, policy: AutoscalePolicy, *, bytes_max: int = LOG_BYTES_MAX):
+        self.path = folder / FILE
+        self._policy = policy
+        self._bytes_max = bytes_max
+        self._file: TextIO | None = None
+        self._num_bytes = 0
+
+    def decided(self, before: AutoscaleState, sample: Sample, decision: Decision) -> None:
+        """A decision, and the state that it was made in."""
+        self._append(decision_line(sample, decision), before)
+
+    def noted(self, kind: str, fields: dict[str, Any], state: AutoscaleState) -> None:
+        """What else happened; a replay leaves it alone."""
+        self._append(json.dumps({"kind": kind, **fields}, allow_nan=False), state)
+
+    def close(self) -> None:
+        """No more lines."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: str, state: AutoscaleState) -> None:
+        try:
+            if self._file is None or self._num_bytes + len(line) > self._bytes_max:
+                self._begin(state)
+            self._write(line)
+        except OSError as failed:
+            logger.warning("%s: %s: a decision is not logged", self.path, failed.strerror)
+            self._file = None  # what follows a lost line would not replay: begin anew
+
+    def _begin(self, state: AutoscaleState) -> None:
+        self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(OLDER_MAX, 0, -1):
+            older = self.path if number == 1 else self._older(number - 1)
+            if older.exists():
+                older.replace(self._older(number))
+        self._file, self._num_bytes = self.path.open("x", encoding="utf-8"), 0
+        self._write(start_line(self._policy, state))
+
+    def _older(self, number: int) -> Path:
+        return self.path.with_name(f"{FILE}.{number}")
+
+    def _write(self, line: str) -> None:
+        assert self._file is not None
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._num_bytes += len(line) + 1

@@ -1,0 +1,237 @@
+"""The autoscaler over the real state machine of operations: what it asks for, its log, replay."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.autoscaling import policy_of, sample_of
+from support.operations import HeldOperations, world_operations
+
+from remora.autoscale.autoscale_sample import AutoscaleState
+from remora.autoscale.autoscaler import decide
+from remora.autoscale.decision_lines import Replay, replay
+from remora.autoscale.ingress_load import GroupLoad, IngressLoad, LatencyBins
+from remora.cluster.autoscale_log import OLDER_MAX, AutoscaleLog
+from remora.cluster.autoscale_loop import ACTION, Autoscaler
+from remora.cluster.cli import main
+from remora.cluster.config import load_config, parse_config
+from remora.cluster.manage_command import status_text
+from remora.comm.errors import ClusterError, ConfigError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.yaml"
+
+
+class Loop:
+    """An autoscaler by hand: time passes when a test says so."""
+
+    def __init__(self, operations: HeldOperations, folder: Path, **sections: Any) -> None:
+        self.now_s = 1_000.0
+        self.operations = operations
+        policy = policy_of(**sections)
+        self.scaler = Autoscaler(
+            policy,
+            sample_every_s=5.0,
+            operations=operations,
+            running=operations.runner.running,
+            view=operations.view,
+            log=AutoscaleLog(folder, policy),
+            wall=lambda: self.now_s,
+        )
+        self.bins = LatencyBins()
+        self.arrived = 0
+
+    def pass_by(self, num_samples: int, *, waiting: int, ttft_s: float = 0.1) -> list[Any]:
+        """So many samples, 5 s apart, of an ingress under some load."""
+        made = []
+        for _ in range(num_samples):
+            self.now_s += 5.0
+            self.arrived += 10
+            self.bins.observe(ttft_s)
+            hot = {"shard-0": 1.8, "shard-1": 0.2}
+            groups = {"dense-0": GroupLoad(waiting=waiting, kv_used=1, kv_total=10, shard_load=hot)}
+            self.scaler.report(
+                IngressLoad(
+                    source="a", arrived=self.arrived, accepted=self.arrived,
+                    prompt_tokens=10 * self.arrived, ended=self.arrived,
+                    generated_tokens=10 * self.arrived, ttft=dict(self.bins.counts), itl={},
+                    groups=groups,
+                )
+            )  # fmt: skip
+            made.append(self.scaler.step())
+        return made
+
+
+@contextmanager
+def looping(folder: Path, **sections: Any) -> Iterator[Loop]:
+    with world_operations(folder / "log") as operations:
+        loop = Loop(operations, folder, **sections)
+        try:
+            yield loop
+        finally:
+            loop.scaler.close()
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "autoscale.jsonl").read_text().splitlines()]
+
+
+def replayed(path: Path) -> Replay:
+    with path.open() as lines:
+        return replay(lines, source=path.name)
+
+
+def shards(loop: Loop) -> int:
+    return len(loop.operations.view().placement.slots)
+
+
+def test_a_rising_load_scales_up_once_and_the_log_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with looping(tmp_path) as loop:
+        assert {d.verdict for d in loop.pass_by(8, waiting=1)} == {"keep"}
+        loop.operations.holds = True
+        made = loop.pass_by(8, waiting=30)
+        [up] = [d for d in made if d.verdict == "scale"]
+        assert (up.units, up.target_units, up.effect) == (2, 3, "act")
+        after = made[made.index(up) + 1 :]
+        assert after and {d.verdict for d in after} == {"wait"}, "an operation runs"
+        [operation] = loop.operations.runner.status()["last"]
+        assert operation["operation_id"].startswith("autoscale-scale-")
+        loop.operations.release()
+        loop.operations.wait(operation["operation_id"], 20.0)
+        assert shards(loop) == 3
+        assert {d.verdict for d in loop.pass_by(4, waiting=1)} == {"keep"}
+        status = loop.scaler.status()
+        assert status["decided"] == {"up": 1, "down": 0, "rebalance": 0}
+        assert status["action"]["outcome"] == "running"
+        gauges = loop.scaler.gauges()
+        assert (gauges["remora_autoscale_units"], gauges["remora_autoscale_up"]) == (3.0, 1.0)
+    kinds = [line["kind"] for line in logged(tmp_path)]
+    assert kinds[0] == "autoscale_start" and kinds.count(ACTION) == 1
+    assert kinds.count("autoscale_decision") == 20
+    assert main(["autoscale", "replay", status["log"]]) == 0
+    assert "20 decisions, 0 differ" in capsys.readouterr().out
+    shown = {"name": "d", "phase": "serving", "model": "m", "numerics": "fast", "epoch": 2,
+             "members": {}, "autoscale": status}  # fmt: skip
+    text = status_text(shown)
+    assert "autoscale  experts, mode act: keep 3 -> 3 units" in text
+    assert f"{operation['operation_id']}: running" in text
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise"])
+def test_other_modes_change_nothing(tmp_path: Path, mode: str) -> None:
+    with looping(tmp_path, mode=mode) as loop:
+        made = loop.pass_by(8, waiting=30)
+        assert [d.effect for d in made if d.verdict == "scale"] == [
+            {"observe": "none", "advise": "advise"}[mode]
+        ]
+        assert "request" not in loop.operations.asked and shards(loop) == 2
+
+
+def test_an_imbalance_is_rebalanced_and_that_is_waited_for(tmp_path: Path) -> None:
+    targets = {"imbalance": 1.2, "queue_per_unit": 10}
+    with looping(tmp_path, targets=targets) as loop:
+        planning = loop.operations.hold_rebalance()
+        made = loop.pass_by(6, waiting=1)
+        [first] = [d for d in made if d.verdict == "rebalance"]
+        after = made[made.index(first) + 1 :]
+        assert after and {d.verdict for d in after} == {"wait"}
+        assert all("autoscale-rebalance-" in d.reason for d in after)
+        planning.set()
+        loop.operations.rebalanced.wait(20)
+        operation_id = loop.operations.runner.status()["last"][-1]["operation_id"]
+        assert operation_id.startswith("autoscale-rebalance-")
+        loop.operations.wait(operation_id, 20.0)
+        assert shards(loop) == 2
+    assert replayed(tmp_path / "autoscale.jsonl").num_differences == 0
+
+
+def test_what_is_refused_is_told_and_not_asked_again_at_once(tmp_path: Path) -> None:
+    with looping(tmp_path) as loop:
+        loop.pass_by(2, waiting=30)
+        loop.operations.fails = ClusterError("the disk is full")
+        made = loop.pass_by(6, waiting=30)
+        assert [d.verdict for d in made].count("scale") == 1
+        assert loop.scaler.status()["action"]["reason"] == "the disk is full"
+        assert [line["reason"] for line in logged(tmp_path) if line["kind"] == ACTION] == [
+            "the disk is full"
+        ]
+
+
+def test_without_an_ingress_nothing_is_known_and_nothing_done(tmp_path: Path) -> None:
+    with looping(tmp_path) as loop:
+        loop.pass_by(3, waiting=1)
+        for _ in range(60):
+            loop.now_s += 5.0
+            assert loop.scaler.step().verdict == "keep"
+        assert shards(loop) == 2
+
+
+def filled(folder: Path, until: Callable[[int], bool], bytes_max: int) -> AutoscaleLog:
+    policy = policy_of()
+    log, state, number = AutoscaleLog(folder, policy, bytes_max=bytes_max), AutoscaleState(), 0
+    while until(number):
+        number += 1
+        sample = sample_of(5.0 * number, waiting=40 if number % 40 > 30 else 0)
+        decision, after = decide(policy, state, sample)
+        log.decided(state, sample, decision)
+        log.noted(ACTION, {"reason": "x"}, after)
+        state = after
+    log.close()
+    return log
+
+
+def test_the_log_is_bounded_and_every_file_of_it_replays(tmp_path: Path) -> None:
+    filled(tmp_path, lambda number: number < 400, bytes_max=40_000)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 1 + OLDER_MAX
+    numbers = []
+    for path in files:
+        assert path.stat().st_size <= 40_000 + 20_000, "a start line comes on top"
+        found = replayed(path)
+        assert found.num_differences == 0
+        numbers.append(found.decisions)
+    assert sum(numbers) < 400 and min(numbers[:-1]) > 10
+    filled(tmp_path, lambda number: number < 3, bytes_max=40_000)
+    assert replayed(tmp_path / "autoscale.jsonl").decisions == 3, "a new life, a new file"
+    assert len(list(tmp_path.iterdir())) == 1 + OLDER_MAX
+
+
+def test_a_disk_that_takes_nothing_costs_lines_and_no_decisions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    log = filled(tmp_path / "file" / "folder", lambda number: number < 2, bytes_max=1000)
+    assert not log.path.exists() and "a decision is not logged" in caplog.text
+
+
+def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
+    config = load_config(overrides={"model": "m", "autoscale.policy": str(EXAMPLE)})
+    policy = config.autoscale.policy
+    assert not isinstance(policy, Path | None) and policy.pool == "experts"
+    assert parse_config(config.to_args()) == config, "it travels as data"
+    assert parse_config({"model": "m", "autoscale": {"policy": str(EXAMPLE)}}).autoscale.loaded()
+    (tmp_path / "p.yaml").write_text("kind: AutoscalePolicy\nversoin: 1\n")
+    with pytest.raises(ConfigError, match=r"p\.yaml.*'versoin'.*version"):
+        load_config(overrides={"model": "m", "autoscale.policy": str(tmp_path / "p.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("sections", "every_s", "complaint"),
+    [
+        ({"pool": "dense"}, 5.0, "pool dense is not resized"),
+        ({"pool": "ingress"}, 5.0, "pool ingress is not resized"),
+        ({}, 15.0, "samples_min = 3"),
+        ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
+        ({}, 0.01, "sample_every_s"),
+    ],
+)
+def test_policies_that_cannot_be_held_to(
+    sections: dict[str, Any], every_s: float, complaint: str
+) -> None:
+    policy = policy_of(**sections).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config({"model": "m", "autoscale": {"policy": policy, "sample_every_s": every_s}})
