@@ -38,6 +38,7 @@ class Targets(Section):
     ttft: LatencyTarget | None = None  # time to first token
     itl: LatencyTarget | None = None  # inter-token latency
     queue_per_unit: Annotated[float, Field(gt=0, le=1e6)] | None = None  # requests that wait
+    ongoing_per_unit: Annotated[float, Field(gt=0, le=1e6)] | None = None  # requests under way
     kv_use: Annotated[float, Field(gt=0, le=1)] | None = None  # share of KV pages in use
     imbalance: Annotated[float, Field(gt=1, le=4096)] | None = None  # largest / mean shard load
 
@@ -168,6 +169,10 @@ class AutoscalePolicy(Section):
     def _fits_the_pool(self) -> "AutoscalePolicy":
         if self.targets.imbalance is not None and self.pool != "experts":
             raise ValueError(f"targets.imbalance: only pool experts has one, not {self.pool}")
+        if self.pool == "ingress":
+            check_ingress(self)
+        elif self.targets.ongoing_per_unit is not None:
+            raise ValueError(f"targets.ongoing_per_unit: only of pool ingress, not {self.pool}")
         if self.units_max < self.bounds.min_units:
             raise ValueError(
                 f"cost.budget_per_hour pays for {self.units_max} units, below bounds.min_units ="
@@ -207,6 +212,19 @@ def read_policy(path: Path) -> AutoscalePolicy:
     return parse_policy(yaml_mapping(text, str(path)), source=str(path))
 
 
+def check_ingress(policy: AutoscalePolicy) -> None:
+    """Ray Serve measures the requests under way, and calls a policy from its control loop.
+
+    Raises:
+        ValueError: another target.
+    """
+    others = policy.targets.model_dump(exclude_none=True).keys() - {"ongoing_per_unit"}
+    if others:
+        raise ValueError(
+            f"pool ingress: targets.{min(others)} is not measured there; allowed: ongoing_per_unit"
+        )
+
+
 def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
     """Whether a running deployment can hold to a policy, sampled so often.
 
@@ -225,6 +243,8 @@ def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
             f"sample_every_s = {sample_every_s:g}: window_s = {reactive.window_s:g} would never"
             f" hold samples_min = {reactive.samples_min} samples"
         )
+    if policy.pool == "ingress":
+        raise ValueError("pool ingress is Ray Serve's: http.autoscale takes its policy")
     if policy.mode == "act" and policy.pool != "experts":
         raise ValueError(
             f"mode = act: pool {policy.pool} is not resized by the coordinator; advise is possible"

@@ -27,6 +27,7 @@ class Sample(Section):
     ttft_s: dict[Percentile, float] = Field(default_factory=dict)  # since the last sample
     itl_s: dict[Percentile, float] = Field(default_factory=dict)  # since the last sample
     waiting: Annotated[int, Field(ge=0)] | None = None  # requests queued in the whole pool
+    ongoing: Ratio | None = None  # requests under way in the whole pool
     kv_use: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the pool's KV pages
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  # largest / mean
     load: Ratio | None = None  # offered since the last sample, a second (of predictive's unit)
@@ -57,6 +58,9 @@ class Sample(Section):
         if targets.queue_per_unit is not None:
             room = targets.queue_per_unit * max(1, self.units)
             found["queue"] = None if self.waiting is None else self.waiting / room
+        if targets.ongoing_per_unit is not None:
+            room = targets.ongoing_per_unit * max(1, self.units)
+            found["ongoing"] = None if self.ongoing is None else self.ongoing / room
         if targets.kv_use is not None:
             found["kv_use"] = None if self.kv_use is None else self.kv_use / targets.kv_use
         if targets.imbalance is not None:

@@ -37,7 +37,11 @@ Effect = Literal["none", "advise", "act"]
 
 EFFECTS: Final[dict[str, Effect]] = {"observe": "none", "advise": "advise", "act": "act"}
 ROOM: Final = 0.9  # of a target that shrinking may lead to: below 1, lest it grows again at once
-SHARED: Final = ("queue", "kv_use")  # ratios that grow as units / fewer units when units leave
+SHARED: Final = (
+    "queue",
+    "ongoing",
+    "kv_use",
+)  # ratios that grow as units / fewer units when units leave
 
 
 class Decision(Section):

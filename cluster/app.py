@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
+from remora.autoscale.autoscale_policy import AutoscalePolicy
 from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, find_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig, load_config
 from remora.cluster.connect import connected_service
@@ -26,6 +27,7 @@ from remora.cluster.generation import Generation
 from remora.cluster.ingress import build_app
 from remora.cluster.model_source import local_checkpoint
 from remora.cluster.openai_schema import ChatRequest, CompletionRequest
+from remora.cluster.serve_policy import serve_autoscaling
 from remora.cluster.sse import Format, collect
 from remora.comm.errors import ClusterError, RequestError
 
@@ -57,11 +59,16 @@ def config_from_args(args: Mapping[str, Any]) -> RemoraConfig:
 
 def application(config: RemoraConfig) -> Application:
     """The application of a checked configuration."""
-    http = config.http
+    http = config.http.loaded()
+    replicas: dict[str, Any] = {"num_replicas": http.ingress_replicas}
+    if isinstance(http.autoscale, AutoscalePolicy):
+        every_s = config.autoscale.sample_every_s
+        scaling = serve_autoscaling(http.autoscale, initial=http.ingress_replicas, every_s=every_s)
+        replicas = {"autoscaling_config": scaling}
     make = serve.deployment(
         name="ingress",
         graceful_shutdown_timeout_s=SHUTDOWN_S,
-        num_replicas=http.ingress_replicas,
+        **replicas,
         max_ongoing_requests=http.queue_max + ONGOING_ABOVE_QUEUE,
         ray_actor_options={
             "num_cpus": 0,

@@ -120,7 +120,7 @@ def _policy_lines(policy: "AutoscalePolicy") -> list[str]:
     for name, latency in (("ttft", targets.ttft), ("itl", targets.itl)):
         if latency is not None:
             held.append(f"{name} {latency.percentile} <= {latency.seconds:g} s")
-    for name in ("queue_per_unit", "kv_use", "imbalance"):
+    for name in ("queue_per_unit", "ongoing_per_unit", "kv_use", "imbalance"):
         bound = getattr(targets, name)
         if bound is not None:
             held.append(f"{name} <= {bound:g}")

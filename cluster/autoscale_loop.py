@@ -141,9 +141,7 @@ class Autoscaler:
         view = self._view()
         if self._policy.pool == "experts":
             return len(view.placement.slots)
-        if self._policy.pool == "dense":
-            return sum(member.role == "dense" for member in view.members)
-        return self._meter.sources
+        return sum(member.role == "dense" for member in view.members)
 
     def _count(self, decision: Decision) -> None:
         way = "up" if decision.target_units > decision.units else "down"

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy, check_live, read_policy
+from remora.autoscale.autoscale_policy import AutoscalePolicy
+from remora.cluster.autoscale_config import AutoscaleConfig, policy_in
 from remora.cluster.device_rules import Device, check_devices, resolve
 from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
@@ -146,28 +147,6 @@ class ElasticConfig(Section):
     )
 
 
-class AutoscaleConfig(Section):
-    """Whether the deployment resizes itself (docs/autoscaling.md)."""
-
-    policy: AutoscalePolicy | Path | None = None  # or the file of one; None: it does not
-    sample_every_s: Annotated[float, Field(ge=0.1, le=300, allow_inf_nan=False)] = 5.0
-    log_dir: Path | None = None  # of its decisions; None: beside the coordinator's log
-
-    @model_validator(mode="after")
-    def _samples_fit(self) -> "AutoscaleConfig":
-        if isinstance(self.policy, AutoscalePolicy):
-            check_live(self.policy, self.sample_every_s)
-        return self
-
-    def loaded(self) -> "AutoscaleConfig":
-        """With the policy itself where a file was named. Raises ConfigError: it holds none."""
-        if not isinstance(self.policy, Path):
-            return self
-        policy = read_policy(self.policy.expanduser())
-        data = self.model_dump() | {"policy": policy.model_dump()}
-        return parse_section(data, AutoscaleConfig, source=f"autoscale.policy {self.policy}")
-
-
 class HttpConfig(Section):
     """The OpenAI-compatible endpoint and its bounds."""
 
@@ -175,13 +154,33 @@ class HttpConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: one that is free
     api_keys_file: Path | None = None  # one key a line; also $REMORA_API_KEYS (comma separated)
     admin_keys_file: Path | None = None  # also $REMORA_ADMIN_KEYS
-    ingress_replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    ingress_replicas: Annotated[int, Field(ge=1, le=1024)] = 1  # with `autoscale`: to begin with
+    autoscale: AutoscalePolicy | Path | None = None  # of the replicas, or the file of one
     body_bytes_max: Annotated[int, Field(ge=1024, le=1 << 30)] = 8 << 20
     batch_max: Annotated[int, Field(ge=1, le=1 << 16)] = 2048  # prompts in one request
     n_max: Annotated[int, Field(ge=1, le=4096)] = 128
     logprobs_max: Annotated[int, Field(ge=0, le=1024)] = 20
     queue_max: Annotated[int, Field(ge=1, le=1 << 20)] = 1024  # sequences admitted per replica
     request_timeout_s: Seconds = 3600.0
+
+    @model_validator(mode="after")
+    def _is_of_ingresses(self) -> "HttpConfig":
+        if isinstance(self.autoscale, AutoscalePolicy) and self.autoscale.pool != "ingress":
+            raise ValueError(f"autoscale: a policy of pool ingress, not {self.autoscale.pool}")
+        return self
+
+    @property
+    def replicas_max(self) -> int:
+        """Replicas that there may be."""
+        policy = self.autoscale
+        return policy.units_max if isinstance(policy, AutoscalePolicy) else self.ingress_replicas
+
+    def loaded(self) -> "HttpConfig":
+        """With the policy itself where a file was named. Raises ConfigError: it holds none."""
+        if not isinstance(self.autoscale, Path):
+            return self
+        data = self.model_dump() | {"autoscale": policy_in(self.autoscale)}
+        return parse_section(data, HttpConfig, source=f"http.autoscale {self.autoscale}")
 
 
 class SecurityConfig(Section):
@@ -227,7 +226,7 @@ class RemoraConfig(Section):
 
     @model_validator(mode="after")
     def _queues_fit(self) -> "RemoraConfig":
-        admitted = self.http.queue_max * self.http.ingress_replicas
+        admitted = self.http.queue_max * self.http.replicas_max
         if admitted > self.dense.max_waiting * self.dense.groups:
             raise ValueError(
                 f"http.queue_max x ingress_replicas = {admitted} is above dense.max_waiting x"
@@ -297,8 +296,8 @@ def load_config(
         data = _merged(data, content)
     for key, value in (overrides or {}).items():
         _set_dotted(data, key, value)
-    config = parse_config(data, source=label)
-    return _with_absolute_paths(config)
+    config = _with_absolute_paths(parse_config(data, source=label))
+    return parse_config(config.to_args(), source=label)  # policies that were read say more
 
 
 def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
@@ -312,7 +311,8 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
     experts: dict[str, Any] = {}
     if isinstance(config.experts.placement, Path):
         experts = absolute(config.experts, ("placement",))
-    http = absolute(config.http, ("api_keys_file", "admin_keys_file"))
+    http_config = config.http.loaded()
+    http = absolute(http_config, ("api_keys_file", "admin_keys_file"))
     security = absolute(config.security, ("token_file",))
     router = absolute(config.router, ("state_dir",))
     autoscale = config.autoscale.loaded()
@@ -322,7 +322,7 @@ def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
         "router": config.router.model_copy(update=router),
         "autoscale": autoscale.model_copy(update=absolute(autoscale, ("log_dir",))),
         "elastic": config.elastic.model_copy(update=elastic),
-        "http": config.http.model_copy(update=http),
+        "http": http_config.model_copy(update=http),
         "security": config.security.model_copy(update=security),
     }
     if Path(config.model).is_dir():

@@ -170,7 +170,7 @@ def serve_environment(config: RemoraConfig) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
-    if config.http.ingress_replicas == 1:
+    if config.http.replicas_max == 1:
         environment |= {
             "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.http.port),
@@ -181,7 +181,7 @@ def serve_environment(config: RemoraConfig) -> dict[str, str]:
 
 def proxy_port(config: RemoraConfig) -> int:
     """Where Serve's own proxy listens: elsewhere when the replica has the port."""
-    if config.http.ingress_replicas == 1:
+    if config.http.replicas_max == 1:
         return _usable_port(config.http.host, 0)
     return config.http.port
 

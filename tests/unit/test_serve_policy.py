@@ -1,0 +1,156 @@
+"""The policy of ingress replicas, as the Ray Serve that is installed takes and calls it."""
+
+import inspect
+import itertools
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.autoscaling import policy_of
+
+from remora.autoscale.autoscale_policy import AutoscalePolicy, parse_policy
+from remora.cluster.config import load_config
+from remora.comm.errors import ConfigError
+
+with warnings.catch_warnings():  # Ray Serve's own, while it is imported
+    warnings.simplefilter("ignore")
+    from ray.serve._private.autoscaling_state import _resolve_policy_callable
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.autoscaling_policy import _apply_autoscaling_config
+    from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+    from remora.cluster.app import application, config_from_args
+    from remora.cluster.serve_policy import PATH, serve_autoscaling
+
+TARGETS = {"ongoing_per_unit": 10}
+REACTIVE = {"window_s": 15, "samples_min": 2, "down_window_s": 60}
+
+
+def ingress_policy(**sections: Any) -> AutoscalePolicy:
+    given = {"pool": "ingress", "targets": TARGETS, "reactive": REACTIVE, **sections}
+    return policy_of(**given)
+
+
+def called(policy: AutoscalePolicy, every_s: float = 5.0) -> tuple[AutoscalingConfig, Any]:
+    """Through Serve's own pickling, making and wrapping of a policy."""
+    config = serve_autoscaling(policy, initial=2, every_s=every_s)
+    sent = AutoscalingConfig.model_validate(config.model_dump())  # as a Serve config file has it
+    return config, _apply_autoscaling_config(_resolve_policy_callable(sent.policy))
+
+
+class Serve:
+    """What Serve's controller does of it: contexts, bounds left out."""
+
+    def __init__(self, policy: AutoscalePolicy) -> None:
+        self.config, self.call = called(policy)
+        self.running = self.target = 2
+        self.now_s = 1000.0
+        self.state: dict[str, Any] = {}
+
+    def tick(self, ongoing: float, seconds: float = 5.0) -> int:
+        self.now_s += seconds
+        given: dict[str, Any] = dict.fromkeys(inspect.signature(AutoscalingContext).parameters)
+        given |= {
+            "deployment_id": DeploymentID("ingress", "remora"),
+            "deployment_name": "ingress",
+            "current_num_replicas": self.running,
+            "target_num_replicas": self.target,
+            "running_replicas": [],
+            "total_num_requests": lambda: ongoing,
+            "total_queued_requests": 0.0,
+            "policy_state": self.state,
+            "capacity_adjusted_min_replicas": 1,
+            "capacity_adjusted_max_replicas": 8,
+            "current_time": self.now_s,
+            "config": self.config,
+        }
+        wanted, self.state = self.call(AutoscalingContext(**given))
+        self.target = int(wanted)
+        return self.target
+
+
+def test_serves_own_schema_takes_it() -> None:
+    config, _ = called(ingress_policy())
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (1, 2, 8)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0.0, 0.0)
+    assert config.policy.policy_function == PATH
+    again = AutoscalingConfig.model_validate_json(config.model_dump_json())
+    assert again.policy == config.policy
+    wanted = set(inspect.signature(AutoscalingContext).parameters)
+    assert {"current_time", "total_num_requests", "target_num_replicas"} <= wanted
+
+
+def test_it_grows_once_while_replicas_start_and_shrinks_later() -> None:
+    serve = Serve(ingress_policy())
+    assert [serve.tick(15.0) for _ in range(4)] == [2, 2, 2, 2]
+    grown = [serve.tick(45.0) for _ in range(6)]
+    assert grown[-1] == 5 and sorted(set(grown)) == [2, 5], grown
+    serve.running = 5
+    assert {serve.tick(45.0) for _ in range(6)} == {5}
+    seen = []
+    for _ in range(60):
+        seen.append(serve.tick(4.0))
+        serve.running = seen[-1]
+    assert seen == sorted(seen, reverse=True) and seen[-1] < 5
+    assert seen.index(4) * 5 >= 60, "not before its window is quiet"
+
+
+def test_between_samples_it_says_what_it_said() -> None:
+    serve = Serve(ingress_policy())
+    ticks = [serve.tick(45.0, seconds=0.1) for _ in range(600)]
+    changes = [n for n, (a, b) in enumerate(itertools.pairwise(ticks)) if a != b]
+    assert len(changes) == 1
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise"])
+def test_other_modes_change_nothing(mode: str) -> None:
+    serve = Serve(ingress_policy(mode=mode))
+    assert {serve.tick(100.0) for _ in range(20)} == {2}
+
+
+def test_it_never_blocks_and_its_work_is_bounded() -> None:
+    predictive = {
+        "load_per_unit": 10, "horizon_s": 60, "step_s": 5, "season_s": 1800,
+        "forecasters": ["seasonal_naive", "moving_average", "holt"],
+    }  # fmt: skip
+    policy = ingress_policy(predictive=predictive)
+    serve = Serve(policy)
+    started_s = time.thread_time()
+    for number in range(1500):  # two hours: windows and series are full
+        serve.tick(20.0 + number % 7)
+        serve.running = serve.target
+    busy_s = time.thread_time() - started_s
+    assert busy_s < 1500 * 0.1, "Serve's control loop turns ten times a second"
+
+
+@pytest.mark.parametrize(
+    ("sections", "complaint"),
+    [
+        ({"targets": {"kv_use": 0.5}}, "targets.kv_use is not measured there"),
+        ({"targets": {"ongoing_per_unit": 5, "queue_per_unit": 5}}, "queue_per_unit is not"),
+        ({"pool": "dense", "targets": TARGETS}, "only of pool ingress"),
+    ],
+)
+def test_what_serve_does_not_measure_is_refused(sections: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        ingress_policy(**sections)
+
+
+def test_a_configuration_with_it_is_an_application_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "ingress.yaml"
+    path.write_text(ingress_policy().model_dump_json(exclude_unset=True))
+    few = {"model": "m", "http.autoscale": str(path), "http.queue_max": 512}
+    config = load_config(overrides=few)
+    assert parse_policy(config.to_args()["http"]["autoscale"]).pool == "ingress"
+    assert config_from_args(config.to_args()) == config
+    found = application(config)._bound_deployment._deployment_config.autoscaling_config
+    assert found is not None and found.max_replicas == 8
+    assert found.policy.policy_function == PATH
+    wrong = {"model": "m", "http.autoscale": policy_of().model_dump(mode="json")}
+    with pytest.raises(ConfigError, match="a policy of pool ingress, not experts"):
+        load_config(overrides=wrong)
+    many = few | {"http.queue_max": 513}
+    with pytest.raises(ConfigError, match="what is admitted must fit"):
+        load_config(overrides=many)
