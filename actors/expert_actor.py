@@ -113,9 +113,10 @@ class ExpertActor:
         kernels = f"exact={self._launch.exact} {kernel_fingerprint()}"
         return kernels, self._changing().canary(pairs)
 
-    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> None:
-        """As `ShardSlots.keep`."""
+    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> dict[int, int]:
+        """As `ShardSlots.keep`; the room that there is in each MoE layer."""
         self._changing().keep(experts)
+        return self.facts().room
 
     def fence(self, names: Sequence[str]) -> None:
         """Refuse dense ranks of these names, and no others, until told otherwise."""

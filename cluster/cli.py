@@ -17,6 +17,7 @@ from remora.cluster.config import RemoraConfig, load_config, parse_override, pre
 from remora.cluster.instances import Instance, missing, use_token, which_instance
 from remora.cluster.operation_command import add_how, add_operations, run_operation
 from remora.cluster.rebalance_command import add_rebalance, run_rebalance, run_trace
+from remora.cluster.sim_command import add_sim
 from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
@@ -100,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     for command in add_operations(commands):
         command.set_defaults(run=_operate)
     add_autoscale(commands)
+    add_sim(commands)
     for name, text in (
         ("status", "what a deployment is doing"),
         ("stop", "take a deployment down"),

@@ -191,7 +191,10 @@ class CoordinatorState(OperationSteps):
                     fault = f"{task.uid} knows another view of epoch {task.view.epoch}: {answer}"
                 elif isinstance(task, Adopt) and task.uid in self.fenced:
                     self._let_in(task.uid)
-            case ((Keep() | Stop() | Fence() | Adopt()), None):
+            case Keep(uid=uid), tuple():
+                if uid in self.room:
+                    self.room[uid] = answer
+            case ((Stop() | Fence()), None):
                 pass
             case _:
                 fault = f"{task.uid} answered {type(task).__name__} with {answer!r}"

@@ -109,7 +109,7 @@ class MemberTasks:
                 return _answer(self._handle(uid).canary.remote(pairs), _canary_result)
             case Keep(uid=uid, experts=experts):
                 by_layer = dict(zip(self._placement.moe_layers, experts, strict=True))
-                return _answer(self._handle(uid).keep_experts.remote(by_layer))
+                return _answer(self._handle(uid).keep_experts.remote(by_layer), self._room)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -138,8 +138,10 @@ class MemberTasks:
 
     def _started(self, facts: ShardFacts) -> Started:
         digests = {pair: entry.digest for pair, entry in facts.manifest.by_expert().items()}
-        room = tuple(facts.room[layer] for layer in self._placement.moe_layers)
-        return Started(member=facts.member, digests=digests, room=room)
+        return Started(member=facts.member, digests=digests, room=self._room(facts.room))
+
+    def _room(self, by_layer: Mapping[int, int]) -> tuple[int, ...]:
+        return tuple(by_layer[layer] for layer in self._placement.moe_layers)
 
     def _stop(self, uid: str, incarnation: int) -> "Future[Answer]":
         with self._lock:

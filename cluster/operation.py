@@ -140,7 +140,8 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keep(msgspec.Struct, frozen=True, kw_only=True):
-    """Have a shard free every slot with another expert than these. Answer: None."""
+    """Have a shard free every slot with another expert than these. Answer: the slots of each MoE
+    layer that it has: those that do not hold what is written into them are none any more."""
 
     uid: str
     experts: tuple[tuple[int, ...], ...]
@@ -154,7 +155,7 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Task = StartShard | Copy | Canary | Offer | Adopt | Fence | Keep | Stop
-Answer = Started | CanaryResult | dict[Pair, str] | str | None
+Answer = Started | CanaryResult | dict[Pair, str] | tuple[int, ...] | str | None
 
 
 class Ask(msgspec.Struct, frozen=True):

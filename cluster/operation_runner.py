@@ -33,7 +33,7 @@ from remora.cluster.operation import (
     Task,
     Tick,
 )
-from remora.cluster.wal import Wal, WalError
+from remora.cluster.wal import RecordLog, WalError
 from remora.comm.errors import ClusterError, UnknownOperationError
 from remora.comm.view import View
 
@@ -54,7 +54,7 @@ class OperationRunner:
     def __init__(
         self,
         state: CoordinatorState,
-        wal: Wal,
+        wal: RecordLog,
         *,
         perform: Callable[[Task], "Future[Answer]"],
         publish: Callable[[View], None],
@@ -72,9 +72,41 @@ class OperationRunner:
 
     def start(self, effects: list[Effect]) -> None:
         """Carry the first effects out, and go on until `close`."""
+        self.begin(effects)
+        self._thread.start()
+
+    def begin(self, effects: list[Effect]) -> None:
+        """Carry the first effects out; the caller goes on with `turn`, instead of a thread."""
         with self._changed:
             self._carry_out(effects)
-        self._thread.start()
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `turn` has something to do at once."""
+        return not self._events.empty()
+
+    def next_time(self) -> float | None:
+        """As `CoordinatorState.next_time`."""
+        with self._changed:
+            return self._state.next_time()
+
+    def turn(self, wait_s: float | None) -> bool:
+        """Handle the next event; none in so many seconds is a `Tick`. False: closed."""
+        try:
+            event = self._events.get(timeout=wait_s)
+        except queue.Empty:
+            event = Tick()
+        if event is None:
+            return False
+        if callable(event):
+            event()
+            return True
+        with self._changed:
+            if self._closed:
+                return False
+            self._carry_out(self._state.handle(event, self._clock()))
+            self._changed.notify_all()
+        return True
 
     def close(self) -> None:
         """Stop: an operation that runs stays where it is, in the log too. Idempotent."""
@@ -145,24 +177,11 @@ class OperationRunner:
     # -- inside -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                due_s = self._state.next_time()
+        is_open = True
+        while is_open:
+            due_s = self.next_time()
             wait_s = None if due_s is None else max(0.0, due_s - self._clock())
-            try:
-                event = self._events.get(timeout=wait_s)
-            except queue.Empty:
-                event = Tick()
-            if event is None:
-                return
-            if callable(event):
-                event()
-                continue
-            with self._changed:
-                if self._closed:
-                    return
-                self._carry_out(self._state.handle(event, self._clock()))
-                self._changed.notify_all()
+            is_open = self.turn(wait_s)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 from zlib import crc32
 
 import msgspec
@@ -26,6 +26,18 @@ _HEAD = struct.Struct("<III")
 
 class WalError(ClusterError):
     """A log that is damaged, in use, or cannot be written."""
+
+
+class RecordLog(Protocol):
+    """What an operation is written to before anything follows from it; methods as `Wal`'s."""
+
+    num_bytes: int
+
+    def append(self, record: dict[str, Any]) -> None:
+        """See `Wal.append`."""
+
+    def replace(self, record: dict[str, Any]) -> None:
+        """See `Wal.replace`."""
 
 
 class Wal:
@@ -60,7 +72,7 @@ class Wal:
             reason = "another coordinator writes it" if busy else failed.strerror
             raise WalError(f"{path}: {reason}") from failed
         try:
-            records, end = _read(path)
+            records, end = decode_records(path.read_bytes(), path)
             os.ftruncate(descriptor, end)
             os.lseek(descriptor, end, os.SEEK_SET)
         except BaseException:
@@ -77,7 +89,7 @@ class Wal:
         """
         if self._broken is not None:
             raise WalError(f"{self.path}: {self._broken}")
-        frame = _frame(record)
+        frame = encode_record(record)
         try:
             _write_all(self._fd, frame)
             os.fdatasync(self._fd)
@@ -93,7 +105,7 @@ class Wal:
             WalError: it could not be written; the log is as it was.
         """
         half = self.path.with_name(f".{FILE}.half")
-        frame = _frame(record)
+        frame = encode_record(record)
         try:
             descriptor = os.open(half, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
@@ -135,7 +147,8 @@ class Wal:
             self._broken = f"{failed.strerror}, then {worse.strerror}: open it again"
 
 
-def _frame(record: dict[str, Any]) -> bytes:
+def encode_record(record: dict[str, Any]) -> bytes:
+    """A record as it lies in the log. Raises WalError: it is too large."""
     body = msgspec.json.encode(record, order="sorted")
     if len(body) > RECORD_BYTES_MAX:
         raise WalError(f"a record of {len(body)} bytes; {RECORD_BYTES_MAX} are allowed")
@@ -157,13 +170,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records, and where the last whole one ends.
+def decode_records(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log (at `path`), and where the last whole one ends.
 
     A crash in the middle of a write leaves a part of a record, or zeros where bytes had not come
     yet; a JSON object does not end in a zero.
+
+    Raises:
+        WalError: a record is damaged.
     """
-    data = path.read_bytes()
     records: list[dict[str, Any]] = []
     at = 0
     while at < len(data):

@@ -285,7 +285,7 @@ class World:
                 return (None,)
             case Keep(experts=experts):
                 held.intersection_update(pairs_of(experts, LAYERS))
-                return (None,)
+                return ((self.slots_of[living],) * len(LAYERS),)
         raise AssertionError(task)
 
     def _on_view(self, task: Offer | Adopt) -> tuple[Answer] | None:

@@ -1,0 +1,363 @@
+"""The coordinator in the simulator: the real machine and runner over a virtual disk and network.
+
+A crash takes the process between two effects, or in the middle of a write; another one reads the
+log, as `elastic.py` does, and takes over what lives.
+"""
+
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from remora.cluster.coordinator_calls import ROUTER, Limits
+from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.operation import (
+    Adopt,
+    Answer,
+    Copy,
+    Effect,
+    Offer,
+    Operation,
+    Pair,
+    StartShard,
+    Stop,
+    Target,
+    Task,
+)
+from remora.cluster.operation_runner import OperationRunner
+from remora.cluster.sim_network import uid_of
+from remora.cluster.wal import WalError, decode_records, encode_record
+from remora.comm.errors import ClusterError
+from remora.comm.view import View
+
+if TYPE_CHECKING:
+    from remora.cluster.sim_deployment import Deployment
+
+LIMITS: Final = Limits(
+    prepare_s=20.0,
+    copy_s=10.0,
+    verify_s=5.0,
+    commit_s=5.0,
+    drain_s=5.0,
+    free_s=5.0,
+    retry_s=0.5,
+    replicas=2,
+)
+RESTART_S: Final = (0.5, 1.5)
+DEATH_TOLD_S: Final = 0.3  # at most
+EFFECTS_BEFORE_CRASH: Final = 4
+
+
+class SimCrash(BaseException):
+    """The coordinator's process is gone at this point; no handler of its code sees that."""
+
+
+class SimLog:
+    """The log on a disk that may be full, or lose the end of a write with the process."""
+
+    def __init__(self, world: "Deployment") -> None:
+        self._world = world
+        self._data = b""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are durable."""
+        return len(self._data)
+
+    @num_bytes.setter
+    def num_bytes(self, _: int) -> None:
+        raise AssertionError("the log's size is what was written")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """As `Wal.append`."""
+        world = self._world
+        world.coordinator.before_effect()
+        frame = encode_record(record)
+        if world.faults.log_tears:
+            world.faults.log_tears = False
+            self._data += frame[: world.chance.randrange(len(frame))]
+            world.trace(f"the coordinator dies while it writes {record['t']}")
+            raise SimCrash
+        if world.clock.now_s < world.faults.disk_full_until_s:
+            world.trace(f"disk full: {record['t']} is not written")
+            raise WalError("log: no space left on device")
+        self._data += frame
+        world.trace(f"log {record['t']}")
+        world.coordinator.after_effect()
+
+    def replace(self, record: dict[str, Any]) -> None:
+        """As `Wal.replace`."""
+        self._data = encode_record(record)
+
+    def read(self) -> list[dict[str, Any]]:
+        """As `Wal.open`: a torn end goes."""
+        records, end = decode_records(self._data, Path("log"))
+        self._data = self._data[:end]
+        return records
+
+
+class SimCoordinator:
+    """One life after the other."""
+
+    def __init__(self, world: "Deployment") -> None:
+        self.log = SimLog(world)
+        self.life = 0
+        self._world = world
+        self._state: CoordinatorState | None = None
+        self._runner: OperationRunner | None = None
+        self._newest: dict[str, int] = {}  # incarnations that tasks go to
+        self._watched: set[tuple[str, int]] = set()
+        self._crash_in: int | None = None  # effects
+        self._seen: tuple[str, str, int] | None = None  # operation, step, round
+        self._numbers: dict[str, int] = {}  # operation -> number
+        self._tick_s: float | None = None
+        world.network.on_death.append(self._on_death)
+
+    @property
+    def process(self) -> str:
+        """The name of this life."""
+        return f"coordinator#{self.life}"
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answers."""
+        return self._runner is not None and self._world.network.is_up(self.process)
+
+    @property
+    def operation(self) -> Operation | None:
+        """The one that runs, as far as anybody knows."""
+        return self._state.operation if self._state is not None else None
+
+    @property
+    def state(self) -> CoordinatorState:
+        """The machine of the life that is."""
+        assert self._state is not None, "the coordinator is down"
+        return self._state
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs, and nothing is about to."""
+        state = self._state
+        return self.is_up and state is not None and state.operation is None
+
+    def begin(
+        self, view: View, room: dict[str, tuple[int, ...]], manifest: dict[Pair, str]
+    ) -> None:
+        """Take over a deployment that has just come up."""
+        lives = {m.uid: m.incarnation for m in view.members if m.role == "shard"}
+        state = CoordinatorState(
+            view=view, room=room, manifest=manifest, incarnations=lives, limits=LIMITS,
+            has_router=True,
+        )  # fmt: skip
+        self.log.replace(state.snapshot())
+        self._live(state, [])
+
+    def request(self, operation_id: str, target: Target) -> None:
+        """As a client's call. Raises ClusterError, ConfigError."""
+        if self._runner is None or not self.is_up:
+            raise ClusterError("the coordinator does not answer")
+        self._numbers.setdefault(operation_id, len(self._numbers) + 1)
+        try:
+            self._runner.request(operation_id, target)
+        except SimCrash:
+            self._crash()
+            raise ClusterError("the coordinator died") from None
+        self._pump()
+
+    def outcome(self, operation_id: str) -> Operation | None:
+        """How an operation is; None: nobody knows."""
+        return self._state.history.get(operation_id) if self._state is not None else None
+
+    def crash_soon(self) -> None:
+        """SIGKILL, at one of the next effects, or now if there are none."""
+        self._crash_in = self._world.chance.randrange(EFFECTS_BEFORE_CRASH)
+        self._world.clock.after(0.05, self._crash_if_due)
+
+    # -- effects ------------------------------------------------------------------------------
+
+    def before_effect(self) -> None:
+        """An effect is about to happen: this may be the end."""
+        self._observe()
+        if self._crash_in is not None:
+            self._crash_in -= 1
+            if self._crash_in < 0:
+                raise SimCrash
+
+    def after_effect(self) -> None:
+        """An effect has happened; nothing that follows from it has."""
+        if self._crash_in == 0 and self._world.chance.random() < 0.5:
+            raise SimCrash
+
+    def _perform(self, task: Task) -> "Future[Answer]":
+        self.before_effect()
+        world, answered = self._world, Future[Answer]()
+        world.trace(f"{type(task).__name__} {task.uid}")
+        settle = partial(self._settle, self._runner, answered)
+        lost = partial(settle, ClusterError(f"{task.uid} is dead"))
+        match task:
+            case StartShard(uid=uid, incarnation=incarnation):
+                self._newest[uid] = incarnation
+                self._watched.add((uid, incarnation))
+                process = world.start_shard(task, self._answer_to(f"{uid}#{incarnation}", settle))
+                self._watch_start(process, lost)
+            case Stop(uid=uid, incarnation=incarnation):
+                self._watched.discard((uid, incarnation))
+                world.network.kill(f"{uid}#{incarnation}")
+                answered.set_result(None)
+            case Adopt(uid=uid) if uid == ROUTER:
+                answered.set_result(task.view.view_hash)
+            case _:
+                self._send(task, settle, lost)
+        self.after_effect()
+        return answered
+
+    def _send(self, task: Any, settle: Any, lost: Any) -> None:
+        world = self._world
+        process = f"{task.uid}#{self._newest.get(task.uid, 0)}"
+        member = world.ranks.get(process) if isinstance(task, Offer | Adopt) else None
+        target = member or world.shards.get(process)
+        if target is None:
+            world.clock.after(0.0, lost)
+            return
+        reply = self._answer_to(process, settle)
+        perform: Any = target.perform
+        world.network.send(self.process, process, partial(perform, task, reply), lost)
+        if isinstance(task, Copy):
+            self._watch_start(process, lost)
+
+    def _answer_to(self, process: str, settle: Any) -> Any:
+        """What a member calls with its answer: a message to the life that asked."""
+        network, asker = self._world.network, self.process
+
+        def reply(answer: Answer | Exception) -> None:
+            network.send(process, asker, partial(settle, answer))
+
+        return reply
+
+    def _watch_start(self, process: str, lost: Any) -> None:
+        """A call that takes its time fails when the process dies."""
+        world, asker = self._world, self.process
+
+        def told(dead: str) -> None:
+            if dead == process:
+                world.network.timer(asker, world.network.latency_s(), lost)
+                world.network.on_death.remove(told)
+
+        world.network.on_death.append(told)
+
+    def _settle(
+        self, runner: OperationRunner | None, answered: "Future[Answer]", answer: Answer | Exception
+    ) -> None:
+        if runner is not self._runner or answered.done():
+            return
+        if isinstance(answer, Exception):
+            answered.set_exception(answer)
+        else:
+            answered.set_result(answer)
+        self._pump()
+
+    # -- lives --------------------------------------------------------------------------------
+
+    def _live(self, state: CoordinatorState, effects: list[Effect]) -> None:
+        world = self._world
+        self.life += 1
+        world.network.start(self.process)
+        self._state, self._crash_in, self._tick_s = state, None, None
+        living = [m for m in state.view.members if m.actor_name in world.network.alive]
+        self._newest = {m.uid: m.incarnation for m in living}
+        self._watched = {(m.uid, m.incarnation) for m in living}
+        self._runner = OperationRunner(
+            state, self.log, perform=self._perform, publish=world.published,
+            clock=lambda: world.clock.now_s,
+        )  # fmt: skip
+        try:
+            self._runner.begin(effects)
+        except SimCrash:
+            self._crash()
+            return
+        for m in state.view.members:
+            if m not in living:
+                self._runner.lost(m.uid, m.incarnation)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Handle what has come, and be woken when the next deadline is."""
+        runner, world = self._runner, self._world
+        if runner is None:
+            return
+        try:
+            while runner.has_events:
+                runner.turn(0.0)
+                self._observe()
+        except SimCrash:
+            self._crash()
+            return
+        due_s = runner.next_time()
+        if due_s is not None and due_s != self._tick_s:
+            self._tick_s = due_s
+            delay_s = max(0.0, due_s - world.clock.now_s)
+            world.network.timer(self.process, delay_s, partial(self._tick, runner, due_s))
+
+    def _tick(self, runner: OperationRunner, due_s: float) -> None:
+        if runner is not self._runner or self._tick_s != due_s:
+            return
+        self._tick_s = None
+        try:
+            runner.turn(0.0)
+            self._observe()
+        except SimCrash:
+            self._crash()
+            return
+        self._pump()
+
+    def _crash_if_due(self) -> None:
+        if self._crash_in is not None:
+            self._crash()
+
+    def _crash(self) -> None:
+        world = self._world
+        world.trace(f"{self.process} dies")
+        world.network.kill(self.process)
+        self._runner = self._state = None
+        self._crash_in = None
+        low, high = RESTART_S
+        world.clock.after(low + world.chance.random() * (high - low), self._resume)
+
+    def _resume(self) -> None:
+        state, operation = recovered(self.log.read(), LIMITS, has_router=True)
+        in_flight = operation.operation_id if operation else "nothing"
+        self._world.trace(f"coordinator#{self.life + 1} resumes; in flight: {in_flight}")
+        self._live(state, state.resume(operation, self._world.clock.now_s))
+
+    def _on_death(self, process: str) -> None:
+        uid, _, incarnation = process.partition("#")
+        if uid_of(process) == "coordinator" or (uid, int(incarnation)) not in self._watched:
+            return
+        runner, world = self._runner, self._world
+
+        def told() -> None:
+            if runner is not None and runner is self._runner:
+                runner.lost(uid, int(incarnation))
+                self._pump()
+
+        delay_s = world.chance.random() * DEATH_TOLD_S
+        world.network.timer(self.process, delay_s, told)
+
+    def _observe(self) -> None:
+        """Faults strike at the steps of operations."""
+        operation = self.operation
+        now = None
+        if operation is not None:
+            now = (operation.operation_id, operation.step, operation.round)
+        before, self._seen = self._seen, now
+        if before == now:
+            return
+        if before is not None:
+            self._at(before, "after")
+        if now is not None:
+            self._world.trace(f"operation {now[0]}: {now[1]}")
+            self._at(now, "before")
+
+    def _at(self, seen: tuple[str, str, int], when: Any) -> None:
+        number = self._numbers.get(seen[0], 0)  # 0: of the machine's own
+        self._world.faults.at(number, seen[1], when)

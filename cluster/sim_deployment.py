@@ -1,0 +1,178 @@
+"""A whole deployment in one thread: real machines on a virtual network, and what must hold of it.
+
+The numbers are those of the design's list: 1 identical output, 2 no position lost or twice, 3 no
+error of a planned operation, 4 every expert has a verified replica and an epoch one view, 5 no slot
+is freed while a frame by a view that names it can arrive, 6 what is held is back at the baseline,
+7 every operation ends and the next one succeeds, 8 no stream waits longer than a bound.
+"""
+
+import random
+from functools import partial
+from typing import Final
+
+from remora.cluster.operation import StartShard
+from remora.cluster.sim_coordinator import SimCoordinator
+from remora.cluster.sim_faults import Fault, Faults
+from remora.cluster.sim_ingress import SimIngress, Violation
+from remora.cluster.sim_model import LAYERS, NUM_EXPERTS, digest_of, weights_of
+from remora.cluster.sim_network import Clock, Network, uid_of
+from remora.cluster.sim_rank import CALL_TIMEOUT_S, SimRank
+from remora.cluster.sim_shard import Asked, NotMine, Reply, SimShard, member_of
+from remora.comm.view import Placement, View, contiguous_placement
+
+TRACE_MAX: Final = 100_000  # lines
+MANIFEST: Final = {(n, e): digest_of(weights_of(n, e)) for n in LAYERS for e in range(NUM_EXPERTS)}
+
+
+class Deployment:
+    """Shards, dense groups, clients and a coordinator, up since ever.
+
+    Args:
+        placement: of the first view; `room` are slots of a shard in each layer.
+        traced: keep what happens as lines.
+    """
+
+    def __init__(
+        self,
+        chance: random.Random,
+        *,
+        num_shards: int,
+        num_dense: int,
+        room: int,
+        faults: tuple[Fault, ...] = (),
+        traced: bool = False,
+    ) -> None:
+        self.chance = chance
+        self.clock = Clock()
+        self.network = Network(self.clock, chance)
+        self.lines: list[str] | None = [] if traced else None
+        self.shards: dict[str, SimShard] = {}  # every life
+        self.ranks: dict[str, SimRank] = {}
+        self.views: dict[int, View] = {}  # committed, by epoch
+        self.faults = Faults(self, faults)
+        self.excused: list[str] = []  # errors that a fault explains
+        self.coordinator = SimCoordinator(self)
+        self.ingress = SimIngress(self)
+        self.view = self._first(num_shards, num_dense, room)
+        self.views[1] = self.view
+        rooms = {uid: (room,) * len(LAYERS) for uid in self.view.placement.slots}
+        self.coordinator.begin(self.view, rooms, MANIFEST)
+
+    def trace(self, text: str) -> None:
+        """One line of what happens."""
+        if self.lines is not None and len(self.lines) < TRACE_MAX:
+            self.lines.append(f"{self.clock.now_s:9.3f}  {text}")
+
+    # -- who there is -------------------------------------------------------------------------
+
+    def shards_alive(self) -> list[str]:
+        """Uids of shards that have a living process."""
+        return sorted({uid_of(p) for p in self.shards if p in self.network.alive})
+
+    def ranks_alive(self) -> list[str]:
+        """Uids of living dense groups."""
+        return sorted(uid_of(p) for p in self.ranks if p in self.network.alive)
+
+    def ranks_by_load(self) -> list[SimRank]:
+        """Living dense groups, the least loaded first."""
+        ranks = [rank for p, rank in self.ranks.items() if p in self.network.alive]
+        return sorted(ranks, key=lambda r: (r.state.stats().num_running, r.process))
+
+    def uids(self) -> list[str]:
+        """Who has a link that can be cut."""
+        return ["coordinator", *self.ranks_alive(), *self.shards_alive()]
+
+    def process_of(self, uid: str) -> str:
+        """The newest living process of a uid."""
+        if uid == "coordinator":
+            return self.coordinator.process
+        every = [*self.shards, *self.ranks]
+        return [p for p in every if uid_of(p) == uid and p in self.network.alive][-1]
+
+    # -- what they do to each other -----------------------------------------------------------
+
+    def start_shard(self, task: StartShard, reply: Reply) -> str:
+        """A new process; its name."""
+        shard = SimShard(self, task)
+        assert shard.process not in self.shards, f"{shard.process} is started twice"
+        self.shards[shard.process] = shard
+        self.network.start(shard.process)
+        shard.start(reply)
+        return shard.process
+
+    def on_call(self, process: str, rank: SimRank, call: int, layer: int, asked: Asked) -> None:
+        """A frame of a dense rank arrives at a shard. Raises Violation: invariant 5."""
+        shard = self.shards[process]
+        if rank.name in shard.fenced:
+            return  # the connection is closed, and the rank knows
+        found = shard.compute(layer, asked)
+        if isinstance(found, NotMine) and rank.is_waiting_for(call):
+            raise Violation(
+                f"5: {process} holds no {found.experts} of layer {layer}, which {rank.process} asks"
+                f" for by epoch {rank.routes.epoch}"
+            )
+        self.network.answer(process, rank.process, lambda: rank.answered(call, found))
+
+    def cut_off(self, shard: SimShard, fenced: frozenset[str]) -> None:
+        """A shard closes the connections of dense ranks that it refuses."""
+        for rank in self.ranks.values():
+            if rank.name in fenced and rank.process in self.network.alive:
+                self.network.send(shard.process, rank.process, partial(rank.cut_off, shard))
+
+    def published(self, view: View) -> None:
+        """A view is committed. Raises Violation: invariant 4."""
+        self.trace(f"epoch {view.epoch} is committed: {', '.join(sorted(view.placement.slots))}")
+        known = self.views.setdefault(view.epoch, view)
+        if known.view_hash != view.view_hash:
+            raise Violation(f"4: epoch {view.epoch} has two views")
+        self.view = view
+        try:
+            view.placement.check()
+        except AssertionError as wrong:
+            raise Violation(f"4: epoch {view.epoch}: {wrong}") from None
+        for member in view.members:
+            shard = self.shards.get(member.actor_name)
+            if shard is None or member.actor_name not in self.network.alive:
+                continue
+            slots = view.placement.slots[member.uid]
+            for layer, experts in zip(LAYERS, slots, strict=True):
+                missing = shard.state.not_mine(layer, experts)
+                if missing and known is view:
+                    raise Violation(
+                        f"4: epoch {view.epoch} says that {member.uid} holds {missing} of {layer}"
+                    )
+            if shard.damaged():
+                raise Violation(f"4: epoch {view.epoch}: {member.uid} serves {shard.damaged()}")
+
+    def on_error(self, number: int, error: str) -> None:
+        """A request failed. Raises Violation: invariant 3, unless a process or a link has been
+        silent for longer than a call may take, which nobody restores yet."""
+        if not any(
+            until_s - begun_s > CALL_TIMEOUT_S for _, begun_s, until_s in self.faults.silent
+        ):
+            raise Violation(f"3: request {number} fails: {error}")
+        self.excused.append(error)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _first(self, num_shards: int, num_dense: int, room: int) -> View:
+        uids = tuple(f"shard-{i}" for i in range(num_shards))
+        placement: Placement = contiguous_placement(
+            num_experts=NUM_EXPERTS, moe_layers=LAYERS, shard_uids=uids, slots=room
+        )
+        dense = [f"dense-{i}" for i in range(num_dense)]
+        members = tuple(member_of(uid, 1) for uid in (*dense, *uids))
+        view = View(epoch=1, members=members, placement=placement)
+        for uid in uids:
+            experts = placement.slots[uid]
+            task = StartShard(uid=uid, incarnation=1, experts=experts, num_slots=room)
+            shard = SimShard(self, task)
+            self.shards[shard.process] = shard
+            self.network.start(shard.process)
+            shard.load_now()
+        for uid in dense:
+            rank = SimRank(self, uid, 1)
+            self.ranks[rank.process] = rank
+            self.network.start(rank.process)
+            rank.adopt_now(view)
+        return view

@@ -1,0 +1,120 @@
+"""Where a dense rank of the simulator may send rows: its view, connections, and whom it avoids.
+
+The rules of `comm/routes.py`, `actors/shard_links.py` and `view_inbox.py`, which need sockets.
+"""
+
+from typing import TYPE_CHECKING
+
+from remora.cluster.sim_model import LAYERS
+from remora.comm.errors import ClusterError
+from remora.comm.view import Member, View, uncovered
+
+if TYPE_CHECKING:
+    from remora.cluster.sim_deployment import Deployment
+
+
+class SimRoutes:
+    """Of one rank.
+
+    Attributes:
+        view: in use; None: not yet.
+        connected: shard -> incarnation.
+        suspects: late; not asked again by this view.
+    """
+
+    def __init__(self, world: "Deployment", process: str, name: str) -> None:
+        self.view: View | None = None
+        self.connected: dict[str, int] = {}
+        self.suspects: set[str] = set()
+        self._world = world
+        self._process, self._name = process, name
+        self._newest: View | None = None
+        self._holders: dict[tuple[int, int], list[str]] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Of the view in use."""
+        return self.view.epoch if self.view is not None else 0
+
+    def tell(self, view: View) -> View:
+        """This view is committed; the newest that is."""
+        if self._newest is None or view.epoch > self._newest.epoch:
+            self._newest = view
+        return self._newest
+
+    def usable(self, layer: int, expert: int) -> list[str]:
+        """Shards that may be asked for an expert."""
+        return [
+            uid
+            for uid in self._holders[layer, expert]
+            if uid in self.connected and uid not in self.suspects
+        ]
+
+    def not_there(self, uid: str, layer: int, experts: list[int]) -> None:
+        """A shard holds less than the view says."""
+        for expert in experts:
+            self._holders[layer, expert].remove(uid)
+
+    def apply(self, view: View) -> None:
+        """Route by a view, and connect to its shards."""
+        self.view = view
+        self.suspects = set()
+        slots = view.placement.slots
+        self._holders = {
+            (layer, expert): [uid for uid in sorted(slots) if expert in slots[uid][index]]
+            for index, layer in enumerate(LAYERS)
+            for expert in range(view.placement.num_experts)
+        }
+        self._connect()
+
+    def refresh(self) -> bool:
+        """Use a newer view that is known, else connect again; whether anything changed."""
+        if self._newest is not None and self._newest.epoch > self.epoch:
+            self.apply(self._newest)
+            return True
+        connected = dict(self.connected)
+        self._connect()
+        return self.connected != connected
+
+    def adopt(self, view: View) -> None:
+        """As `DenseEngine._adopt`. Raises ClusterError: the old view stays in force."""
+        for uid in self.suspects:
+            self.connected.pop(uid, None)
+        before = self.view, self._holders, self.suspects
+        self.apply(view)
+        live = {uid for uid in view.placement.slots if uid in self.connected}
+        if uncovered(view.placement, live):
+            self.view, self._holders, self.suspects = before
+            missing = sorted(set(view.placement.slots) - live)
+            raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
+        self._world.trace(f"{self._process} uses epoch {view.epoch}")
+
+    def greet(self, view: View) -> None:
+        """Connect to shards of a view to come. Raises ClusterError: one cannot be reached."""
+        lost = [m.uid for m in view.members if m.role == "shard" and not self._greet(m)]
+        if lost:
+            raise ClusterError(f"{lost} cannot be reached by {self._process}")
+
+    def lose(self, uid: str) -> None:
+        """The connection to a shard is gone."""
+        self.connected.pop(uid, None)
+
+    def _connect(self) -> None:
+        assert self.view is not None, "before the first view"
+        members = {m.uid: m for m in self.view.members if m.role == "shard"}
+        for uid in self.connected.keys() - members.keys():
+            del self.connected[uid]
+        for member in members.values():
+            self._greet(member)
+
+    def _greet(self, member: Member) -> bool:
+        """Connected, or connected now."""
+        if self.connected.get(member.uid) == member.incarnation:
+            return True
+        shard = self._world.shards.get(member.actor_name)
+        if shard is None or not self._world.network.reaches(self._process, shard.process):
+            return False
+        if self._name in shard.fenced:
+            return False
+        self.connected[member.uid] = member.incarnation
+        return True

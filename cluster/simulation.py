@@ -1,0 +1,253 @@
+"""Histories of a deployment from seeds: operations, faults and requests, and what must hold.
+
+One seed is one history: it draws the deployment, a few operations, the faults (unless a file names
+them) and every delay, so that it happens again in the same way.
+"""
+
+import contextlib
+import logging
+import random
+import traceback
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo, Target
+from remora.cluster.placement_steps import spread
+from remora.cluster.sim_coordinator import LIMITS
+from remora.cluster.sim_deployment import Deployment
+from remora.cluster.sim_faults import Fault, draw_faults
+from remora.cluster.sim_ingress import Violation
+from remora.cluster.sim_model import LAYERS, NUM_EXPERTS
+from remora.cluster.sim_network import uid_of
+from remora.cluster.sim_rank import HOLD_S, STEP_S
+from remora.comm.errors import ClusterError, ConfigError
+
+RUNNER_LOG: Final = "remora.cluster.operation_runner"
+WALK: Final = (2, 4, 8, 4, 2)  # shards of a walk; histories take a part of it
+OPERATIONS: Final = (1, 3)
+ASK_AGAIN_S: Final = 0.3
+BETWEEN_S: Final = (0.1, 1.5)  # operations
+# Every step of an operation has its limit; several rounds and a restart of the coordinator fit in.
+OPERATION_S: Final = 40 * LIMITS.drain_s
+REST_S: Final = HOLD_S + 2 * OPERATION_S  # for requests and restored shards, after the last fault
+GAP_PLANNED_S: Final = 6 * STEP_S  # longest of a stream while only operations happen
+EVENTS_MAX: Final = 400_000
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one seed came to."""
+
+    seed: int
+    violation: str | None = None
+    faults: list[str] = []  # that struck
+    operations: list[str] = []  # as "ScaleTo done"
+    num_tokens: int = 0
+    num_events: int = 0
+    excused_errors: int = 0
+    longest_gap_s: float = 0.0
+    virtual_s: float = 0.0
+    trace: list[str] = []
+
+
+def run_seed(
+    seed: int, faults: tuple[Fault, ...] | None = None, *, traced: bool = False
+) -> Outcome:
+    """One history. Whatever a machine asserts is a violation as much as what is checked here.
+
+    Args:
+        faults: instead of those that the seed draws.
+        traced: with what happened, line by line.
+    """
+    history = History(seed, faults, traced=traced)
+    violation = None
+    with _quiet():
+        try:
+            history.run()
+        except Violation as found:
+            violation = str(found)
+        except Exception as broken:  # an assertion of a machine, or a fault of its code
+            where = traceback.extract_tb(broken.__traceback__)[-1]
+            violation = f"{type(broken).__name__} in {where.name}: {broken}"
+    world = history.world
+    return Outcome(
+        seed=seed,
+        violation=violation,
+        faults=[str(fault) for fault in world.faults.struck],
+        operations=history.ended,
+        num_tokens=world.ingress.num_tokens,
+        num_events=world.clock.num_events,
+        excused_errors=len(world.excused),
+        longest_gap_s=world.ingress.longest_gap_s,
+        virtual_s=world.clock.now_s,
+        trace=world.lines or [],
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Faults are to be expected: the runner's log lines are no news here."""
+    log = logging.getLogger(RUNNER_LOG)
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+class History:
+    """A deployment and what is done to it."""
+
+    def __init__(
+        self, seed: int, faults: tuple[Fault, ...] | None = None, *, traced: bool = False
+    ) -> None:
+        chance = self._chance = random.Random(seed)
+        drawn = draw_faults(chance)  # also with a file, so that the rest of the history is the same
+        num_shards = chance.choice((2, 2, 2, 3, 4))
+        least = -(-NUM_EXPERTS // num_shards)
+        self.ended: list[str] = []
+        self.world = Deployment(
+            chance,
+            num_shards=num_shards,
+            num_dense=chance.choice((1, 2, 2)),
+            room=chance.randint(least, NUM_EXPERTS),
+            faults=drawn if faults is None else faults,
+            traced=traced,
+        )
+
+    def run(self) -> None:
+        """To the end. Raises Violation, or what a machine asserts."""
+        world, chance = self.world, self._chance
+        world.ingress.begin()
+        number = chance.randint(*OPERATIONS)
+        at = chance.randrange(len(WALK) - 1)
+        for index in range(number):
+            self._pass_by(*BETWEEN_S)
+            self._operate(f"operation-{index + 1}", self._draw_target(WALK[(at + index + 1) % 5]))
+        world.faults.end()
+        self._rest("after the last fault")
+        last = ScaleTo(len(world.view.placement.slots) + 1)
+        if self._operate("last", last) != "done":
+            reason = self._reason("last")
+            raise Violation(f"7: after everything {last} does not succeed: {reason}")
+        world.ingress.close()
+        if not world.clock.run(lambda: not world.ingress.num_running, world.clock.now_s + REST_S):
+            raise Violation(f"2: {world.ingress.num_running} requests do not end")
+        self._rest("at the end")
+        self._check_rest()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _pass_by(self, low_s: float, high_s: float) -> None:
+        clock = self.world.clock
+        clock.run(lambda: False, clock.now_s + low_s + self._chance.random() * (high_s - low_s))
+
+    def _draw_target(self, shards: int) -> Target:
+        chance, view = self._chance, self.world.view
+        slots = view.placement.slots
+        kind = chance.random()
+        if kind < 0.6:
+            retire = chance.sample(sorted(slots), 1) if chance.random() < 0.3 else []
+            return ScaleTo(chance.choice((shards, shards, 3, 5)), retire=tuple(retire))
+        if kind < 0.75:
+            return DrainShards(tuple(chance.sample(sorted(slots), 1)))
+        room = {uid: tuple(max(map(len, s)) for _ in LAYERS) for uid, s in slots.items()}
+        experts = list(range(NUM_EXPERTS))
+        chance.shuffle(experts)
+        uids = sorted(slots)
+        chance.shuffle(uids)
+        named = {uid: f"{i:02}" for i, uid in enumerate(uids)}
+        mixed = spread(
+            {}, {named[u]: room[u] for u in uids}, {}, num_experts=NUM_EXPERTS, replicas=2
+        )
+        renamed = {
+            uid: tuple(tuple(experts[e] for e in layer) for layer in mixed[named[uid]])
+            for uid in slots
+        }
+        return PlaceAs(renamed)
+
+    def _operate(self, operation_id: str, target: Target) -> str:
+        """Ask for an operation until it is over, as a client would. Raises Violation."""
+        world = self.world
+        until_s = world.clock.now_s + OPERATION_S
+        asked = False
+        world.trace(f"ask for {operation_id}: {target}")
+        while world.clock.now_s < until_s:
+            try:
+                world.coordinator.request(operation_id, target)
+            except ConfigError as refused:
+                world.trace(f"{operation_id} is refused: {refused}")
+                self.ended.append(f"{type(target).__name__} refused")
+                return f"refused: {refused}"
+            except ClusterError as failed:
+                world.trace(f"{operation_id}: {failed}")
+            else:
+                if not asked and self._chance.random() < 0.3:
+                    self._ask_for_another()
+                asked = True
+            found = world.coordinator.outcome(operation_id)
+            if found is not None and found.outcome != "running":
+                self.ended.append(f"{type(target).__name__} {found.outcome}")
+                world.trace(f"{operation_id} {found.outcome} {found.reason}")
+                return found.outcome
+            world.clock.run(lambda: False, world.clock.now_s + ASK_AGAIN_S)
+            if world.clock.num_events > EVENTS_MAX:
+                raise Violation(f"7: {EVENTS_MAX} events")
+        found = world.coordinator.outcome(operation_id)
+        raise Violation(f"7: {operation_id} does not end within {OPERATION_S:g} s: {found}")
+
+    def _ask_for_another(self) -> None:
+        """One operation at a time: the second one is refused while the first one runs."""
+        coordinator = self.world.coordinator
+        if coordinator.is_up and coordinator.operation is not None:
+            with contextlib.suppress(ClusterError):
+                coordinator.request("another", ScaleTo(2))
+                if coordinator.is_up:
+                    raise Violation("7: two operations at a time")
+
+    def _reason(self, operation_id: str) -> str:
+        found = self.world.coordinator.outcome(operation_id)
+        return found.reason if found is not None else "nobody knows it"
+
+    def _rest(self, when: str) -> None:
+        """Until the coordinator is up and has nothing to do, everybody that is silent is back."""
+        world = self.world
+        silent_s = max((until for _, _, until in world.faults.silent), default=0.0)
+
+        def is_calm() -> bool:
+            state = world.coordinator
+            return world.clock.now_s > silent_s + 1.0 and state.is_idle and not state.state.fenced
+
+        if not world.clock.run(is_calm, world.clock.now_s + REST_S):
+            operation = world.coordinator.operation
+            raise Violation(f"7: no rest {when}: {operation}")
+
+    def _check_rest(self) -> None:
+        """Invariants 4, 6 and 8, when nothing happens any more."""
+        world, state = self.world, self.world.coordinator.state
+        view = state.view
+        members = {m.actor_name for m in view.members if m.role == "shard"}
+        alive = {p for p in world.shards if p in world.network.alive}
+        if alive != members:
+            raise Violation(f"6: {sorted(alive)} live, {sorted(members)} are members")
+        for process in sorted(alive):
+            held = world.shards[process].state
+            slots = view.placement.slots[uid_of(process)]
+            for layer, experts in zip(LAYERS, slots, strict=True):
+                if set(held.experts_of(layer)) != set(experts):
+                    raise Violation(
+                        f"6: {process} holds {held.experts_of(layer)} of layer {layer}, the view"
+                        f" says {experts}"
+                    )
+        for process, rank in world.ranks.items():
+            if process not in world.network.alive:
+                continue
+            used = rank.routes.view
+            if used is None or used.view_hash != view.view_hash:
+                raise Violation(f"4: {process} is at epoch {rank.routes.epoch}, not {view.epoch}")
+            rank.state.check_integrity()
+        gap_s = world.ingress.longest_gap_s
+        if not world.faults.struck and gap_s > GAP_PLANNED_S:
+            raise Violation(f"8: a stream waited {gap_s:.2f} s; {GAP_PLANNED_S:g} s are allowed")

@@ -1,0 +1,182 @@
+"""The simulator: it replays, says what it did, and finds machines that are broken on purpose."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from remora.actors.dense_state import DenseState
+from remora.actors.expert_state import ExpertState
+from remora.cluster import cli
+from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.operation_steps import OperationSteps
+from remora.cluster.sim_coordinator import SimLog
+from remora.cluster.sim_faults import Fault, read_faults
+from remora.cluster.sim_rank import SimRank
+from remora.cluster.simulation import run_seed
+from remora.comm.errors import ConfigError
+
+SEEDS = range(40)
+MUTANT_SEEDS = range(400)  # within so many seeds each mutant is found
+LOST_AND_DAMAGED = (
+    Fault(kind="kill", who="shard", step="over", when="before"),
+    Fault(kind="flip", who="joiner", step="over", when="before"),
+)
+Patch = pytest.MonkeyPatch
+
+
+def test_seeds_hold_and_happen_again_in_the_same_way() -> None:
+    first = [run_seed(seed) for seed in SEEDS]
+    assert not [(o.seed, o.violation) for o in first if o.violation is not None]
+    assert [run_seed(seed) for seed in SEEDS] == first
+    assert sum(o.num_tokens for o in first) > 40 * len(SEEDS)
+    assert {fault.split()[0] for o in first for fault in o.faults} >= {"kill", "stop", "cut"}
+
+
+def test_faults_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "faults.yaml"
+    path.write_text(
+        "faults:\n- {kind: kill, who: joiner, step: prepare, when: during, operation: 1}\n"
+        "- {kind: kill, who: coordinator, step: drain, when: before}\n"
+    )
+    outcomes = [run_seed(seed, read_faults(path)) for seed in SEEDS]
+    assert not [o.violation for o in outcomes if o.violation is not None]
+    struck = {fault.partition(",")[0] for o in outcomes for fault in o.faults}
+    assert struck == {
+        "kill joiner during prepare of operation 1", "kill coordinator before drain",
+    }  # fmt: skip
+    assert any("ScaleTo failed" in o.operations for o in outcomes), "its joiner died"
+    path.write_text("faults: [{kind: kill, whom: shard}]")
+    with pytest.raises(ConfigError, match="unknown field `whom`"):
+        read_faults(path)
+    path.write_text("faults: [{kind: thunder}]")
+    with pytest.raises(ConfigError, match="'thunder'"):
+        read_faults(path)
+
+
+# -- machines that are broken on purpose ----------------------------------------------------------
+
+
+def free_before_drain(patch: Patch) -> None:
+    """Slots are freed while dense groups still route by the older view."""
+    patch.setattr(OperationSteps, "_drain", OperationSteps._free)
+
+
+def skip_the_digests(patch: Patch) -> None:
+    patch.setattr(OperationSteps, "_digest_fault", lambda *_: None)
+
+
+def publish_before_the_log(patch: Patch) -> None:
+    """What a crash then forgets was in force already."""
+    append = SimLog.append
+
+    def skipping(self: SimLog, record: dict[str, object]) -> None:
+        if record["t"] != "committed":
+            append(self, record)
+
+    patch.setattr(SimLog, "append", skipping)
+
+
+def keep_what_was_copied(patch: Patch) -> None:
+    """What an operation copied stays when it is undone, and when it is done."""
+    patch.setattr(ExpertState, "besides", lambda *_: [])
+
+
+def serve_what_was_not_verified(patch: Patch) -> None:
+    settle = ExpertState.settle
+    patch.setattr(
+        ExpertState, "settle", lambda self, slot, found, _: settle(self, slot, found, found.digest)
+    )
+    patch.setattr(OperationSteps, "_digest_fault", lambda *_: None)
+    patch.setattr(OperationSteps, "_canary_fault", lambda *_: None)
+
+
+def never_restore(patch: Patch) -> None:
+    patch.setattr(CoordinatorState, "_restore_lost", lambda *_: None)
+
+
+def forget_who_died(patch: Patch) -> None:
+    patch.setattr(CoordinatorState, "_member_lost", lambda *_: None)
+
+
+def no_fences(patch: Patch) -> None:
+    """Dense groups that do not answer are not waited for, nor cut off."""
+    patch.setattr(OperationSteps, "_fences", lambda *_: [])
+
+
+def emit_twice(patch: Patch) -> None:
+    absorb = DenseState._absorb
+    patch.setattr(
+        DenseState, "_absorb",
+        lambda self, piece, result: _twice(absorb(self, piece, result), piece.position),
+    )  # fmt: skip
+
+
+def _twice(output: object, position: int) -> object:
+    if output is not None and position == 9:
+        output.token_ids.append(output.token_ids[-1])  # type: ignore[attr-defined]
+    return output
+
+
+def mix_up_answers(patch: Patch) -> None:
+    """A late answer counts for the newest call."""
+    answered = SimRank.answered
+
+    def mixed(self: SimRank, call: int, found: list[int]) -> None:
+        step = self._step
+        if step is not None and call not in step.waiting and step.waiting:
+            call = min(step.waiting)
+        answered(self, call, found)
+
+    patch.setattr(SimRank, "answered", mixed)
+
+
+# what is broken, the invariant that says so, and faults instead of those that the seed draws
+MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
+    (free_before_drain, "5:", None),
+    (skip_the_digests, "4:", LOST_AND_DAMAGED),
+    (publish_before_the_log, "", None),
+    (keep_what_was_copied, "", None),
+    (serve_what_was_not_verified, "4:", None),
+    (never_restore, "", None),
+    (forget_who_died, "", None),
+    (emit_twice, "1:", None),
+    (mix_up_answers, "", None),
+    (no_fences, "5:", (Fault(kind="stop", who="dense", step="drain", when="before", for_s=9.0),)),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutate", "number", "faults"), MUTANTS, ids=[m.__name__ for m, _, _ in MUTANTS]
+)
+def test_what_is_broken_is_found(
+    mutate: Callable[[Patch], None],
+    number: str,
+    faults: tuple[Fault, ...] | None,
+    monkeypatch: Patch,
+) -> None:
+    mutate(monkeypatch)
+    for seed in MUTANT_SEEDS:
+        found = run_seed(seed, faults).violation
+        if found is not None and found.startswith(number):
+            print(seed, found)
+            return
+    raise AssertionError(f"{mutate.__name__} survives {len(MUTANT_SEEDS)} seeds")
+
+
+def test_the_command_tells_seeds_that_fail_and_replays_them(
+    monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sim", "--seeds", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["seeds"], told["failed"]) == (5, []) and told["tokens"] > 0
+    free_before_drain(monkeypatch)
+    assert cli.main(["sim", "--seeds", "40"]) == 1
+    out = capsys.readouterr().out
+    again = out.partition("remora sim --seed ")[2].split()[0]
+    assert cli.main(["sim", "--seed", again]) == 1
+    trace = capsys.readouterr().out
+    assert f"seed {again} FAILS: " in trace and "is committed" in trace
+    assert cli.main(["sim", "--seeds", "0"]) == 2
+    assert "--seeds 0: allowed is 1 to" in capsys.readouterr().err
