@@ -17,9 +17,9 @@ from remora.actors.actor_thread import ActorThread
 from remora.actors.hardware import Hardware
 from remora.actors.idle_thread import run_idle
 from remora.actors.launch import (
-    Launch,
     NcclLaunch,
     Progress,
+    ShardLaunch,
     advertised_ip,
     host_label,
     member_of,
@@ -40,17 +40,9 @@ from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
 from remora.comm.view import Member
 from remora.kernels.fingerprint import kernel_fingerprint
+from remora.kernels.native import start_team
 
 logger = logging.getLogger(__name__)
-
-
-class ShardLaunch(Launch, frozen=True, kw_only=True):
-    """What an expert shard is told: decoder layer -> logical experts in slot order."""
-
-    experts_by_layer: dict[int, tuple[int, ...]]
-    num_slots: int | None = None  # of one layer; None: as many as it is given experts
-    is_int8: bool = False  # hold weights in one byte each
-    load_idle: bool = False  # load in time that nobody else wants: others serve beside it
 
 
 class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +54,7 @@ class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExpertActor:
-    """One expert shard. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
+    """One expert shard; `shard_process` is the actor class around it."""
 
     def __init__(self, launch: ShardLaunch, hardware: Hardware | None = None) -> None:
         self._launch = launch
@@ -178,6 +170,7 @@ class ExpertActor:
         """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
+        start_team()
         self._hardware = self._given or Hardware.of(launch.device)
         shard = self._shard = (
             run_idle("remora-load", self._load) if launch.load_idle else self._load()

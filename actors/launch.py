@@ -1,4 +1,8 @@
-"""What an actor is told at its start, and what it tells about itself while it loads."""
+"""What an actor is told at its start, and what it tells about itself while it loads.
+
+Nothing heavy is imported here: a process that joins reads this file before it has taken idle
+priority (`shard_process.py`).
+"""
 
 import ipaddress
 import os
@@ -6,7 +10,6 @@ from dataclasses import dataclass
 
 import msgspec
 import ray
-import torch
 
 from remora.comm.view import Endpoint, Member, Role
 
@@ -46,6 +49,15 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     nccl: NcclLaunch | None = None  # rows travel over NCCL, not over sockets
     use_unix: bool = True  # listen on a Unix socket too, for peers of the same host
     report_every_s: float | None = None  # dense groups, to the router; None: there is none
+
+
+class ShardLaunch(Launch, frozen=True, kw_only=True):
+    """What an expert shard is told: decoder layer -> logical experts in slot order."""
+
+    experts_by_layer: dict[int, tuple[int, ...]]
+    num_slots: int | None = None  # of one layer; None: as many as it is given experts
+    is_int8: bool = False  # hold weights in one byte each
+    load_idle: bool = False  # load in time that nobody else wants: others serve beside it
 
 
 def actor_name(deployment: str, uid: str, incarnation: int) -> str:
@@ -92,6 +104,8 @@ def member_of(launch: Launch, role: Role, endpoint: Endpoint) -> Member:
 
 def take_threads(num_threads: int) -> None:
     """Set this thread's share of the cores; call it in the one thread that calls torch."""
+    import torch  # who calls this has it; see the head of this file
+
     torch.set_num_threads(num_threads)
 
 

@@ -19,10 +19,11 @@ from typing import Any, Literal
 import ray
 
 from remora.actors.dense_actor import DenseActor, DenseLaunch
-from remora.actors.expert_actor import ExpertActor, ShardFacts, ShardLaunch
-from remora.actors.launch import Progress, actor_name, router_name
+from remora.actors.expert_actor import ShardFacts
+from remora.actors.launch import Progress, ShardLaunch, actor_name, router_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import inspect_model
+from remora.actors.shard_process import ShardProcess
 from remora.actors.tp_actor import RankActor
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
@@ -258,7 +259,7 @@ class Coordinator:
         dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
         for uid in shard_uids:
             launch = shard_launch(config, uid, placement, self._token)
-            self._create(ExpertActor, uid, launch, shard_options(config))
+            self._create(ShardProcess, uid, launch, shard_options(config))
         for group in range(config.dense.groups):
             plans = rank_plans(config, group, spec, self._token)
             with self._lock:
@@ -350,7 +351,7 @@ class Coordinator:
 
     def _create(
         self,
-        actor_class: type[ExpertActor] | type[DenseActor] | type[RankActor],
+        actor_class: type[ShardProcess] | type[DenseActor] | type[RankActor],
         uid: str,
         launch: ShardLaunch | DenseLaunch,
         options: dict[str, Any],

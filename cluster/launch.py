@@ -9,8 +9,7 @@ import msgspec
 import torch
 
 from remora.actors.dense_actor import DenseLaunch
-from remora.actors.expert_actor import ShardLaunch
-from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, thread_environment
+from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, ShardLaunch, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import ray
 
-from remora.actors.expert_actor import ExpertActor, ShardFacts
+from remora.actors.expert_actor import ShardFacts
 from remora.actors.launch import RAY_NAMESPACE, actor_name
+from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import ROUTER
 from remora.cluster.launch import shard_launch, shard_options
@@ -131,7 +132,7 @@ class MemberTasks:
         )
         options = shard_options(config)
         name = actor_name(config.name, uid, task.incarnation)
-        handle: Any = ray.remote(ExpertActor).options(name=name, **options).remote(launch)
+        handle: Any = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
         self.add(uid, task.incarnation, handle)
         self._changed(uid, handle, asked_of_ray(options))
         return _answer(handle.join.remote(), self._started)

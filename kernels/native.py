@@ -63,3 +63,13 @@ def native_isa() -> str:
     if not _AVAILABLE:
         return "torch"
     return str(torch.ops.remora.isa())
+
+
+def start_team() -> None:
+    """Starts the kernels' helper threads, as many as torch's count asks for.
+
+    They live as long as the process and have the priority of the thread that first needs them: a
+    process that loads at idle priority has the thread do this that is to serve.
+    """
+    if _AVAILABLE and torch.get_num_threads() > 1:
+        torch.ops.remora.team_probe(torch.get_num_threads(), -1)

@@ -18,9 +18,9 @@ from support.fake_nccl import CpuDevice, FakeNccl, World
 from support.tp_engine import together
 
 from remora.actors.dense_actor import DenseActor, DenseLaunch
-from remora.actors.expert_actor import ExpertActor, ShardLaunch
+from remora.actors.expert_actor import ExpertActor
 from remora.actors.hardware import Hardware
-from remora.actors.launch import NcclLaunch
+from remora.actors.launch import NcclLaunch, ShardLaunch
 from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
 from remora.comm.aio import connect_async

@@ -10,7 +10,8 @@ import torch
 from support.checkpoints import make_checkpoint
 from torch import Tensor
 
-from remora.actors.expert_actor import ExpertActor, ShardLaunch
+from remora.actors.expert_actor import ExpertActor
+from remora.actors.launch import ShardLaunch
 from remora.actors.model_spec import inspect_model
 from remora.comm import native
 from remora.comm.dispatch import Combine, Dispatcher

@@ -1,0 +1,101 @@
+"""An expert shard as Ray starts it: a process that costs those who serve beside it little.
+
+Torch and transformers take seconds to import (measured: 1.8 s of a core, and 4 s for the model's
+own modules). A process that joins while others serve must do that at idle priority, and so this
+module imports neither: Ray's threads, which read it, stay at normal priority, and one of them
+starts the thread that serves: an unprivileged thread that has left normal priority cannot go back.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from remora.actors.idle_thread import run_idle
+from remora.actors.launch import Progress, ShardLaunch
+
+if TYPE_CHECKING:
+    from remora.actors.expert_actor import ExpertActor, ShardFacts
+    from remora.comm.view import Member
+
+Pair = tuple[int, int]  # decoder layer, logical expert
+
+
+class ShardProcess:
+    """The actor class of expert shards; its methods are those of `ExpertActor`."""
+
+    def __init__(self, launch: ShardLaunch) -> None:
+        self._launch = launch
+        self._lock = threading.Lock()
+        self._actor: ExpertActor | None = None
+        self._begun = threading.Event()  # there is an actor, or there will be none
+
+    def start(self) -> "Member":
+        """As `ExpertActor.start`."""
+        return self._begin().start()
+
+    def join(self) -> "ShardFacts":
+        """As `ExpertActor.join`."""
+        return self._begin().join()
+
+    def facts(self) -> "ShardFacts":
+        """As `ExpertActor.facts`."""
+        return self._made().facts()
+
+    def progress(self) -> Progress:
+        """As `ExpertActor.progress`; also while it is imported."""
+        return self._actor.progress() if self._actor else Progress(phase="starting")
+
+    def load_experts(self, pairs: Sequence[Pair], digests: Mapping[Pair, str]) -> dict[Pair, str]:
+        """As `ExpertActor.load_experts`."""
+        return self._made().load_experts(pairs, digests)
+
+    def canary(self, pairs: Sequence[Pair]) -> tuple[str, dict[Pair, str]]:
+        """As `ExpertActor.canary`."""
+        return self._made().canary(pairs)
+
+    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> None:
+        """As `ExpertActor.keep_experts`."""
+        self._made().keep_experts(experts)
+
+    def fence(self, names: Sequence[str]) -> None:
+        """As `ExpertActor.fence`."""
+        self._made().fence(names)
+
+    def until_end(self) -> None:
+        """As `ExpertActor.until_end`."""
+        self._begun.wait()
+        if self._actor is not None:
+            self._actor.until_end()
+
+    def status(self) -> dict[str, Any]:
+        """As `ExpertActor.status`; also while it is imported."""
+        if self._actor is not None:
+            return self._actor.status()
+        return {"alive": True, "phase": "starting", "incarnation": self._launch.incarnation}
+
+    def stop(self) -> None:
+        """As `ExpertActor.stop`; what is not there yet will not be."""
+        with self._lock:
+            self._begun.set()
+        if self._actor is not None:
+            self._actor.stop()
+
+    def _begin(self) -> "ExpertActor":
+        make: Callable[[], type[ExpertActor]] = _expert_actor
+        actor_class = run_idle("remora-imports", make) if self._launch.load_idle else make()
+        with self._lock:
+            if self._actor is None:
+                self._actor = actor_class(self._launch)
+            self._begun.set()
+        return self._actor
+
+    def _made(self) -> "ExpertActor":
+        assert self._actor is not None, "asked before start returned"
+        return self._actor
+
+
+def _expert_actor() -> "type[ExpertActor]":
+    """Import what a shard needs."""
+    from remora.actors.expert_actor import ExpertActor
+
+    return ExpertActor

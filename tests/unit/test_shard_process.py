@@ -1,0 +1,79 @@
+"""The process of a shard that joins: light until it is told to start, serving at full priority."""
+
+import ast
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.checkpoints import make_checkpoint
+from support.local_cluster import LocalCluster
+
+from remora.actors.shard_process import ShardProcess
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "numpy", "numba", "safetensors"}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    found = LocalCluster(path, num_shards=1, dtype="float32", exact=True, num_slots=8)
+    yield found
+    found.close()
+
+
+def imported_at_once(module: str) -> set[str]:
+    """Modules that importing one of ours imports: at the top of files, not for types alone."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        path = ROOT / f"{name.removeprefix('remora.').replace('.', '/')}.py"
+        if name in seen or not path.exists():
+            seen.add(name)
+            continue
+        seen.add(name)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                todo += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+    return {name.partition(".")[0] for name in seen} | seen
+
+
+def test_nothing_heavy_is_imported_before_the_process_is_told_to_start() -> None:
+    at_once = imported_at_once("remora.actors.shard_process")
+    assert "remora.comm.view" in at_once, "the walk sees imports of imports"
+    assert not at_once & HEAVY
+    assert imported_at_once("remora.actors.expert_actor") & HEAVY, "the walk would see them"
+
+
+def test_a_joiner_loads_idle_and_serves_at_normal_priority(cluster: LocalCluster) -> None:
+    launch = msgspec.structs.replace(
+        cluster.shard_launch("shard-0", cluster.view.placement), uid="shard-1", load_idle=True
+    )
+    process = ShardProcess(launch)
+    assert process.progress().phase == process.status()["phase"] == "starting"
+    try:
+        facts = process.join()
+        assert facts.manifest == cluster.shards[0].facts().manifest
+        threads = {thread.name: thread.native_id for thread in threading.enumerate()}
+        serving = threads["remora-shard-1"]
+        assert serving is not None
+        assert os.sched_getscheduler(serving) == os.SCHED_OTHER
+        assert process.status()["phase"] == process.progress().phase == "ready"
+        ended = threading.Thread(target=process.until_end)
+        ended.start()
+    finally:
+        process.stop()
+    ended.join(30)
+    assert not ended.is_alive()
+
+
+def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> None:
+    process = ShardProcess(cluster.shard_launch("shard-0", cluster.view.placement))
+    process.stop()
+    process.until_end()
