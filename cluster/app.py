@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
+from remora.actors.launch import NORMAL_PRIORITY
 from remora.autoscale.autoscale_policy import AutoscalePolicy
 from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, find_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig, load_config
@@ -73,7 +74,11 @@ def application(config: RemoraConfig) -> Application:
         ray_actor_options={
             "num_cpus": 0,
             "runtime_env": {
-                "env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+                "env_vars": {
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    **NORMAL_PRIORITY,
+                }
             },
         },
     )

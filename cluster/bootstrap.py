@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from remora.actors.launch import RAY_NAMESPACE, Progress, coordinator_name
+from remora.actors.launch import NORMAL_PRIORITY, RAY_NAMESPACE, Progress, coordinator_name
 from remora.actors.router_actor import router_address
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
@@ -149,7 +149,13 @@ def _coordinator(config: RemoraConfig) -> Any:
         num_cpus=0,
         max_restarts=-1,  # a new life reads the log, and adopts what lives
         max_concurrency=COORDINATOR_THREADS,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
+        runtime_env={
+            "env_vars": {
+                "OMP_NUM_THREADS": "1",
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **NORMAL_PRIORITY,
+            }
+        },
     )
     token = _token_of(config) or secrets.token_bytes(32)
     for _ in range(ADOPTIONS_MAX):
