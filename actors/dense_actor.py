@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from remora.actors.actor_thread import ActorThread
+from remora.actors.collector import objects_that_stay
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_limits import STATUS_STATS, limits_of
 from remora.actors.dense_model import DenseModel, build_dense
@@ -112,7 +113,8 @@ class DenseActor:
             WeightsError, UnsupportedModelError, ConfigError: as loading found them.
             OSError: the address cannot be bound.
         """
-        self._thread.start()
+        with objects_that_stay():
+            self._thread.start()
         assert self._server and self._state and self._engine and self._rank
         top_k, num_ranks = self._rank.model.spec.top_k, self._launch.num_ranks
         loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks)

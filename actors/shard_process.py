@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from remora.actors.collector import objects_that_stay
 from remora.actors.idle_thread import run_idle
 from remora.actors.launch import Progress, ShardLaunch
 
@@ -31,11 +32,13 @@ class ShardProcess:
 
     def start(self) -> "Member":
         """As `ExpertActor.start`."""
-        return self._begin().start()
+        with objects_that_stay():
+            return self._begin().start()
 
     def join(self) -> "ShardFacts":
         """As `ExpertActor.join`."""
-        return self._begin().join()
+        with objects_that_stay():
+            return self._begin().join()
 
     def facts(self) -> "ShardFacts":
         """As `ExpertActor.facts`."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remora.actors.actor_thread import ActorThread
+from remora.actors.collector import objects_that_stay
 from remora.actors.dense_actor import DenseLaunch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
@@ -183,7 +184,8 @@ class RankActor:
             ClusterError: rank 0 cannot be reached.
         """
         self._endpoint = rank_0
-        self._thread.start()
+        with objects_that_stay():
+            self._thread.start()
 
     def progress(self) -> Progress:
         """How far loading has come."""
