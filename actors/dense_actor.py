@@ -19,13 +19,7 @@ from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor, Wish
 from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
-from remora.actors.launch import (
-    Progress,
-    advertised_ip,
-    host_label,
-    member_of,
-    take_threads,
-)
+from remora.actors.launch import Progress, advertised_ip, host_label, member_of, take_threads
 from remora.actors.load_sharing import LoadSharing
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
