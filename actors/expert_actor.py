@@ -26,7 +26,7 @@ from remora.actors.launch import (
     take_threads,
 )
 from remora.actors.manifest import Manifest
-from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.nccl_expert import NcclShard
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_build import build_shard
@@ -56,8 +56,16 @@ class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
 class ExpertActor:
     """One expert shard; `shard_process` is the actor class around it."""
 
-    def __init__(self, launch: ShardLaunch, hardware: Hardware | None = None) -> None:
+    def __init__(
+        self,
+        launch: ShardLaunch,
+        hardware: Hardware | None = None,
+        *,
+        spec: ModelSpec | None = None,
+    ) -> None:
+        """`spec`: of the model, where somebody has looked at it already."""
         self._launch = launch
+        self._spec = spec
         self._given = hardware
         self._nccl: NcclShard | None = None
         self._stream: ConductorStream | None = None
@@ -199,7 +207,7 @@ class ExpertActor:
     def _load(self) -> ShardExperts:
         launch = self._launch
         take_threads(launch.num_threads)
-        spec = inspect_model(launch.model)
+        spec = self._spec or inspect_model(launch.model)
         return build_shard(
             launch.model,
             spec,

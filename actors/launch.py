@@ -54,6 +54,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     nccl: NcclLaunch | None = None  # rows travel over NCCL, not over sockets
     use_unix: bool = True  # listen on a Unix socket too, for peers of the same host
     report_every_s: float | None = None  # dense groups, to the router; None: there is none
+    process_name: str | None = None  # in Ray; None: `actor_name`. Of a standby that was given this
 
 
 class ShardLaunch(Launch, frozen=True, kw_only=True):
@@ -68,6 +69,9 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
 def actor_name(deployment: str, uid: str, incarnation: int) -> str:
     """Ray name of one life of one member, in namespace `remora`."""
     return f"remora/{deployment}/{uid}#{incarnation}"
+
+
+STANDBY = "standby-"  # begins the uid of a process that waits to become a shard
 
 
 def coordinator_name(deployment: str) -> str:
@@ -103,7 +107,8 @@ def member_of(launch: Launch, role: Role, endpoint: Endpoint) -> Member:
         incarnation=launch.incarnation,
         role=role,
         endpoint=endpoint,
-        actor_name=actor_name(launch.deployment, launch.uid, launch.incarnation),
+        actor_name=launch.process_name
+        or actor_name(launch.deployment, launch.uid, launch.incarnation),
     )
 
 

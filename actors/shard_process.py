@@ -4,10 +4,12 @@ Torch and transformers take seconds to import (measured: 1.8 s of a core, and 4 
 own modules). A process that joins while others serve must do that at idle priority, and so this
 module imports neither: Ray's threads, which read it, stay at normal priority, and one of them
 starts the thread that serves: an unprivileged thread that has left normal priority cannot go back.
+
+A *standby* has done all that in advance, for a shard that is not known yet.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from remora.actors.collector import objects_that_stay
@@ -16,29 +18,44 @@ from remora.actors.launch import Progress, ShardLaunch
 
 if TYPE_CHECKING:
     from remora.actors.expert_actor import ExpertActor, ShardFacts
+    from remora.actors.model_spec import ModelSpec
     from remora.comm.view import Member
 
 Pair = tuple[int, int]  # decoder layer, logical expert
 
 
 class ShardProcess:
-    """The actor class of expert shards; its methods are those of `ExpertActor`."""
+    """The actor class of expert shards; its methods are those of `ExpertActor`.
 
-    def __init__(self, launch: ShardLaunch) -> None:
+    Args:
+        launch: which shard it is; None: a standby, which `join` tells.
+    """
+
+    def __init__(self, launch: ShardLaunch | None = None) -> None:
         self._launch = launch
         self._lock = threading.Lock()
+        self._spec: ModelSpec | None = None
         self._actor: ExpertActor | None = None
         self._begun = threading.Event()  # there is an actor, or there will be none
+
+    def warm_up(self, model: str) -> None:
+        """Import what a shard of this checkpoint needs, and look at its model; load nothing.
+
+        Raises:
+            UnsupportedModelError, WeightsError: as `inspect_model`.
+        """
+        with objects_that_stay():
+            self._spec = run_idle("remora-warm-up", lambda: _look_at(model))
 
     def start(self) -> "Member":
         """As `ExpertActor.start`."""
         with objects_that_stay():
-            return self._begin().start()
+            return self._begin(self._launch).start()
 
-    def join(self) -> "ShardFacts":
-        """As `ExpertActor.join`."""
+    def join(self, launch: ShardLaunch | None = None) -> "ShardFacts":
+        """As `ExpertActor.join`; `launch` is what a standby is to be."""
         with objects_that_stay():
-            return self._begin().join()
+            return self._begin(launch or self._launch).join()
 
     def facts(self) -> "ShardFacts":
         """As `ExpertActor.facts`."""
@@ -74,7 +91,8 @@ class ShardProcess:
         """As `ExpertActor.status`; also while it is imported."""
         if self._actor is not None:
             return self._actor.status()
-        return {"alive": True, "phase": "starting", "incarnation": self._launch.incarnation}
+        incarnation = self._launch.incarnation if self._launch else 0
+        return {"alive": True, "phase": "starting", "incarnation": incarnation}
 
     def stop(self) -> None:
         """As `ExpertActor.stop`; what is not there yet will not be."""
@@ -83,12 +101,12 @@ class ShardProcess:
         if self._actor is not None:
             self._actor.stop()
 
-    def _begin(self) -> "ExpertActor":
-        make: Callable[[], type[ExpertActor]] = _expert_actor
-        actor_class = run_idle("remora-imports", make) if self._launch.load_idle else make()
+    def _begin(self, launch: ShardLaunch | None) -> "ExpertActor":
+        assert launch is not None, "a standby is told what to be by join"
+        actor_class = run_idle("remora-imports", _expert_actor) if launch.load_idle else None
         with self._lock:
             if self._actor is None:
-                self._actor = actor_class(self._launch)
+                self._actor = (actor_class or _expert_actor())(launch, spec=self._spec)
             self._begun.set()
         return self._actor
 
@@ -102,3 +120,10 @@ def _expert_actor() -> "type[ExpertActor]":
     from remora.actors.expert_actor import ExpertActor
 
     return ExpertActor
+
+
+def _look_at(model: str) -> "ModelSpec":
+    _expert_actor()
+    from remora.actors.model_spec import inspect_model
+
+    return inspect_model(model)

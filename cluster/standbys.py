@@ -1,0 +1,126 @@
+"""Warm standbys: processes of shards that are to be, started and imported, with nothing loaded.
+
+The next shard that starts, in a scale-up or because another one died, takes one and is spared the
+start of a process and its imports. They are filled up afterwards, one after the other, so that no
+more than one process at a time starts beside those that serve (at idle priority but for Ray's own
+part). A standby holds the CPUs, the GPU and the labels that a shard asks of Ray.
+"""
+
+import logging
+import secrets
+import threading
+from concurrent.futures import Future
+from typing import Any, Final
+
+import ray
+from ray.util import list_named_actors
+
+from remora.actors.launch import RAY_NAMESPACE, STANDBY, actor_name
+from remora.actors.shard_process import ShardProcess
+from remora.cluster.config import RemoraConfig
+from remora.cluster.launch import FIRST_INCARNATION, shard_options
+
+logger = logging.getLogger(__name__)
+
+FAILURES_MAX: Final = 3  # standbys that die in a row, before somebody must look
+
+
+class Standbys:
+    """Those of one deployment. Any thread; nothing here waits."""
+
+    def __init__(self, config: RemoraConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._warm: dict[str, Any] = {}  # actor name -> handle
+        self._starting: dict[str, Any] = {}  # one at most
+        self._failures = 0
+        self._closed = False
+
+    def fill(self) -> None:
+        """Start the next one if any is missing; and so on, as each is warm."""
+        config = self._config
+        with self._lock:
+            missing = config.elastic.warm_standby - len(self._warm) - len(self._starting)
+            if self._closed or missing <= 0 or self._starting or self._failures >= FAILURES_MAX:
+                return
+            uid = f"{STANDBY}{secrets.token_hex(4)}"
+            name = actor_name(config.name, uid, FIRST_INCARNATION)
+            handle = ray.remote(ShardProcess).options(name=name, **shard_options(config)).remote()
+            self._starting[name] = handle
+        warm = handle.warm_up.remote(config.model).future()
+        warm.add_done_callback(lambda done: self._warmed(name, done))
+        handle.until_end.remote().future().add_done_callback(lambda _: self._ended(name))
+
+    def take(self) -> tuple[str, Any] | None:
+        """A warm one, by Ray's name and handle, that is the caller's now; None: there is none."""
+        with self._lock:
+            return self._warm.popitem() if self._warm else None
+
+    def status(self) -> dict[str, int]:
+        """How many there are to be, are warm, are starting."""
+        with self._lock:
+            return {
+                "wanted": self._config.elastic.warm_standby,
+                "warm": len(self._warm),
+                "starting": len(self._starting),
+            }
+
+    def close(self) -> None:
+        """End all that nobody has taken, for good."""
+        with self._lock:
+            self._closed = True
+            handles = [*self._warm.values(), *self._starting.values()]
+            self._warm.clear()
+            self._starting.clear()
+        for handle in handles:
+            ray.kill(handle, no_restart=True)
+
+    # -- inside; Ray's thread, from which nothing of Ray's may be waited for --------------------
+
+    def _warmed(self, name: str, done: "Future[None]") -> None:
+        failure = done.exception()
+        with self._lock:
+            handle = self._starting.pop(name, None)
+            if handle is None:  # closed, or it has ended
+                return
+            if failure is None:
+                self._warm[name] = handle
+                self._failures = 0
+            else:
+                self._failures += 1
+        if failure is not None:
+            logger.error("standby %s: %s", name, str(failure).splitlines()[0])
+        self._go_on(None if failure is None else handle)
+
+    def _ended(self, name: str) -> None:
+        with self._lock:
+            found = self._warm.pop(name, None) or self._starting.pop(name, None)
+            if found is None or self._closed:  # somebody's, or asked to end
+                return
+            self._failures += 1
+        logger.error("standby %s died", name)
+        self._go_on(None)
+
+    def _go_on(self, broken: Any) -> None:
+        def work() -> None:
+            if broken is not None:
+                ray.kill(broken, no_restart=True)
+            self.fill()
+
+        threading.Thread(target=work, name="remora-standbys", daemon=True).start()
+
+
+def end_strays(deployment: str, in_use: set[str]) -> None:
+    """End the standbys of a coordinator that died, but for those that have become members.
+
+    Args:
+        in_use: Ray's names of the members of the view.
+    """
+    prefix = f"remora/{deployment}/{STANDBY}"
+    for found in list_named_actors(all_namespaces=True):
+        name = found["name"]
+        if found["namespace"] == RAY_NAMESPACE and name.startswith(prefix) and name not in in_use:
+            try:
+                ray.kill(ray.get_actor(name, namespace=RAY_NAMESPACE), no_restart=True)
+            except ValueError:  # it has ended meanwhile
+                logger.info("standby %s is gone", name)
