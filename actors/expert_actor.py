@@ -14,9 +14,11 @@ import msgspec
 import torch
 
 from remora.actors.actor_thread import ActorThread
+from remora.actors.expert_copies import CopyGiver
 from remora.actors.hardware import Hardware
 from remora.actors.idle_thread import run_idle
 from remora.actors.launch import (
+    CopyOrder,
     NcclLaunch,
     Progress,
     ShardLaunch,
@@ -38,7 +40,7 @@ from remora.comm.errors import ClusterError, FrameError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
-from remora.comm.view import Member
+from remora.comm.view import Endpoint, Member
 from remora.kernels.fingerprint import kernel_fingerprint
 from remora.kernels.native import start_team
 
@@ -51,6 +53,7 @@ class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
     member: Member
     manifest: Manifest
     room: dict[int, int]  # decoder layer -> slots, of every MoE layer
+    copies: Endpoint | None = None  # where others copy its experts; None: they cannot
 
 
 class ExpertActor:
@@ -77,6 +80,7 @@ class ExpertActor:
         self._compute_s = 0.0
         self._stopping = False
         self._slots: ShardSlots | None = None
+        self._copies: CopyGiver | None = None
         self._fenced: frozenset[str] = frozenset()
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
@@ -90,9 +94,12 @@ class ExpertActor:
         self._thread.start()
         return self._member()
 
-    def join(self) -> ShardFacts:
-        """`start`, and `facts`."""
-        return self._facts(self.start())
+    def join(self, order: CopyOrder | None = None) -> ShardFacts:
+        """`start`, take experts in (`load_experts`), and `facts`."""
+        member = self.start()
+        if order is not None:
+            self.load_experts(order)
+        return self._facts(member)
 
     def facts(self) -> ShardFacts:
         """What it holds, and has room for; only after `start`."""
@@ -102,11 +109,14 @@ class ExpertActor:
         """How far loading has come."""
         return self._progress
 
-    def load_experts(
-        self, pairs: Sequence[tuple[int, int]], digests: Mapping[tuple[int, int], str]
-    ) -> dict[tuple[int, int], str]:
+    def load_experts(self, order: CopyOrder) -> dict[tuple[int, int], str]:
         """As `ShardSlots.load`."""
-        return self._changing().load(pairs, digests)
+        return self._changing().load(order)
+
+    def set_copy_rate(self, bytes_per_s: float | None) -> None:
+        """At which experts are taken in, from now on; None: any. Nothing before it serves."""
+        if self._slots is not None:
+            self._slots.pace.set_rate(bytes_per_s)
 
     def canary(self, pairs: Sequence[tuple[int, int]]) -> tuple[str, dict[tuple[int, int], str]]:
         """What the last bits depend on, and `ShardSlots.canary`."""
@@ -131,7 +141,7 @@ class ExpertActor:
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""
-        shard, pump, launch = self._shard, self._pump, self._launch
+        shard, pump, launch, slots = self._shard, self._pump, self._launch, self._slots
         return {
             "alive": self._thread.is_alive,
             "phase": self._progress.phase,
@@ -144,6 +154,9 @@ class ExpertActor:
             "slots_per_layer": launch.num_slots,
             "calls_served": self._calls_served + (pump.calls_served if pump else 0),
             "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
+            "experts_copied": slots.num_copied if slots else 0,
+            "experts_loaded": slots.num_loaded if slots else 0,
+            "copy_bytes_given": self._copies.service.bytes_sent if self._copies else 0,
             "tickets": self._nccl.tickets_total if self._nccl else 0,
             "peers": len(self._server.connections) if self._server else 0,
         }
@@ -156,6 +169,8 @@ class ExpertActor:
         elif self._server is not None:  # else `_serve` sees that it is not wanted any more
             self._server.stop()
         self._thread.join()
+        if self._copies is not None:
+            self._copies.close()
 
     def _member(self) -> Member:
         assert self._server is not None, "asked before start returned"
@@ -165,7 +180,8 @@ class ExpertActor:
         shard = self._shard
         assert shard is not None, "asked before start returned"
         room = {layer: shard.state.room(layer) for layer in shard.spec.moe_layers}
-        return ShardFacts(member=member, manifest=shard.manifest, room=room)
+        copies = self._copies.endpoint if self._copies is not None else None
+        return ShardFacts(member=member, manifest=shard.manifest, room=room, copies=copies)
 
     def _changing(self) -> ShardSlots:
         if self._slots is None:
@@ -199,7 +215,9 @@ class ExpertActor:
             pump=service.pump,
             advertise_ip=advertised_ip(launch.bind_ip),
         )
-        self._slots = ShardSlots(shard, self._server.call_soon, launch.num_threads)
+        self._slots = ShardSlots(shard, self._server.call_soon, launch)
+        if launch.device == "cpu":
+            self._copies = CopyGiver(shard, launch)
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of experts", launch.uid, shard.nbytes)
         return self._serve

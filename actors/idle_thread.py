@@ -11,6 +11,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def go_idle(name: str) -> None:
+    """Have the system schedule this thread, and those that it starts, last (`SCHED_IDLE`)."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError as refused:  # a sandbox; it works all the same
+        logger.warning("%s: no idle priority: %s", name, refused.strerror)
+
+
 def run_idle(name: str, work: Callable[[], T]) -> T:
     """Run `work` in a thread of its own that the system schedules last (`SCHED_IDLE`); wait for it.
 
@@ -24,10 +32,7 @@ def run_idle(name: str, work: Callable[[], T]) -> T:
     failure: list[BaseException] = []
 
     def run() -> None:
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except OSError as refused:  # a sandbox; it is loaded all the same
-            logger.warning("%s: no idle priority: %s", name, refused.strerror)
+        go_idle(name)
         try:
             outcome.append(work())
         except BaseException as raised:  # handed to whoever waits

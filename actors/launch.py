@@ -63,12 +63,29 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
     experts_by_layer: dict[int, tuple[int, ...]]
     num_slots: int | None = None  # of one layer; None: as many as it is given experts
     is_int8: bool = False  # hold weights in one byte each
+    copy_bytes_per_s: float | None = None  # at which experts are taken in later; None: any rate
     load_idle: bool = False  # load in time that nobody else wants: others serve beside it
 
 
 def actor_name(deployment: str, uid: str, incarnation: int) -> str:
     """Ray name of one life of one member, in namespace `remora`."""
     return f"remora/{deployment}/{uid}#{incarnation}"
+
+
+class ReplicaSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard from whose memory experts may be copied."""
+
+    uid: str
+    incarnation: int
+    endpoint: Endpoint  # of its copies
+
+
+class CopyOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Experts that a shard is to take in, keyed by (decoder layer, expert), in this order."""
+
+    digests: dict[tuple[int, int], str]  # what each is to be
+    replicas: dict[tuple[int, int], tuple[str, ...]] = {}  # uids to copy from, best first
+    sources: tuple[ReplicaSource, ...] = ()  # of those uids; the checkpoint is the last resort
 
 
 STANDBY = "standby-"  # begins the uid of a process that waits to become a shard

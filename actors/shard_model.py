@@ -8,7 +8,7 @@ routed pairs (row, expert), M rows that came, D model width, I expert width, U =
 I without.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,12 +175,6 @@ class ShardExperts:
                 return presum(out_ND, pair_row_N, pair_weight_N, rows, sort.place_N)
             return gather_rows(out_ND, sort.place_N)
 
-    def export_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """Canonical tensors of one expert, bit for bit as they are held."""
-        slot = self.state.slot_of(layer, expert)
-        assert slot is not None, f"layer {layer} expert {expert} is not held"
-        return self._layers[layer].packed.export_slot(slot)
-
     def fill_slot(
         self, layer: int, expert: int, slot: int, tensors: Mapping[str, Tensor]
     ) -> ExpertDigest:
@@ -193,9 +187,45 @@ class ShardExperts:
             ValueError: tensors of the wrong names, shapes or dtype.
         """
         assert slot in self.state.free_slots(layer), f"layer {layer} slot {slot} is not free"
+        self._layers[layer].packed.load_slot(slot, tensors)
+        return self._digest(layer, expert, slot)
+
+    def copy_slot(
+        self, layer: int, expert: int, slot: int, write: Callable[[str, list[memoryview]], bool]
+    ) -> ExpertDigest | None:
+        """As `fill_slot`, where `write` puts bytes of a layout into the slot's memory.
+
+        Returns:
+            The digest; None: `write` said that it could not, or slots of this kind are not copied.
+        """
+        assert slot in self.state.free_slots(layer), f"layer {layer} slot {slot} is not free"
         packed = self._layers[layer].packed
-        packed.load_slot(slot, tensors)
-        return digest_expert(layer, expert, packed.export_slot(slot))
+        layout = packed.slot_layout()
+        if layout is None or not write(layout, _memory(packed.slot_parts(slot))):
+            return None
+        packed.mark_loaded(slot)
+        return self._digest(layer, expert, slot)
+
+    def held_memory(self, layer: int, expert: int) -> tuple[str, list[memoryview]] | None:
+        """Layout and bytes of an expert as it is held; None: it is not, or cannot be copied.
+
+        Valid while it is held: who reads on when it is not gets other bytes, and finds that by the
+        digest.
+        """
+        slot = self.state.slot_of(layer, expert)
+        if slot is None:
+            return None
+        packed = self._layers[layer].packed
+        layout = packed.slot_layout()
+        return None if layout is None else (layout, _memory(packed.slot_parts(slot)))
+
+    def nbytes_of(self, layer: int) -> int:
+        """Bytes of one slot of a decoder layer."""
+        packed = self._layers[layer].packed
+        return packed.weight_nbytes // packed.num_slots
+
+    def _digest(self, layer: int, expert: int, slot: int) -> ExpertDigest:
+        return digest_expert(layer, expert, self._layers[layer].packed.export_slot(slot))
 
     def settle(self, slot: int, found: ExpertDigest, wanted: str) -> bool:
         """As `ExpertState.settle`: an expert is served from the next call on, or a slot is bad."""
@@ -226,6 +256,10 @@ class ShardExperts:
         if held.host.has_post_expert_norm:
             out_ND = held.host.post_expert_norm(out_ND)
         return out_ND
+
+
+def _memory(parts: list[Tensor]) -> list[memoryview]:
+    return [memoryview(part.numpy()).cast("B") for part in parts]
 
 
 def _gate(held: ExpertLayer, up_NU: Tensor) -> Tensor:

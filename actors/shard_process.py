@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from remora.actors.collector import objects_that_stay
 from remora.actors.idle_thread import run_idle
-from remora.actors.launch import Progress, ShardLaunch
+from remora.actors.launch import CopyOrder, Progress, ShardLaunch
 
 if TYPE_CHECKING:
     from remora.actors.expert_actor import ExpertActor, ShardFacts
@@ -52,10 +52,12 @@ class ShardProcess:
         with objects_that_stay():
             return self._begin(self._launch).start()
 
-    def join(self, launch: ShardLaunch | None = None) -> "ShardFacts":
+    def join(
+        self, launch: ShardLaunch | None = None, order: CopyOrder | None = None
+    ) -> "ShardFacts":
         """As `ExpertActor.join`; `launch` is what a standby is to be."""
         with objects_that_stay():
-            return self._begin(launch or self._launch).join()
+            return self._begin(launch or self._launch).join(order)
 
     def facts(self) -> "ShardFacts":
         """As `ExpertActor.facts`."""
@@ -65,9 +67,14 @@ class ShardProcess:
         """As `ExpertActor.progress`; also while it is imported."""
         return self._actor.progress() if self._actor else Progress(phase="starting")
 
-    def load_experts(self, pairs: Sequence[Pair], digests: Mapping[Pair, str]) -> dict[Pair, str]:
+    def load_experts(self, order: CopyOrder) -> dict[Pair, str]:
         """As `ExpertActor.load_experts`."""
-        return self._made().load_experts(pairs, digests)
+        return self._made().load_experts(order)
+
+    def set_copy_rate(self, bytes_per_s: float | None) -> None:
+        """As `ExpertActor.set_copy_rate`; nothing while it is imported."""
+        if self._actor is not None:
+            self._actor.set_copy_rate(bytes_per_s)
 
     def canary(self, pairs: Sequence[Pair]) -> tuple[str, dict[Pair, str]]:
         """As `ExpertActor.canary`."""

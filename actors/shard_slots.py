@@ -14,9 +14,11 @@ from typing import Final, TypeVar
 import torch
 from blake3 import blake3
 
+from remora.actors.copy_pace import Pace
+from remora.actors.expert_copies import CopyTaker
 from remora.actors.expert_state import SLOTS_TRIED_MAX, Pair, unusable
 from remora.actors.idle_thread import run_idle
-from remora.actors.launch import take_threads
+from remora.actors.launch import CopyOrder, ShardLaunch, take_threads
 from remora.actors.manifest import digest_expert
 from remora.actors.shard_model import ShardExperts
 from remora.comm.errors import ClusterError, DeadlineError, WeightsError
@@ -34,29 +36,38 @@ class ShardSlots:
 
     Args:
         call_soon: runs something in the serving thread, between two calls.
-        num_threads: of torch, as in the serving thread.
+        launch: of the shard.
+
+    Attributes:
+        pace: how fast experts are taken in.
+        num_copied, num_loaded: experts taken from replicas, and from the checkpoint.
     """
 
     def __init__(
-        self, shard: ShardExperts, call_soon: Callable[[Callable[[], None]], None], num_threads: int
+        self,
+        shard: ShardExperts,
+        call_soon: Callable[[Callable[[], None]], None],
+        launch: ShardLaunch,
     ) -> None:
         self._shard = shard
         self._call_soon = call_soon
-        self._num_threads = num_threads
+        self._launch = launch
+        self.pace = Pace(launch.copy_bytes_per_s)
+        self.num_copied = self.num_loaded = 0
         self._loading = threading.Lock()
 
-    def load(self, pairs: Sequence[Pair], digests: Mapping[Pair, str]) -> dict[Pair, str]:
-        """Load experts of the checkpoint into free slots; digests of what the slots hold.
+    def load(self, order: CopyOrder) -> dict[Pair, str]:
+        """Take experts into free slots; digests of what the slots hold.
 
-        Args:
-            digests: what each is to be. A slot that holds something else is not used again.
+        Each is copied from the first replica that gives it and whose bytes have the digest, else
+        loaded from the checkpoint: then a slot that holds something else is not used again.
 
         Raises:
             ClusterError: no free slot, or none that holds what is written into it.
             WeightsError: the checkpoint is not what it was.
         """
         with self._loading:
-            return run_idle("remora-slots", lambda: self._load(pairs, digests))
+            return run_idle("remora-slots", lambda: self._load(order))
 
     def canary(self, pairs: Sequence[Pair]) -> dict[Pair, str]:
         """Hashes of what each of some experts makes of fixed rows; calls are served in between.
@@ -94,18 +105,46 @@ class ShardSlots:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _load(self, pairs: Sequence[Pair], digests: Mapping[Pair, str]) -> dict[Pair, str]:
-        take_threads(self._num_threads)
+    def _load(self, order: CopyOrder) -> dict[Pair, str]:
+        take_threads(self._launch.num_threads)
+        taker = CopyTaker(order.sources, self._launch)
+        found: dict[Pair, str] = {}
         try:
-            return {pair: self._load_one(pair, digests[pair]) for pair in pairs}
+            for pair, wanted in order.digests.items():
+                held = self._shard.state.digest_of(*pair)  # asked before, the answer got lost
+                found[pair] = held or (
+                    self._copied(taker, pair, order.replicas.get(pair, ()), wanted)
+                    or self._loaded(pair, wanted)
+                )
+            return found
         finally:
+            taker.close()
             self._shard.reader.close()
 
-    def _load_one(self, pair: Pair, wanted: str) -> str:
+    def _copied(
+        self, taker: CopyTaker, pair: Pair, replicas: Sequence[str], wanted: str
+    ) -> str | None:
+        """From the first replica that has it; None: none has."""
         shard, (layer, expert) = self._shard, pair
-        held = shard.state.digest_of(layer, expert)
-        if held is not None:  # asked before, and the answer got lost
-            return held
+        for uid in replicas:
+            slot = shard.state.slot_for(layer, expert)
+            digest = shard.copy_slot(
+                layer, expert, slot, lambda *to, uid=uid: taker.take(uid, pair, *to, self.pace)
+            )
+            if digest is None:
+                continue
+            if digest.digest != wanted:  # the slot may be sound: the checkpoint will tell
+                logger.error("layer %d expert %d: the copy from %s is another one", *pair, uid)
+                continue
+            self.between_calls(partial(shard.settle, slot, digest, wanted))
+            self.num_copied += 1
+            return wanted
+        return None
+
+    def _loaded(self, pair: Pair, wanted: str) -> str:
+        """From the checkpoint."""
+        shard, (layer, expert) = self._shard, pair
+        self.pace.take(shard.nbytes_of(layer))
         tensors = shard.reader.read(layer, expert)
         found = wanted if shard.is_int8 else digest_expert(layer, expert, tensors).digest
         if found != wanted:  # int8 is known by what a slot holds
@@ -117,6 +156,7 @@ class ShardSlots:
             slot = shard.state.slot_for(layer, expert)
             digest = shard.fill_slot(layer, expert, slot, tensors)
             if self.between_calls(partial(shard.settle, slot, digest, wanted)):
+                self.num_loaded += 1
                 return wanted
             logger.error("layer %d slot %d does not hold what was to be there", layer, slot)
         raise unusable(layer, expert, digest.digest, wanted)

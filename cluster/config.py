@@ -141,6 +141,8 @@ class ElasticConfig(Section):
     bind_address: str | None = None  # of the gRPC service; None: that of the data plane
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # of it; 0: one that is free
     log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
+    # processes started and imported, for the next shards; each takes what a shard asks of Ray
+    warm_standby: Annotated[int, Field(ge=0, le=64)] = 0
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
     hold_s: Annotated[float, Field(ge=0, le=1e7)] = (
         120.0  # requests wait for a lost shard's experts
@@ -222,6 +224,15 @@ class RemoraConfig(Section):
     def _latest_is_somewhere(self) -> "RemoraConfig":
         if self.experts.placement == "latest" and self.router.state_dir is None:
             raise ValueError("experts.placement = latest: router.state_dir must say where it lies")
+        return self
+
+    @model_validator(mode="after")
+    def _standbys_are_of_use(self) -> "RemoraConfig":
+        if self.elastic.warm_standby and self.experts.transport == "nccl":
+            raise ValueError(
+                f"elastic.warm_standby = {self.elastic.warm_standby} with experts.transport = nccl:"
+                " no shard joins a communicator yet; allowed is 0"
+            )
         return self
 
     @model_validator(mode="after")

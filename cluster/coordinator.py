@@ -148,6 +148,7 @@ class Coordinator:
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
             "operations": runner.status() if runner is not None else None,
+            "standbys": self._elastic.standbys.status() if self._elastic is not None else None,
             **self._beside.status(),
         }
 

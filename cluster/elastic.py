@@ -17,6 +17,7 @@ from remora.cluster.instances import instances_dir
 from remora.cluster.member_tasks import MemberTasks, find_actor
 from remora.cluster.operation import Effect, Target
 from remora.cluster.operation_runner import OperationRunner
+from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
@@ -66,6 +67,7 @@ class Elastic:
         self._config, self._token, self._wal = config, token, wal
         self._publish, self._changed = publish, changed
         self._tasks: MemberTasks | None = None
+        self.standbys = Standbys(config)
         self.runner: OperationRunner | None = None
 
     def begin(
@@ -99,6 +101,7 @@ class Elastic:
         state, operation = recovered(records, limits, has_router=router is not None)
         members = {m.uid: find_actor(m.actor_name) for m in state.view.members}
         living = {uid: handle for uid, handle in members.items() if handle is not None}
+        end_strays(self._config.name, {m.actor_name for m in state.view.members})
         if not living:
             return None
         in_flight = operation.operation_id if operation else "none"
@@ -126,6 +129,7 @@ class Elastic:
 
     def close(self, *, forget: bool) -> None:
         """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
+        self.standbys.close()
         if self._tasks is not None:
             self._tasks.close()
         if self.runner is not None:
@@ -146,17 +150,26 @@ class Elastic:
             soon=lambda work: self._runner().soon(work),
             lost=lambda uid, incarnation: self._runner().lost(uid, incarnation),
             changed=self._changed,
+            standbys=self.standbys,
         )
         self._tasks = tasks
         self.runner = OperationRunner(
-            state, self._wal, perform=tasks.perform, publish=self._publish
+            state,
+            self._wal,
+            perform=tasks.perform,
+            publish=self._publish,
+            settled=self.standbys.fill,
         )
         if router is not None:
             tasks.add_router(router)
         for member in state.view.members:
             if member.uid in handles:
                 tasks.add(member.uid, member.incarnation, handles[member.uid])
+                if member.role == "shard":
+                    tasks.ask_where(member.uid)
         self.runner.start(effects)
+        if state.operation is None:
+            self.standbys.fill()
 
     def _runner(self) -> OperationRunner:
         assert self.runner is not None, "before the first view"

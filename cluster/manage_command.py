@@ -118,6 +118,9 @@ def status_text(status: dict[str, Any]) -> str:
     operations = status.get("operations") or {"running": None, "last": []}
     for operation in [operations["running"]] if operations["running"] else operations["last"][-1:]:
         lines.append(f"  operation {operation_text(operation)}")
+    standbys = status.get("standbys")
+    if standbys and standbys["wanted"]:
+        lines.append("  standbys: {warm} of {wanted} warm, {starting} starting".format(**standbys))
     for what in ("fenced", "lost"):
         if operations.get(what):
             lines.append(f"  {what}: {', '.join(operations[what])}")

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,7 +10,7 @@ import msgspec
 import ray
 
 from remora.actors.expert_actor import ShardFacts
-from remora.actors.launch import RAY_NAMESPACE, actor_name
+from remora.actors.launch import RAY_NAMESPACE, CopyOrder, ReplicaSource, actor_name
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import ROUTER
@@ -31,8 +31,10 @@ from remora.cluster.operation import (
     Stop,
     Task,
 )
+from remora.cluster.placement_steps import pairs_of
+from remora.cluster.standbys import Standbys
 from remora.comm.errors import ClusterError, RemoraError
-from remora.comm.view import Placement
+from remora.comm.view import Endpoint, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class MemberTasks:
         lost: told of a life that is over without having been asked to end.
         changed: told of the handle of each uid that there is from now on (None: no more), and of
             what it asks of Ray.
+        standbys: taken for shards that start.
     """
 
     def __init__(
@@ -59,14 +62,17 @@ class MemberTasks:
         soon: Callable[[Callable[[], None]], None],
         lost: Callable[[str, int], None],
         changed: Callable[[str, Any, str], None],
+        standbys: Standbys,
     ) -> None:
         self._config, self._token = config, token
         self._placement = placement
         self._manifest = dict(manifest)
         self._soon, self._lost, self._changed = soon, lost, changed
+        self._standbys = standbys
         self._lock = threading.Lock()
         self._lives: dict[tuple[str, int], Any] = {}
         self._newest: dict[str, int] = {}
+        self._copies: dict[tuple[str, int], Endpoint] = {}
         self._router: Any = None
         self._closed = False
 
@@ -76,6 +82,16 @@ class MemberTasks:
             self._lives[uid, incarnation] = handle
             self._newest[uid] = incarnation
         self._watch(uid, incarnation, handle)
+
+    def know(self, facts: ShardFacts) -> None:
+        """Where the experts of a shard are copied."""
+        if facts.copies is not None:
+            with self._lock:
+                self._copies[facts.member.uid, facts.member.incarnation] = facts.copies
+
+    def ask_where(self, uid: str) -> None:
+        """Have a living shard tell where its experts are copied; nobody waits for it."""
+        _answer(self._handle(uid).facts.remote(), self.know)
 
     def add_router(self, handle: Any) -> None:
         """The router; Ray starts it again when it dies."""
@@ -103,9 +119,9 @@ class MemberTasks:
                 return _answer(self._handle(uid).offer_view.remote(view))
             case Fence(uid=uid, fenced=fenced):
                 return _answer(self._handle(uid).fence.remote(fenced))
-            case Copy(uid=uid, pairs=pairs):
-                digests = {pair: self._manifest[pair] for pair in pairs}
-                return _answer(self._handle(uid).load_experts.remote(pairs, digests))
+            case Copy(uid=uid, pairs=pairs, replicas=replicas):
+                order = self._order(pairs, replicas)
+                return _answer(self._handle(uid).load_experts.remote(order))
             case Canary(uid=uid, pairs=pairs):
                 return _answer(self._handle(uid).canary.remote(pairs), _canary_result)
             case Keep(uid=uid, experts=experts):
@@ -123,21 +139,44 @@ class MemberTasks:
 
     def _start(self, task: StartShard) -> "Future[Answer]":
         config, uid = self._config, task.uid
-        placement = msgspec.structs.replace(self._placement, slots={uid: task.experts})
+        layers = self._placement.moe_layers
+        empty = msgspec.structs.replace(self._placement, slots={uid: ((),) * len(layers)})
         launch = msgspec.structs.replace(
-            shard_launch(config, uid, placement, self._token),
+            shard_launch(config, uid, empty, self._token),
             incarnation=task.incarnation,
             num_slots=task.num_slots,
             load_idle=True,
         )
         options = shard_options(config)
-        name = actor_name(config.name, uid, task.incarnation)
-        handle: Any = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
+        handle: Any
+        standby = self._standbys.take()
+        if standby is not None:
+            name, handle = standby
+            launch = msgspec.structs.replace(launch, process_name=name)
+            logger.info("%s: takes %s", uid, name)
+        else:
+            name = actor_name(config.name, uid, task.incarnation)
+            handle = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
         self.add(uid, task.incarnation, handle)
         self._changed(uid, handle, asked_of_ray(options))
-        return _answer(handle.join.remote(), self._started)
+        pairs = task.replicas or pairs_of(task.experts, layers)
+        order = self._order(tuple(pairs), task.replicas)
+        return _answer(handle.join.remote(launch, order), self._started)
+
+    def _order(self, pairs: Sequence[Pair], replicas: Mapping[Pair, tuple[str, ...]]) -> CopyOrder:
+        """What a shard is told to take in; sources are those whose address is known."""
+        uids = {uid for each in replicas.values() for uid in each}
+        with self._lock:
+            sources = tuple(
+                ReplicaSource(uid=uid, incarnation=life, endpoint=self._copies[uid, life])
+                for uid in sorted(uids)
+                if (uid, life := self._newest.get(uid, 0)) in self._copies
+            )
+        digests = {pair: self._manifest[pair] for pair in pairs}
+        return CopyOrder(digests=digests, replicas=dict(replicas), sources=sources)
 
     def _started(self, facts: ShardFacts) -> Started:
+        self.know(facts)
         digests = {pair: entry.digest for pair, entry in facts.manifest.by_expert().items()}
         return Started(member=facts.member, digests=digests, room=self._room(facts.room))
 
@@ -147,6 +186,7 @@ class MemberTasks:
     def _stop(self, uid: str, incarnation: int) -> "Future[Answer]":
         with self._lock:
             handle = self._lives.pop((uid, incarnation), None)
+            self._copies.pop((uid, incarnation), None)
             is_newest = self._newest.get(uid) == incarnation
         if handle is None:  # of a coordinator that is no more
             handle = find_actor(actor_name(self._config.name, uid, incarnation))

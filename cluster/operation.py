@@ -85,6 +85,7 @@ class StartShard(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     experts: tuple[tuple[int, ...], ...]  # for each MoE layer
     num_slots: int  # of a layer
+    replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,10 +97,11 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
-    """Load experts into spare slots. Answer: the digest of each as it is held now, by pair."""
+    """Take experts into spare slots. Answer: the digest of each as it is held now, by pair."""
 
     uid: str
     pairs: tuple[Pair, ...]
+    replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,6 +49,7 @@ class OperationRunner:
     Args:
         perform: starts a task; its future holds the answer, or an exception.
         publish: called with every view that is committed.
+        settled: called when an operation is over and none runs.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class OperationRunner:
         *,
         perform: Callable[[Task], "Future[Answer]"],
         publish: Callable[[View], None],
+        settled: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._wal = wal
         self._perform = perform
         self._publish = publish
+        self._settled = settled
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())  # guards the state
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
@@ -231,4 +234,6 @@ class OperationRunner:
                 self._wal.replace(self._state.snapshot())
             except WalError as failed:
                 logger.warning("the log stays long: %s", failed)
+        if self._state.operation is None:
+            self._settled()
         self._changed.notify_all()

@@ -6,6 +6,7 @@ from typing import Final
 import msgspec
 
 from remora.cluster.coordinator_calls import ROUTER, CoordinatorCalls
+from remora.cluster.copy_sources import copy_sources
 from remora.cluster.operation import (
     Adopt,
     Alarm,
@@ -59,12 +60,16 @@ class OperationSteps(CoordinatorCalls):
         self._held = dict(held_by_living(self.situation()))
         self._joined.clear()
         slots = joiner_slots(self.situation())
+        layers = self.view.placement.moe_layers
+        joining = {uid: pairs_of(operation.slots[uid], layers) for uid in operation.joiners}
+        copies = copy_sources(joining, self._held, layers)
         tasks = [
             StartShard(
                 uid=uid,
                 incarnation=incarnation,
                 experts=operation.slots[uid],
                 num_slots=max(slots, *map(len, operation.slots[uid])),
+                replicas=copies.get(uid, {}),
             )
             for uid, incarnation in operation.joiners.items()
         ]
@@ -86,8 +91,10 @@ class OperationSteps(CoordinatorCalls):
             self._abort(str(stuck))
             return
         operation.num_rounds = operation.round + len(self._rounds)
-        wanted = additions(self._held, self._rounds[0], self.view.placement.moe_layers)
-        tasks = [Copy(uid=uid, pairs=tuple(pairs)) for uid, pairs in wanted.items()]
+        layers = self.view.placement.moe_layers
+        wanted = additions(self._held, self._rounds[0], layers)
+        copies = copy_sources(wanted, self._held, layers)
+        tasks = [Copy(uid=uid, pairs=tuple(each), replicas=each) for uid, each in copies.items()]
         self._begin("copy", self._limits.copy_s, tasks)
 
     def _verify(self) -> None:

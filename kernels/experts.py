@@ -96,6 +96,11 @@ class GroupedWeights:
             return unpack(self.packed[slot], self.num_outputs, self.num_inputs)
         return self.packed[slot].clone()
 
+    def slot_parts(self, slot: int) -> list[Tensor]:
+        """Packed weight, scales and biases of a slot as uint8 vectors: its own memory."""
+        held = [t for t in (self.packed, self.scale_SO, self.bias_SO) if t is not None]
+        return [tensor[slot].view(-1).view(torch.uint8) for tensor in held]
+
     def forward(self, x_NK: Tensor, offsets_S1: Tensor, *, exact: bool) -> Tensor:
         """Rows offsets[s]..offsets[s+1] times slot s; rows from offsets[S] on give zeros. [N, O]"""
         if self.is_native:
@@ -225,6 +230,18 @@ class PackedExperts(ExpertSlots):
                 tensors.get(f"{name}_scale"),
             )
         self._loaded.add(slot)
+
+    def slot_layout(self) -> str:
+        """Packed alike (`linear.packed_numel`) by whatever instruction set computes; a process
+        without C++ kernels holds plain matrices."""
+        form = "packed" if self.is_native else "plain"
+        kind = "int8" if self.is_int8 else str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.hidden_size}x{self.intermediate_size}"
+        return f"{form} {kind} {sizes} gate={self.has_gate} bias={self.has_bias}"
+
+    def slot_parts(self, slot: int) -> list[Tensor]:
+        """The first linear's, then the second's."""
+        return [part for each in self.projections for part in each.slot_parts(slot)]
 
     def _wanted(
         self, tensors: Mapping[str, Tensor]

@@ -28,6 +28,22 @@ class ExpertSlots:
         """Forgets the expert of a slot; its room may be loaded again."""
         self._loaded.discard(slot)
 
+    def slot_layout(self) -> str | None:
+        """What bytes of a slot mean: equal texts, equal meanings. None: nobody may copy them."""
+        return None
+
+    def slot_parts(self, slot: int) -> list[Tensor]:
+        """The memory of a slot as uint8 vectors, in an order that the layout stands for.
+
+        Raises:
+            ValueError: `slot_layout` is None.
+        """
+        raise ValueError(f"slots of {type(self).__name__} are not copied byte by byte")
+
+    def mark_loaded(self, slot: int) -> None:
+        """Somebody has written an expert's bytes into `slot_parts`."""
+        self._loaded.add(slot)
+
     def check_load(
         self,
         slot: int,

@@ -59,7 +59,7 @@ def settings(log_dir: Path) -> RemoraConfig:
             "executor": "eager",
             "dense": {**small, "max_model_len": 256, "prefix_caching": False},
             "experts": {**small, "shards": 2, "slots": 32},  # a shard can hold every expert
-            "elastic": {"log_dir": str(log_dir)},
+            "elastic": {"log_dir": str(log_dir), "warm_standby": 1},
         }
     )
 
@@ -135,6 +135,18 @@ async def until(found: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.2)
 
 
+async def until_warm() -> int:
+    """Standbys that are warm, once one is."""
+    found = {"warm": 0}
+
+    async def is_warm() -> bool:
+        found.update((await asyncio.to_thread(cluster_status, NAME))["standbys"])
+        return found["warm"] > 0
+
+    await until(is_warm)
+    return found["warm"]
+
+
 def living() -> set[str]:
     return {
         actor.name.removeprefix(f"remora/{NAME}/")
@@ -157,10 +169,13 @@ def test_streams_flow_through_operations_and_deaths(one_node: None, tmp_path: Pa
 
 
 async def operations(config: RemoraConfig, handle: ClusterHandle) -> None:
-    """2 -> 3 -> 2 shards, and a full turn of the placement."""
+    """2 -> 3 -> 2 shards, and a full turn of the placement; who joins was a standby."""
+    assert await until_warm() == 1
     async with flowing(config, handle) as streams:
         up = await operate(handle, "up", ScaleTo(3))
         assert up["joiners"] == {"shard-2": 1} and up["moved"] > 0
+        [joiner] = [m for m in handle.view().members if m.uid == "shard-2"]
+        assert joiner.actor_name.startswith(f"remora/{NAME}/standby-")
         assert handle.request("up", ScaleTo(3))["operation_id"] == "up", "asked again"
         with pytest.raises(ConfigError, match="choose a new id"):
             handle.request("up", ScaleTo(4))
@@ -181,7 +196,8 @@ async def operations(config: RemoraConfig, handle: ClusterHandle) -> None:
         assert members["shard-1"]["experts_per_layer"] == [16] * 8
         assert status["epoch"] == handle.view().epoch == 5
         assert members["dense-0"]["shards_connected"] == ["shard-1", "shard-2"]
-        assert living() >= {"shard-1#1", "shard-2#1"} and "shard-0#1" not in living()
+        joined = joiner.actor_name.removeprefix(f"remora/{NAME}/")
+        assert living() >= {"shard-1#1", joined} and "shard-0#1" not in living()
 
 
 async def deaths(config: RemoraConfig, handle: ClusterHandle) -> None:

@@ -11,6 +11,7 @@ from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
 from remora.actors.shard_build import build_shard
+from remora.actors.shard_model import ShardExperts
 from remora.kernels.attention import KVPages
 from remora.kernels.device import CPU, INTERPRETED_GPU, implementation_of, make_pages
 from remora.kernels.gpu_pages import GpuKVPages
@@ -48,8 +49,14 @@ def test_a_shard_on_a_pretended_gpu(architecture: str, tmp_path: Path) -> None:
         expected = here.forward(layer, x, row, expert, weight, mode)  # type: ignore[arg-type]
         found = there.forward(layer, x, row, expert, weight, mode)  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    exported = there.export_expert(layer, 3)
-    assert all(torch.equal(t, exported[n]) for n, t in here.export_expert(layer, 3).items())
+    exported = exported_slot(there, layer, 3)
+    assert all(torch.equal(t, exported[n]) for n, t in exported_slot(here, layer, 3).items())
+
+
+def exported_slot(shard: ShardExperts, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    slot = shard.state.slot_of(layer, expert)
+    assert slot is not None
+    return shard._layers[layer].packed.export_slot(slot)
 
 
 def test_without_triton() -> None:

@@ -12,6 +12,7 @@ from support.checkpoints import make_checkpoint
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
 from remora.actors.expert_actor import ExpertActor
+from remora.actors.launch import CopyOrder
 from remora.comm.errors import ClusterError, WeightsError
 from remora.comm.messages import SamplingParams
 from remora.comm.view import Placement, View
@@ -51,6 +52,11 @@ def digests(cluster: LocalCluster) -> dict[tuple[int, int], str]:
     }
 
 
+def order(wanted: list[tuple[int, int]], known: dict[tuple[int, int], str]) -> CopyOrder:
+    """To load from the checkpoint."""
+    return CopyOrder(digests={pair: known[pair] for pair in wanted})
+
+
 def view_of(cluster: LocalCluster, epoch: int, **slots: tuple[int, ...]) -> View:
     """Of the shards that are named, with the same experts in every layer."""
     layers = cluster.spec.moe_layers
@@ -80,7 +86,7 @@ def test_views_change_under_streams_and_tokens_do_not(cluster: LocalCluster) -> 
         with ThreadPoolExecutor(1) as pool:
             streaming = pool.submit(stream)
             try:
-                assert first.load_experts(pairs(cluster, 5, 6), known) == {
+                assert first.load_experts(order(pairs(cluster, 5, 6), known)) == {
                     pair: known[pair] for pair in pairs(cluster, 5, 6)
                 }
                 kernels, here = first.canary(pairs(cluster, 5, 6))
@@ -122,8 +128,8 @@ def test_load_says_what_is_wrong(cluster: LocalCluster) -> None:
     known = digests(cluster)
     first, second = cluster.shards
     with pytest.raises(ClusterError, match="no slot is free"):
-        first.load_experts(pairs(cluster, 4, 5, 6), known)
-    assert first.load_experts(pairs(cluster, 4), known), "asking again is harmless"
+        first.load_experts(order(pairs(cluster, 4, 5, 6), known))
+    assert first.load_experts(order(pairs(cluster, 4), known)), "asking again is harmless"
     with pytest.raises(ClusterError, match="expert 4 is not held"):
         second.keep_experts({})
         second.canary(pairs(cluster, 4))
@@ -147,14 +153,14 @@ def test_a_slot_that_does_not_hold_what_is_written_is_not_used_again(
         return tensors
 
     monkeypatch.setattr(packed, "export_slot", damaged)
-    assert first.load_experts([(layer, 4)], known) == {(layer, 4): known[layer, 4]}
+    assert first.load_experts(order([(layer, 4)], known)) == {(layer, 4): known[layer, 4]}
     assert shard.state.slot_of(layer, 4) == 5
     assert (shard.state.free_slots(layer), shard.state.room(layer)) == ([], 5)
     with pytest.raises(ClusterError, match="no slot is free"):
-        first.load_experts([(layer, 5)], known)
+        first.load_experts(order([(layer, 5)], known))
     last = cluster.spec.moe_layers[-1]
     with pytest.raises(WeightsError, match="is it another one"):
-        first.load_experts([(last, 5)], {(last, 5): "0" * 64})
+        first.load_experts(order([(last, 5)], {(last, 5): "0" * 64}))
     assert shard.state.free_slots(last) == [4, 5], "the slots are not to blame"
 
 

@@ -109,7 +109,7 @@ def test_experts_move_between_shards_bit_for_bit(architecture: str, tmp_path: Pa
     _, right = load(path, experts=[4, 5, 6, 7])
     x, row = torch.randn((1, spec.hidden_size)), torch.tensor([0])
     expected = right.forward(1, x, row, torch.tensor([6]), torch.ones(1), "ordered")
-    tensors = right.export_expert(1, 6)
+    tensors = right.reader.read(1, 6)
     held = right.manifest.by_expert()[1, 6]
     assert digest_expert(1, 6, tensors) == held
     assert left.state.free_slots(1) == [4, 5]
@@ -124,10 +124,19 @@ def test_experts_move_between_shards_bit_for_bit(architecture: str, tmp_path: Pa
     moved = left.forward(1, x, row, torch.tensor([6]), torch.ones(1), "ordered")
     assert torch.equal(moved, expected)
     with pytest.raises(AssertionError, match="slot 5 is not free"):
-        left.fill_slot(1, 5, 5, right.export_expert(1, 5))
+        left.fill_slot(1, 5, 5, right.reader.read(1, 5))
     right.drop_expert(1, 6)
     assert right.state.not_mine(1, [6, 7]) == [6]
     assert (1, 6) not in right.manifest.by_expert()
+
+
+def copied(source: ShardExperts, layout: str, memory: list[memoryview]) -> bool:
+    """Layer 1 expert 6 of another shard, byte by byte."""
+    found = source.held_memory(1, 6)
+    assert found is not None and found[0] == layout and len(found[1]) == len(memory)
+    for to, part in zip(memory, found[1], strict=True):
+        to[:] = part
+    return True
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
@@ -136,11 +145,9 @@ def test_int8_experts_are_near_and_move_bit_for_bit(architecture: str, tmp_path:
     spec, left = load(path, experts=[0, 1], num_slots=4, dtype=torch.bfloat16, is_int8=True)
     _, right = load(path, experts=[6], dtype=torch.bfloat16, is_int8=True)
     _, whole = load(path, dtype=torch.bfloat16)
-    tensors = right.export_expert(1, 6)
-    assert tensors["down_proj"].dtype == torch.int8
     held = right.manifest.by_expert()[1, 6]
     assert right.manifest.dtype == "int8"
-    assert left.fill_slot(1, 6, 3, tensors) == held
+    assert left.copy_slot(1, 6, 3, lambda layout, to: copied(right, layout, to)) == held
     assert left.settle(3, held, held.digest)
     assert held.nbytes == spec.expert_nbytes(torch.bfloat16, is_int8=True)
     x, row = torch.randn((9, spec.hidden_size)).bfloat16(), torch.arange(9)

@@ -77,3 +77,22 @@ def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> N
     process = ShardProcess(cluster.shard_launch("shard-0", cluster.view.placement))
     process.stop()
     process.until_end()
+
+
+def test_a_standby_becomes_the_shard_that_it_is_told_to_be(cluster: LocalCluster) -> None:
+    launch = cluster.shard_launch("shard-0", cluster.view.placement)
+    process = ShardProcess()
+    process.warm_up(launch.model)
+    assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
+    spec = process._spec
+    try:
+        told = msgspec.structs.replace(
+            launch, uid="shard-7", incarnation=4, load_idle=True, process_name="remora/standby"
+        )
+        facts = process.join(told)
+        assert process._actor is not None and process._actor._spec is spec, "looked at once"
+        assert (facts.member.uid, facts.member.incarnation) == ("shard-7", 4)
+        assert facts.member.actor_name == "remora/standby"
+        assert facts.manifest == cluster.shards[0].facts().manifest
+    finally:
+        process.stop()

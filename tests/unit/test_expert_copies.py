@@ -1,0 +1,205 @@
+"""Experts copied from a replica's memory: real shards and sockets, sources that lie and vanish."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.checkpoints import make_checkpoint
+from support.local_cluster import TOKEN, LocalCluster
+
+from remora.actors.expert_actor import ExpertActor
+from remora.actors.launch import CopyOrder, ReplicaSource
+from remora.actors.shard_model import ShardExperts
+from remora.comm.copies import PART_BYTES_MAX, CopyRefusedError, CopyService, CopySource, Part
+from remora.comm.errors import AuthError, PeerLostError
+from remora.comm.server import FrameServer
+
+Pair = tuple[int, int]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    """Two shards with four of eight experts each, in eight slots of a layer."""
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    found = LocalCluster(path, num_shards=2, dtype=request.param, exact=True, num_slots=8)
+    yield found
+    found.close()
+
+
+def held(actor: ExpertActor) -> ShardExperts:
+    assert actor._shard is not None
+    return actor._shard
+
+
+def source(actor: ExpertActor) -> ReplicaSource:
+    facts = actor.facts()
+    assert facts.copies is not None
+    member = facts.member
+    return ReplicaSource(uid=member.uid, incarnation=member.incarnation, endpoint=facts.copies)
+
+
+def order(cluster: LocalCluster, experts: tuple[int, ...], *uids: str) -> CopyOrder:
+    """What shard-1 holds of `experts`, from these shards in turn."""
+    giver = cluster.shards[1]
+    known = {p: e.digest for p, e in giver.facts().manifest.by_expert().items()}
+    pairs = [(layer, expert) for layer in cluster.spec.moe_layers for expert in experts]
+    return CopyOrder(
+        digests={pair: known[pair] for pair in pairs},
+        replicas=dict.fromkeys(pairs, uids),
+        sources=(source(giver),),
+    )
+
+
+def counts(actor: ExpertActor) -> tuple[int, int]:
+    status = actor.status()
+    return status["experts_copied"], status["experts_loaded"]
+
+
+def test_a_copy_is_the_replica_bit_for_bit(cluster: LocalCluster) -> None:
+    taker, giver = cluster.shards
+    wanted = order(cluster, (5, 6), "shard-1")
+    assert taker.load_experts(wanted) == wanted.digests
+    assert counts(taker) == (len(wanted.digests), 0)
+    for layer, expert in wanted.digests:
+        here, there = held(taker).held_memory(layer, expert), held(giver).held_memory(layer, expert)
+        assert here is not None and here == there
+    given = giver.status()["copy_bytes_given"]
+    assert given == sum(held(giver).nbytes_of(layer) for layer, _ in wanted.digests)
+    kernels, here_out = taker.canary(list(wanted.digests))
+    assert giver.canary(list(wanted.digests)) == (kernels, here_out)
+
+
+def test_a_joiner_takes_what_it_is_to_hold_from_replicas(cluster: LocalCluster) -> None:
+    empty = msgspec.structs.replace(
+        cluster.view.placement, slots={"shard-2": ((),) * len(cluster.spec.moe_layers)}
+    )
+    joiner = ExpertActor(cluster.shard_launch("shard-2", empty, load_idle=True))
+    cluster.shards.append(joiner)
+    wanted = order(cluster, (4, 7), "shard-1")
+    facts = joiner.join(wanted)
+    found = {p: e.digest for p, e in facts.manifest.by_expert().items()}
+    assert found == wanted.digests
+    assert counts(joiner) == (len(wanted.digests), 0)
+
+
+@pytest.mark.parametrize("how", ["unknown", "not held", "gone", "fenced", "other layout"])
+def test_the_next_source_is_taken_when_one_does_not_give(
+    cluster: LocalCluster, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end the checkpoint."""
+    taker, giver = cluster.shards
+    wanted = order(cluster, (5,), "shard-9", "shard-1") if how == "unknown" else None
+    wanted = wanted or order(cluster, (5,), "shard-1")
+    expected = (0, len(wanted.digests))
+    if how == "unknown":  # a shard whose address nobody knows is passed over
+        expected = (len(wanted.digests), 0)
+    elif how == "not held":
+        giver.keep_experts({})
+    elif how == "gone":
+        assert giver._copies is not None
+        giver._copies.close()
+    elif how == "fenced":  # the address is another life's by now
+        old = msgspec.structs.replace(wanted.sources[0], incarnation=7)
+        wanted = msgspec.structs.replace(wanted, sources=(old,))
+    else:
+        for layer in held(giver)._layers.values():
+            monkeypatch.setattr(layer.packed, "slot_layout", lambda: "of another machine")
+    assert taker.load_experts(wanted) == wanted.digests
+    assert counts(taker) == expected
+
+
+def test_bytes_that_are_not_the_expert_are_never_served(cluster: LocalCluster) -> None:
+    taker, giver = cluster.shards
+    wanted = order(cluster, (5,), "shard-1")
+    first = next(iter(wanted.digests))
+    found = held(giver).held_memory(*first)
+    assert found is not None
+    found[1][0][3] ^= 1  # one bit of the replica's memory
+    assert taker.load_experts(wanted) == wanted.digests
+    assert counts(taker) == (len(wanted.digests) - 1, 1)
+    assert held(taker).state.room(first[0]) == 8, "the slot is not to blame"
+
+
+def test_a_source_that_vanishes_half_way(cluster: LocalCluster) -> None:
+    taker, giver = cluster.shards
+    wanted = order(cluster, (4, 5, 6, 7), "shard-1")
+    assert giver._copies is not None
+    service, server = giver._copies.service, giver._copies._server
+    read, asked = service._read, []
+
+    def vanishing(part: Part) -> bytes:
+        asked.append(part)
+        if len(asked) == 5:
+            server.stop()
+        return read(part)
+
+    service._read = vanishing
+    assert taker.load_experts(wanted) == wanted.digests
+    copied, loaded = counts(taker)
+    assert copied + loaded == len(wanted.digests) and copied >= 1 and loaded >= 1
+
+
+class Rig:
+    """A source of copies of 3 MB over TCP, whose bytes are checked."""
+
+    def __init__(self) -> None:
+        self.data = bytes(range(256)) * 12_000
+        self.service = CopyService(self._read)
+        self.server = FrameServer(
+            host_ip="127.0.0.1", token=TOKEN, on_frame=self.service.on_frame, unix=False,
+            incarnation=3,
+        )  # fmt: skip
+        self.server.start()
+
+    def _read(self, part: Part) -> bytes:
+        if part.layout != "L":
+            raise CopyRefusedError("another layout")
+        return self.data[part.offset : part.offset + part.size_bytes]
+
+    def connect(self, token: bytes = TOKEN, incarnation: int = 3) -> CopySource:
+        return CopySource(self.server.endpoint("there"), token, "here", "taker", incarnation)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    found = Rig()
+    yield found
+    found.server.close()
+
+
+def test_parts_over_tcp_make_the_whole(rig: Rig) -> None:
+    peer = rig.connect()
+    first, second = bytearray(PART_BYTES_MAX + 7), bytearray(1_500_000)
+    taken: list[int] = []
+    peer.read_into(1, 2, "L", [memoryview(first), memoryview(second)], taken.append)
+    assert bytes(first + second) == rig.data[: len(first) + len(second)]
+    assert max(taken) == PART_BYTES_MAX and sum(taken) == len(first) + len(second)
+    assert rig.service.bytes_sent == sum(taken)
+    with pytest.raises(CopyRefusedError, match="another layout"):
+        peer.read_into(1, 2, "M", [memoryview(first)])
+    peer.read_into(1, 2, "L", [memoryview(first)])
+    assert first[:9] == rig.data[:9], "a refusal leaves the connection as it was"
+    peer.close()
+
+
+def test_strangers_and_the_dead_are_no_sources(rig: Rig) -> None:
+    with pytest.raises(AuthError):
+        rig.connect(token=b"the token of another cluster....")
+    peer = rig.connect(incarnation=4)
+    with pytest.raises(PeerLostError, match="incarnation 3"):
+        peer.read_into(1, 2, "L", [memoryview(bytearray(8))])
+    peer.close()
+    peer = rig.connect()
+    rig.server.close()
+    with pytest.raises(PeerLostError):
+        peer.read_into(1, 2, "L", [memoryview(bytearray(8))])
+    peer.close()
+
+
+def test_frames_that_no_asker_sends_close_the_connection(rig: Rig) -> None:
+    for part in (Part(1, 2, "L", 0, PART_BYTES_MAX + 1), Part(1, 2, "L", -1, 8)):
+        peer = rig.connect()
+        with pytest.raises(PeerLostError):
+            peer._one(part, memoryview(bytearray(8)))
+        peer.close()
