@@ -52,6 +52,14 @@ def test_auto_is_the_gpu_that_is_asked_for(section: dict[str, Any], device: str)
             {"dense": GPU | {"tensor_parallel": 2}, "experts": GPU | {"transport": "nccl"}},
             r"tensor_parallel = 2.*with nccl it is 1",
         ),
+        (
+            {
+                "dense": GPU,
+                "experts": GPU | {"transport": "nccl"},
+                "elastic": {"warm_standby": 1},
+            },
+            r"warm_standby = 1 with experts\.transport = nccl.*allowed is 0",
+        ),
         ({"experts": {"device": "tpu"}}, r"experts\.device.*'auto', 'cpu' or 'cuda'"),
     ],
 )
