@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from remora.autoscale.forecast import ForecasterName
+from remora.autoscale.library_forecast import LIBRARY, check_installed
 from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
 
@@ -121,6 +122,7 @@ class Predictive(Section):
             )
         if "seasonal_naive" not in self.forecasters:
             raise ValueError("forecasters: seasonal_naive is the floor and cannot be left out")
+        check_installed(self.forecasters)
         return self
 
     @property
@@ -222,6 +224,12 @@ def check_ingress(policy: AutoscalePolicy) -> None:
     if others:
         raise ValueError(
             f"pool ingress: targets.{min(others)} is not measured there; allowed: ongoing_per_unit"
+        )
+    slow = set(policy.predictive.forecasters) & LIBRARY.keys() if policy.predictive else set()
+    if slow:
+        raise ValueError(
+            f"pool ingress: forecasters {', '.join(sorted(slow))} take seconds, and Serve's control"
+            " loop would wait for them"
         )
 
 

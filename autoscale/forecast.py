@@ -15,16 +15,21 @@ from dataclasses import dataclass
 from math import ceil, fsum
 from typing import Final, Literal
 
-ForecasterName = Literal["seasonal_naive", "moving_average", "holt"]
+from remora.autoscale.library_forecast import LIBRARY, auto_reg, holt_winters, theta
+
+ForecasterName = Literal[
+    "seasonal_naive", "moving_average", "holt", "auto_reg", "theta", "holt_winters"
+]
 
 ORIGINS_MAX: Final = 12  # moments that a back-test stands at
+LIBRARY_ORIGINS_MAX: Final = 6  # the same for all, where forecasters of the library are among them
 FIT_STEPS_MAX: Final = 120  # latest steps that Holt's method and the moving average look at
 MEAN_STEPS: Final = 8
 DAMPING: Final = 0.9  # of Holt's trend (Gardner and McKenzie 1985)
 ALPHAS: Final = (0.2, 0.5, 0.8)  # smoothing of the level
 BETAS: Final = (0.05, 0.2, 0.5)  # of the trend
 
-Forecaster = Callable[[Sequence[float], int, int], list[float]]
+Forecaster = Callable[[Sequence[float], int, int], list[float] | None]  # None: not for this series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,20 +96,31 @@ FORECASTERS: Final[dict[ForecasterName, Forecaster]] = {
     "seasonal_naive": seasonal_naive,
     "moving_average": moving_average,
     "holt": holt,
+    "auto_reg": auto_reg,
+    "theta": theta,
+    "holt_winters": holt_winters,
 }
 
 
 def backtest(
-    forecaster: Forecaster, series: Sequence[float], *, horizon: int, season: int
-) -> list[float]:
-    """Errors (came - forecast) of all steps ahead, at up to `ORIGINS_MAX` latest moments.
+    forecaster: Forecaster,
+    series: Sequence[float],
+    *,
+    horizon: int,
+    season: int,
+    origins_max: int = ORIGINS_MAX,
+) -> list[float] | None:
+    """Errors (came - forecast) of all steps ahead, at up to `origins_max` latest moments.
 
     Moments are a horizon apart, so that no step is judged twice, and have two steps before them.
+    None: at one of them the forecaster had nothing to say, so it cannot be compared.
     """
-    origins = range(len(series) - horizon, 1, -horizon)[:ORIGINS_MAX]
-    errors = []
+    origins = range(len(series) - horizon, 1, -horizon)[:origins_max]
+    errors: list[float] = []
     for origin in origins:
         expected = forecaster(series[:origin], horizon, season)
+        if expected is None:
+            return None
         came = series[origin : origin + horizon]
         errors += [value - guess for value, guess in zip(came, expected, strict=True)]
     return errors
@@ -128,16 +144,21 @@ def best_forecast(
         quantile: of the back-test's errors, for the margin; 0.5 to 1.
     """
     assert len(series) >= 1, f"series of {len(series)} steps: a forecast needs one"
-    best: ForecasterName = "seasonal_naive"
-    found = {best: backtest(seasonal_naive, series, horizon=horizon, season=season)}
-    for name in names:
-        if name not in found:
-            found[name] = backtest(FORECASTERS[name], series, horizon=horizon, season=season)
-    errors: dict[str, float] = {}
-    if found[best]:
-        errors = {name: fsum(map(abs, off)) / len(off) for name, off in found.items()}
-        best = min(found, key=lambda name: errors[name])  # the floor comes first: it wins ties
-    values = FORECASTERS[best](series, horizon, season)
+    most = LIBRARY_ORIGINS_MAX if LIBRARY.keys() & set(names) else ORIGINS_MAX
+    bounds = {"horizon": horizon, "season": season, "origins_max": most}
+    floor: ForecasterName = "seasonal_naive"
+    found = {floor: backtest(seasonal_naive, series, **bounds) or []}
+    for name in names if found[floor] else ():
+        off = backtest(FORECASTERS[name], series, **bounds) if name not in found else None
+        if off is not None:
+            found[name] = off
+    errors = {name: fsum(map(abs, off)) / len(off) for name, off in found.items() if off}
+    # the floor comes first: it wins ties
+    for best in sorted(found, key=lambda name: errors.get(name, 0.0)):
+        values = FORECASTERS[best](series, horizon, season)
+        if values is not None:
+            break
+    assert values is not None, "seasonal naive always forecasts"
     return Forecast(
         forecaster=best,
         values=tuple(values),

@@ -1,24 +1,31 @@
 """Forecasters on series whose future is known, and the choice among them."""
 
+import importlib.util
 import math
+import random
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.autoscaling import policy_of
 
 from remora.autoscale.forecast import (
     FORECASTERS,
     MEAN_STEPS,
     Forecast,
+    ForecasterName,
     backtest,
     best_forecast,
     holt,
     moving_average,
     seasonal_naive,
 )
+from remora.comm.errors import ConfigError
 
-ALL = tuple(FORECASTERS)
+ALL: tuple[ForecasterName, ...] = ("seasonal_naive", "moving_average", "holt")  # our own
 
 
 def best(series: list[float], *, horizon: int = 4, season: int = 24) -> Forecast:
@@ -83,3 +90,72 @@ def test_never_worse_than_seasonal_naive_in_the_backtest(
     if found.errors:
         assert found.errors[found.forecaster] <= found.errors["seasonal_naive"]
         assert set(found.errors) == set(ALL)
+
+
+LIBRARY_NAMES = ("auto_reg", "theta", "holt_winters")
+
+
+def waves(steps: int, season: int, noise: float = 2.0) -> list[float]:
+    rng = random.Random(3)
+    return [
+        100 + 30 * math.sin(2 * math.pi * n / season) + rng.gauss(0, noise) for n in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("name", LIBRARY_NAMES)
+def test_forecasters_of_the_library_follow_a_season(name: ForecasterName) -> None:
+    series = waves(100, season=24)
+    expected = FORECASTERS[name](series[:-6], 6, 24)
+    assert expected is not None and len(expected) == 6
+    assert all(abs(e - came) < 12 for e, came in zip(expected, series[-6:], strict=True)), expected
+    again = FORECASTERS[name](series[:-6], 6, 24)
+    assert again == expected, "the same series gives the same forecast"
+
+
+@pytest.mark.parametrize("name", LIBRARY_NAMES)
+@pytest.mark.parametrize(
+    "series", [[5.0], [1.0, 2.0, 3.0], [7.0] * 50, [0.0] * 200], ids=["one", "few", "flat", "none"]
+)
+def test_what_cannot_be_fitted_is_left_to_the_floor(
+    name: ForecasterName, series: list[float]
+) -> None:
+    assert FORECASTERS[name](series, 3, 24) is None
+    found = best_forecast(series, horizon=3, season=24, names=("seasonal_naive", name))
+    assert found.forecaster == "seasonal_naive" and name not in found.errors
+
+
+def test_the_back_test_chooses_among_all_of_them() -> None:
+    series = waves(110, season=24, noise=4.0)
+    found = best_forecast(series, horizon=4, season=24, names=tuple(FORECASTERS))
+    assert set(found.errors) == set(FORECASTERS)
+    assert found.errors[found.forecaster] == min(found.errors.values())
+    assert found.forecaster in LIBRARY_NAMES, "noise that a season ago repeats, they smooth"
+    steady = [float(n % 24) for n in range(96)]
+    exact = best_forecast(steady, horizon=4, season=24, names=tuple(FORECASTERS))
+    assert exact.forecaster == "seasonal_naive", "the floor wins what it knows by heart"
+
+
+@pytest.mark.parametrize("name", LIBRARY_NAMES)
+def test_forecasts_are_never_negative_or_wild(name: ForecasterName) -> None:
+    rng = random.Random(5)
+    bursts = [0.0 if rng.random() < 0.6 else rng.expovariate(0.01) for _ in range(120)]
+    expected = FORECASTERS[name](bursts, 5, 30)
+    assert expected is None or all(0 <= e <= 10 * max(bursts) for e in expected)
+
+
+def test_without_the_library_a_policy_that_needs_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    given = {"load_per_unit": 1.0, "forecasters": ["seasonal_naive", "theta"]}
+    with pytest.raises(ConfigError, match=r"theta need statsmodels: pip install .*forecast"):
+        policy_of(predictive=given)
+    policy_of(predictive=given | {"forecasters": ["seasonal_naive", "holt"]})
+
+
+def test_the_library_is_imported_when_it_is_needed() -> None:
+    code = (
+        "import sys, remora.autoscale.autoscaler, remora.cluster.cli\n"
+        "assert not {'statsmodels', 'pandas'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
