@@ -174,7 +174,8 @@ def test_cores_are_pure() -> None:
 def test_dependencies_are_declared() -> None:
     """What a room imports is a dependency of ours, not only somebody else's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["gpu"], *extras["forecast"]]
     declared = {distribution_name(requirement) for requirement in wanted}
     homes = packages_distributions()
     missing = set()
