@@ -1,9 +1,10 @@
 """The two opaque ops of the compiled hot path, and the `transformers` interfaces that call them.
 
-`remora_rt::attention` and `remora_rt::experts` take tensors and the engine's number; everything
-else (KV pages, the plan of the step, where experts live) comes from the step's context, so one
-compilation serves every layer of one kind. In eager mode the ops are skipped and their bodies
-called at once. Legend: T token rows of the step, H query heads, J key/value heads, D model width,
+Attention and experts take tensors and the engine's number; everything else (KV pages, the plan of
+the step, where experts live) comes from the step's context, so one compilation serves every layer
+of one kind. Attention is `remora::step_attention`, C++ that asks no Python, or where the kernels
+are not built `remora_rt::attention`. In eager mode the ops are skipped and their bodies called at
+once. Legend: T token rows of the step, H query heads, J key/value heads, D model width,
 K top-k.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from remora.actors.step_context import steps
 from remora.kernels.device import attend_on
+from remora.kernels.native import native_available
 
 IMPLEMENTATION = "remora"  # config._attn_implementation and config._experts_implementation
 ENGINE_ATTRIBUTE = "remora_engine_id"  # on the model's own copy of the config
@@ -70,10 +72,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: 
 def experts(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, engine_id: int) -> Tensor:
     """Routed experts of the layer that runs: [T, D] in the dtype of `hidden_TD`."""
     context = steps.current(engine_id)
+    if index_TK.dtype is not torch.int64:
+        index_TK = index_TK.to(torch.int64)
     return context.experts(
         context.layer,
         hidden_TD.contiguous(),
-        index_TK.to(torch.int64).contiguous(),
+        index_TK.contiguous(),
         weights_TK.contiguous(),
         context.plan.num_tokens,
     )
@@ -97,6 +101,13 @@ _library.impl("attention", attention, "CompositeExplicitAutograd")
 _library.impl("experts", experts, "CompositeExplicitAutograd")
 torch.library.register_fake("remora_rt::attention", _fake_attention, lib=_library)
 torch.library.register_fake("remora_rt::experts", _fake_experts, lib=_library)
+if native_available():
+    torch.library.register_fake("remora::step_attention", _fake_attention)
+
+
+_COMPILED_ATTENTION: Any = (
+    torch.ops.remora.step_attention if native_available() else torch.ops.remora_rt.attention
+)
 
 
 def attention_interface(
@@ -111,7 +122,7 @@ def attention_interface(
     """`transformers`' attention interface. Scale, window and soft cap are those the probe saw."""
     engine_id = getattr(module.config, ENGINE_ATTRIBUTE)
     if torch.compiler.is_compiling():
-        return torch.ops.remora_rt.attention(query, key, value, s_aux, engine_id), None
+        return _COMPILED_ATTENTION(query, key, value, s_aux, engine_id), None
     return attention(query, key, value, s_aux, engine_id), None
 
 

@@ -7,6 +7,7 @@ layer, outside compiled code. Legend: T token rows of the step (padding included
 K top-k.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from remora.actors.model_probe import AttentionSpec
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.kernels.attention import AttentionPlan, KVPages
 from remora.kernels.device import CPU, plan_on
+from remora.kernels.native import native_available
+from remora.kernels.step import enter_step, leave_step, step_rules
 
 if TYPE_CHECKING:
     from remora.kernels.gpu_pages import GpuKVPages, GpuPlan
@@ -37,11 +40,20 @@ class StepContext:
     shuffle: TokenShuffle | None = None  # whose rows are whose, in a tensor-parallel group
     exact: bool = True  # numerics
     device: torch.device = CPU  # where the model computes (`kernels.device`)
-    layer: int = -1  # the cursor: decoder layer that runs now
+    cursor: ctypes.c_int64 = field(default_factory=lambda: ctypes.c_int64(-1))  # see `layer`
     device_plan: "AttentionPlan | GpuPlan" = field(init=False)  # the same for attention there
 
     def __post_init__(self) -> None:
         self.device_plan = plan_on(self.device, self.plan)
+
+    @property
+    def layer(self) -> int:
+        """Decoder layer that runs now; lies where compiled kernels read it."""
+        return self.cursor.value
+
+    @layer.setter
+    def layer(self, index: int) -> None:
+        self.cursor.value = index
 
 
 class StepRegistry:
@@ -50,11 +62,15 @@ class StepRegistry:
     def __init__(self) -> None:
         self._contexts: dict[int, StepContext] = {}
         self._attention: dict[int, tuple[AttentionSpec, ...]] = {}
+        self._rules: dict[int, list[float]] = {}  # the same for compiled kernels
 
     def new_engine_id(self, attention: tuple[AttentionSpec, ...]) -> int:
         """A number never given before in this process, for a model with these layers."""
         engine_id = len(self._attention) + 1
         self._attention[engine_id] = attention
+        self._rules[engine_id] = step_rules(
+            (spec.scale, spec.sliding_window, spec.soft_cap) for spec in attention
+        )
         return engine_id
 
     def attention_of(self, engine_id: int) -> tuple[AttentionSpec, ...]:
@@ -65,10 +81,17 @@ class StepRegistry:
         """Make `context` the one that the ops of `engine_id` see, until `leave`."""
         assert engine_id not in self._contexts, f"engine {engine_id} is already in a step"
         self._contexts[engine_id] = context
+        if context.pages and context.device == CPU and native_available():
+            enter_step(
+                engine_id, context.pages, self._rules[engine_id], context.plan,
+                exact=context.exact, cursor=context.cursor,
+            )  # fmt: skip
 
     def leave(self, engine_id: int) -> None:
         """The step is over."""
         del self._contexts[engine_id]
+        if native_available():
+            leave_step(engine_id)
 
     def current(self, engine_id: int) -> StepContext:
         """The context of the running step.

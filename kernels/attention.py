@@ -199,6 +199,11 @@ def build_plan(
     )
 
 
+def isa_max(*, exact: bool) -> int:
+    """The highest instruction set that attention takes, as the C++ kernels number them."""
+    return _ISA_MAX if exact else _ISA_MAX_FAST
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -234,7 +239,7 @@ def attend(
             attention_chunk or 0,
             soft_cap or 0.0,
             sinks_H,
-            _ISA_MAX if exact else _ISA_MAX_FAST,
+            isa_max(exact=exact),
         )
         return out
     q_THd, k_TJd, v_TJd = (x[0].transpose(0, 1).to(pages.dtype) for x in (q, k, v))
@@ -347,7 +352,7 @@ def _attention_native(
         rules.chunk,
         rules.soft_cap,
         sinks_H,
-        _ISA_MAX if exact else _ISA_MAX_FAST,
+        isa_max(exact=exact),
     )
     return out_THd
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kUnit = 720720 * 64;
 constexpr int64_t kOpenShard = kUnit / 8;
 constexpr int64_t kGainOne = 16;
-constexpr int64_t kLocalShare = 32;
+constexpr int64_t kLocalShare = 64;
 constexpr int64_t kPair = 64;
 constexpr int64_t kDecayShift = 13;
 constexpr int64_t kPrior = 256 * kPair;

@@ -5,7 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
+#include <vector>
 
 #include "attention.h"
 #include "attention_write.h"
@@ -167,6 +171,52 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return q.scalar_type() == dtype ? out : out.to(q.scalar_type());
 }
 
+// What attention reads beside its rows in the step that an engine runs; see `actors/step_context.py`.
+struct Step {
+  std::vector<at::Tensor> k_pages, v_pages;  // of each layer
+  std::vector<double> rules;                 // scale, window (0: none), soft cap (0: none); of each layer
+  at::Tensor plan;
+  int64_t isa_max;
+  const int64_t* layer;  // the one that runs now: whoever runs the layers moves it
+};
+
+std::mutex steps_mutex;
+std::unordered_map<int64_t, std::shared_ptr<const Step>> steps;
+
+void step_enter(int64_t engine, std::vector<at::Tensor> k_pages, std::vector<at::Tensor> v_pages,
+                at::ArrayRef<double> rules, const at::Tensor& plan, int64_t isa_max, int64_t layer) {
+  TORCH_CHECK_VALUE(k_pages.size() == v_pages.size() && rules.size() == 3 * k_pages.size(),
+                    "pages of ", k_pages.size(), " and ", v_pages.size(), " layers, ", rules.size(),
+                    " numbers: 3 a layer");
+  auto step = std::make_shared<const Step>(
+      Step{std::move(k_pages), std::move(v_pages), rules.vec(), plan, isa_max,
+           reinterpret_cast<const int64_t*>(layer)});
+  const std::lock_guard<std::mutex> lock(steps_mutex);
+  steps[engine] = std::move(step);
+}
+
+void step_leave(int64_t engine) {
+  const std::lock_guard<std::mutex> lock(steps_mutex);
+  steps.erase(engine);
+}
+
+at::Tensor step_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const std::optional<at::Tensor>& sinks, int64_t engine) {
+  std::shared_ptr<const Step> step;
+  {
+    const std::lock_guard<std::mutex> lock(steps_mutex);
+    const auto found = steps.find(engine);
+    TORCH_CHECK(found != steps.end(), "engine ", engine, " is in no step");
+    step = found->second;
+  }
+  const int64_t layer = *step->layer;
+  TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(step->k_pages.size()), "layer ", layer, " of ",
+              step->k_pages.size());
+  const double* rules = step->rules.data() + 3 * layer;
+  return attend(q, k, v, step->k_pages[layer], step->v_pages[layer], step->plan, rules[0],
+                static_cast<int64_t>(rules[1]), 0, rules[2], sinks, step->isa_max);
+}
+
 void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_pages, at::Tensor v_pages,
               const at::Tensor& slots) {
   const remora::PhaseTimer timer(remora::Phase::kAttention);
@@ -204,10 +254,17 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
       "float scale, int window, int chunk, float soft_cap, Tensor? sinks, int isa_max) -> Tensor");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
+  m.def(
+      "step_enter(int engine, Tensor[] k_pages, Tensor[] v_pages, float[] rules, Tensor plan, "
+      "int isa_max, int layer_address) -> ()");
+  m.def("step_leave(int engine) -> ()", &remora_attention::step_leave);
+  m.def("step_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int engine) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(remora, CPU, m) {
   m.impl("paged_attention", &remora_attention::paged_attention);
   m.impl("attend", &remora_attention::attend);
   m.impl("write_kv", &remora_attention::write_kv);
+  m.impl("step_enter", &remora_attention::step_enter);
+  m.impl("step_attention", &remora_attention::step_attention);
 }

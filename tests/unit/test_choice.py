@@ -80,11 +80,11 @@ def test_load_has_its_price_and_locality_too() -> None:
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 4])
 def test_our_own_host_keeps_pairs_until_its_load_is_worse_by_the_rule(num_pairs: int) -> None:
-    """Pairs that one other host could take all stay until ours has 1/32 of the mean, and 1/4 of it
+    """Pairs that one other host could take all stay until ours has 1/64 of the mean, and 1/4 of it
     for each copy a pair, more than theirs."""
     mean = 1 << 20  # so much that the prior hardly matters
     index_TK = np.arange(num_pairs)[None].astype(np.int64)
-    rule = 1 / 32 + 1 / (4 * num_pairs)
+    rule = 1 / choice.LOCAL_SHARE + 1 / (4 * num_pairs)
     for share, expected in ((0.94 * rule, 0), (1.06 * rule, 1)):
         load = [int(mean * (1 + share / 2)), int(mean * (1 - share / 2))]
         found = run_choose(index_TK, [[0, 1]] * num_pairs, {0}, {0, 1}, load=load)[1]
