@@ -63,7 +63,7 @@ class CoordinatorCalls(ABC):
     ) -> None:
         self.view = view
         self.room = dict(room)
-        self.incarnations = dict(incarnations)
+        self.incarnations = {m.uid: m.incarnation for m in view.members} | dict(incarnations)
         self.operation: Operation | None = None
         self.history: dict[str, Operation] = {}
         self.fenced: set[str] = set()
@@ -77,7 +77,8 @@ class CoordinatorCalls(ABC):
         self._aside: dict[int, Task] = {}  # nothing waits for these
         self._again: list[tuple[float, Task]] = []  # to be asked again, and when
         self._tries: dict[str, int] = {}  # of tasks of this step
-        self._restores: dict[str, int] = {}  # failed in a row, by shard
+        self._stopped: set[str] = set()  # members that this operation has ended
+        self._restores: dict[str, int] = {}  # failed in a row, by member
         self._until_s: float | None = None  # of the step
         self._logging: Callable[[], None] | None = None  # what follows the log entry
         self._joined: dict[str, Started] = {}
@@ -93,7 +94,7 @@ class CoordinatorCalls(ABC):
         return Situation(
             view=self.view,
             room=self.room,
-            lost=frozenset(self.lost),
+            lost=frozenset(self.lost | self.lost_dense),
             incarnations=self.incarnations,
             replicas=self._limits.replicas,
             slots_of_joiners=self._limits.slots_of_joiners,
@@ -155,6 +156,9 @@ class CoordinatorCalls(ABC):
     def _living_dense(self) -> list[str]:
         dense = [m.uid for m in self.view.members if m.role == "dense"]
         return [uid for uid in dense if uid not in self.lost_dense]
+
+    def _members(self) -> set[str]:
+        return {m.uid for m in self.view.members}
 
     # -- words --------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ next epoch, `drain` until every dense rank has left the older one or is fenced, 
 first commit is logged an operation that fails is undone, and the old view never stopped serving;
 after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
 
-A shard of the view that dies is restored by an operation of the machine's own.
+A member of the view that dies, shard or dense group, is restored by an operation of the machine's
+own.
 
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
@@ -35,11 +36,14 @@ from remora.cluster.operation import (
     Offer,
     Operation,
     Publish,
+    Quiesce,
     Restore,
+    StartDense,
     Started,
     StartShard,
     Stop,
     Target,
+    Task,
     Tick,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
@@ -160,12 +164,15 @@ class CoordinatorState(OperationSteps):
             begun_s=self._now_s,
         )
         self._joined.clear()
+        self._stopped.clear()
         # full shards that wait for each other are found before anything is started
-        joined = {uid: operation.slots[uid] for uid in operation.joiners}
+        joiners = operation.joiners.keys() & operation.slots.keys()
+        joined = {uid: operation.slots[uid] for uid in joiners}
         self._plan_rounds(operation, dict(held_by_living(self.situation())) | joined)
         self.operation = operation
         self._remember(operation)
-        if not operation.joiners and same_slots(operation.slots, self.view.placement.slots):
+        changes = operation.joiners or operation.retirees
+        if not changes and same_slots(operation.slots, self.view.placement.slots):
             self._end("done", "it is so already")
             return
         self.incarnations |= operation.joiners
@@ -177,7 +184,7 @@ class CoordinatorState(OperationSteps):
             return  # of a step that is over
         fault: str | None = None
         match task, answer:
-            case StartShard(uid=uid), Started():
+            case ((StartShard(uid=uid) | StartDense(uid=uid)), Started()):
                 self._joined[uid] = answer
                 fault = self._digest_fault(uid, answer.digests)
             case Copy(uid=uid), dict():
@@ -194,12 +201,14 @@ class CoordinatorState(OperationSteps):
             case Keep(uid=uid), tuple():
                 if uid in self.room:
                     self.room[uid] = answer
-            case ((Stop() | Fence()), None):
+            case Stop(uid=uid), None:
+                self._stopped.add(uid)
+            case ((Fence() | Quiesce()), None):
                 pass
             case _:
                 fault = f"{task.uid} answered {type(task).__name__} with {answer!r}"
-        if fault is not None and isinstance(task, Adopt | Keep | Stop | Fence):
-            self._put(Alarm(fault))  # past the commit there is no way back
+        if fault is not None and self._is_past_commit(task):
+            self._put(Alarm(fault))
         elif fault is not None:
             self._abort(fault)
             return
@@ -211,7 +220,9 @@ class CoordinatorState(OperationSteps):
         task = self._waiting.pop(call, None)
         if task is None:
             return
-        if isinstance(task, Adopt | Keep | Stop | Fence):
+        if isinstance(task, Quiesce):  # what it has goes on elsewhere when it is stopped
+            self._go_on()
+        elif isinstance(task, Adopt | Keep | Stop | Fence) and self._is_past_commit(task):
             self._try_again(task, reason)
         else:
             self._abort(f"{task.uid}: {reason}")
@@ -230,22 +241,31 @@ class CoordinatorState(OperationSteps):
         else:
             self._abort(text)
 
+    def _is_past_commit(self, task: Task) -> bool:
+        """Whether there is no way back from where this was asked: it must be done in the end."""
+        if isinstance(task, Adopt):
+            return task.view.epoch <= self.view.epoch
+        return isinstance(task, Keep | Stop | Fence | Quiesce)
+
     def _member_lost(self, uid: str, incarnation: int) -> None:
         member = next((m for m in self.view.members if m.uid == uid), None)
+        joiners = self.operation.joiners if self.operation is not None else {}
+        joins = joiners.get(uid) == incarnation
         if member is not None and member.incarnation == incarnation:
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
-            self.fenced.discard(uid)
-            if uid in self.lost:  # what is left of a process that serves no more
-                self._aside_all([Stop(uid=uid, incarnation=incarnation)])
-        elif self.operation is None or self.operation.joiners.get(uid) != incarnation:
+            if uid in self.fenced:  # its next life is another one
+                self._let_in(uid)
+            # what is left of a process that serves no more, or of the group's other ranks
+            self._aside_all([Stop(uid=uid, incarnation=incarnation)])
+        elif not joins and (self.operation is None or uid not in self.operation.retirees):
             return  # of a life that is over anyway
         if self.operation is None:
             return
         self._again = [(at, task) for at, task in self._again if task.uid != uid]
         for call in [c for c, task in self._waiting.items() if task.uid == uid]:
             del self._waiting[call]
-        is_dense = uid in self.lost_dense
-        if self.operation.step in BEFORE_COMMIT and not is_dense and self._logging is None:
+        matters = joins or uid in self.lost
+        if self.operation.step in BEFORE_COMMIT and matters and self._logging is None:
             self._abort(f"{uid} died")
         else:
             self._go_on()
@@ -268,10 +288,11 @@ class CoordinatorState(OperationSteps):
             self._abort(f"{self._silent()} did not answer in step {step}")
 
     def _restore_lost(self) -> None:
-        """Shards that died come back, as an operation of our own."""
+        """Members that died come back, as an operation of our own."""
         if self.operation is not None:
             return
-        uids = sorted(u for u in self.lost if self._restores.get(u, 0) < RESTORES_MAX)
+        lost = self.lost | self.lost_dense
+        uids = sorted(uid for uid in lost if self._restores.get(uid, 0) < RESTORES_MAX)
         if uids:
             lives = "-".join(f"{uid}.{self.incarnations[uid] + 1}" for uid in uids)
             self._request(f"restore-{lives}", Restore(tuple(uids)))

@@ -19,10 +19,12 @@ Held = dict[str, tuple[tuple[int, ...], ...]]  # as `Placement.slots`
 
 
 class ScaleTo(msgspec.Struct, frozen=True, tag="scale"):
-    """So many shards; `retire` names some that are not to be among them."""
+    """So many shards, so many dense groups (None: as many as there are); `retire` names some that
+    are not to be among them."""
 
-    shards: int
+    shards: int | None = None
     retire: tuple[str, ...] = ()
+    dense_groups: int | None = None
 
 
 class PlaceAs(msgspec.Struct, frozen=True, tag="place"):
@@ -38,12 +40,17 @@ class DrainShards(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class Restore(msgspec.Struct, frozen=True, tag="restore"):
-    """Of the coordinator's own: shards that died are members again, in a new life."""
+    """Of the coordinator's own: members that died are members again, in a new life."""
 
     uids: tuple[str, ...]
 
 
 Target = ScaleTo | PlaceAs | DrainShards | Restore
+
+
+def is_dense(uid: str) -> bool:
+    """Whether a member is a dense group, not a shard."""
+    return uid.startswith("dense-")
 
 
 class Operation(msgspec.Struct, kw_only=True):
@@ -88,12 +95,19 @@ class StartShard(msgspec.Struct, frozen=True, kw_only=True):
     replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
 
 
+class StartDense(msgspec.Struct, frozen=True, kw_only=True):
+    """Start all ranks of a dense group, load, listen. Answer: `Started`."""
+
+    uid: str
+    incarnation: int
+
+
 class Started(msgspec.Struct, frozen=True, kw_only=True):
-    """A shard that can serve."""
+    """A member that can serve, a dense group once it has adopted a view."""
 
     member: Member
-    digests: dict[Pair, str]
-    room: tuple[int, ...]  # slots of each MoE layer
+    digests: dict[Pair, str] = {}  # of a shard
+    room: tuple[int, ...] = ()  # of a shard: slots of each MoE layer
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,14 +163,22 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
     experts: tuple[tuple[int, ...], ...]
 
 
+class Quiesce(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a dense group take no more requests and finish those that it has, as far as it can
+    within `within_s`. Answer: None, then."""
+
+    uid: str
+    within_s: float
+
+
 class Stop(msgspec.Struct, frozen=True, kw_only=True):
-    """End a process, whatever it does. Answer: None."""
+    """End a shard or all ranks of a dense group, whatever it does. Answer: None."""
 
     uid: str
     incarnation: int
 
 
-Task = StartShard | Copy | Canary | Offer | Adopt | Fence | Keep | Stop
+Task = StartShard | StartDense | Copy | Canary | Offer | Adopt | Fence | Keep | Quiesce | Stop
 Answer = Started | CanaryResult | dict[Pair, str] | tuple[int, ...] | str | None
 
 

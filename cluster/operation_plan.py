@@ -1,16 +1,25 @@
 """What an operation comes to: who joins, who retires, who holds what in the end. Pure."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
-from remora.cluster.operation import DrainShards, Held, PlaceAs, Restore, ScaleTo, Target
+from remora.cluster.operation import (
+    DrainShards,
+    Held,
+    PlaceAs,
+    Restore,
+    ScaleTo,
+    Target,
+    is_dense,
+)
 from remora.cluster.placement_steps import Room, spread
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
 SHARDS_MAX = 4096
+DENSE_MAX = 1024
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,7 +27,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
 
     view: View
     room: Room  # of the shards of the view
-    lost: frozenset[str]  # shards of the view that are not alive
+    lost: frozenset[str]  # members of the view that are not alive
     incarnations: Mapping[str, int]  # the last life of every uid there ever was
     replicas: int  # of an expert, where slots allow
     slots_of_joiners: int  # of a layer; at least
@@ -51,8 +60,34 @@ def plan_target(target: Target, now: Situation) -> Planned:
                 raise ConfigError(f"no such shards: {', '.join(unknown)}")
             retirees = [uid for uid in uids if uid in now.view.placement.slots]
             return _scaled(now, retirees, 0)
-        case ScaleTo(shards, retire):
-            return _scaled(now, *_scale(shards, retire, now))
+        case ScaleTo():
+            return _scale(target, now)
+
+
+def _scale(target: ScaleTo, now: Situation) -> Planned:
+    if target.shards is None and target.dense_groups is None:
+        raise ConfigError("scale what? a number of shards or of dense groups is needed")
+    dense = [m.uid for m in now.view.members if m.role == "dense"]
+    retire = {
+        kind: tuple(uid for uid in target.retire if is_dense(uid) == (kind == "dense groups"))
+        for kind in ("shards", "dense groups")
+    }
+    for kind, count in (("shards", target.shards), ("dense groups", target.dense_groups)):
+        if retire[kind] and count is None:
+            raise ConfigError(f"{', '.join(retire[kind])}: say how many {kind} there are to be")
+    leaving, num_joiners = _choose(
+        "shards", target.shards, retire["shards"], list(now.view.placement.slots), SHARDS_MAX, now
+    )
+    planned = _scaled(now, leaving, num_joiners)
+    groups, num_groups = _choose(
+        "dense groups", target.dense_groups, retire["dense groups"], dense, DENSE_MAX, now
+    )
+    names = itertools.islice(_free_uids("dense", DENSE_MAX, dense), num_groups)
+    return Planned(
+        slots=planned.slots,
+        joiners=planned.joiners | {uid: now.incarnations.get(uid, 0) + 1 for uid in names},
+        retirees=(*planned.retirees, *groups),
+    )
 
 
 def held_by_living(now: Situation) -> Held:
@@ -61,21 +96,26 @@ def held_by_living(now: Situation) -> Held:
     return {uid: layers for uid, layers in slots.items() if uid not in now.lost}
 
 
-def _scale(shards: int, retire: tuple[str, ...], now: Situation) -> tuple[list[str], int]:
-    """Who retires, and how many join."""
-    uids = sorted(now.view.placement.slots, key=_by_number)
-    if not 1 <= shards <= SHARDS_MAX:
-        raise ConfigError(f"{shards} shards: allowed is 1 to {SHARDS_MAX}")
+def _choose(
+    kind: str, count: int | None, retire: tuple[str, ...], uids: list[str], most: int,
+    now: Situation,
+) -> tuple[list[str], int]:  # fmt: skip
+    """Who of `uids` retires so that there are `count`, and how many join."""
+    if count is None:
+        return [], 0
+    uids = sorted(uids, key=_by_number)
+    if not 1 <= count <= most:
+        raise ConfigError(f"{count} {kind}: allowed is 1 to {most}")
     unknown = sorted(set(retire) - set(uids))
-    if unknown and len(uids) != shards:  # else it was done before: the target is absolute
-        raise ConfigError(f"no such shards: {', '.join(unknown)}; there are {', '.join(uids)}")
+    if unknown and len(uids) != count:  # else it was done before: the target is absolute
+        raise ConfigError(f"no such {kind}: {', '.join(unknown)}; there are {', '.join(uids)}")
     retirees = [uid for uid in uids if uid in retire]
     staying = [uid for uid in uids if uid not in retire]
-    while len(staying) > shards:
+    while len(staying) > count:
         dead = [uid for uid in staying if uid in now.lost]
         retirees.append((dead or staying)[-1])
         staying.remove(retirees[-1])
-    return retirees, shards - len(staying)
+    return retirees, count - len(staying)
 
 
 def _scaled(now: Situation, retirees: list[str], num_joiners: int) -> Planned:
@@ -84,7 +124,7 @@ def _scaled(now: Situation, retirees: list[str], num_joiners: int) -> Planned:
         return Planned(slots=dict(slots), joiners={}, retirees=())
     staying = [uid for uid in slots if uid not in retirees]
     again = [uid for uid in staying if uid in now.lost]  # died: in a new life
-    names = [*again, *itertools.islice(_free_uids(now), num_joiners)]
+    names = [*again, *itertools.islice(_free_uids("shard", SHARDS_MAX, slots), num_joiners)]
     joiners = {uid: now.incarnations.get(uid, 0) + 1 for uid in names}
     num_layers = len(placement.moe_layers)
     room = {uid: now.room[uid] for uid in staying if uid not in joiners}
@@ -109,10 +149,8 @@ def joiner_slots(now: Situation) -> int:
     return max([now.slots_of_joiners, *(slots for room in now.room.values() for slots in room)])
 
 
-def _free_uids(now: Situation) -> Iterator[str]:
-    return (
-        f"shard-{i}" for i in range(2 * SHARDS_MAX) if f"shard-{i}" not in now.view.placement.slots
-    )
+def _free_uids(role: str, most: int, used: Collection[str]) -> Iterator[str]:
+    return (f"{role}-{i}" for i in range(2 * most) if f"{role}-{i}" not in used)
 
 
 def _by_number(uid: str) -> tuple[int, str]:

@@ -20,19 +20,23 @@ from remora.cluster.operation import (
     Outcome,
     Pair,
     Publish,
+    Quiesce,
     Restore,
     Settled,
+    StartDense,
     StartShard,
     Step,
     Stop,
     Task,
+    is_dense,
 )
 from remora.cluster.operation_plan import held_by_living, joiner_slots, same_slots
 from remora.cluster.placement_steps import additions, pairs_of, rounds
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
-RESTORES_MAX: Final = 3  # tries to bring one shard back, before somebody must look
+RESTORES_MAX: Final = 3  # tries to bring one member back, before somebody must look
+QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
 
 
 class OperationSteps(CoordinatorCalls):
@@ -61,10 +65,13 @@ class OperationSteps(CoordinatorCalls):
         self._joined.clear()
         slots = joiner_slots(self.situation())
         layers = self.view.placement.moe_layers
-        joining = {uid: pairs_of(operation.slots[uid], layers) for uid in operation.joiners}
+        shards = operation.joiners.keys() & operation.slots.keys()
+        joining = {uid: pairs_of(operation.slots[uid], layers) for uid in shards}
         copies = copy_sources(joining, self._held, layers)
-        tasks = [
-            StartShard(
+        tasks: list[Task] = [
+            StartDense(uid=uid, incarnation=incarnation)
+            if is_dense(uid)
+            else StartShard(
                 uid=uid,
                 incarnation=incarnation,
                 experts=operation.slots[uid],
@@ -78,8 +85,8 @@ class OperationSteps(CoordinatorCalls):
     def _copy(self) -> None:
         operation = self._running()
         if operation.round == 0:
-            for uid, started in self._joined.items():
-                self.room[uid] = started.room
+            for uid in self._joined_shards():
+                self.room[uid] = self._joined[uid].room
                 self._held[uid] = operation.slots[uid]
         dead = sorted(self.lost - operation.joiners.keys() - set(operation.retirees))
         if dead:
@@ -102,7 +109,8 @@ class OperationSteps(CoordinatorCalls):
         placement = self.view.placement
         new = additions(self._held, self._rounds[0], placement.moe_layers)
         if self._running().round == 0:
-            new |= {u: pairs_of(self._held[u], placement.moe_layers) for u in self._joined}
+            held = {u: self._held[u] for u in self._joined_shards()}
+            new |= {u: pairs_of(held[u], placement.moe_layers) for u in held}
         asked: dict[str, set[Pair]] = {uid: set(pairs) for uid, pairs in new.items()}
         serving = sorted(set(placement.slots) - self.lost - self._joined.keys())
         for pair in sorted({pair for pairs in new.values() for pair in pairs}):
@@ -115,7 +123,8 @@ class OperationSteps(CoordinatorCalls):
         self._begin("verify", self._limits.verify_s, tasks)
 
     def _offer(self) -> None:
-        """The next view to every dense rank, while the older one serves."""
+        """The next view to every dense rank, while the older one serves. Who joins has no older
+        one: nobody asks it anything before the commit, so it may adopt this one."""
         operation = self._running()
         fault = self._canary_fault()
         if fault is not None:
@@ -132,10 +141,15 @@ class OperationSteps(CoordinatorCalls):
         except AssertionError as uncovered:  # what only a dead retiree had did not fit at once
             self._abort(str(uncovered))
             return
-        stay = tuple(m for u, m in sorted(members.items()) if m.role == "dense" or u in slots)
+        stay = tuple(
+            member
+            for uid, member in sorted(members.items())
+            if (uid not in operation.retirees if is_dense(uid) else uid in slots)
+        )
         self._next = View(epoch=self.view.epoch + 1, members=stay, placement=placement)
         uids = [uid for uid in self._living_dense() if uid not in self.fenced]
-        tasks = [Offer(uid=uid, view=self._next) for uid in uids]
+        tasks: list[Task] = [Offer(uid=uid, view=self._next) for uid in uids]
+        tasks += [Adopt(uid=uid, view=self._next) for uid in self._joined if is_dense(uid)]
         self._begin("commit", self._limits.commit_s, tasks)
 
     def _commit(self) -> None:
@@ -150,12 +164,14 @@ class OperationSteps(CoordinatorCalls):
         layers = self._next.placement.moe_layers
         new = additions(self._held, self._rounds[0], layers)
         if operation.round == 0:
-            new |= {uid: pairs_of(operation.slots[uid], layers) for uid in self._joined}
+            new |= {uid: pairs_of(operation.slots[uid], layers) for uid in self._joined_shards()}
             self.lost -= operation.joiners.keys()
+            self.lost_dense -= operation.joiners.keys()
         operation.moved += sum(map(len, new.values()))
         operation.round += 1
         self.view, self._next = self._next, None
         self.lost &= self.view.placement.slots.keys()
+        self.lost_dense &= self._members() | set(operation.retirees)
         self._held = dict(self._rounds[0])
         self._put(Publish(self.view))
         if self.fenced:
@@ -163,11 +179,15 @@ class OperationSteps(CoordinatorCalls):
         self._drain()
 
     def _drain(self) -> None:
-        """Until no dense rank sends by an older view: each swaps at its own step boundary."""
-        uids = [*self._living_dense(), *([ROUTER] if self._has_router else [])]
+        """Until no dense rank sends by an older view: each swaps at its own step boundary. Who
+        retires swaps too, as it finishes what it has; what it does not finish goes on elsewhere."""
+        leaving = self._leaving() if self._running().round == 1 else []
+        uids = [*self._living_dense(), *leaving, *([ROUTER] if self._has_router else [])]
         tasks = [Adopt(uid=uid, view=self.view) for uid in uids]
         self._aside_all(t for t in tasks if t.uid == ROUTER or t.uid in self.fenced)
-        waited = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
+        waited: list[Task] = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
+        within_s = QUIESCE_SHARE * self._limits.drain_s
+        waited += [Quiesce(uid=uid, within_s=within_s) for uid in leaving]
         self._begin("drain", self._limits.drain_s, waited)
 
     def _free(self) -> None:
@@ -176,16 +196,20 @@ class OperationSteps(CoordinatorCalls):
             operation.serving_s = self._now_s - operation.begun_s
         slots = self.view.placement.slots
         tasks: list[Task] = [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
-        gone = [uid for uid in operation.retirees if uid not in slots]
+        gone = [uid for uid in operation.retirees if uid not in self._members()]
         tasks += [Stop(uid=uid, incarnation=self.incarnations[uid]) for uid in gone]
         self._begin("free", self._limits.free_s, tasks)
 
     def _freed(self) -> None:
         operation = self._running()
         slots = self.view.placement.slots
-        operation.safe_to_delete = tuple(u for u in operation.retirees if u not in slots)
+        members = self._members()
+        operation.safe_to_delete = tuple(u for u in operation.retirees if u not in members)
         for uid in operation.safe_to_delete:
             self.room.pop(uid, None)
+            if uid in self.fenced and uid in self._stopped:  # its next life is another one
+                self._let_in(uid)
+        self.lost_dense &= members
         self._held = {uid: slots[uid] for uid in slots if uid not in self.lost}
         self._joined.clear()
         if same_slots(slots, operation.slots):
@@ -240,7 +264,7 @@ class OperationSteps(CoordinatorCalls):
         self._forget_calls()
         self._until_s = self._now_s + self._limits.drain_s
         if not late:
-            self._odd(f"{silent} did not answer when told whom to refuse")
+            self._odd(f"{silent} did not answer in step drain")
             self._go_on()
             return
         self.fenced |= {task.uid for task in late}
@@ -249,6 +273,15 @@ class OperationSteps(CoordinatorCalls):
         for task in self._fences():
             self._ask(task)
         self._go_on()
+
+    def _leaving(self) -> list[str]:
+        """Dense groups that retire by this operation and are not in the view any more."""
+        members = self._members()
+        left = [u for u in self._running().retirees if is_dense(u) and u not in members]
+        return [uid for uid in left if uid not in self.lost_dense]
+
+    def _joined_shards(self) -> list[str]:
+        return [uid for uid in self._joined if not is_dense(uid)]
 
     def _let_in(self, uid: str) -> None:
         self.fenced.discard(uid)
@@ -281,7 +314,7 @@ class OperationSteps(CoordinatorCalls):
         """What shards hold after each round; one where only members change."""
         room = dict(self.room)
         slots = joiner_slots(self.situation())
-        for uid in operation.joiners:
+        for uid in operation.joiners.keys() & operation.slots.keys():
             if uid not in self._joined and operation.round == 0:
                 room[uid] = tuple(max(slots, len(experts)) for experts in operation.slots[uid])
         found = rounds(held, operation.slots, room)

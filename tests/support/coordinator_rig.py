@@ -34,13 +34,16 @@ from remora.cluster.operation import (
     Operation,
     Pair,
     Publish,
+    Quiesce,
     Settled,
+    StartDense,
     Started,
     StartShard,
     Stop,
     Target,
     Task,
     Tick,
+    is_dense,
 )
 from remora.cluster.placement_steps import pairs_of
 from remora.comm.view import Endpoint, Member, Placement, View
@@ -88,6 +91,8 @@ class World:
         self.shards = {(uid, 1): set(pairs_of(slots[uid], LAYERS)) for uid in slots}
         self.slots_of = {(uid, 1): room for uid in slots}
         self.in_use = {uid: self.view for uid in ("dense-0", "dense-1")}
+        self.dense = dict.fromkeys(self.in_use, 1)  # lives; who has adopted no view is not in use
+        self.quiet: list[str] = []  # retiring groups that finished what they had
         self.refused: dict[str, tuple[str, ...]] = {}  # by shard
         self.events = 0
         self.fault, self.at = fault, at
@@ -148,6 +153,10 @@ class World:
         for uid, incarnation in self.shards:
             claimed = set(pairs_of(view.placement.slots[uid], LAYERS))
             assert self.shards[uid, incarnation] == claimed
+        assert {(m.uid, m.incarnation) for m in view.members if m.role == "dense"} == set(
+            self.dense.items()
+        )
+        assert self.in_use.keys() == self.dense.keys()
         for uid, used in self.in_use.items():
             assert used.view_hash == view.view_hash, f"{uid} is at epoch {used.epoch}"
         epochs = [v.epoch for v in self.published]
@@ -168,9 +177,9 @@ class World:
         for key in [k for k in self.shards if k[0] == uid]:
             del self.shards[key]
             self.queue.append(MemberLost(*key))
-        if uid in self.in_use:
-            del self.in_use[uid]
-            self.queue.append(MemberLost(uid, 1))
+        if uid in self.dense:
+            self.in_use.pop(uid, None)
+            self.queue.append(MemberLost(uid, self.dense.pop(uid)))
 
     def restart(self) -> None:
         """The coordinator dies, and another one reads the log."""
@@ -182,7 +191,7 @@ class World:
         for m in view.members:
             if m.role == "shard" and (m.uid, m.incarnation) not in self.shards:
                 self.queue.append(MemberLost(m.uid, m.incarnation))
-            if m.role == "dense" and m.uid not in self.in_use:
+            if m.role == "dense" and self.dense.get(m.uid) != m.incarnation:
                 self.queue.append(MemberLost(m.uid, m.incarnation))
 
     # -- inside -------------------------------------------------------------------------------
@@ -260,6 +269,20 @@ class World:
                     digests[pairs[0]] = "other bytes"
                 room = (task.num_slots,) * len(LAYERS)
                 return (Started(member=member(uid, incarnation), digests=digests, room=room),)
+            case StartDense(uid=uid, incarnation=incarnation):
+                self.dense[uid] = incarnation
+                return (Started(member=member(uid, incarnation)),)
+            case Quiesce(uid=uid):
+                if uid not in self.dense:
+                    return None
+                assert all(uid != m.uid for m in self.state.view.members), "it may get requests"
+                self.quiet.append(uid)
+                return (None,)
+            case Stop(uid=uid) if is_dense(uid):
+                if self.dense.get(uid) == task.incarnation:
+                    del self.dense[uid]
+                    self.in_use.pop(uid, None)
+                return (None,)
             case Stop():
                 self.shards.pop((task.uid, task.incarnation), None)
                 return (None,)
@@ -291,8 +314,9 @@ class World:
     def _on_view(self, task: Offer | Adopt) -> tuple[Answer] | None:
         if task.uid == ROUTER:
             return (task.view.view_hash,)
-        if task.uid not in self.in_use:
+        if task.uid not in self.dense:
             return None
-        if isinstance(task, Adopt) and task.view.epoch >= self.in_use[task.uid].epoch:
+        used = self.in_use.get(task.uid)
+        if isinstance(task, Adopt) and (used is None or task.view.epoch >= used.epoch):
             self.in_use[task.uid] = task.view
         return (task.view.view_hash,)
