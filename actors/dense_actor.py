@@ -12,6 +12,7 @@ from typing import Any
 from remora.actors.actor_thread import ActorThread
 from remora.actors.collector import objects_that_stay
 from remora.actors.dense_engine import DenseEngine
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_limits import STATUS_STATS, limits_of
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import DenseRank, allocate_pages
@@ -27,7 +28,7 @@ from remora.actors.router_reporter import RouterReporter, report_to_router
 from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, greet_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
-from remora.actors.tp_group import RankLaunch, gather_ranks
+from remora.actors.tp_group import gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
 from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
@@ -48,20 +49,6 @@ from remora.kernels.device import CPU
 from remora.kernels.fingerprint import kernel_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
-    """What a dense rank is told; the view comes when the shards are up."""
-
-    executor: Wish
-    num_kv_blocks: int
-    max_num_seqs: int
-    max_tokens_per_step: int
-    max_model_len: int
-    max_waiting: int
-    prefix_caching: bool
-    call_timeout_s: float  # one layer's dispatch and combine, retries included
-    hold_s: float = 0.0  # requests wait so long for a view that has a lost expert again
 
 
 class DenseActor:
@@ -135,6 +122,12 @@ class DenseActor:
         self._views.tell(view)
         self._engine.adopt_view(view)
         return view.view_hash
+
+    def quiesce(self, within_s: float) -> None:
+        """Get no more requests, and return when those that there are have ended, or after
+        `within_s`: what is left then goes on elsewhere once this process ends."""
+        if self._engine is not None and not self._engine.quiesce(within_s):
+            logger.warning("%s: not all requests ended within %g s", self._launch.uid, within_s)
 
     def until_end(self) -> None:
         """Returns when this rank serves no more."""

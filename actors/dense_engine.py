@@ -35,7 +35,7 @@ from remora.actors.dense_rank import DenseRank
 from remora.actors.dense_state import DenseState
 from remora.actors.executor import Executor
 from remora.comm.connection import Connection, Frame
-from remora.comm.errors import ClusterError, FrameError
+from remora.comm.errors import ClusterError, FrameError, GroupLostError
 from remora.comm.messages import Abort, Ping, Pong, Submit, Traffic, decode_to_engine, encode
 from remora.comm.view import View
 from remora.comm.wire import Kind
@@ -104,6 +104,8 @@ class DenseEngine:
         self._view: View | None = None
         self._why_not: str | None = "no view yet: shards are still loading"
         self._reconnect_at_s = 0.0
+        self._retires = False
+        self._has_none = threading.Event()  # it retires, and has no request
         self.step_s = 0.0  # time spent in steps, seconds
 
     # -- any thread ---------------------------------------------------------------------------
@@ -150,6 +152,13 @@ class DenseEngine:
         """Run `action`, which raises nothing, in the engine's thread when no step runs."""
         self._inbox.put(_Do(action, Future()))
 
+    def quiesce(self, within_s: float) -> bool:
+        """Tell ingresses to send no more requests; returns when all that there are have ended, or
+        the time is over. Whether they have."""
+        self._retires = True
+        self.run_soon(lambda: None)  # an idle loop looks at it
+        return self._has_none.wait(within_s)
+
     def stop(self) -> None:
         """Leave the loop after the step in flight."""
         self._inbox.put(_Stop())
@@ -162,7 +171,8 @@ class DenseEngine:
     # -- the engine's thread ------------------------------------------------------------------
 
     def run(self) -> None:
-        """The loop; returns after `stop`."""
+        """The loop; returns after `stop`, or when a rank of the group is gone: connections break
+        then, and ingresses have their requests go on elsewhere."""
         self._executor.call_when_compiled(lambda: self._inbox.put(_Do(lambda: None, Future())))
         self._note_status()
         try:
@@ -175,6 +185,8 @@ class DenseEngine:
                     self._laps.lap("schedule")
                     self._carry_out(instructions)
                     self._laps.lap("emit")
+        except GroupLostError as lost:
+            logger.error("%s", lost)
         finally:
             self._end()
 
@@ -195,6 +207,8 @@ class DenseEngine:
             if not self._state.has_work and self._executor.when_idle():
                 self._note_status()
             is_idle = not self._state.has_work
+            if is_idle and self._retires:
+                self._has_none.set()
             try:
                 item = self._inbox.get(block=is_idle)
             except queue.Empty:
@@ -224,8 +238,8 @@ class DenseEngine:
                 pong = Pong(
                     nonce=nonce,
                     stats=self._state.stats(),
-                    serving=self._why_not is None,
-                    why_not=self._why_not,
+                    serving=self._why_not is None and not self._retires,
+                    why_not="it retires" if self._retires else self._why_not,
                     traffic=self._traffic(),
                 )
                 connection.send_control(encode(pong))
@@ -236,6 +250,8 @@ class DenseEngine:
             if self._why_not is not None:
                 self._reconnect()
             results = self._rank.run(plan)
+        except GroupLostError:
+            raise
         except ClusterError as failure:
             if self._why_not is None:  # said once, not for every request that comes meanwhile
                 logger.error("step %d failed: %s", plan.step_id, failure)
@@ -263,6 +279,8 @@ class DenseEngine:
         if self._why_not is not None and self._view is not None:
             try:
                 self._reconnect()
+            except GroupLostError:
+                raise
             except ClusterError as failure:
                 self._why_not = str(failure)
 

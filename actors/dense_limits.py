@@ -1,13 +1,10 @@
 """What a dense rank may do at once, from what it was told and what its model is."""
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from remora.actors.dense_events import DenseLimits
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel
-
-if TYPE_CHECKING:  # it needs what stands here
-    from remora.actors.dense_actor import DenseLaunch
-
 
 STATUS_STATS: Final = (  # that `remora status` shows
     "num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "steps_total",
@@ -15,7 +12,7 @@ STATUS_STATS: Final = (  # that `remora status` shows
 )  # fmt: skip
 
 
-def limits_of(model: DenseModel, launch: "DenseLaunch") -> DenseLimits:
+def limits_of(model: DenseModel, launch: DenseLaunch) -> DenseLimits:
     """The limits of its state machine."""
     return DenseLimits(
         num_blocks=launch.num_kv_blocks,

@@ -1,7 +1,6 @@
 """A dense rank's way to the expert shards: connections, dispatcher, room for its largest calls."""
 
-from typing import TYPE_CHECKING
-
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel
 from remora.actors.view_inbox import ViewInbox
 from remora.comm.accounting import TrafficMeter
@@ -13,14 +12,11 @@ from remora.comm.peers import PeerSet
 from remora.comm.view import View, uncovered
 from remora.comm.wire import combined_rows, dispatch_bytes
 
-if TYPE_CHECKING:  # it needs what stands here
-    from remora.actors.dense_actor import DenseLaunch
-
 
 def connect_shards(
     peers: PeerSet,
     view: View,
-    launch: "DenseLaunch",
+    launch: DenseLaunch,
     before: Dispatcher | None,
     views: ViewInbox | None = None,
 ) -> Dispatcher:
@@ -60,7 +56,7 @@ def greet_shards(peers: PeerSet, view: View) -> None:
             peers.connect(member)
 
 
-def peer_limits(model: DenseModel, launch: "DenseLaunch") -> PeerLimits:
+def peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
     """Regions that hold the largest call and its answer; pages are touched on use only."""
     row_bytes = model.spec.hidden_size * model.dtype.itemsize
     num_rows = launch.max_tokens_per_step

@@ -13,7 +13,7 @@ import torch
 
 from remora.actors.actor_thread import ActorThread
 from remora.actors.collector import objects_that_stay
-from remora.actors.dense_actor import DenseLaunch
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel, build_dense
 from remora.actors.dense_rank import allocate_pages
 from remora.actors.executor import use_cache
@@ -186,6 +186,10 @@ class RankActor:
         self._endpoint = rank_0
         with objects_that_stay():
             self._thread.start()
+
+    def until_end(self) -> None:
+        """Returns when this rank follows no more."""
+        self._thread.wait_until_end()
 
     def progress(self) -> Progress:
         """How far loading has come."""

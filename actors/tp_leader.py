@@ -4,7 +4,8 @@
 
 A step that fails anywhere fails everywhere: whoever fails aborts the group's exchanges, rank 0
 has every rank leave the step (`Recover`), and the requests of the step end with an error that names
-the rank. A rank that is gone, or does not answer, ends the group for good: it must be started anew.
+the rank. A rank that is gone, or does not answer, ends the group for good (`GroupLostError`): its
+requests go on elsewhere, and all ranks are started anew.
 """
 
 import logging
@@ -22,7 +23,7 @@ from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_group import RankLaunch, Ranks
 from remora.actors.tp_shuffle import TokenShuffle, settle_form
 from remora.comm.collectives import GlooGroup, SharedGroup
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, GroupLostError
 from remora.comm.nccl_group import NcclGroup
 from remora.comm.rank_link import (
     Adopt,
@@ -119,7 +120,7 @@ class Leader:
 
     def _check(self) -> None:
         if self._broken is not None:
-            raise ClusterError(self._broken)
+            raise GroupLostError(self._broken)
 
     def _tell(self, message: Message) -> None:
         for rank, link in self._links.items():
@@ -173,7 +174,7 @@ class Leader:
         )
         self.group.abort(self._broken)
         logger.error("%s", self._broken)
-        return ClusterError(self._broken)
+        return GroupLostError(self._broken)
 
     def _name(self, rank: int) -> str:
         return f"{self._uid}.{rank}"

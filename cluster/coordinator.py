@@ -18,24 +18,24 @@ from typing import Any, Literal
 
 import ray
 
-from remora.actors.dense_actor import DenseActor, DenseLaunch
 from remora.actors.expert_actor import ShardFacts
-from remora.actors.launch import Progress, ShardLaunch, actor_name, router_name
+from remora.actors.launch import Progress, actor_name, router_name
 from remora.actors.manifest import Manifest
-from remora.actors.model_spec import inspect_model
+from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_process import ShardProcess
-from remora.actors.tp_actor import RankActor
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
 from remora.cluster.dense_groups import (
     RankPlan,
+    create_rank,
     rank_plans,
     remove_placement_groups,
     start_ranks,
 )
 from remora.cluster.elastic import Elastic, log_folder
 from remora.cluster.launch import (
+    FIRST_INCARNATION,
     placement_of,
     shard_launch,
     shard_options,
@@ -80,7 +80,6 @@ class Coordinator:
         self._view: View | None = None
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
-        self._ranks: list[RankPlan] = []  # of dense groups
         self._router: Any = None
         self._beside = Beside(self._config, token, self, lambda: self._stopping, self._running)
         self._asked: dict[str, str] = {}  # of Ray, by uid
@@ -260,15 +259,17 @@ class Coordinator:
         dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
         for uid in shard_uids:
             launch = shard_launch(config, uid, placement, self._token)
-            self._create(ShardProcess, uid, launch, shard_options(config))
-        for group in range(config.dense.groups):
-            plans = rank_plans(config, group, spec, self._token)
-            with self._lock:
-                self._ranks += plans
-            for plan in plans:
-                self._create(plan.actor_class, plan.uid, plan.launch, plan.options)
+            options = shard_options(config)
+            name = actor_name(config.name, uid, launch.incarnation)
+            handle: Any = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
+            self._created(uid, handle, options)
+        ranks: list[RankPlan] = []
+        for uid in dense_uids:
+            ranks += rank_plans(config, uid, spec, self._token, incarnation=FIRST_INCARNATION)
+        for plan in ranks:
+            self._created(plan.uid, create_rank(config, plan), plan.options)
         try:
-            view = self._connect(shard_uids, dense_uids, placement, until_s)
+            view = self._connect(shard_uids, ranks, spec, placement, until_s)
         except LateError as late:
             missing = {uid: self._handles[uid] for uid in late.uids}
             raise ClusterError(
@@ -281,28 +282,29 @@ class Coordinator:
     def _connect(
         self,
         shard_uids: tuple[str, ...],
-        dense_uids: tuple[str, ...],
+        ranks: list[RankPlan],
+        spec: ModelSpec,
         placement: Placement,
         until_s: float,
     ) -> View:
         """Have every actor load, check what the shards hold, and tell the dense ranks."""
         handles = self._handles
         pending = {uid: handles[uid].join.remote() for uid in shard_uids}
-        started = all_answers(pending | start_ranks(handles, self._ranks), until_s)
+        started = all_answers(pending | start_ranks(handles, ranks), until_s)
         facts: dict[str, ShardFacts] = {uid: started[uid] for uid in shard_uids}
         members = [facts[u].member if u in facts else m for u, m in started.items() if m]
         manifest = functools.reduce(Manifest.merge, (f.manifest for f in facts.values()))
         with self._lock:
             self._manifest = manifest
         view = View(epoch=1, members=tuple(members), placement=placement)
+        dense_uids = [m.uid for m in members if m.role == "dense"]
         adopted = {uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}
         if self._router is not None:
             adopted["router"] = self._router.adopt_view.remote(view)
         all_answers(adopted, until_s)
         wal, _ = Wal.open(log_folder(self._config))
         self._elastic = self._new_elastic(wal)
-        members_handles = {m.uid: handles[m.uid] for m in members}
-        self._elastic.begin(view, facts, manifest, members_handles, self._router)
+        self._elastic.begin(view, spec, facts, manifest, handles, self._router)
         return view
 
     def _new_elastic(self, wal: Wal) -> Elastic:
@@ -334,7 +336,8 @@ class Coordinator:
             return
         self._elastic = self._new_elastic(wal)
         self._phase, self._router = "serving", router
-        view = self._elastic.resume(records, router)
+        spec = inspect_model(self._config.model)
+        view = self._elastic.resume(records, spec, router)
         if view is None:
             self._phase, self._router = "new", None
             self._end_operations()
@@ -343,22 +346,14 @@ class Coordinator:
             self._beside.listen()
         except ClusterError:  # what serves goes on serving; operators ask by Ray and HTTP
             logger.exception("deployment %s takes no calls over gRPC", self._config.name)
-        self._beside.serve(inspect_model(self._config.model), view, router)
+        self._beside.serve(spec, view, router)
 
     def _end_operations(self) -> None:
         elastic, self._elastic = self._elastic, None
         if elastic is not None:
             elastic.close(forget=True)
 
-    def _create(
-        self,
-        actor_class: type[ShardProcess] | type[DenseActor] | type[RankActor],
-        uid: str,
-        launch: ShardLaunch | DenseLaunch,
-        options: dict[str, Any],
-    ) -> None:
-        name = actor_name(self._config.name, uid, launch.incarnation)
-        handle = ray.remote(actor_class).options(name=name, **options).remote(launch)
+    def _created(self, uid: str, handle: Any, options: dict[str, Any]) -> None:
         with self._lock:
             self._handles[uid], self._asked[uid] = handle, asked_of_ray(options)
             if self._stopping:  # after `stop` had looked whom to kill
@@ -367,11 +362,10 @@ class Coordinator:
     def _kill(self) -> None:
         with self._lock:
             handles, self._handles = dict(self._handles), {}
-            ranks, self._ranks = self._ranks, []
             router, self._router = self._router, None
         self._beside.close()
         self._end_operations()
         kill_router(router)
         for handle in handles.values():
             ray.kill(handle, no_restart=True)
-        remove_placement_groups(ranks)
+        remove_placement_groups(self._config)

@@ -97,7 +97,8 @@ class CoordinatorServer:
         return operation_message(await self._ask(partial(begin, self._operations, body)))
 
     async def _scale(self, request: Any) -> Any:
-        fields = {"shards": request.shards, "retire": tuple(request.retire)}
+        fields = {name: getattr(request, name) or None for name in ("shards", "dense_groups")}
+        fields["retire"] = tuple(request.retire)
         return await self._begin(_body(request, ScaleBody, fields))
 
     async def _drain(self, request: Any) -> Any:

@@ -2,16 +2,20 @@
 
 A group of one rank is one actor. One of several has a placement group of its own, a bundle for each
 rank, packed on as few nodes as can be: ranks of one host share memory. Rank 0 is `dense-0`, where
-ingresses connect; the others are `dense-0.1`, `dense-0.2`, ...
+ingresses connect; the others are `dense-0.1`, `dense-0.2`, ... A group lives and dies as a whole:
+its ranks share an incarnation, and when one of them ends all are started anew.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from remora.actors.dense_actor import DenseActor, DenseLaunch
+from remora.actors.dense_actor import DenseActor
+from remora.actors.dense_launch import DenseLaunch
+from remora.actors.launch import actor_name
 from remora.actors.model_spec import ModelSpec
 from remora.actors.tp_actor import RankActor
 from remora.cluster.config import RemoraConfig
@@ -31,16 +35,21 @@ class RankPlan:
     options: dict[str, Any]
 
 
-def rank_plans(config: RemoraConfig, group: int, spec: ModelSpec, token: bytes) -> list[RankPlan]:
-    """The ranks of one dense group, rank 0 first; with several, in a placement group made here.
+def rank_plans(
+    config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes, *, incarnation: int
+) -> list[RankPlan]:
+    """The ranks of dense group `uid`, rank 0 first; with several, in a placement group made here.
 
     Raises:
         ConfigError: as `dense_launch`.
     """
-    uid, num_ranks = f"dense-{group}", config.dense.tensor_parallel
-    uids = [uid, *(f"{uid}.{rank}" for rank in range(1, num_ranks))]
+    uids = rank_uids(config, uid)
+    num_ranks = len(uids)
     launches = [
-        dense_launch(config, name, spec, token, rank=rank) for rank, name in enumerate(uids)
+        msgspec.structs.replace(
+            dense_launch(config, name, spec, token, rank=rank), incarnation=incarnation
+        )
+        for rank, name in enumerate(uids)
     ]
     options = [dense_options(config) for _ in uids]
     bundle = bundle_of(options[0])
@@ -49,7 +58,7 @@ def rank_plans(config: RemoraConfig, group: int, spec: ModelSpec, token: bytes) 
         placement_group = ray.util.placement_group(
             [bundle] * num_ranks,
             strategy=STRATEGY,
-            name=placement_group_name(config, uid),
+            name=_placement_group_name(config, uid, incarnation),
             lifetime="detached",
             bundle_label_selector=[labels] * num_ranks if labels else None,
         )
@@ -77,9 +86,20 @@ def bundle_of(options: dict[str, Any]) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount > 0}
 
 
-def placement_group_name(config: RemoraConfig, uid: str) -> str:
-    """Ray name of the placement group of the dense group `uid`."""
-    return f"remora/{config.name}/{uid}"
+def rank_uids(config: RemoraConfig, uid: str) -> list[str]:
+    """The ranks of dense group `uid`, rank 0 first."""
+    return [uid, *(f"{uid}.{rank}" for rank in range(1, config.dense.tensor_parallel))]
+
+
+def create_rank(config: RemoraConfig, plan: RankPlan) -> Any:
+    """The actor of one rank, which does nothing yet."""
+    name = actor_name(config.name, plan.uid, plan.launch.incarnation)
+    return ray.remote(plan.actor_class).options(name=name, **plan.options).remote(plan.launch)
+
+
+def _placement_group_name(config: RemoraConfig, uid: str, incarnation: int) -> str:
+    """Ray name of the placement group of one life of the dense group `uid`."""
+    return f"remora/{config.name}/{uid}#{incarnation}"
 
 
 def start_ranks(handles: dict[str, Any], plans: list[RankPlan]) -> dict[str, Any]:
@@ -97,11 +117,22 @@ def start_ranks(handles: dict[str, Any], plans: list[RankPlan]) -> dict[str, Any
     return pending
 
 
-def remove_placement_groups(plans: list[RankPlan]) -> None:
-    """Give back what ranks had been placed in."""
-    removed = set()
-    for plan in plans:
-        strategy = plan.options.get("scheduling_strategy")
-        if strategy is not None and plan.group not in removed:
-            removed.add(plan.group)
-            ray.util.remove_placement_group(strategy.placement_group)
+def remove_placement_group(config: RemoraConfig, uid: str, incarnation: int) -> None:
+    """Give back what the ranks of one life of a dense group had been placed in."""
+    if config.dense.tensor_parallel == 1:
+        return
+    try:
+        found = ray.util.get_placement_group(_placement_group_name(config, uid, incarnation))
+    except ValueError:  # it asked for nothing, or is given back
+        return
+    ray.util.remove_placement_group(found)
+
+
+def remove_placement_groups(config: RemoraConfig) -> None:
+    """Give back what any dense group of the deployment has been placed in."""
+    if config.dense.tensor_parallel == 1:
+        return
+    for entry in ray.util.placement_group_table().values():
+        if entry["name"].startswith(_placement_group_name(config, "dense-", 0).rpartition("#")[0]):
+            uid, _, incarnation = entry["name"].rpartition("/")[2].partition("#")
+            remove_placement_group(config, uid, int(incarnation))

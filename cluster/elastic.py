@@ -9,13 +9,16 @@ from typing import Any
 import ray
 
 from remora.actors.expert_actor import ShardFacts
+from remora.actors.launch import actor_name
 from remora.actors.manifest import Manifest
+from remora.actors.model_spec import ModelSpec
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.dense_groups import rank_uids
 from remora.cluster.instances import instances_dir
 from remora.cluster.member_tasks import MemberTasks, find_actor
-from remora.cluster.operation import Effect, Target
+from remora.cluster.operation import Effect, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
@@ -71,7 +74,7 @@ class Elastic:
         self.runner: OperationRunner | None = None
 
     def begin(
-        self, view: View, facts: Mapping[str, ShardFacts], manifest: Manifest,
+        self, view: View, spec: ModelSpec, facts: Mapping[str, ShardFacts], manifest: Manifest,
         handles: Mapping[str, Any], router: Any,
     ) -> None:  # fmt: skip
         """Take over a deployment that has just come up.
@@ -84,14 +87,14 @@ class Elastic:
             view=view,
             room={uid: tuple(f.room[layer] for layer in layers) for uid, f in facts.items()},
             manifest={pair: entry.digest for pair, entry in manifest.by_expert().items()},
-            incarnations={m.uid: m.incarnation for m in view.members if m.role == "shard"},
+            incarnations={},
             limits=limits_of(self._config),
             has_router=router is not None,
         )
         self._wal.replace(state.snapshot())
-        self._run(state, handles, router, [])
+        self._run(state, spec, handles, router, [])
 
-    def resume(self, records: list[dict[str, Any]], router: Any) -> View | None:
+    def resume(self, records: list[dict[str, Any]], spec: ModelSpec, router: Any) -> View | None:
         """Take over from a coordinator that died, by its log; None: nothing of it lives.
 
         Raises:
@@ -99,7 +102,15 @@ class Elastic:
         """
         limits = limits_of(self._config)
         state, operation = recovered(records, limits, has_router=router is not None)
-        members = {m.uid: find_actor(m.actor_name) for m in state.view.members}
+        lives = {m.uid: m.incarnation for m in state.view.members}
+        leaving = operation.retirees if operation is not None else ()
+        uids = {*lives, *(uid for uid in leaving if is_dense(uid))}
+        for uid in [uid for uid in uids if is_dense(uid)]:
+            uids.update(rank_uids(self._config, uid))
+        name, known = self._config.name, state.incarnations
+        names = {uid: actor_name(name, uid, known[uid.partition(".")[0]]) for uid in uids}
+        names |= {m.uid: m.actor_name for m in state.view.members}
+        members = {uid: find_actor(names[uid]) for uid in uids}
         living = {uid: handle for uid, handle in members.items() if handle is not None}
         end_strays(self._config.name, {m.actor_name for m in state.view.members})
         if not living:
@@ -108,10 +119,11 @@ class Elastic:
         logger.warning("adopting %s; operation in flight: %s", sorted(living), in_flight)
         for uid, handle in living.items():
             self._changed(uid, handle, "")
-        self._run(state, living, router, state.resume(operation, time.monotonic()))
-        for member in state.view.members:
-            if member.uid not in living:
-                self._runner().lost(member.uid, member.incarnation)
+        self._run(state, spec, living, router, state.resume(operation, time.monotonic()))
+        for uid, incarnation in lives.items():
+            ranks = rank_uids(self._config, uid) if is_dense(uid) else [uid]
+            if not living.keys() >= set(ranks):
+                self._runner().lost(uid, incarnation)
         return state.view
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
@@ -139,12 +151,13 @@ class Elastic:
         self._wal.close()
 
     def _run(
-        self, state: CoordinatorState, handles: Mapping[str, Any], router: Any,
+        self, state: CoordinatorState, spec: ModelSpec, handles: Mapping[str, Any], router: Any,
         effects: list[Effect],
     ) -> None:  # fmt: skip
         tasks = MemberTasks(
             self._config,
             self._token,
+            spec,
             state.view.placement,
             state.manifest,
             soon=lambda work: self._runner().soon(work),
@@ -162,11 +175,10 @@ class Elastic:
         )
         if router is not None:
             tasks.add_router(router)
-        for member in state.view.members:
-            if member.uid in handles:
-                tasks.add(member.uid, member.incarnation, handles[member.uid])
-                if member.role == "shard":
-                    tasks.ask_where(member.uid)
+        for uid, handle in handles.items():
+            tasks.add(uid, state.incarnations[uid.partition(".")[0]], handle)
+            if not is_dense(uid):
+                tasks.ask_where(uid)
         self.runner.start(effects)
         if state.operation is None:
             self.standbys.fill()

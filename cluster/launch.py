@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from remora.actors.dense_actor import DenseLaunch
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, ShardLaunch, thread_environment
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads

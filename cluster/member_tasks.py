@@ -1,5 +1,6 @@
 """What the coordinator's machine asks for, as calls of Ray actors; and who of them has died."""
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,17 @@ import ray
 
 from remora.actors.expert_actor import ShardFacts
 from remora.actors.launch import RAY_NAMESPACE, CopyOrder, ReplicaSource, actor_name
+from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import ROUTER
+from remora.cluster.dense_groups import (
+    create_rank,
+    rank_plans,
+    rank_uids,
+    remove_placement_group,
+    start_ranks,
+)
 from remora.cluster.launch import shard_launch, shard_options
 from remora.cluster.members import asked_of_ray
 from remora.cluster.operation import (
@@ -26,15 +35,18 @@ from remora.cluster.operation import (
     Keep,
     Offer,
     Pair,
+    Quiesce,
+    StartDense,
     Started,
     StartShard,
     Stop,
     Task,
+    is_dense,
 )
 from remora.cluster.placement_steps import pairs_of
 from remora.cluster.standbys import Standbys
 from remora.comm.errors import ClusterError, RemoraError
-from remora.comm.view import Endpoint, Placement
+from remora.comm.view import Endpoint, Member, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +68,7 @@ class MemberTasks:
         self,
         config: RemoraConfig,
         token: bytes,
+        spec: ModelSpec,
         placement: Placement,
         manifest: Mapping[Pair, str],
         *,
@@ -64,7 +77,7 @@ class MemberTasks:
         changed: Callable[[str, Any, str], None],
         standbys: Standbys,
     ) -> None:
-        self._config, self._token = config, token
+        self._config, self._token, self._spec = config, token, spec
         self._placement = placement
         self._manifest = dict(manifest)
         self._soon, self._lost, self._changed = soon, lost, changed
@@ -77,7 +90,8 @@ class MemberTasks:
         self._closed = False
 
     def add(self, uid: str, incarnation: int, handle: Any) -> None:
-        """A member that lives; its death is told."""
+        """A member that lives, or one rank of a dense group that does; its death is told, that of
+        any rank as its group's."""
         with self._lock:
             self._lives[uid, incarnation] = handle
             self._newest[uid] = incarnation
@@ -110,6 +124,10 @@ class MemberTasks:
         match task:
             case StartShard():
                 return self._start(task)
+            case StartDense(uid=uid, incarnation=incarnation):
+                return self._start_dense(uid, incarnation)
+            case Quiesce(uid=uid, within_s=within_s):
+                return _answer(self._handle(uid).quiesce.remote(within_s))
             case Stop(uid=uid, incarnation=incarnation):
                 return self._stop(uid, incarnation)
             case Adopt(uid=uid, view=view):
@@ -175,6 +193,16 @@ class MemberTasks:
         digests = {pair: self._manifest[pair] for pair in pairs}
         return CopyOrder(digests=digests, replicas=dict(replicas), sources=sources)
 
+    def _start_dense(self, uid: str, incarnation: int) -> "Future[Answer]":
+        config = self._config
+        plans = rank_plans(config, uid, self._spec, self._token, incarnation=incarnation)
+        handles = {plan.uid: create_rank(config, plan) for plan in plans}
+        for plan in plans:
+            self.add(plan.uid, incarnation, handles[plan.uid])
+            self._changed(plan.uid, handles[plan.uid], asked_of_ray(plan.options))
+        pending = start_ranks(handles, plans)
+        return _first_of_all({name: _answer(pending[name], _dense_started) for name in pending})
+
     def _started(self, facts: ShardFacts) -> Started:
         self.know(facts)
         digests = {pair: entry.digest for pair, entry in facts.manifest.by_expert().items()}
@@ -184,16 +212,19 @@ class MemberTasks:
         return tuple(by_layer[layer] for layer in self._placement.moe_layers)
 
     def _stop(self, uid: str, incarnation: int) -> "Future[Answer]":
-        with self._lock:
-            handle = self._lives.pop((uid, incarnation), None)
-            self._copies.pop((uid, incarnation), None)
-            is_newest = self._newest.get(uid) == incarnation
-        if handle is None:  # of a coordinator that is no more
-            handle = find_actor(actor_name(self._config.name, uid, incarnation))
-        if handle is not None:
-            ray.kill(handle, no_restart=True)
-        if is_newest:
-            self._changed(uid, None, "")
+        for name in rank_uids(self._config, uid) if is_dense(uid) else [uid]:
+            with self._lock:
+                handle = self._lives.pop((name, incarnation), None)
+                self._copies.pop((name, incarnation), None)
+                is_newest = self._newest.get(name) == incarnation
+            if handle is None:  # of a coordinator that is no more
+                handle = find_actor(actor_name(self._config.name, name, incarnation))
+            if handle is not None:
+                ray.kill(handle, no_restart=True)
+            if is_newest:
+                self._changed(name, None, "")
+        if is_dense(uid):
+            remove_placement_group(self._config, uid, incarnation)
         done: Future[Answer] = Future()
         done.set_result(None)
         return done
@@ -212,7 +243,7 @@ class MemberTasks:
                 self._soon(lambda: self._watch(uid, incarnation, handle))
                 return
             logger.error("%s (incarnation %d) died: %s", uid, incarnation, failure or "it ended")
-            self._lost(uid, incarnation)
+            self._lost(uid.partition(".")[0], incarnation)
 
         handle.until_end.remote().future().add_done_callback(ended)
 
@@ -227,6 +258,34 @@ def find_actor(name: str) -> Any:
 
 def _canary_result(answer: tuple[str, dict[Pair, str]]) -> CanaryResult:
     return CanaryResult(kernels=answer[0], outputs=answer[1])
+
+
+def _dense_started(member: Member | None) -> Started | None:
+    """Of one rank of a dense group: its first one is the member."""
+    return None if member is None else Started(member=member)
+
+
+def _first_of_all(pending: "Mapping[str, Future[Answer]]") -> "Future[Answer]":
+    """The answer of the first of several calls once all have answered, or any failure at once."""
+    outcome: Future[Answer] = Future()
+    first = next(iter(pending.values()))
+    lock, missing = threading.Lock(), set(pending)
+
+    def told(name: str, done: "Future[Answer]") -> None:
+        with lock:
+            missing.discard(name)
+            is_last = not missing
+            if outcome.done():
+                return
+            failure = done.exception()
+            if failure is not None:
+                outcome.set_exception(ClusterError(f"{name}: {failure}"))
+            elif is_last:
+                outcome.set_result(first.result())
+
+    for name, each in pending.items():
+        each.add_done_callback(functools.partial(told, name))
+    return outcome
 
 
 def _answer(

@@ -21,15 +21,20 @@ Which = Callable[[str | None, str | None], tuple[str | None, Instance | None]]
 
 def add_operations(commands: "_SubParsersAction[ArgumentParser]") -> list[ArgumentParser]:
     """The command lines; what they run is set by the caller."""
-    scale = commands.add_parser("scale", help="more or fewer expert shards, while requests run")
+    scale = commands.add_parser(
+        "scale", help="more or fewer expert shards and dense groups, while requests run"
+    )
     scale.add_argument("name", nargs="?", help="deployment; may be left out if one runs")
-    scale.add_argument("--shards", type=int, required=True, help="shards that there are to be")
+    scale.add_argument("--shards", type=int, metavar="N", help="shards that there are to be")
+    scale.add_argument(
+        "--dense-groups", type=int, metavar="N", help="dense groups that there are to be"
+    )
     scale.add_argument(
         "--retire",
         nargs="+",
         default=[],
         metavar="UID",
-        help="shards that are not to be among them",
+        help="shards and dense groups that are not to be among them",
     )
     drain = commands.add_parser("drain", help="move all experts off shards, and end those")
     drain.add_argument("uids", nargs="+", metavar="UID", help="such as shard-1")
@@ -64,7 +69,8 @@ def body_of(options: Namespace) -> "ScaleBody | DrainBody | PlaceBody":
 
     fields: dict[str, Any] = {"operation_id": options.operation_id or new_operation_id()}
     if hasattr(options, "shards"):
-        fields |= {"shards": options.shards, "retire": tuple(options.retire)}
+        fields |= {"shards": options.shards, "dense_groups": options.dense_groups}
+        fields["retire"] = tuple(options.retire)
         return parse_section(fields, ScaleBody, source="scale")
     if hasattr(options, "uids"):
         return parse_section(fields | {"uids": tuple(options.uids)}, DrainBody, source="drain")

@@ -6,7 +6,7 @@ these and take its `target`. Unknown fields and values of another type are refus
 
 from typing import Annotated, Any, Protocol
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo, Target
 from remora.cluster.placement_file import check_fits, checked_placement
@@ -43,15 +43,22 @@ class Body(Section):
 
 
 class ScaleBody(Body):
-    """So many shards there are to be."""
+    """So many shards and dense groups there are to be; what is left out stays as it is."""
 
-    shards: Annotated[int, Field(ge=1, le=UIDS_MAX)]
-    retire: Uids = ()  # shards that are not to be among them
+    shards: Annotated[int, Field(ge=1, le=UIDS_MAX)] | None = None
+    dense_groups: Annotated[int, Field(ge=1, le=UIDS_MAX)] | None = None
+    retire: Uids = ()  # members that are not to be among them
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "ScaleBody":
+        if self.shards is None and self.dense_groups is None:
+            raise ValueError("shards or dense_groups is required")
+        return self
 
     @property
     def target(self) -> Target:
         """What is asked for."""
-        return ScaleTo(self.shards, self.retire)
+        return ScaleTo(self.shards, self.retire, self.dense_groups)
 
 
 class DrainBody(Body):

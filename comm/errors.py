@@ -16,6 +16,7 @@
          |- DeadlineError         a peer did not answer within its deadline
          |- OperationRunsError    another operation runs, and there is one at a time
          |- UnknownOperationError no operation of that id is known
+         |- GroupLostError        a rank of a tensor-parallel group is gone, and so is the group
          '- FencedError           an answer or a call of an older incarnation or epoch
 
 All of them survive pickling, fields included: Ray carries them from actors to callers. Pickle makes
@@ -115,6 +116,10 @@ class OperationRunsError(ClusterError):
 
 class UnknownOperationError(ClusterError):
     """No operation of that id is known."""
+
+
+class GroupLostError(ClusterError):
+    """A rank of a tensor-parallel group is gone: the group must be started anew."""
 
 
 class FencedError(ClusterError):

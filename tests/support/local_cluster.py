@@ -17,7 +17,8 @@ import torch
 from support.fake_nccl import CpuDevice, FakeNccl, World
 from support.tp_engine import together
 
-from remora.actors.dense_actor import DenseActor, DenseLaunch
+from remora.actors.dense_actor import DenseActor
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.expert_actor import ExpertActor
 from remora.actors.hardware import Hardware
 from remora.actors.launch import NcclLaunch, ShardLaunch

@@ -28,6 +28,8 @@ from remora.comm.view import contiguous_placement
     ("arguments", "target", "name"),
     [
         (["scale", "--shards", "3"], ScaleTo(3), None),
+        (["scale", "--dense-groups", "1", "--retire", "dense-0"],
+         ScaleTo(retire=("dense-0",), dense_groups=1), None),
         (["scale", "demo", "--shards", "2", "--retire", "shard-0", "shard-3"],
          ScaleTo(2, ("shard-0", "shard-3")), "demo"),
         (["drain", "shard-1", "--deployment", "demo"], DrainShards(("shard-1",)), "demo"),

@@ -13,7 +13,7 @@ from support.checkpoints import VOCAB, make_checkpoint
 from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
 
 
@@ -130,13 +130,12 @@ def test_nccl_carries_the_same(
     assert world.num_copied_bytes > 0
 
 
-def test_over_nccl_a_rank_that_goes_ends_requests_with_its_name(cluster: LocalCluster) -> None:
+def test_over_nccl_a_rank_that_goes_ends_the_group(cluster: LocalCluster) -> None:
     with cluster.dense(num_ranks=2, world=World()) as dense:
         dense.ask(asks(1))
         dense.others[0].stop()
-        answer = dense.ask(asks(1))[0]
-        assert answer.finish_reason == "error"
-        assert "dense-0.1 is gone" in str(answer.outputs[-1].error)
+        with pytest.raises(PeerLostError):
+            dense.ask(asks(1))
 
 
 def test_over_nccl_a_step_that_nccl_fails_is_told_and_the_next_one_runs(
@@ -163,14 +162,17 @@ def test_groups_stand_side_by_side_over_the_same_shards(
         assert tokens(two) == expected
 
 
-def test_a_rank_that_goes_ends_requests_with_its_name(cluster: LocalCluster) -> None:
+def test_a_rank_that_goes_ends_the_group_and_no_request(
+    cluster: LocalCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Connections break without an answer: ingresses have the requests go on elsewhere."""
     with cluster.dense(num_ranks=2) as dense:
         dense.ask(asks(1))
         dense.others[0].stop()
-        answer = dense.ask(asks(1))[0]
-        assert answer.finish_reason == "error"
-        assert "dense-0.1 is gone" in str(answer.outputs[-1].error)
-        assert "dense-0.1 is gone" in dense.actor.status()["why_not_serving"]
+        with pytest.raises(PeerLostError):
+            dense.ask(asks(1))
+        dense.actor.until_end()
+        assert "dense-0.1 is gone" in caplog.text
 
 
 def test_a_shard_that_is_lost_is_named_whichever_rank_asked_it(
