@@ -1,0 +1,61 @@
+"""Dense groups die, come and go, and shards hang, while streams flow over real Ray."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.programs import benchmarks_on_path, program
+
+from remora.actors.launch import actor_name
+from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, stop_cluster
+from remora.cluster.config import RemoraConfig
+from remora.cluster.operation import ScaleTo
+
+NAME = "dense-elastic"
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Any]:
+    with benchmarks_on_path():
+        found = program("live_streams")
+        with found.one_node():
+            yield found
+
+
+def test_streams_flow_while_dense_groups_die_come_and_go(live: Any, tmp_path: Path) -> None:
+    config = live.deployment(NAME, elastic={"log_dir": str(tmp_path)})
+    handle = ensure_cluster(config)
+    try:
+        asyncio.run(story(live, config, handle))
+    finally:
+        stop_cluster(NAME)
+    assert live.living(NAME) == set()
+
+
+async def story(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None:
+    async with live.flowing(config, handle) as streams:
+        await live.strike(actor_name(NAME, "dense-0", 1), signal.SIGKILL)  # the only one
+        await live.until(lambda: live.in_view(handle, "dense-0", 2))
+        await streams.one_more()
+        assert streams.engine.num_replays == live.NUM_STREAMS
+
+        grown = await live.operate(handle, "more", ScaleTo(dense_groups=2))
+        assert grown["joiners"] == {"dense-1": 1} and grown["moved"] == 0
+        await streams.one_more()
+        await live.until(lambda: both_serve(streams))
+        await streams.one_more()
+
+        less = await live.operate(handle, "less", ScaleTo(dense_groups=1, retire=("dense-0",)))
+        assert less["safe_to_delete"] == ["dense-0"]
+        assert not live.living(NAME) & {"dense-0#2"}
+        await streams.one_more()
+        assert streams.engine.stats().keys() == {"dense-1"}
+    assert streams.failed == [] and streams.num_different == 0
+    assert streams.num_done > 0
+
+
+async def both_serve(streams: Any) -> bool:
+    return all(stats.num_running for stats in streams.engine.stats().values())
