@@ -77,6 +77,17 @@ class Window:
     gap_max_ms: float
 
 
+def window(tokens: list[tuple[float, int, float | None]], begin_s: float, end_s: float) -> Window:
+    """Of (when, tokens, gap before them in the stream: None for a first token)."""
+    inside = [t for t in tokens if begin_s <= t[0] < end_s]
+    gaps = [gap for at, _, gap in tokens if begin_s <= at < end_s + AFTER_S and gap is not None]
+    return Window(
+        tokens_per_s=sum(count for _, count, _ in inside) / (end_s - begin_s),
+        gap_p99_ms=1e3 * float(np.percentile(gaps, 99)) if gaps else float("inf"),
+        gap_max_ms=1e3 * max(gaps, default=float("inf")),
+    )
+
+
 @dataclass
 class Stream:
     """Requests of one stream, one after the other."""
@@ -127,18 +138,7 @@ class Streams:
 
     def window(self, begin_s: float, end_s: float) -> Window:
         """What came between two readings of `time.perf_counter`."""
-        inside = [t for t in self.tokens if begin_s <= t[0] < end_s]
-        gaps = self.gaps_s(begin_s, end_s)
-        return Window(
-            tokens_per_s=sum(count for _, count, _ in inside) / (end_s - begin_s),
-            gap_p99_ms=1e3 * float(np.percentile(gaps, 99)) if gaps else float("inf"),
-            gap_max_ms=1e3 * max(gaps, default=float("inf")),
-        )
-
-    def gaps_s(self, begin_s: float, end_s: float) -> list[float]:
-        """Seconds without a token, of each stream, that ended between two times."""
-        until_s = end_s + AFTER_S
-        return [gap for at, _, gap in self.tokens if begin_s <= at < until_s and gap is not None]
+        return window(self.tokens, begin_s, end_s)
 
     async def _until(self, wanted: list[int]) -> None:
         async with asyncio.timeout(SOON_S):

@@ -6,7 +6,7 @@ these and take its `target`. Unknown fields and values of another type are refus
 
 from typing import Annotated, Any, Protocol
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo, Target
 from remora.cluster.placement_file import check_fits, checked_placement
@@ -46,14 +46,17 @@ class ScaleBody(Body):
     """So many shards and dense groups there are to be; what is left out stays as it is."""
 
     shards: Annotated[int, Field(ge=1, le=UIDS_MAX)] | None = None
-    dense_groups: Annotated[int, Field(ge=1, le=UIDS_MAX)] | None = None
+    dense_groups: Annotated[int, Field(ge=1, le=UIDS_MAX)] | None = Field(
+        default=None, validate_default=True
+    )
     retire: Uids = ()  # members that are not to be among them
 
-    @model_validator(mode="after")
-    def _of_something(self) -> "ScaleBody":
-        if self.shards is None and self.dense_groups is None:
+    @field_validator("dense_groups")
+    @classmethod
+    def _of_something(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("shards", 0) is None:
             raise ValueError("shards or dense_groups is required")
-        return self
+        return value
 
     @property
     def target(self) -> Target:

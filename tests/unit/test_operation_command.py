@@ -84,7 +84,7 @@ def test_operations_for_people() -> None:
 
 def test_windows_of_the_benchmark() -> None:
     with benchmarks_on_path():
-        window = module("elastic").window
+        window = module("live_streams").window
     tokens = [(0.5, 1, None), (1.0, 1, 0.5), (1.5, 2, 0.5), (2.2, 1, 0.7), (9.0, 1, 6.8)]
     found = window(tokens, 1.0, 2.0)
     assert found.tokens_per_s == 3.0

@@ -109,7 +109,8 @@ def test_an_operation_from_begin_to_end(operations: HeldOperations) -> None:
         begun = await client.post("/v1/ep/scale", json=body)
         assert begun.status_code == 202, begun.text
         assert begun.headers["location"] == "/v1/ep/operations/up"
-        assert begun.json()["target"] == {"type": "scale", "shards": 3, "retire": []}
+        target = {"type": "scale", "shards": 3, "retire": [], "dense_groups": None}
+        assert begun.json()["target"] == target
         again = await client.post("/v1/ep/scale", json=body)
         assert (again.status_code, again.json()["outcome"]) == (202, "running")
         other = await client.post("/v1/ep/drain", json={"operation_id": "d", "uids": ["shard-1"]})
@@ -148,7 +149,7 @@ def test_a_placement_goes_out_and_comes_back(operations: HeldOperations) -> None
 
 BAD = [
     ("scale", {}, 400, "operation_id is required"),
-    ("scale", {"operation_id": "a"}, 400, "shards is required"),
+    ("scale", {"operation_id": "a"}, 400, "shards or dense_groups is required"),
     ("scale", {"operation_id": "a", "shards": 3, "shard": 1}, 400, "shard"),
     ("scale", {"operation_id": "a", "shards": "3"}, 400, "shards"),
     ("scale", {"operation_id": "a", "shards": True}, 400, "shards"),
