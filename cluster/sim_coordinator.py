@@ -19,10 +19,12 @@ from remora.cluster.operation import (
     Offer,
     Operation,
     Pair,
+    StartDense,
     StartShard,
     Stop,
     Target,
     Task,
+    is_dense,
 )
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.sim_network import uid_of
@@ -195,11 +197,15 @@ class SimCoordinator:
         settle = partial(self._settle, self._runner, answered)
         lost = partial(settle, ClusterError(f"{task.uid} is dead"))
         match task:
-            case StartShard(uid=uid, incarnation=incarnation):
+            case (
+                StartShard(uid=uid, incarnation=incarnation)
+                | StartDense(uid=uid, incarnation=incarnation)
+            ):
                 self._newest[uid] = incarnation
                 self._watched.add((uid, incarnation))
-                process = world.start_shard(task, self._answer_to(f"{uid}#{incarnation}", settle))
-                self._watch_start(process, lost)
+                reply = self._answer_to(f"{uid}#{incarnation}", settle)
+                start: Any = world.start_dense if is_dense(uid) else world.start_shard
+                self._watch_start(start(task, reply), lost)
             case Stop(uid=uid, incarnation=incarnation):
                 self._watched.discard((uid, incarnation))
                 world.network.kill(f"{uid}#{incarnation}")

@@ -10,7 +10,7 @@ import random
 from functools import partial
 from typing import Final
 
-from remora.cluster.operation import StartShard
+from remora.cluster.operation import StartDense, StartShard
 from remora.cluster.sim_coordinator import SimCoordinator
 from remora.cluster.sim_faults import Fault, Faults
 from remora.cluster.sim_ingress import SimIngress, Violation
@@ -75,7 +75,8 @@ class Deployment:
 
     def ranks_by_load(self) -> list[SimRank]:
         """Living dense groups, the least loaded first."""
-        ranks = [rank for p, rank in self.ranks.items() if p in self.network.alive]
+        alive = [rank for p, rank in self.ranks.items() if p in self.network.alive]
+        ranks = [rank for rank in alive if rank.routes.view is not None]
         return sorted(ranks, key=lambda r: (r.state.stats().num_running, r.process))
 
     def uids(self) -> list[str]:
@@ -99,6 +100,15 @@ class Deployment:
         self.network.start(shard.process)
         shard.start(reply)
         return shard.process
+
+    def start_dense(self, task: StartDense, reply: Reply) -> str:
+        """A new process of a dense group; its name."""
+        rank = SimRank(self, task.uid, task.incarnation)
+        assert rank.process not in self.ranks, f"{rank.process} is started twice"
+        self.ranks[rank.process] = rank
+        self.network.start(rank.process)
+        rank.start(reply)
+        return rank.process
 
     def on_call(self, process: str, rank: SimRank, call: int, layer: int, asked: Asked) -> None:
         """A frame of a dense rank arrives at a shard. Raises Violation: invariant 5."""

@@ -20,7 +20,7 @@ from remora.actors.dense_events import (
     StepPlan,
 )
 from remora.actors.dense_state import DenseState
-from remora.cluster.operation import Adopt, Offer
+from remora.cluster.operation import Adopt, Offer, Started
 from remora.cluster.sim_model import (
     LAYERS,
     NOTHING,
@@ -33,7 +33,15 @@ from remora.cluster.sim_model import (
     token_of,
 )
 from remora.cluster.sim_routes import SimRoutes
-from remora.cluster.sim_shard import Found, NotMine, Reply, SimShard, member_of, rank_name
+from remora.cluster.sim_shard import (
+    PROCESS_S,
+    Found,
+    NotMine,
+    Reply,
+    SimShard,
+    member_of,
+    rank_name,
+)
 from remora.comm.errors import ClusterError
 from remora.comm.messages import Submit
 from remora.comm.view import View
@@ -92,6 +100,12 @@ class SimRank:
         self._reconnect_at_s = 0.0
 
     # -- what it is asked ---------------------------------------------------------------------
+
+    def start(self, reply: Reply) -> None:
+        """Load, and listen."""
+        low, high = PROCESS_S
+        took_s = low + self._world.chance.random() * (high - low)
+        self._later(took_s, partial(reply, Started(member=self.member)))
 
     def submit(self, submit: Submit, source: str) -> None:
         """A request."""
