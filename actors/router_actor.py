@@ -66,12 +66,13 @@ class RouterActor:
         port = self._server.address.rpartition(":")[2]
         return f"{ip}:{port}" if ip is not None else self._server.address
 
-    def adopt_view(self, view: View) -> None:
-        """Route by `view` from now on."""
+    def adopt_view(self, view: View) -> str:
+        """Route by `view` from now on; its hash."""
         if self._view is not None and self._view.placement != view.placement:
             self._statistics.start_fresh()
         self._view = view
         self._server.adopt_view(view)
+        return view.view_hash
 
     def plan(self, seed: int) -> PlanOutcome:
         """A placement for what was reported, against the one in force.

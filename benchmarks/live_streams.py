@@ -247,6 +247,21 @@ async def in_view(handle: ClusterHandle, uid: str, incarnation: int) -> bool:
     return any((m.uid, m.incarnation) == (uid, incarnation) for m in view.members)
 
 
+async def over(handle: ClusterHandle, operation_id: str) -> dict[str, Any]:
+    """An operation of anybody's, once it has begun and is over."""
+    found: dict[str, Any] = {}
+
+    async def is_over() -> bool:
+        try:
+            found.update(await asyncio.to_thread(handle.wait, operation_id))
+        except ClusterError:  # it has not begun, or the coordinator is being started again
+            return False
+        return bool(found["outcome"] != "running")
+
+    await until(is_over)
+    return found
+
+
 def living(name: str) -> set[str]:
     """Actors of a deployment, as `uid#incarnation`."""
     prefix = f"remora/{name}/"

@@ -38,7 +38,7 @@ def test_streams_flow_while_dense_groups_die_come_and_go(live: Any, tmp_path: Pa
 async def story(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None:
     async with live.flowing(config, handle) as streams:
         await live.strike(actor_name(NAME, "dense-0", 1), signal.SIGKILL)  # the only one
-        await live.until(lambda: live.in_view(handle, "dense-0", 2))
+        assert (await live.over(handle, "restore-dense-0.2"))["outcome"] == "done"
         await streams.one_more()
         assert streams.engine.num_replays == live.NUM_STREAMS
 
