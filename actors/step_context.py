@@ -81,11 +81,13 @@ class StepRegistry:
         """Make `context` the one that the ops of `engine_id` see, until `leave`."""
         assert engine_id not in self._contexts, f"engine {engine_id} is already in a step"
         self._contexts[engine_id] = context
-        if context.pages and context.device == CPU and native_available():
-            enter_step(
-                engine_id, context.pages, self._rules[engine_id], context.plan,
-                exact=context.exact, cursor=context.cursor,
-            )  # fmt: skip
+        if native_available():
+            pages = [page for page in context.pages if isinstance(page, KVPages)]
+            if pages:  # all of them, or the model computes elsewhere
+                enter_step(
+                    engine_id, pages, self._rules[engine_id], context.plan,
+                    exact=context.exact, cursor=context.cursor,
+                )  # fmt: skip
 
     def leave(self, engine_id: int) -> None:
         """The step is over."""
