@@ -103,7 +103,7 @@ class Outlook(Section):
     forecaster: ForecasterName
     peak: float
     margin: float
-    errors: dict[str, float]
+    errors: dict[ForecasterName, float]
 
 
 class AutoscaleState(Section):

@@ -164,7 +164,7 @@ def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> d
             forecaster=forecast.forecaster,
             peak=forecast.peak,
             margin=forecast.margin,
-            errors=forecast.errors,
+            errors=dict(forecast.errors),
         )
     elif not series.closed or (outlook and step - outlook.step > predictive.horizon_steps):
         outlook = None  # the series began anew, or ended: its forecast says nothing any more

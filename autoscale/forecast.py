@@ -10,7 +10,7 @@ and Koehler 2006, doi:10.1016/j.ijforecast.2006.03.001) is below 1. Plain floats
 the same series gives the same forecast on any machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, fsum
 from typing import Final, Literal
@@ -46,7 +46,7 @@ class Forecast:
     forecaster: ForecasterName
     values: tuple[float, ...]
     margin: float
-    errors: dict[str, float]
+    errors: Mapping[ForecasterName, float]
 
     @property
     def peak(self) -> float:

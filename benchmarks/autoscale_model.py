@@ -24,7 +24,7 @@ STEP_S = 10.0
 TTFT_S = 2.0  # the objective
 PROMPT_PER_OUTPUT = 10.0  # prompt tokens that cost as much as one output token; assumed
 UNITS_MAX = 80
-FRONTIER_MAX = 16  # plans that the clairvoyant goes on with from an interval to the next
+FRONTIER_MAX = 48  # plans that the clairvoyant goes on with from an interval to the next
 
 Floats = npt.NDArray[np.float64]
 
@@ -84,23 +84,34 @@ class Seen:
     backlog: float  # work that waits
     requests_waiting: int
     is_starting: bool
+    coming: int  # that there will be when those that start serve
 
 
 Policy = Callable[[Seen], int]  # absolute number of units from now on
 
 
 def run(
-    intervals: Sequence[Interval], rate: float, policy: Policy, *, units: int, start_s: float
+    intervals: Sequence[Interval],
+    rate: float,
+    policy: Policy,
+    *,
+    units: int,
+    start_s: float,
+    judged_from: int = 0,
 ) -> Outcome:
-    """The trace under a policy. Units are paid from the decision on and serve `start_s` later."""
+    """The trace under a policy. Units are paid from the decision on and serve `start_s` later.
+
+    judged_from: the interval from which on requests and units count; the policy sees all.
+    """
     backlog, paid_s, kept, total = 0.0, 0.0, 0, 0
     ready_s, coming = 0.0, units
     mean_work = float(np.mean(np.concatenate([i.work_R for i in intervals])))
     for step, interval in enumerate(intervals):
-        paid_s += max(units, coming) * STEP_S
         wait_R, backlog = interval.served(backlog, units * rate)
-        kept += int(np.sum(wait_R <= TTFT_S))
-        total += len(wait_R)
+        if step >= judged_from:
+            paid_s += max(units, coming) * STEP_S
+            kept += int(np.sum(wait_R <= TTFT_S))
+            total += len(wait_R)
         at_s = (step + 1) * STEP_S
         if at_s >= ready_s:
             units = coming
@@ -112,6 +123,7 @@ def run(
             backlog=backlog,
             requests_waiting=round(backlog / mean_work),
             is_starting=at_s < ready_s,
+            coming=coming,
         )
         wanted = policy(seen)
         if wanted != coming and not seen.is_starting:
@@ -122,21 +134,30 @@ def run(
 
 
 def clairvoyant(
-    intervals: Sequence[Interval], rate: float, *, attainment: float, rounds: int
+    intervals: Sequence[Interval],
+    rate: float,
+    *,
+    attainment: float,
+    rounds: int,
+    units: int,
+    start_s: float = 0.0,
 ) -> Outcome:
-    """The fewest unit-hours with at least `attainment`, all arrivals known, units at once.
+    """The fewest unit-hours with at least `attainment`, all arrivals known.
 
-    A plan is a number of units an interval. Plans are compared by unit-intervals + price x misses
-    and by the backlog they leave (Pareto); the price is bisected, `rounds` times, until the
-    attainment is met. The frontier is cut to its `FRONTIER_MAX` cheapest plans: a plan that can be
-    carried out, close to the least but no proof of it.
+    A plan is a number of units an interval. As any policy does, it pays a unit from `start_s`
+    before it serves, and begins with `units`; unlike one it decides as early as it likes, and any
+    number of times. Plans are compared by unit-intervals + price x misses, by the backlog they
+    leave and by the units they have; the price is bisected, `rounds` times, until the attainment is
+    met. Of a frontier's plans the `FRONTIER_MAX` cheapest go on: what is found can be carried out
+    and is close to the least, but no proof of it.
     """
     total = sum(len(interval.work_R) for interval in intervals)
     low, high = 0.0, 16.0  # unit-intervals a miss
-    best = _cheapest(intervals, rate, high, total)
+    begin = (units, start_s / STEP_S)
+    best = _cheapest(intervals, rate, high, total, begin)
     for _ in range(rounds):
         price = high / 8 if low == 0.0 else (low * high) ** 0.5
-        found = _cheapest(intervals, rate, price, total)
+        found = _cheapest(intervals, rate, price, total, begin)
         if found.attainment >= attainment:
             high, best = price, min(best, found, key=lambda one: one.unit_hours)
         else:
@@ -144,29 +165,70 @@ def clairvoyant(
     return best
 
 
-def _cheapest(intervals: Sequence[Interval], rate: float, price: float, total: int) -> Outcome:
-    """U: numbers of units to choose from."""
-    frontier = [(0.0, 0.0, 0, 0)]  # cost, backlog, unit-intervals, misses
+def _cheapest(
+    intervals: Sequence[Interval],
+    rate: float,
+    price: float,
+    total: int,
+    begin: tuple[int, float],
+) -> Outcome:
+    """begin: units that serve, and unit-intervals that one costs to start. U: units to choose from;
+    P: plans of the frontier, each (cost, backlog, units, unit-intervals, misses)."""
+    units, start = begin
+    plans_P: Floats = np.array([[0.0, 0.0, units, 0.0, 0.0]])
     for interval in intervals:
         most = int(interval.work_R.sum() / (rate * STEP_S) * 4) + 8
-        rate_U = rate * np.arange(1, min(UNITS_MAX, most) + 1)
-        before_R = np.concatenate([[0.0], np.cumsum(interval.work_R)])
-        drift_UR = before_R - rate_U[:, None] * np.append(interval.offset_R, STEP_S)
-        lows_UR = np.maximum.accumulate(-drift_UR, axis=1)
-        late_UR = TTFT_S * rate_U[:, None] - drift_UR[:, :-1]  # a workload over this is late
-        grown = []
-        for cost, backlog, used, missed in frontier:
-            misses_U = np.sum(np.maximum(backlog, lows_UR[:, :-1]) > late_UR, axis=1).tolist()
-            left_U = (drift_UR[:, -1] + np.maximum(backlog, lows_UR[:, -1])).tolist()
-            for units, (late, left) in enumerate(zip(misses_U, left_U, strict=True), 1):
-                grown.append((cost + units + price * late, left, used + units, missed + late))
-        grown.sort()
-        frontier, least = [], float("inf")
-        for plan in grown:
-            if plan[1] < least - 1e-9:
-                frontier.append(plan)
-                least = plan[1]
-            if len(frontier) == FRONTIER_MAX:
-                break
-    _, _, used, missed = min(frontier)
+        most = min(UNITS_MAX, max(most, int(plans_P[:, 2].max())))
+        units_U = np.arange(1.0, most + 1)
+        misses_PU, left_PU = _served(interval, plans_P[:, 1], rate * units_U)
+        used_PU = units_U + start * np.maximum(0.0, units_U - plans_P[:, 2, None])
+        grown = np.stack(
+            [
+                plans_P[:, 0, None] + used_PU + price * misses_PU,
+                left_PU,
+                np.broadcast_to(units_U, left_PU.shape),
+                plans_P[:, 3, None] + used_PU,
+                plans_P[:, 4, None] + misses_PU,
+            ],
+            axis=-1,
+        ).reshape(-1, 5)
+        plans_P = _frontier(grown, start)
+    _, _, _, used, missed = plans_P[np.argmin(plans_P[:, 0])].tolist()
     return Outcome(1 - missed / total, used * STEP_S / 3600)
+
+
+def _served(interval: Interval, backlog_P: Floats, rate_U: Floats) -> tuple[Floats, Floats]:
+    """misses_PU and backlog_PU after an interval, for each backlog before it and each rate."""
+    before_R = np.concatenate([[0.0], np.cumsum(interval.work_R)])
+    drift_UR = before_R - rate_U[:, None] * np.append(interval.offset_R, STEP_S)
+    lows_UR = np.maximum.accumulate(-drift_UR, axis=1)
+    late_UR = TTFT_S * rate_U[:, None] - drift_UR[:, :-1]  # a workload over this is late
+    # Late by idling since an earlier arrival, whatever the backlog; else late above a backlog.
+    is_late_UR = lows_UR[:, :-1] > late_UR
+    always_U = is_late_UR.sum(axis=1)
+    allowed_UR = np.sort(np.where(is_late_UR, np.inf, late_UR), axis=1)
+    misses_PU = np.empty((len(backlog_P), len(rate_U)))
+    for n in range(len(rate_U)):
+        misses_PU[:, n] = always_U[n] + np.searchsorted(allowed_UR[n], backlog_P, side="left")
+    left_PU = drift_UR[:, -1] + np.maximum(backlog_P[:, None], lows_UR[:, -1])
+    return misses_PU, left_PU
+
+
+def _frontier(grown_P: Floats, start: float) -> Floats:
+    """Those plans that no other one dominates, cheapest first, at most `FRONTIER_MAX`.
+
+    A plan is dominated by one with no more backlog that is no dearer after starting the units that
+    it has fewer: it could go on as the other does.
+    """
+    order_P = np.lexsort((grown_P[:, 1], grown_P[:, 0]))
+    kept: list[Floats] = []
+    for plan in grown_P[order_P[: 64 * FRONTIER_MAX]]:
+        if kept:
+            others = np.array(kept)
+            dearer = others[:, 0] + start * np.maximum(0.0, plan[2] - others[:, 2])
+            if bool(np.any((dearer <= plan[0] + 1e-9) & (others[:, 1] <= plan[1] + 1e-9))):
+                continue
+        kept.append(plan)
+        if len(kept) == FRONTIER_MAX:
+            break
+    return np.array(kept)

@@ -61,7 +61,8 @@ class IngressPolicy:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Replicas that there are to be, and Serve's state of the policy, which is none."""
-        now_s = float(context.current_time)
+        assert context.current_time is not None, "Serve's controller tells the time"
+        now_s = context.current_time
         seen_s = self._state.seen_s
         if self._wanted is not None and seen_s is not None and now_s - seen_s < self._every_s:
             return self._wanted, {}

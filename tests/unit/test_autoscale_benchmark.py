@@ -1,5 +1,7 @@
 """The pool of benchmarks/autoscale.py against a dumb version of it, and its clairvoyant."""
 
+import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +57,61 @@ def test_the_clairvoyant_beats_every_fixed_fleet_as_good() -> None:
     intervals = [interval_of(n, 10 + 50 * (n % 4 == 3)) for n in range(24)]
     for units in (2, 3, 4):
         fixed = model.run(intervals, 10.0, lambda _, n=units: n, units=units, start_s=0)
-        best = model.clairvoyant(intervals, 10.0, attainment=fixed.attainment, rounds=10)
+        best = model.clairvoyant(
+            intervals, 10.0, attainment=fixed.attainment, rounds=10, units=units
+        )
         assert best.attainment >= fixed.attainment
         assert best.unit_hours <= fixed.unit_hours
+
+
+def test_a_clairvoyant_that_pays_for_starts_holds_on_to_units() -> None:
+    model = module("autoscale_model")
+    intervals = [interval_of(n, 10 + 50 * (n % 4 == 3)) for n in range(24)]
+    fixed = model.run(intervals, 10.0, lambda _: 4, units=4, start_s=30)
+    options = {"attainment": fixed.attainment, "rounds": 8, "units": 4}
+    free = model.clairvoyant(intervals, 10.0, **options)
+    paying = model.clairvoyant(intervals, 10.0, start_s=30.0, **options)
+    assert free.unit_hours < paying.unit_hours <= fixed.unit_hours
+    assert paying.attainment >= fixed.attainment
+
+
+@pytest.mark.parametrize("start_s", [0.0, 10.0])
+def test_the_clairvoyants_plan_is_the_best_of_all(start_s: float) -> None:
+    model = module("autoscale_model")
+    intervals = [interval_of(n, 12 * (n % 3)) for n in range(5)]
+    total = sum(len(interval.work_R) for interval in intervals)
+    for price in (0.1, 1.0):
+        found = model._cheapest(intervals, 8.0, price, total, (2, start_s / 10))
+        least = float("inf")
+        for plan in itertools.product(range(1, 5), repeat=5):
+            backlog, missed, used, before = 0.0, 0, 0.0, 2
+            for interval, units in zip(intervals, plan, strict=True):
+                wait_R, backlog = interval.served(backlog, 8.0 * units)
+                missed += int(np.sum(wait_R > model.TTFT_S))
+                used += units + start_s / 10 * max(0, units - before)
+                before = units
+            least = min(least, used + price * missed)
+        cost = found.unit_hours * 360 + price * round((1 - found.attainment) * total)
+        assert cost <= least + 1e-6
+
+
+def test_only_the_judged_part_counts() -> None:
+    model = module("autoscale_model")
+    intervals = [interval_of(0, 400)] + [interval_of(n, 5) for n in range(1, 4)]
+    whole = model.run(intervals, 50.0, lambda _: 1, units=1, start_s=0)
+    part = model.run(intervals, 50.0, lambda _: 1, units=1, start_s=0, judged_from=2)
+    assert part.unit_hours == pytest.approx(whole.unit_hours / 2)
+    assert part.attainment != whole.attainment
+
+
+def test_serves_own_policy_waits_out_its_delays() -> None:
+    with warnings.catch_warnings():  # Ray Serve's own, while it is imported
+        warnings.simplefilter("ignore")
+        policy = module("autoscale").serves_default(10.0)
+    seen = {"wait_R": np.zeros(1), "backlog": 0.0, "requests_waiting": 0, "is_starting": False}
+
+    def asked(at_s: float, load: float) -> int:
+        now = module("autoscale_model").Seen(at_s=at_s, units=2, coming=2, load=load, **seen)
+        return int(policy(now))
+
+    assert [asked(at_s, 48.0) for at_s in (10.0, 20.0, 30.0, 40.0)] == [2, 2, 2, 6]

@@ -223,7 +223,7 @@ def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
     ("sections", "every_s", "complaint"),
     [
         ({"pool": "dense"}, 5.0, "pool dense is not resized"),
-        ({"pool": "ingress"}, 5.0, "pool ingress is not resized"),
+        ({"pool": "ingress", "targets": {"ongoing_per_unit": 4}}, 5.0, "is Ray Serve.s"),
         ({}, 15.0, "samples_min = 3"),
         ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
         ({}, 0.01, "sample_every_s"),

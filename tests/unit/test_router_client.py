@@ -162,16 +162,16 @@ def test_without_a_router_the_least_loaded_takes_it_and_a_new_router_is_found() 
 def test_a_router_that_hangs_costs_one_deadline() -> None:
     asked = threading.Event()
 
-    async def hang(_: object) -> object:
-        asked.set()
-        return await asyncio.Future()
+    class Hung(RouterServer):
+        async def _route(self, request: object) -> object:
+            asked.set()
+            return await asyncio.Future()
 
     with make_engine(uid="dense-0") as one, make_engine(uid="dense-1") as two:
 
         async def run() -> None:
             statistics = RouterStatistics(slots=None, path=None)
-            hung = RouterServer(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
-            hung._route = hang  # type: ignore[method-assign]
+            hung = Hung(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
             hung.start()
             try:
                 async with client_over((one, two), [hung.address], timeout_s=0.2) as client:
