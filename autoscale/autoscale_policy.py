@@ -253,7 +253,3 @@ def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
         )
     if policy.pool == "ingress":
         raise ValueError("pool ingress is Ray Serve's: http.autoscale takes its policy")
-    if policy.mode == "act" and policy.pool != "experts":
-        raise ValueError(
-            f"mode = act: pool {policy.pool} is not resized by the coordinator; advise is possible"
-        )

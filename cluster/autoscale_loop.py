@@ -147,6 +147,11 @@ class Autoscaler:
         way = "up" if decision.target_units > decision.units else "down"
         self._counts["rebalance" if decision.verdict == "rebalance" else way] += 1
 
+    def _target(self, decision: Decision) -> ScaleTo:
+        if self._policy.pool == "experts":
+            return ScaleTo(shards=decision.target_units)
+        return ScaleTo(dense_groups=decision.target_units)
+
     def _act(self, decision: Decision, operation_id: str) -> None:
         if decision.verdict == "rebalance":
             self._rebalancing = operation_id
@@ -156,7 +161,7 @@ class Autoscaler:
             ).start()  # fmt: skip
             return
         try:
-            operation = self._operations.request(operation_id, ScaleTo(decision.target_units))
+            operation = self._operations.request(operation_id, self._target(decision))
             self._note(operation_id, operation["outcome"], operation["reason"])
         except RemoraError as refused:
             self._note(operation_id, "refused", str(refused))

@@ -121,6 +121,18 @@ def test_a_rising_load_scales_up_once_and_the_log_replays(
     assert f"{operation['operation_id']}: running" in text
 
 
+def test_a_pool_of_dense_groups_is_scaled_by_its_own_number(tmp_path: Path) -> None:
+    with looping(tmp_path, pool="dense") as loop:
+        units = sum(m.role == "dense" for m in loop.operations.view().members)
+        loop.operations.holds = True
+        made = loop.pass_by(8, waiting=30)
+        [up] = [d for d in made if d.verdict == "scale"]
+        assert (up.units, up.target_units) == (units, 3)
+        [operation] = loop.operations.runner.status()["last"]
+        assert operation["target"]["dense_groups"] == 3
+        assert operation["target"]["shards"] is None
+
+
 @pytest.mark.parametrize("mode", ["observe", "advise"])
 def test_other_modes_change_nothing(tmp_path: Path, mode: str) -> None:
     with looping(tmp_path, mode=mode) as loop:
@@ -222,7 +234,6 @@ def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "every_s", "complaint"),
     [
-        ({"pool": "dense"}, 5.0, "pool dense is not resized"),
         ({"pool": "ingress", "targets": {"ongoing_per_unit": 4}}, 5.0, "is Ray Serve.s"),
         ({}, 15.0, "samples_min = 3"),
         ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
