@@ -143,6 +143,8 @@ class ElasticConfig(Section):
     log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
     # processes started and imported, for the next shards; each takes what a shard asks of Ray
     warm_standby: Annotated[int, Field(ge=0, le=64)] = 0
+    # at which one shard takes experts while others serve, at most; less when steps get slower
+    copy_mib_per_s: Annotated[float, Field(ge=1, le=1 << 20, allow_inf_nan=False)] = 1024.0
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
     hold_s: Annotated[float, Field(ge=0, le=1e7)] = (
         120.0  # requests wait for a lost shard's experts

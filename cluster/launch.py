@@ -138,6 +138,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
         num_threads=shard_threads(config),
         is_int8=config.experts_dtype == "int8",
         num_slots=config.experts.slots,
+        copy_bytes_per_s=config.elastic.copy_mib_per_s * (1 << 20),
         experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
     )
 

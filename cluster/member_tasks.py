@@ -16,6 +16,7 @@ from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import ROUTER
+from remora.cluster.copy_watch import CopyWatch
 from remora.cluster.dense_groups import (
     create_rank,
     rank_plans,
@@ -88,6 +89,7 @@ class MemberTasks:
         self._copies: dict[tuple[str, int], Endpoint] = {}
         self._router: Any = None
         self._closed = False
+        self._copying = CopyWatch(config.elastic.copy_mib_per_s * (1 << 20), self._living)
 
     def add(self, uid: str, incarnation: int, handle: Any) -> None:
         """A member that lives, or one rank of a dense group that does; its death is told, that of
@@ -114,6 +116,7 @@ class MemberTasks:
     def close(self) -> None:
         """Deaths are told no more."""
         self._closed = True
+        self._copying.close()
 
     def perform(self, task: Task) -> "Future[Answer]":
         """Begin a task.
@@ -139,7 +142,7 @@ class MemberTasks:
                 return _answer(self._handle(uid).fence.remote(fenced))
             case Copy(uid=uid, pairs=pairs, replicas=replicas):
                 order = self._order(pairs, replicas)
-                return _answer(self._handle(uid).load_experts.remote(order))
+                return self._taking(uid, _answer(self._handle(uid).load_experts.remote(order)))
             case Canary(uid=uid, pairs=pairs):
                 return _answer(self._handle(uid).canary.remote(pairs), _canary_result)
             case Keep(uid=uid, experts=experts):
@@ -163,6 +166,7 @@ class MemberTasks:
             shard_launch(config, uid, empty, self._token),
             incarnation=task.incarnation,
             num_slots=task.num_slots,
+            copy_bytes_per_s=self._copying.bytes_per_s,
             load_idle=True,
         )
         options = shard_options(config)
@@ -179,7 +183,18 @@ class MemberTasks:
         self._changed(uid, handle, asked_of_ray(options))
         pairs = task.replicas or pairs_of(task.experts, layers)
         order = self._order(tuple(pairs), task.replicas)
-        return _answer(handle.join.remote(launch, order), self._started)
+        return self._taking(uid, _answer(handle.join.remote(launch, order), self._started))
+
+    def _taking(self, uid: str, answer: "Future[Answer]") -> "Future[Answer]":
+        """Somebody sees to the rate until it is over."""
+        self._copying.begun(uid)
+        answer.add_done_callback(lambda _: self._copying.ended(uid))
+        return answer
+
+    def _living(self) -> dict[str, Any]:
+        with self._lock:
+            newest = self._newest.items()
+            return {u: h for u, n in newest if (h := self._lives.get((u, n))) is not None}
 
     def _order(self, pairs: Sequence[Pair], replicas: Mapping[Pair, tuple[str, ...]]) -> CopyOrder:
         """What a shard is told to take in; sources are those whose address is known."""
