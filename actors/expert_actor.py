@@ -53,6 +53,7 @@ class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
     member: Member
     manifest: Manifest
     room: dict[int, int]  # decoder layer -> slots, of every MoE layer
+    slot_bytes: int = 0  # one slot of every MoE layer
     copies: Endpoint | None = None  # where others copy its experts; None: they cannot
 
 
@@ -181,7 +182,13 @@ class ExpertActor:
         assert shard is not None, "asked before start returned"
         room = {layer: shard.state.room(layer) for layer in shard.spec.moe_layers}
         copies = self._copies.endpoint if self._copies is not None else None
-        return ShardFacts(member=member, manifest=shard.manifest, room=room, copies=copies)
+        return ShardFacts(
+            member=member,
+            manifest=shard.manifest,
+            room=room,
+            slot_bytes=sum(shard.nbytes_of(layer) for layer in shard.state.layers),
+            copies=copies,
+        )
 
     def _changing(self) -> ShardSlots:
         if self._slots is None:

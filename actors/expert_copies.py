@@ -87,7 +87,7 @@ class CopyTaker:
         self._open: dict[str, CopySource] = {}
 
     def take(
-        self, uid: str, pair: Pair, layout: str, memory: Sequence[memoryview], pace: Pace
+        self, uid: str, pair: Pair, pace: Pace, layout: str, memory: Sequence[memoryview]
     ) -> bool:
         """Write an expert's bytes into `memory`; False: this source does not give it.
 

@@ -259,7 +259,7 @@ class ShardExperts:
 
 
 def _memory(parts: list[Tensor]) -> list[memoryview]:
-    return [memoryview(part.numpy()).cast("B") for part in parts]
+    return [part.numpy().data.cast("B") for part in parts]
 
 
 def _gate(held: ExpertLayer, up_NU: Tensor) -> Tensor:

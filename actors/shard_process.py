@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from remora.actors.collector import objects_that_stay
+from remora.actors.host_memory import free_memory
 from remora.actors.idle_thread import run_idle
-from remora.actors.launch import CopyOrder, Progress, ShardLaunch
+from remora.actors.launch import CopyOrder, Progress, ShardLaunch, host_label
 
 if TYPE_CHECKING:
     from remora.actors.expert_actor import ExpertActor, ShardFacts
@@ -87,6 +88,10 @@ class ShardProcess:
     def fence(self, names: Sequence[str]) -> None:
         """As `ExpertActor.fence`."""
         self._made().fence(names)
+
+    def host_memory(self) -> tuple[str, int]:
+        """Label of this host, and bytes that a new process of it may take."""
+        return host_label(), free_memory()
 
     def until_end(self) -> None:
         """As `ExpertActor.until_end`."""

@@ -128,9 +128,8 @@ class ShardSlots:
         shard, (layer, expert) = self._shard, pair
         for uid in replicas:
             slot = shard.state.slot_for(layer, expert)
-            digest = shard.copy_slot(
-                layer, expert, slot, lambda *to, uid=uid: taker.take(uid, pair, *to, self.pace)
-            )
+            write = partial(taker.take, uid, pair, self.pace)
+            digest = shard.copy_slot(layer, expert, slot, write)
             if digest is None:
                 continue
             if digest.digest != wanted:  # the slot may be sound: the checkpoint will tell

@@ -26,7 +26,7 @@ from remora.cluster.operation import (
     Stop,
     Task,
 )
-from remora.cluster.operation_plan import Situation
+from remora.cluster.operation_plan import FreeMemory, Situation
 from remora.comm.view import View
 
 HISTORY_MAX: Final = 64  # operations that are remembered by their id
@@ -65,6 +65,7 @@ class CoordinatorCalls(ABC):
         self.room = dict(room)
         self.incarnations = {m.uid: m.incarnation for m in view.members} | dict(incarnations)
         self.operation: Operation | None = None
+        self.memory: FreeMemory | None = None  # for the next request
         self.history: dict[str, Operation] = {}
         self.fenced: set[str] = set()
         self.lost: set[str] = set()
@@ -98,6 +99,7 @@ class CoordinatorCalls(ABC):
             incarnations=self.incarnations,
             replicas=self._limits.replicas,
             slots_of_joiners=self._limits.slots_of_joiners,
+            memory=self.memory,
         )
 
     def next_time(self) -> float | None:

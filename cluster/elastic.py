@@ -18,7 +18,7 @@ from remora.cluster.coordinator_state import CoordinatorState, recovered
 from remora.cluster.dense_groups import rank_uids
 from remora.cluster.instances import instances_dir
 from remora.cluster.member_tasks import MemberTasks, find_actor
-from remora.cluster.operation import Effect, Target, is_dense
+from remora.cluster.operation import Effect, ScaleTo, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
@@ -47,6 +47,10 @@ def limits_of(config: RemoraConfig) -> Limits:
         replicas=1 if slots is None else 2,
         slots_of_joiners=slots or 1,
     )
+
+
+def _may_join(target: Target) -> bool:
+    return isinstance(target, ScaleTo)
 
 
 class Elastic:
@@ -137,7 +141,8 @@ class Elastic:
                 "experts.transport = nccl: a communicator has fixed members yet; scale and move"
                 " experts with transport auto or tcp"
             )
-        return self._runner().request(operation_id, target)
+        memory = self._tasks.free_memory() if self._tasks and _may_join(target) else None
+        return self._runner().request(operation_id, target, memory)
 
     def close(self, *, forget: bool) -> None:
         """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""

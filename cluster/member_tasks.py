@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import ray
@@ -25,7 +25,7 @@ from remora.cluster.dense_groups import (
     start_ranks,
 )
 from remora.cluster.launch import shard_launch, shard_options
-from remora.cluster.members import asked_of_ray
+from remora.cluster.members import answers_within, asked_of_ray
 from remora.cluster.operation import (
     Adopt,
     Answer,
@@ -44,12 +44,15 @@ from remora.cluster.operation import (
     Task,
     is_dense,
 )
+from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.placement_steps import pairs_of
 from remora.cluster.standbys import Standbys
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Endpoint, Member, Placement
 
 logger = logging.getLogger(__name__)
+
+MEMORY_S: Final = 2.0  # for shards to tell what their hosts have left
 
 
 class MemberTasks:
@@ -87,6 +90,7 @@ class MemberTasks:
         self._lives: dict[tuple[str, int], Any] = {}
         self._newest: dict[str, int] = {}
         self._copies: dict[tuple[str, int], Endpoint] = {}
+        self._slot_bytes = 0
         self._router: Any = None
         self._closed = False
         self._copying = CopyWatch(config.elastic.copy_mib_per_s * (1 << 20), self._living)
@@ -101,9 +105,24 @@ class MemberTasks:
 
     def know(self, facts: ShardFacts) -> None:
         """Where the experts of a shard are copied."""
-        if facts.copies is not None:
-            with self._lock:
+        with self._lock:
+            self._slot_bytes = facts.slot_bytes
+            if facts.copies is not None:
                 self._copies[facts.member.uid, facts.member.incarnation] = facts.copies
+
+    def free_memory(self) -> FreeMemory | None:
+        """What hosts have left now; waits a moment. None: shards have not told their sizes."""
+        shards = {u: h for u, h in self._living().items() if u.startswith("shard-")}
+        asked = {uid: handle.host_memory.remote() for uid, handle in shards.items()}
+        answers = answers_within(asked, MEMORY_S)
+        by_host = dict(told for told in answers.values() if isinstance(told, tuple))
+        hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        with self._lock:
+            slot_bytes = self._slot_bytes
+        if not slot_bytes:
+            return None
+        others = len(hosts - by_host.keys())
+        return FreeMemory(slot_bytes=slot_bytes, by_host=by_host, others=others)
 
     def ask_where(self, uid: str) -> None:
         """Have a living shard tell where its experts are copied; nobody waits for it."""

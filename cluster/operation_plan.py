@@ -22,6 +22,17 @@ SHARDS_MAX = 4096
 DENSE_MAX = 1024
 
 
+PROCESS_BYTES = 400 << 20  # of a shard without its slots (measured: 320 MiB are its own, and Ray's)
+
+
+class FreeMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What hosts have left for shards that join."""
+
+    slot_bytes: int  # one slot of every MoE layer
+    by_host: Mapping[str, int]  # bytes; of the hosts of shards
+    others: int = 0  # hosts of which nothing is known, and on which shards may start
+
+
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan starts from."""
 
@@ -31,6 +42,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     incarnations: Mapping[str, int]  # the last life of every uid there ever was
     replicas: int  # of an expert, where slots allow
     slots_of_joiners: int  # of a layer; at least
+    memory: FreeMemory | None = None  # None: nothing is known
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +138,7 @@ def _scaled(now: Situation, retirees: list[str], num_joiners: int) -> Planned:
     again = [uid for uid in staying if uid in now.lost]  # died: in a new life
     names = [*again, *itertools.islice(_free_uids("shard", SHARDS_MAX, slots), num_joiners)]
     joiners = {uid: now.incarnations.get(uid, 0) + 1 for uid in names}
+    _check_memory(len(names), now)
     num_layers = len(placement.moe_layers)
     room = {uid: now.room[uid] for uid in staying if uid not in joiners}
     room |= dict.fromkeys(joiners, (joiner_slots(now),) * num_layers)
@@ -147,6 +160,23 @@ def same_slots(one: Held, other: Held) -> bool:
 def joiner_slots(now: Situation) -> int:
     """Slots of a layer that a shard gets which joins: as many as any shard has."""
     return max([now.slots_of_joiners, *(slots for room in now.room.values() for slots in room)])
+
+
+def _check_memory(num_joiners: int, now: Situation) -> None:
+    """Raises ConfigError where known hosts have no room for all who join."""
+    memory = now.memory
+    if memory is None or memory.others or not num_joiners:
+        return
+    slots = joiner_slots(now)
+    each = slots * memory.slot_bytes + PROCESS_BYTES
+    room = {host: free // each for host, free in memory.by_host.items()}
+    if sum(room.values()) < num_joiners:
+        free = ", ".join(f"{host[:12]}: {free:,}" for host, free in memory.by_host.items())
+        raise ConfigError(
+            f"no memory for {num_joiners} more shards: each takes {each:,} bytes ({slots} slots of"
+            f" {memory.slot_bytes:,} over all layers, {PROCESS_BYTES:,} for the process), free are"
+            f" {free}: add hosts, or have fewer experts.slots"
+        )
 
 
 def _free_uids(role: str, most: int, used: Collection[str]) -> Iterator[str]:

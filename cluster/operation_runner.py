@@ -33,6 +33,7 @@ from remora.cluster.operation import (
     Task,
     Tick,
 )
+from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.wal import RecordLog, WalError
 from remora.comm.errors import ClusterError, UnknownOperationError
 from remora.comm.view import View
@@ -120,8 +121,13 @@ class OperationRunner:
         if self._thread.is_alive():
             self._thread.join()
 
-    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
+    def request(
+        self, operation_id: str, target: Target, memory: FreeMemory | None = None
+    ) -> dict[str, Any]:
         """Begin an operation, or find the one of that id; how it is.
+
+        Args:
+            memory: that hosts have left; None: it is not planned with.
 
         Raises:
             ConfigError, ClusterError: as `CoordinatorState.request`; or this deployment stops.
@@ -129,7 +135,9 @@ class OperationRunner:
         with self._changed:
             if self._closed:
                 raise ClusterError("this deployment is being stopped")
+            self._state.memory = memory
             self._carry_out(self._state.request(operation_id, target, self._clock()))
+            self._state.memory = None  # it gets old
         self._events.put(Tick())  # the loop looks when the next deadline is
         return self.operation(operation_id)
 

@@ -45,7 +45,9 @@ class Standbys:
                 return
             uid = f"{STANDBY}{secrets.token_hex(4)}"
             name = actor_name(config.name, uid, FIRST_INCARNATION)
-            handle = ray.remote(ShardProcess).options(name=name, **shard_options(config)).remote()
+            handle: Any = (
+                ray.remote(ShardProcess).options(name=name, **shard_options(config)).remote()
+            )
             self._starting[name] = handle
         warm = handle.warm_up.remote(config.model).future()
         warm.add_done_callback(lambda done: self._warmed(name, done))
