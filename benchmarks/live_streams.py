@@ -120,6 +120,12 @@ class Streams:
         self._progress = asyncio.Event()
         self._stopping = False
 
+    def add(self, other: "Streams") -> None:
+        """Count what others have seen, too."""
+        self.failed += other.failed
+        self.num_done += other.num_done
+        self.num_different += other.num_different
+
     async def run(self) -> None:
         """Until `stop`, and the requests that run then have ended."""
         await asyncio.gather(*(self._flow(index) for index in range(NUM_STREAMS)))

@@ -115,7 +115,7 @@ class MemberTasks:
         shards = {u: h for u, h in self._living().items() if u.startswith("shard-")}
         asked = {uid: handle.host_memory.remote() for uid, handle in shards.items()}
         answers = answers_within(asked, MEMORY_S)
-        by_host = dict(told for told in answers.values() if isinstance(told, tuple))
+        by_host: dict[str, int] = dict(told for told in answers.values() if isinstance(told, tuple))
         hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         with self._lock:
             slot_bytes = self._slot_bytes
