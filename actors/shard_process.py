@@ -81,9 +81,9 @@ class ShardProcess:
         """As `ExpertActor.canary`."""
         return self._made().canary(pairs)
 
-    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> None:
+    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> dict[int, int]:
         """As `ExpertActor.keep_experts`."""
-        self._made().keep_experts(experts)
+        return self._made().keep_experts(experts)
 
     def fence(self, names: Sequence[str]) -> None:
         """As `ExpertActor.fence`."""

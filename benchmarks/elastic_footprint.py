@@ -37,16 +37,16 @@ def footprint(name: str) -> dict[str, Any]:
 
 def processes(name: str) -> list[int]:
     """Of the deployment's actors, as Ray knows them by now."""
+
+    def pid(_actor: Any) -> int:  # travels by value: workers do not know this module
+        return os.getpid()
+
     pids = []
     for each in list_named_actors(all_namespaces=True):
         if each["name"].startswith(f"remora/{name}/"):
             handle: Any = ray.get_actor(each["name"], namespace=RAY_NAMESPACE)
-            pids.append(ray.get(handle.__ray_call__.remote(_pid)))
+            pids.append(ray.get(handle.__ray_call__.remote(pid)))
     return pids
-
-
-def _pid(_actor: Any) -> int:
-    return os.getpid()
 
 
 def _pss(pid: int) -> int:
