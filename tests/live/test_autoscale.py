@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 import ray
 from ray.util.state import list_actors
@@ -25,8 +26,10 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig, parse_config
 from remora.cluster.connect import connected_service
+from remora.cluster.ingress import build_app
 from remora.cluster.manage_command import status_text
 from remora.cluster.openai_schema import CompletionRequest
+from remora.cluster.security import ADMIN_KEYS_ENV
 from remora.cluster.service import Service
 from remora.cluster.sse import collect
 from remora.comm import coordinator_pb2 as pb
@@ -34,6 +37,7 @@ from remora.comm.coordinator_grpc import DRAIN, GET_OPERATION, GET_STATUS, SCALE
 from remora.comm.grpc_base import channel_options, unary_call
 
 SOON_S = 240.0
+ADMIN_KEY = "operators-only"
 POLICY = {
     "kind": "AutoscalePolicy", "version": 1, "pool": "experts", "mode": "act",
     "targets": {"queue_per_unit": 2},
@@ -65,6 +69,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RemoraConfig:
 
 @pytest.fixture(scope="module")
 def handle(config: RemoraConfig) -> Iterator[ClusterHandle]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ADMIN_KEYS_ENV, ADMIN_KEY)
+        yield from running(config)
+
+
+def running(config: RemoraConfig) -> Iterator[ClusterHandle]:
     ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield ensure_cluster(config)
     stop_cluster(config.name)
@@ -102,9 +112,32 @@ async def rising_load(config: RemoraConfig, handle: ClusterHandle) -> tuple[list
         async with asyncio.timeout(SOON_S):
             while (await asyncio.to_thread(last, config))["units"] != 3:
                 await asyncio.sleep(0.1)
+            while service.serving.metrics.coordinator.get("remora_autoscale_units") != 3.0:
+                await asyncio.sleep(0.1)
+        await over_http(service, config)
         return before, after
     finally:
         await service.close()
+
+
+async def over_http(service: Service, config: RemoraConfig) -> None:
+    """The same deployment by `/v1/ep/*`."""
+    transport = httpx.ASGITransport(app=build_app(service))
+    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://ingress", headers=headers, timeout=60
+    ) as client:
+        status = (await client.get("/v1/ep/status")).json()
+        assert status["autoscale"]["decided"]["up"] == 1
+        placement = (await client.get("/v1/ep/placement")).json()
+        assert sorted(placement["placement"]["slots"]) == ["shard-0", "shard-1", "shard-2"]
+        body = {"operation_id": "same", "placement": placement["placement"]}
+        answer = await client.put("/v1/ep/placement", json=body)
+        assert answer.json()["reason"] == "it is so already", answer.text
+        metrics = (await client.get("/metrics")).text
+        assert "remora_autoscale_units 3.0" in metrics and "remora_autoscale_up 1.0" in metrics
+        refused = await client.get("/v1/ep/status", headers={"authorization": "Bearer other"})
+        assert refused.status_code == 401
 
 
 def shards(handle: ClusterHandle) -> list[str]:
@@ -131,7 +164,7 @@ def test_one_scale_up_follows_and_the_log_replays(
     with grpc.insecure_channel(status["operator"]["address"], options=channel_options()) as channel:
         known: dict[str, Any] = {"timeout": 60.0, "metadata": credentials_of(handle.token)}
         told = unary_call(channel, GET_STATUS)(pb.GetStatusRequest(), **known)
-        [operation] = told.last
+        operation = told.last[0]
         assert operation.operation_id == scaler["action"]["operation_id"]
         assert (operation.outcome, dict(operation.joiners)) == ("done", {"shard-2": 1})
         assert {m.uid for m in told.members if m.alive} >= set(shards(handle))
