@@ -98,7 +98,8 @@ class DenseActor:
             self._thread.start()
         assert self._server and self._state and self._engine and self._rank
         top_k, num_ranks = self._rank.model.spec.top_k, self._launch.num_ranks
-        loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks)
+        tell_ranks = self._leader.note_others if self._leader is not None else None
+        loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks, tell_ranks)
         self._reporter = report_to_router(self._launch, self._state.stats, self.take_sketch, loads)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 

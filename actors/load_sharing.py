@@ -27,6 +27,8 @@ class LoadSharing:
         top_k: experts of a token.
         num_ranks: of a tensor-parallel group. Rank 0 counts its own slice of the rows, and reports
             for all: slices are of equal size.
+        tell_ranks: (epoch, others' pairs, top_k) to the other ranks of the group, which price
+            shards as rank 0 does; None where there are none.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class LoadSharing:
         dispatcher: Callable[[], Dispatcher | None],
         top_k: int,
         num_ranks: int = 1,
+        tell_ranks: Callable[[int, NDArray[np.int64] | None, int], None] | None = None,
     ) -> None:
         self._engine, self._dispatcher = engine, dispatcher
         self._top_k, self._num_ranks = top_k, num_ranks
+        self._tell_ranks = tell_ranks
 
     def take(self) -> Sent:
         """Pairs sent since the last call, and the epoch of their view; NOTHING where none are
@@ -65,5 +69,7 @@ class LoadSharing:
                 return
             if others_LS is None or epoch == dispatcher.view.epoch:
                 dispatcher.note_others(others_LS, self._top_k)
+                if self._tell_ranks is not None:
+                    self._tell_ranks(epoch, others_LS, self._top_k)
 
         self._engine.run_soon(note)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from remora.actors.actor_thread import ActorThread
@@ -32,7 +33,17 @@ from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError, FrameError, PeerLostError
 from remora.comm.nccl_group import NcclGroup
 from remora.comm.peers import PeerSet
-from remora.comm.rank_link import Adopt, Compile, Done, Link, Order, Recover, Shuffle, UseEager
+from remora.comm.rank_link import (
+    Adopt,
+    Compile,
+    Done,
+    Link,
+    Loads,
+    Order,
+    Recover,
+    Shuffle,
+    UseEager,
+)
 from remora.comm.view import Endpoint, View
 from remora.kernels.attention import KVPages, build_plan
 
@@ -53,6 +64,7 @@ class Follower:
         group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
         connect: Callable[[View], ExpertsFn],
+        note_others: Callable[[Loads], None],
         exact: bool,
         shuffle: TokenShuffle,
     ) -> None:
@@ -62,6 +74,7 @@ class Follower:
         self._group = group
         self._link = link
         self._connect = connect
+        self._note_others = note_others
         self._exact = exact
         self._epoch = 0
         self._experts: ExpertsFn | None = None
@@ -82,6 +95,8 @@ class Follower:
                     self._step(message)
                 case Adopt():
                     self._answer(functools.partial(self._adopt, message))
+                case Loads():
+                    self._note_others(message)
                 case Compile():
                     self._answer(self._compile)
                 case UseEager():
@@ -253,6 +268,7 @@ class RankActor:
             pages=allocate_pages(model, launch.num_kv_blocks),
             group=group,
             link=self._link,
+            note_others=self._note_others,
             connect=lambda view: SplitExperts(on_host(self._connect(view), model), group, shuffle),
             exact=launch.exact,
             shuffle=shuffle,
@@ -268,6 +284,16 @@ class RankActor:
         finally:
             self._peers.close()
             self._link.close()
+
+    def _note_others(self, loads: Loads) -> None:
+        """Other dense groups' pairs, of the view in force, count as load."""
+        dispatcher = self._dispatcher
+        if dispatcher is None or (loads.pairs is not None and loads.epoch != dispatcher.view.epoch):
+            return
+        pairs_LS = None
+        if loads.pairs is not None:
+            pairs_LS = np.frombuffer(loads.pairs, np.int64).reshape(loads.shape)
+        dispatcher.note_others(pairs_LS, loads.top_k)
 
     def _connect(self, view: View) -> ExpertsFn:
         assert self._peers is not None

@@ -8,11 +8,14 @@ the rank. A rank that is gone, or does not answer, ends the group for good (`Gro
 requests go on elsewhere, and all ranks are started anew.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from remora.actors.dense_events import SliceResult, StepPlan
 from remora.actors.dense_model import DenseModel
@@ -30,6 +33,7 @@ from remora.comm.rank_link import (
     Broke,
     Compile,
     Done,
+    Loads,
     Message,
     Order,
     Recover,
@@ -94,6 +98,18 @@ class Leader:
         """Every rank connects to the shards of `view`. Raises ClusterError."""
         self.ask(Adopt(view=view, rank_hosts=self.hosts))
         self.epoch = view.epoch
+
+    def note_others(self, epoch: int, pairs_LS: NDArray[np.int64] | None, top_k: int) -> None:
+        """Every other rank prices shards by what other dense groups sent; between steps.
+
+        That a rank is gone is the next step's to tell.
+        """
+        if self._broken is not None:
+            return
+        shape = (0, 0) if pairs_LS is None else (pairs_LS.shape[0], pairs_LS.shape[1])
+        pairs = None if pairs_LS is None else pairs_LS.astype(np.int64).tobytes()
+        with contextlib.suppress(GroupLostError):  # logged, and kept in `_broken`
+            self._tell(Loads(epoch=epoch, shape=shape, pairs=pairs, top_k=top_k))
 
     def step(self, order: Callable[[int, int], Order], run: Callable[[], T]) -> T:
         """Have every rank run the step of `order(epoch, sequence)`, this one by `run`.

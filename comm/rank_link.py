@@ -76,6 +76,15 @@ class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rank_hosts: list[str]  # host of each rank: which shards it is near
 
 
+class Loads(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What other dense groups sent to each shard since the last one (`Dispatcher.note_others`)."""
+
+    epoch: int  # of the view whose layers and shards these are
+    shape: tuple[int, int]  # L, S
+    pairs: bytes | None  # int64 [L, S]; None: nobody can tell
+    top_k: int
+
+
 class Compile(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Compile the layers and warm them up. Answered."""
 
@@ -103,7 +112,9 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str | None = None
 
 
-Message = Hello | Setup | Shuffle | Order | Adopt | Compile | UseEager | Recover | Broke | Done
+Message = (
+    Hello | Setup | Shuffle | Order | Adopt | Loads | Compile | UseEager | Recover | Broke | Done
+)
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 _encoder: Final = msgspec.msgpack.Encoder()
 

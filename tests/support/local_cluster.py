@@ -24,7 +24,7 @@ from remora.actors.hardware import Hardware
 from remora.actors.launch import NcclLaunch, ShardLaunch
 from remora.actors.model_spec import inspect_model
 from remora.actors.tp_actor import RankActor
-from remora.comm.aio import connect_async
+from remora.comm.aio import AsyncConnection, connect_async
 from remora.comm.messages import (
     Ping,
     Pong,
@@ -235,6 +235,12 @@ class DenseClient:
         connection = await connect_async(
             self.member.endpoint, TOKEN, self.member.endpoint.host, name="test"
         )
+        try:
+            return await self._ask_over(connection, asks)
+        finally:
+            await connection.close()
+
+    async def _ask_over(self, connection: AsyncConnection, asks: Sequence[Ask]) -> list[Answer]:
         answers = {f"request-{i}": Answer() for i in range(len(asks))}
         for request_id, ask in zip(answers, asks, strict=True):
             submit = Submit(
@@ -256,5 +262,4 @@ class DenseClient:
                     waiting.remove(output.request_id)
             if not waiting:
                 break
-        await connection.close()
         return list(answers.values())

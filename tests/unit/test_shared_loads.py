@@ -133,6 +133,30 @@ def test_two_dense_groups_tell_each_other(cluster: LocalCluster) -> None:
                     reporter.close()
 
 
+def test_every_rank_of_a_group_hears_of_the_others(cluster: LocalCluster) -> None:
+    with cluster.dense(num_ranks=2) as group:
+        follower = group.others[0]
+        sharing = _sharing(group)
+
+        def loads_of_follower() -> np.ndarray:
+            assert follower._dispatcher is not None
+            return np.stack(list(follower._dispatcher._routes.load.values()))
+
+        layers = len(cluster.spec.moe_layers)
+        sharing.note(1, np.full((layers, 2), 1000))
+        _until(lambda: bool((loads_of_follower() == PAIR * 1000).all()))
+        sharing.note(2, np.full((layers, 2), 1000))  # of a view that is not in force
+        sharing.note(1, np.full((layers, 2), 500))
+        _until(lambda: bool((loads_of_follower() > PAIR * 1000).all()))
+        assert loads_of_follower().max() <= PAIR * 1500
+        assert np.array_equal(loads_of_follower(), _loads(group)), "all ranks price alike"
+        sharing.note(1, None)
+        whole = gain_for(2)
+        assert follower._dispatcher is not None
+        routes = follower._dispatcher._routes
+        _until(lambda: int(routes.gain[0]) == int(_dispatcher(group)._routes.gain[0]) <= whole)
+
+
 def test_an_engine_that_has_stopped_has_nothing_to_tell(cluster: LocalCluster) -> None:
     with cluster.dense(uid="dense-0") as group:
         loads = _sharing(group)
@@ -157,7 +181,14 @@ def _loads(group: DenseClient) -> np.ndarray:
 def _sharing(group: DenseClient) -> LoadSharing:
     actor = group.actor
     assert actor._engine is not None and actor._rank is not None
-    return LoadSharing(actor._engine, lambda: actor._dispatcher, actor._rank.model.spec.top_k)
+    leader = actor._leader
+    return LoadSharing(
+        actor._engine,
+        lambda: actor._dispatcher,
+        actor._rank.model.spec.top_k,
+        num_ranks=1 + len(group.others),
+        tell_ranks=leader.note_others if leader else None,
+    )
 
 
 def _reporter(group: DenseClient, address: str) -> RouterReporter:
