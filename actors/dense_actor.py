@@ -130,6 +130,13 @@ class DenseActor:
         if self._engine is not None and not self._engine.quiesce(within_s):
             logger.warning("%s: not all requests ended within %g s", self._launch.uid, within_s)
 
+    def heartbeat(self) -> tuple[int, int]:
+        """Steps so far, and sequences that wait for one; none while the step in flight is held for
+        an expert that the coordinator restores."""
+        stats = self._state.stats() if self._state else EngineStats()
+        is_held = self._views is not None and self._views.is_holding
+        return stats.steps_total, 0 if is_held else stats.num_running + stats.num_waiting
+
     def until_end(self) -> None:
         """Returns when this rank serves no more."""
         self._thread.wait_until_end()

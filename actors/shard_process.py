@@ -93,6 +93,10 @@ class ShardProcess:
         """Label of this host, and bytes that a new process of it may take."""
         return host_label(), free_memory()
 
+    def heartbeat(self) -> tuple[int, int]:
+        """As `ExpertActor.heartbeat`."""
+        return self._made().heartbeat()
+
     def until_end(self) -> None:
         """As `ExpertActor.until_end`."""
         self._begun.wait()

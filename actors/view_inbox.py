@@ -31,6 +31,7 @@ class ViewInbox:
         self._changed = threading.Condition()
         self._newest: View | None = None
         self._offers: list[tuple[View, Future[None]]] = []
+        self.is_holding = False  # a step waits here
 
     # -- any thread ---------------------------------------------------------------------------
 
@@ -83,7 +84,13 @@ class ViewInbox:
 
     def hold(self, epoch: int) -> View | None:
         """Wait for a view newer than `epoch`; None when none came in time."""
-        until_s = time.monotonic() + self._hold_s
+        self.is_holding = True
+        try:
+            return self._held(epoch, time.monotonic() + self._hold_s)
+        finally:
+            self.is_holding = False
+
+    def _held(self, epoch: int, until_s: float) -> View | None:
         while True:
             self.take_offers()
             with self._changed:

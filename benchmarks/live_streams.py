@@ -244,15 +244,6 @@ async def until(found: Callable[[], Awaitable[bool]]) -> float:
     return time.perf_counter() - begin_s
 
 
-async def in_view(handle: ClusterHandle, uid: str, incarnation: int) -> bool:
-    """Whether the committed view names this life of a member."""
-    try:
-        view = await asyncio.to_thread(handle.view)
-    except ClusterError:  # the coordinator is being started again
-        return False
-    return any((m.uid, m.incarnation) == (uid, incarnation) for m in view.members)
-
-
 async def over(handle: ClusterHandle, operation_id: str) -> dict[str, Any]:
     """An operation of anybody's, once it has begun and is over."""
     found: dict[str, Any] = {}

@@ -146,6 +146,7 @@ class ElasticConfig(Section):
     # at which one shard takes experts while others serve, at most; less when steps get slower
     copy_mib_per_s: Annotated[float, Field(ge=1, le=1 << 20, allow_inf_nan=False)] = 1024.0
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
+    hang_s: Seconds = 20.0  # without a sign of progress a member is ended and started again
     hold_s: Annotated[float, Field(ge=0, le=1e7)] = (
         120.0  # requests wait for a lost shard's experts
     )

@@ -148,6 +148,7 @@ class Coordinator:
             "members": members,
             "operations": runner.status() if runner is not None else None,
             "standbys": self._elastic.standbys.status() if self._elastic is not None else None,
+            "health": self._elastic.health_status() if self._elastic is not None else None,
             **self._beside.status(),
         }
 
@@ -187,7 +188,8 @@ class Coordinator:
 
     def exchange(self, load: IngressLoad | None) -> dict[str, float]:
         """Take what an ingress counted; metrics of the loops beside operations, by name."""
-        return self._beside.exchange(load)
+        gauges, elastic = self._beside.exchange(load), self._elastic
+        return gauges | (elastic.gauges() if elastic is not None else {})
 
     # ---- up and down ----
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ray
 
@@ -16,6 +16,8 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_state import CoordinatorState, recovered
 from remora.cluster.dense_groups import rank_uids
+from remora.cluster.health_state import HealthState
+from remora.cluster.health_watch import HealthWatch
 from remora.cluster.instances import instances_dir
 from remora.cluster.member_tasks import MemberTasks, find_actor
 from remora.cluster.operation import Effect, ScaleTo, Target, is_dense
@@ -26,6 +28,8 @@ from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
+
+STALL_CALLS: Final = 4  # calls of a step that are late one after the other: it gets on, slowly
 
 
 def log_folder(config: RemoraConfig) -> Path:
@@ -76,6 +80,7 @@ class Elastic:
         self._tasks: MemberTasks | None = None
         self.standbys = Standbys(config)
         self.runner: OperationRunner | None = None
+        self.health: HealthWatch | None = None
 
     def begin(
         self, view: View, spec: ModelSpec, facts: Mapping[str, ShardFacts], manifest: Manifest,
@@ -144,9 +149,20 @@ class Elastic:
         memory = self._tasks.free_memory() if self._tasks and _may_join(target) else None
         return self._runner().request(operation_id, target, memory)
 
+    def health_status(self) -> dict[str, object]:
+        """Members that hung so far."""
+        return self.health.status() if self.health is not None else {}
+
+    def gauges(self) -> dict[str, float]:
+        """For the `/metrics` of ingresses, by name."""
+        health = self.health
+        return {} if health is None else {"remora_members_hung": float(health.hung_total)}
+
     def close(self, *, forget: bool) -> None:
         """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
         self.standbys.close()
+        if self.health is not None:
+            self.health.close()
         if self._tasks is not None:
             self._tasks.close()
         if self.runner is not None:
@@ -175,7 +191,7 @@ class Elastic:
             state,
             self._wal,
             perform=tasks.perform,
-            publish=self._publish,
+            publish=self._committed,
             settled=self.standbys.fill,
         )
         if router is not None:
@@ -184,9 +200,21 @@ class Elastic:
             tasks.add(uid, state.incarnations[uid.partition(".")[0]], handle)
             if not is_dense(uid):
                 tasks.ask_where(uid)
+        timeout_s, hang_s = self._config.experts.call_timeout_s, self._config.elastic.hang_s
+        self.health = HealthWatch(
+            HealthState(hang_s=hang_s, stall_s=hang_s + STALL_CALLS * timeout_s),
+            ask=tasks.heartbeat,
+            hung=self.runner.lost,
+        )
         self.runner.start(effects)
+        self.health.start(state.view)
         if state.operation is None:
             self.standbys.fill()
+
+    def _committed(self, view: View) -> None:
+        if self.health is not None:
+            self.health.adopt_view(view)
+        self._publish(view)
 
     def _runner(self) -> OperationRunner:
         assert self.runner is not None, "before the first view"

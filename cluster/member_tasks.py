@@ -24,6 +24,7 @@ from remora.cluster.dense_groups import (
     remove_placement_group,
     start_ranks,
 )
+from remora.cluster.health_state import Beat
 from remora.cluster.launch import shard_launch, shard_options
 from remora.cluster.members import answers_within, asked_of_ray
 from remora.cluster.operation import (
@@ -131,6 +132,14 @@ class MemberTasks:
     def add_router(self, handle: Any) -> None:
         """The router; Ray starts it again when it dies."""
         self._router = handle
+
+    def heartbeat(self, uid: str, incarnation: int) -> "Future[Beat]":
+        """Ask a life for a sign of progress. Raises ClusterError: there is no such life."""
+        with self._lock:
+            handle = self._lives.get((uid, incarnation))
+        if handle is None:
+            raise ClusterError(f"there is no {uid}#{incarnation}")
+        return _answer(handle.heartbeat.remote(), lambda answer: Beat(*answer))
 
     def close(self) -> None:
         """Deaths are told no more."""
@@ -322,11 +331,9 @@ def _first_of_all(pending: "Mapping[str, Future[Answer]]") -> "Future[Answer]":
     return outcome
 
 
-def _answer(
-    reference: Any, convert: Callable[[Any], Answer] = lambda answer: answer
-) -> "Future[Answer]":
+def _answer(reference: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> "Future[Any]":
     """What a call came to, with errors in the words of whoever raised them."""
-    answered: Future[Answer] = Future()
+    answered: Future[Any] = Future()
 
     def told(done: "Future[Any]") -> None:
         failure = done.exception()

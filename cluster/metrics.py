@@ -52,6 +52,7 @@ _COORDINATOR: tuple[tuple[str, str], ...] = (
         "Share that it saves on the traffic since; absent until enough came",
     ),
     ("remora_seconds_since_last_rebalance", "Since the last move was decided"),
+    ("remora_members_hung", "Members ended for want of progress, in the coordinator's life"),
     ("remora_autoscale_units", "Units of the pool that the policy is for"),
     ("remora_autoscale_target_units", "Units that the last decision wants"),
     ("remora_autoscale_up", "Decisions for more units since the coordinator's start"),

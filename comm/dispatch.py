@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.comm.accounting import TrafficCounters
+from remora.comm.call_deadline import CallDeadline
 from remora.comm.choice import TOP_K_MAX
 from remora.comm.dispatch_handle import Dispatch
 from remora.comm.native import native_extension
@@ -45,7 +46,8 @@ class Dispatcher:
         peers: connections; the dispatcher applies views to it.
         combine: "ordered" (one row back per pair, summed here in top-k order: `exact`) or
             "presummed" (one row back per token and shard: `fast`).
-        deadline_s: of one attempt; a shard over it is a suspect until the next epoch.
+        deadline_s: of one attempt, at most (`call_deadline.py`); a shard over it is a suspect until
+            it has answered after all, or until the next epoch.
         refresh_view: called with the epoch that disappointed; returns the newest view (it may
             block to fetch it). None keeps the view for good.
         hold: called when an expert has no live replica; waits for a view newer than the epoch that
@@ -75,7 +77,8 @@ class Dispatcher:
         self._peers = peers
         presummed = combine == "presummed"
         self._routes = Routes(view, peers, refresh_view, hold)
-        settings = (peers, self._routes, presummed, deadline_s, rows_per_call_max)
+        deadline = CallDeadline(deadline_s)
+        settings = (peers, self._routes, presummed, deadline, rows_per_call_max)
         self._python = PythonLayers(*settings)
         native = native and native_extension() is not None
         self._native = NativeLayers(*settings) if native else None

@@ -10,6 +10,7 @@ Shape suffixes: T tokens (padding included), K top-k, D model width, C calls, S 
 """
 
 import ctypes
+import time
 from typing import Any, Final
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from remora.comm.arena import DTYPE_CODES
 from remora.comm.call import Call
+from remora.comm.call_deadline import CallDeadline
 from remora.comm.dispatch_handle import Dispatch
 from remora.comm.native import native_extension, park_address
 from remora.comm.peer import Peer
@@ -38,12 +40,14 @@ class NativeLayers:
         peers: PeerSet,
         routes: Routes,
         presummed: bool,
-        deadline_s: float,
+        deadline: CallDeadline,
         rows_per_call_max: int,
     ) -> None:
         self._peers = peers
         self._routes = routes
-        self._settings = (int(presummed), deadline_s, rows_per_call_max)
+        self._presummed, self._rows_per_call_max = int(presummed), rows_per_call_max
+        self._deadline = deadline
+        self._deadline_s = 0.0  # that the client is configured for
         self._client: Any = native_extension().Client()
         self._open: Dispatch | None = None  # begun and not finished
         self._view: View | None = None  # that the client is configured for
@@ -66,12 +70,14 @@ class NativeLayers:
             return None
         num_rows, width = hidden_TD.shape
         out_TD = torch.empty_like(hidden_TD)
+        begun_s = time.perf_counter()
         status = self._client.layer(
             layer, num_tokens, num_rows, index_TK.shape[1], width, DTYPE_CODES[hidden_TD.dtype],
             weights_TK.dtype is torch.bfloat16, hidden_TD.data_ptr(), index_TK.data_ptr(),
             weights_TK.data_ptr(), out_TD.data_ptr(),
         )  # fmt: skip
         if status == _DONE:
+            self._deadline.note(time.perf_counter() - begun_s)
             return out_TD
         if status == _NOT_NATIVE:
             return None
@@ -117,10 +123,15 @@ class NativeLayers:
             self._hand_over(sent)
             sent.until_s = None  # nobody waits for it yet
             return False
+        deadline_s = self._deadline.seconds(is_redundant=self._routes.is_redundant)
+        if deadline_s != self._deadline_s:
+            self._deadline_s, self._view = deadline_s, None  # the client is to be told
+            self._peers.settled = False
         return self._peers.settled or self._link()
 
     def _link(self) -> bool:
         """Tells the client of the connections as they are; False when one is not settled."""
+        self._routes.forgive()
         if self._view is not self._routes.view:
             self._configure()
         live = set(self._peers.live_uids)
@@ -152,7 +163,8 @@ class NativeLayers:
             for layer, t in routes.tables.items()
         ]
         self._client.configure(
-            routes.view.epoch, *self._settings, self._peers.limits.region_bytes,
+            routes.view.epoch, self._presummed, self._deadline_s, self._rows_per_call_max,
+            self._peers.limits.region_bytes,
             routes.host_S.ctypes.data, routes.own_host, routes.usable_S.ctypes.data,
             routes.gain.ctypes.data, len(routes.uids), park_address(), tables,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from remora.comm import choice, plan
 from remora.comm.arena import DTYPE_CODES, Memory
 from remora.comm.call import Call
+from remora.comm.call_deadline import CallDeadline
 from remora.comm.dispatch_handle import Dispatch
 from remora.comm.errors import (
     ClusterError,
@@ -43,13 +44,13 @@ class PythonLayers:
         peers: PeerSet,
         routes: Routes,
         presummed: bool,
-        deadline_s: float,
+        deadline: CallDeadline,
         rows_per_call_max: int,
     ) -> None:
         self._peers = peers
         self._routes = routes
         self._presummed = presummed
-        self._deadline_s = deadline_s
+        self._deadline = deadline
         self._rows_per_call_max = rows_per_call_max
         self._num_layers = 0
         self._pack_ns = self._wait_ns = self._combine_ns = self._experts_compute_ns = 0
@@ -63,6 +64,7 @@ class PythonLayers:
     def begin(self, sent: Dispatch) -> None:
         """Chooses, packs and sends. Raises PeerLostError as `Dispatcher.dispatch`."""
         begun_ns = time.perf_counter_ns()
+        self._routes.forgive()
         if sent.num_tokens:
             try:
                 self._plan(sent)
@@ -173,7 +175,7 @@ class PythonLayers:
         dtype = DTYPE_CODES[hidden_TD.dtype]
         for call, num_rows, num_pairs in begun:
             self._peers.start(
-                call, _DISPATCH, flags, self._deadline_s, sent.epoch, sent.layer,
+                call, _DISPATCH, flags, self._deadline_s(), sent.epoch, sent.layer,
                 num_rows, num_pairs, width, dtype,
             )  # fmt: skip
 
@@ -208,11 +210,17 @@ class PythonLayers:
         """Until every waiting call has an answer or an error."""
         begun_ns = time.perf_counter_ns()
         calls = [call for _, call in sent.waiting]
-        self._peers.finish(calls, self._deadline_s, until_s=sent.until_s)
+        self._peers.finish(calls, self._deadline_s(), until_s=sent.until_s)
+        took_ns = time.perf_counter_ns() - begun_ns
+        if sent.until_s is None and all(call.error is None for call in calls):
+            self._deadline.note(took_ns / 1e9)
         sent.until_s = None
-        self._wait_ns += time.perf_counter_ns() - begun_ns
+        self._wait_ns += took_ns
         compute_us = max(call.reply.deadline_us if call.reply else 0 for call in calls)
         self._experts_compute_ns += compute_us * 1000
+
+    def _deadline_s(self) -> float:
+        return self._deadline.seconds(is_redundant=self._routes.is_redundant)
 
     def _regain_credits(self, sent: Dispatch) -> None:
         """The next call's peer has no credit although we hold none: late answers may give some
@@ -245,6 +253,7 @@ class PythonLayers:
             shard = int(sent.call_shard_C[c])
             for expert in experts:
                 remove_replica(self._routes.tables[sent.layer], expert, shard)
+            self._routes.note_redundant()
             sent.failed.append(c)
             sent.error = PeerLostError(
                 f"{call.peer.uid} does not hold experts {experts[:16]} of layer {sent.layer}, "

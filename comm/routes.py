@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.comm.choice import DECAY_SHIFT, PAIR, gain_for
-from remora.comm.errors import ClusterError, PeerLostError
+from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.peers import PeerSet
 from remora.comm.replicas import replica_tables
 from remora.comm.view import View
@@ -41,7 +41,9 @@ class Routes:
             other dense groups send (`note_others`), their pairs are taken for as many as ours and
             evenly spread, which makes our own unevenness weigh less by their number.
         tables: decoder layer -> int16 `[E, R]`. Changed in place.
-        suspects: late, or of another life: not asked again before a newer view.
+        suspects: late, or of another life: not asked again before a newer view, or before what
+            was late has come after all.
+        is_redundant: every expert has replicas on two shards that can be used, at least.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Routes:
         self.own_host = names.index(own)
         self.usable_S = np.zeros(len(self.uids), np.uint8)
         self.suspects: set[str] = set()
+        self._late: set[str] = set()  # of them
         self.tables = replica_tables(view, self.uids)
         self.load = {layer: np.zeros(len(self.uids), np.int64) for layer in self.tables}
         self.sent = {layer: np.zeros(len(self.uids), np.int64) for layer in self.tables}
@@ -107,6 +110,18 @@ class Routes:
         self.usable_S[shard] = 0
         if not isinstance(error, PeerLostError):
             self.suspects.add(self.uids[shard])
+        if isinstance(error, DeadlineError):
+            self._late.add(self.uids[shard])
+        self.note_redundant()
+
+    def forgive(self) -> None:
+        """Shards that were late and have answered everything by now are asked again."""
+        for uid in sorted(self._late & set(self._peers.live_uids)):
+            if not self._peers.peer(uid).in_flight:
+                log.warning("%s answers again", uid)
+                self._late.discard(uid)
+                self.suspects.discard(uid)
+                self._note_usable()
 
     def count_sent(self, layer: int, shard_P: NDArray[np.integer]) -> None:
         """Pairs that Python chose these shards for; the native client counts its own."""
@@ -145,3 +160,11 @@ class Routes:
     def _note_usable(self) -> None:
         live = set(self._peers.live_uids) - self.suspects
         self.usable_S[:] = [uid in live for uid in self.uids]
+        self.note_redundant()
+
+    def note_redundant(self) -> None:
+        """The tables or what can be used has changed."""
+        usable = np.append(self.usable_S, 0)  # the tables' -1, for nothing
+        self.is_redundant = all(
+            bool((usable[table_ER].sum(axis=1) > 1).all()) for table_ER in self.tables.values()
+        )

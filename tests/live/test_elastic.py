@@ -98,7 +98,7 @@ async def deaths(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None
         await live.operate(handle, "replicas", PlaceAs({"shard-1": every, "shard-2": every}))
         [victim] = [m for m in handle.view().members if m.uid == "shard-2"]
         await live.strike(victim.actor_name, signal.SIGKILL)
-        await live.until(lambda: live.in_view(handle, "shard-2", 2))
+        assert (await live.over(handle, "restore-shard-2.2"))["outcome"] == "done"
         await streams.one_more()
         with pytest.raises(ConfigError, match="no such shards: shard-7"):
             handle.request("typo", DrainShards(("shard-7",)))
