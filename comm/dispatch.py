@@ -115,10 +115,6 @@ class Dispatcher:
         """Pairs that other dense groups sent (`Routes.note_others`); between dispatches only."""
         self._routes.note_others(pairs_LS, top_k)
 
-    def set_view(self, view: View) -> None:
-        """Routes by `view` from the next dispatch on; between dispatches only."""
-        self._routes.apply(view)
-
     def moe(
         self,
         layer: int,

@@ -140,12 +140,16 @@ def test_a_late_shard_is_a_suspect_until_the_next_epoch(peers: PeerSet) -> None:
             assert torch.equal(dispatcher.moe(layer, *batch, 40), at_home(*batch, 40, layer))
         assert dispatcher.counters.link("shard-0").deadlines == 1
         gate.set()
-        dispatcher.set_view(View(epoch=2, members=rig.view.members, placement=rig.view.placement))
+        dispatcher._routes.apply(
+            View(epoch=2, members=rig.view.members, placement=rig.view.placement)
+        )
         assert torch.equal(dispatcher.moe(0, *batch, 40), at_home(*batch, 40, 0))
         assert dispatcher.counters.link("shard-0").sent_frames == 2
     gate.clear()
     with shards(compute=stuck) as rig:
-        dispatcher.set_view(View(epoch=3, members=rig.view.members, placement=rig.view.placement))
+        dispatcher._routes.apply(
+            View(epoch=3, members=rig.view.members, placement=rig.view.placement)
+        )
         with pytest.raises(DeadlineError, match="shard-0 did not answer"):
             dispatcher.moe(0, *batch, 40)
         gate.set()
@@ -196,7 +200,9 @@ def test_credits_lost_with_late_calls_come_back_by_connecting_again() -> None:
         batch = random_batch(4)
         answered = 0
         for epoch in range(2, 9):
-            dispatcher.set_view(View(epoch=epoch, members=view.members, placement=view.placement))
+            dispatcher._routes.apply(
+                View(epoch=epoch, members=view.members, placement=view.placement)
+            )
             try:
                 got = dispatcher.moe(0, *batch, 4)
             except DeadlineError:
