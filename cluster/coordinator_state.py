@@ -252,6 +252,8 @@ class CoordinatorState(OperationSteps):
         joiners = self.operation.joiners if self.operation is not None else {}
         joins = joiners.get(uid) == incarnation
         if member is not None and member.incarnation == incarnation:
+            if uid in self.lost | self.lost_dense:
+                return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)

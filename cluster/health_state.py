@@ -46,6 +46,10 @@ class HealthState:
         known = self._watched
         self._watched = {life: known.get(life) or _Watched(now_s) for life in sorted(lives)}
 
+    def forget(self, life: Life) -> None:
+        """This one is over, and not because it hung."""
+        self._watched.pop(life, None)
+
     def look(self, now_s: float) -> list[tuple[Life, str]]:
         """Who hangs, and why; said once. Then `to_ask`."""
         if self._looked_s is not None and now_s - self._looked_s > PAUSE_SHARE * self._hang_s:

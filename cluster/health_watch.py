@@ -86,5 +86,6 @@ class HealthWatch:
 
         try:
             self._ask(*life).add_done_callback(told)
-        except ClusterError as gone:  # its end is told by whoever watches for that
-            logger.info("%s#%d is not asked: %s", *life, gone)
+        except ClusterError:  # its end is told by whoever watches for that
+            with self._lock:
+                self._state.forget(life)

@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 from support.coordinator_rig import LAYERS, Fault, World
 
 from remora.cluster.coordinator_calls import Limits
-from remora.cluster.operation import Ask, DrainShards, Log, PlaceAs, ScaleTo, Stop, Target
+from remora.cluster.operation import (
+    Ask,
+    DrainShards,
+    Log,
+    MemberLost,
+    PlaceAs,
+    ScaleTo,
+    StartShard,
+    Stop,
+    Target,
+)
 from remora.cluster.operation_steps import RESTORES_MAX
 from remora.comm.errors import ClusterError, ConfigError
 
@@ -199,6 +209,26 @@ def test_a_dense_group_that_dies_is_restored_in_a_new_life() -> None:
     it.check_at_rest()
     assert [op.operation_id for op in it.settled] == ["restore-dense-1.2"]
     assert it.settled[0].moved == 0
+
+
+def test_a_death_that_is_told_twice_is_one() -> None:
+    """Also while the new life starts, which has the same uid."""
+    it = World(TWO, num_experts=8, room=8)
+    one, told = it._one, []
+
+    def tells_again(effect: Log | Ask, here: Fault) -> None:
+        one(effect, here)
+        if isinstance(effect, Ask) and isinstance(effect.task, StartShard) and not told:
+            told.append(MemberLost("shard-1", 1))
+            it.queue.insert(0, told[0])
+
+    it._one = tells_again  # type: ignore[method-assign]
+    it.kill("shard-1")
+    it.settle()
+    assert told and [(op.operation_id, op.outcome) for op in it.settled] == [
+        ("restore-shard-1.2", "done")
+    ]
+    it.check_at_rest()
 
 
 def test_members_that_die_together_are_restored_together() -> None:

@@ -73,6 +73,13 @@ def test_a_new_life_and_failed_calls_are_not_blamed() -> None:
     assert state.to_ask(13.0) == [("shard-0", 2)]
 
 
+def test_who_has_ended_does_not_hang() -> None:
+    state = health(A, B)
+    seconds(state, 0, 2, dense_0=Beat())
+    state.forget(A)
+    assert seconds(state, 2, 60, dense_0=Beat()) == []
+
+
 @given(st.lists(st.floats(0.0, 50.0), max_size=40), st.floats(0.1, 60.0))
 def test_the_deadline_of_a_call_is_bounded(took: list[float], most_s: float) -> None:
     deadline = CallDeadline(most_s)
