@@ -1,6 +1,8 @@
 """A dense group dies under its requests: they go on elsewhere, and nothing of it can be read."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.fake_engine import HOST, FakeEngine
 from support.fake_engine import TOKEN as FAKE_TOKEN
-from support.local_cluster import TOKEN, LocalCluster
+from support.local_cluster import TOKEN, Ask, LocalCluster
 from support.serving import make_engine, running_service
 
 from remora.actors.dense_events import DenseLimits
@@ -283,5 +285,54 @@ def test_the_tokens_of_a_real_model_go_on_as_if_nothing_had_been(tmp_path: Path)
             assert len({tuple(tokens) for tokens in expected}) == len(asks)
             assert asyncio.run(run(steps() + 12)) == expected
             assert 0 < second.actor.status()["steps_total"] < 55, "the rest, and no more"
+    finally:
+        cluster.close()
+
+
+CLIENT = """
+import asyncio, msgspec, sys
+from remora.comm.aio import connect_async
+from remora.comm.messages import SamplingParams, Submit, encode
+from remora.comm.view import Endpoint
+
+async def main() -> None:
+    endpoint = msgspec.json.decode(sys.argv[1], type=Endpoint)
+    link = await connect_async(endpoint, sys.argv[2].encode(), endpoint.host, name="ingress")
+    params = SamplingParams(max_tokens=250, temperature=0.0, ignore_eos=True)
+    for name in "abc":
+        link.send(encode(Submit(request_id=name, prompt_ids=[5, 6, 7, 8], params=params)))
+    async for _ in link:
+        pass
+
+asyncio.run(main())
+"""
+
+
+def test_an_ingress_that_is_killed_frees_its_kv_and_disturbs_nobody(tmp_path: Path) -> None:
+    cluster = LocalCluster(
+        make_checkpoint(tmp_path, "qwen3_moe"), num_shards=1, dtype="float32", exact=True
+    )
+    ours = Ask((9, 9, 8), SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True))
+    try:
+        with cluster.dense(prefix_caching=False) as dense:
+            expected = dense.ask([ours])[0].token_ids
+            endpoint = msgspec.json.encode(dense.member.endpoint).decode()
+            command = [sys.executable, "-P", "-c", CLIENT, endpoint, TOKEN.decode()]
+            with subprocess.Popen(command) as process:
+
+                async def kill_it_meanwhile() -> list[int]:
+                    await until(lambda: dense.actor.status()["num_running"] == 3)
+                    asked = asyncio.ensure_future(asyncio.to_thread(dense.ask, [ours]))
+                    await until(lambda: dense.actor.status()["num_running"] == 4)
+                    process.kill()
+                    steps = dense.actor.status()["steps_total"]
+                    await until(lambda: dense.actor.status()["num_running"] <= 1)
+                    taken = dense.actor.status()["steps_total"] - steps
+                    assert taken < 60, f"{taken} steps: they ran on for nobody"
+                    [found] = await asked
+                    return found.token_ids
+
+                assert asyncio.run(kill_it_meanwhile()) == expected
+            assert dense.actor.status()["kv_blocks_used"] == 0
     finally:
         cluster.close()
