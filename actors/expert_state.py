@@ -33,6 +33,8 @@ class ExpertState:
 
     Attributes:
         digests: of what is held.
+        turn: how often it was told what to keep. A copy that began before the last time is of an
+            operation that is over: it is not wanted any more, and would take a slot for good.
     """
 
     def __init__(self, num_slots: Mapping[int, int]) -> None:
@@ -40,6 +42,7 @@ class ExpertState:
         self._slot_of: dict[int, dict[int, int]] = {layer: {} for layer in num_slots}
         self._bad: dict[int, set[int]] = {layer: set() for layer in num_slots}
         self.digests: dict[Pair, ExpertDigest] = {}
+        self.turn = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -82,6 +85,11 @@ class ExpertState:
             raise ClusterError(f"layer {layer}: no slot is free for expert {expert}")
         return free[0]
 
+    def check_turn(self, turn: int) -> None:
+        """Raises ClusterError: what is to be kept was told since the turn in which a copy began."""
+        if turn != self.turn:
+            raise ClusterError("what was being copied is not wanted any more")
+
     def settle(self, slot: int, found: ExpertDigest, wanted: str) -> bool:
         """A free slot has been filled and holds `found`: served from now on if that is what was
         wanted (True), else nobody uses the slot again."""
@@ -98,8 +106,10 @@ class ExpertState:
         del self.digests[layer, expert]
         return self._slot_of[layer].pop(expert)
 
-    def besides(self, kept: Mapping[int, Sequence[int]]) -> list[Pair]:
-        """What is held and not named in `kept` (experts by decoder layer)."""
+    def keep(self, kept: Mapping[int, Sequence[int]]) -> list[Pair]:
+        """Hold no more than `kept` (experts by decoder layer) from now on; what is to be dropped
+        for that comes back."""
+        self.turn += 1
         return [
             (layer, expert)
             for layer in self.layers

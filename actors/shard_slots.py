@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from remora.actors.copy_pace import Pace
 from remora.actors.expert_copies import CopyTaker
-from remora.actors.expert_state import SLOTS_TRIED_MAX, Pair, unusable
+from remora.actors.expert_state import SLOTS_TRIED_MAX, ExpertDigest, Pair, unusable
 from remora.actors.idle_thread import run_idle
 from remora.actors.launch import CopyOrder, ShardLaunch, take_threads
 from remora.actors.manifest import digest_expert
@@ -55,6 +55,7 @@ class ShardSlots:
         self.pace = Pace(launch.copy_bytes_per_s)
         self.num_copied = self.num_loaded = 0
         self._loading = threading.Lock()
+        self._turn = 0  # of the shard's state, when the load that runs was asked for
 
     def load(self, order: CopyOrder) -> dict[Pair, str]:
         """Take experts into free slots; digests of what the slots hold.
@@ -63,10 +64,13 @@ class ShardSlots:
         loaded from the checkpoint: then a slot that holds something else is not used again.
 
         Raises:
-            ClusterError: no free slot, or none that holds what is written into it.
-            WeightsError: the checkpoint is not what it was.
+            ClusterError: no free slot; or `keep` was called meanwhile.
+            WeightsError: the checkpoint is not what it was, or slots do not hold what is written
+                into them.
         """
+        turn = self._shard.state.turn
         with self._loading:
+            self._turn = turn
             return run_idle("remora-slots", lambda: self._load(order))
 
     def canary(self, pairs: Sequence[Pair]) -> dict[Pair, str]:
@@ -135,7 +139,7 @@ class ShardSlots:
             if digest.digest != wanted:  # the slot may be sound: the checkpoint will tell
                 logger.error("layer %d expert %d: the copy from %s is another one", *pair, uid)
                 continue
-            self.between_calls(partial(shard.settle, slot, digest, wanted))
+            self.between_calls(partial(self._settle, slot, digest, wanted))
             self.num_copied += 1
             return wanted
         return None
@@ -154,11 +158,15 @@ class ShardSlots:
         for _ in range(SLOTS_TRIED_MAX):
             slot = shard.state.slot_for(layer, expert)
             digest = shard.fill_slot(layer, expert, slot, tensors)
-            if self.between_calls(partial(shard.settle, slot, digest, wanted)):
+            if self.between_calls(partial(self._settle, slot, digest, wanted)):
                 self.num_loaded += 1
                 return wanted
             logger.error("layer %d slot %d does not hold what was to be there", layer, slot)
         raise unusable(layer, expert, digest.digest, wanted)
+
+    def _settle(self, slot: int, digest: ExpertDigest, wanted: str) -> bool:
+        self._shard.state.check_turn(self._turn)
+        return self._shard.settle(slot, digest, wanted)
 
     def _canary(self, pair: Pair) -> str:
         shard, (layer, expert) = self._shard, pair
@@ -174,5 +182,5 @@ class ShardSlots:
         return blake3(out_ND.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def _keep(self, experts: Mapping[int, Sequence[int]]) -> None:
-        for pair in self._shard.state.besides(experts):
+        for pair in self._shard.state.keep(experts):
             self._shard.drop_expert(*pair)

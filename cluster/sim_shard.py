@@ -77,7 +77,7 @@ class SimShard:
         self._world = world
         self._task = task
         self._bytes: dict[tuple[int, int], int] = {}  # (layer, slot)
-        self._copies: list[tuple[Copy, Reply]] = []  # under way, and those that wait for it
+        self._copies: list[tuple[Copy, Reply, int]] = []  # under way, and those that wait for it
 
     def start(self, reply: Reply) -> None:
         """Load what it is to hold, and listen."""
@@ -98,7 +98,7 @@ class SimShard:
         """A task of the coordinator."""
         match task:
             case Copy():
-                self._copies.append((task, reply))
+                self._copies.append((task, reply, self.state.turn))
                 if len(self._copies) == 1:
                     self._next_copy()
             case Canary(pairs=pairs):
@@ -108,7 +108,7 @@ class SimShard:
                 self._world.cut_off(self, self.fenced)
                 reply(None)
             case Keep(experts=experts):
-                for pair in self.state.besides(dict(zip(LAYERS, experts, strict=True))):
+                for pair in self.state.keep(dict(zip(LAYERS, experts, strict=True))):
                     self.state.drop(*pair)
                     self._world.trace(f"{self.process} frees {pair}")
                 reply(tuple(self.state.room(layer) for layer in LAYERS))
@@ -165,7 +165,7 @@ class SimShard:
 
     def _next_copy(self) -> None:
         if self._copies:
-            task, reply = self._copies[0]
+            task, reply, _ = self._copies[0]
             self._copy(task, reply, {}, SLOTS_TRIED_MAX)
 
     def _copy(self, task: Copy, reply: Reply, done: dict[Pair, str], tries: int) -> None:
@@ -195,6 +195,11 @@ class SimShard:
     ) -> None:
         pair = next(pair for pair in task.pairs if pair not in done)
         wanted = digest_of(weights_of(*pair))
+        try:
+            self.state.check_turn(self._copies[0][2])
+        except RemoraError as over:
+            self._copied(reply, over)
+            return
         if self._write(pair, slot, wanted):
             self._copy(task, reply, {**done, pair: wanted}, SLOTS_TRIED_MAX)
         else:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from support.checkpoints import make_checkpoint
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
 from remora.actors.expert_actor import ExpertActor
+from remora.actors.expert_state import ExpertDigest
 from remora.actors.launch import CopyOrder
 from remora.comm.errors import ClusterError, WeightsError
 from remora.comm.messages import SamplingParams
@@ -162,6 +164,28 @@ def test_a_slot_that_does_not_hold_what_is_written_is_not_used_again(
     with pytest.raises(WeightsError, match="is it another one"):
         first.load_experts(order([(last, 5)], {(last, 5): "0" * 64}))
     assert shard.state.free_slots(last) == [4, 5], "the slots are not to blame"
+
+
+def test_a_copy_ends_when_it_is_told_meanwhile_what_to_keep(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operation has been undone: what it copied would lie in its slots for good."""
+    first, _ = cluster.shards
+    shard = first._shard
+    assert shard is not None
+    fill, layers = shard.fill_slot, cluster.spec.moe_layers
+    told: list[dict[int, int]] = []
+
+    def filled(*args: Any) -> ExpertDigest:
+        digest = fill(*args)
+        told.append(first.keep_experts({layer: (0, 1, 2, 3) for layer in layers}))
+        return digest
+
+    monkeypatch.setattr(shard, "fill_slot", filled)
+    with pytest.raises(ClusterError, match="not wanted any more"):
+        first.load_experts(order(pairs(cluster, 4, 5), digests(cluster)))
+    assert told == [dict.fromkeys(layers, 6)], "one copy, and the room that it found"
+    assert [shard.state.free_slots(layer) for layer in layers] == [[4, 5]] * len(layers)
 
 
 def test_a_fenced_rank_is_cut_off_and_let_in_again(cluster: LocalCluster) -> None:

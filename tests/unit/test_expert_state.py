@@ -23,7 +23,11 @@ def test_slots_are_filled_settled_and_freed() -> None:
     assert state.not_mine(3, [8, 9, 7, 9]) == [9] and state.not_mine(2, [1]) == [1]
     with pytest.raises(ClusterError, match="layer 3: no slot is free for expert 9"):
         state.slot_for(3, 9)
-    assert state.besides({3: (8,)}) == [(3, 7)]
+    turn = state.turn
+    state.check_turn(turn)
+    assert state.keep({3: (8,)}) == [(3, 7)]
+    with pytest.raises(ClusterError, match="not wanted any more"):
+        state.check_turn(turn)
     assert state.drop(3, 7) == 1 and state.free_slots(3) == [1]
     assert state.digests.keys() == {(3, 8)}
 
@@ -32,6 +36,6 @@ def test_a_slot_that_holds_something_else_is_not_used_again() -> None:
     state = ExpertState({1: 2})
     assert not state.settle(0, held(1, 5), "what was to be there")
     assert (state.free_slots(1), state.room(1)) == ([1], 1)
-    assert state.not_mine(1, [5]) == [5] and state.besides({}) == []
+    assert state.not_mine(1, [5]) == [5] and state.keep({}) == []
     with pytest.raises(AssertionError, match="slot 0 is not free"):
         state.settle(0, held(1, 5), "1/5")

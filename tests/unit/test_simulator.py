@@ -18,7 +18,7 @@ from remora.cluster.simulation import run_seed
 from remora.comm.errors import ConfigError
 
 SEEDS = range(40)
-MUTANT_SEEDS = range(400)  # within so many seeds each mutant is found
+MUTANT_SEEDS = range(800)  # within so many seeds each mutant is found
 LOST_AND_DAMAGED = (
     Fault(kind="kill", who="shard", step="over", when="before"),
     Fault(kind="flip", who="joiner", step="over", when="before"),
@@ -80,7 +80,12 @@ def publish_before_the_log(patch: Patch) -> None:
 
 def keep_what_was_copied(patch: Patch) -> None:
     """What an operation copied stays when it is undone, and when it is done."""
-    patch.setattr(ExpertState, "besides", lambda *_: [])
+    patch.setattr(ExpertState, "keep", lambda *_: [])
+
+
+def copy_on_when_it_is_undone(patch: Patch) -> None:
+    """A copy under way ends in a slot although its operation is over."""
+    patch.setattr(ExpertState, "check_turn", lambda *_: None)
 
 
 def serve_what_was_not_verified(patch: Patch) -> None:
@@ -138,6 +143,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (skip_the_digests, "4:", LOST_AND_DAMAGED),
     (publish_before_the_log, "", None),
     (keep_what_was_copied, "", None),
+    (copy_on_when_it_is_undone, "", None),
     (serve_what_was_not_verified, "4:", None),
     (never_restore, "", None),
     (forget_who_died, "", None),
