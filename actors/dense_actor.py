@@ -113,15 +113,15 @@ class DenseActor:
         self._views.offer(view, self._engine.run_soon)
         return view.view_hash
 
-    def adopt_view(self, view: View) -> str:
-        """Serve by `view` from the next step on (a call that fails before, by it too); its hash.
+    def adopt_view(self, view: View, or_none: bool = False) -> str:
+        """Serve by `view`, or a newer one that was told, from the next step on (a call that fails
+        before, by it too); the hash of `view`.
 
         Raises:
-            ClusterError: an expert cannot be reached; the old view stays in force.
+            ClusterError: an expert cannot be reached (`DenseEngine.adopt_view`).
         """
         assert self._engine is not None and self._views is not None, "adopt_view before start"
-        self._views.tell(view)
-        self._engine.adopt_view(view)
+        self._engine.adopt_view(self._views.tell(view), or_none=or_none)
         return view.view_hash
 
     def quiesce(self, within_s: float) -> None:

@@ -126,14 +126,18 @@ class DenseEngine:
         """An ingress is gone: nobody waits for its requests."""
         self._inbox.put(_Left(connection))
 
-    def adopt_view(self, view: View) -> None:
+    def adopt_view(self, view: View, *, or_none: bool = False) -> None:
         """Use `view` from the next step on; returns when it is in use.
+
+        Args:
+            or_none: where a shard of it cannot be reached, use no view until it can: the older one
+                never again.
 
         Raises:
             ClusterError: a shard of the view cannot be reached (the old view stays), or the engine
                 has stopped.
         """
-        self.between_steps(lambda: self._adopt(view))
+        self.between_steps(lambda: self._adopt_or_none(view) if or_none else self._adopt(view))
 
     def between_steps(self, action: Callable[[], None]) -> None:
         """Run `action` in the engine's thread when no step runs; returns when it is done.
@@ -289,6 +293,13 @@ class DenseEngine:
         self._view = view
         self._why_not = None
         self._note_status()
+
+    def _adopt_or_none(self, view: View) -> None:
+        try:
+            self._adopt(view)
+        except ClusterError as failure:
+            logger.warning("view %d is not in use yet, and no other: %s", view.epoch, failure)
+            self._view, self._why_not = view, str(failure)
 
     def _note_status(self) -> None:
         epoch = self._view.epoch if self._view else 0

@@ -35,12 +35,13 @@ class ViewInbox:
 
     # -- any thread ---------------------------------------------------------------------------
 
-    def tell(self, view: View) -> None:
-        """This view is committed."""
+    def tell(self, view: View) -> View:
+        """This view is committed; the newest that is (calls may come out of order)."""
         with self._changed:
             if self._newest is None or view.epoch > self._newest.epoch:
                 self._newest = view
             self._changed.notify_all()
+            return self._newest
 
     def offer(self, view: View, run_soon: Callable[[Callable[[], None]], None]) -> None:
         """Have the routing thread greet a view to come, between two steps or in a hold.

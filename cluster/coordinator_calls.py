@@ -77,6 +77,7 @@ class CoordinatorCalls(ABC):
         self._waiting: dict[int, Task] = {}  # the step is over when it is empty
         self._aside: dict[int, Task] = {}  # nothing waits for these
         self._again: list[tuple[float, Task]] = []  # to be asked again, and when
+        self._fenced_again_s: dict[str, float] = {}  # the same for ranks that are fenced
         self._tries: dict[str, int] = {}  # of tasks of this step
         self._stopped: set[str] = set()  # members that this operation has ended
         self._restores: dict[str, int] = {}  # failed in a row, by member
@@ -104,7 +105,7 @@ class CoordinatorCalls(ABC):
 
     def next_time(self) -> float | None:
         """When a `Tick` is due; None: never, as it stands."""
-        times = [at for at, _ in self._again]
+        times = [at for at, _ in self._again] + list(self._fenced_again_s.values())
         if self._until_s is not None:
             times.append(self._until_s)
         return min(times, default=None)
@@ -185,7 +186,13 @@ class CoordinatorCalls(ABC):
 
     def _record(self, kind: str, **fields: object) -> dict[str, object]:
         room = {uid: list(slots) for uid, slots in self.room.items()}
-        return {"t": kind, "room": room, "incarnations": dict(self.incarnations), **fields}
+        return {
+            "t": kind,
+            "room": room,
+            "incarnations": dict(self.incarnations),
+            "fenced": sorted(self.fenced),
+            **fields,
+        }
 
     def _put(self, effect: Effect) -> None:
         self._effects.append(effect)

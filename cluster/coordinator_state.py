@@ -126,8 +126,15 @@ class CoordinatorState(OperationSteps):
         """
         self._now_s = now_s
         self._put(Publish(self.view))
+        if self.fenced:  # who is let in again meanwhile is not in the log
+            self._aside_all(self._fences())
+        if operation is None or operation.round == 0:
+            living = self._living_dense()
+            self._ask_fenced(uid for uid in living if uid in self.fenced)
+            self._aside_all(
+                Adopt(uid=uid, view=self.view) for uid in living if uid not in self.fenced
+            )
         if operation is None:
-            self._aside_all(Adopt(uid=uid, view=self.view) for uid in self._living_dense())
             return self._taken()
         self.operation = operation
         self._remember(operation)
@@ -197,7 +204,8 @@ class CoordinatorState(OperationSteps):
                 if answer != task.view.view_hash:
                     fault = f"{task.uid} knows another view of epoch {task.view.epoch}: {answer}"
                 elif isinstance(task, Adopt) and task.uid in self.fenced:
-                    self._let_in(task.uid)
+                    if task.view.epoch == self.view.epoch:
+                        self._let_in(task.uid)
             case Keep(uid=uid), tuple():
                 if uid in self.room:
                     self.room[uid] = answer
@@ -215,8 +223,11 @@ class CoordinatorState(OperationSteps):
         self._go_on()
 
     def _call_failed(self, call: int, reason: str) -> None:
-        if self._aside.pop(call, None) is not None:
-            return  # a router takes the view from the coordinator when it starts
+        aside = self._aside.pop(call, None)
+        if aside is not None:  # a router takes the view from the coordinator when it starts
+            if isinstance(aside, Adopt) and aside.uid in self.fenced:
+                self._fenced_again_s[aside.uid] = self._now_s + self._limits.retry_s
+            return
         task = self._waiting.pop(call, None)
         if task is None:
             return
@@ -277,6 +288,10 @@ class CoordinatorState(OperationSteps):
         self._again = [(at, task) for at, task in self._again if at > self._now_s]
         for task in due:
             self._ask(task)
+        again = [uid for uid, at in self._fenced_again_s.items() if at <= self._now_s]
+        for uid in again:
+            del self._fenced_again_s[uid]
+        self._ask_fenced(uid for uid in again if uid in self.fenced)
         if self._until_s is None or self._now_s < self._until_s:
             return
         step = self._running().step
@@ -318,7 +333,7 @@ def recovered(
     history = {each["operation_id"]: each for each in base["history"]}
     running: Operation | None = None
     for record in records[1:]:
-        base["room"], base["incarnations"] = record["room"], record["incarnations"]
+        base |= {name: record[name] for name in ("room", "incarnations", "fenced")}
         operation = msgspec.convert(record["operation"], Operation)
         if record["t"] == "ended":
             history[operation.operation_id] = record["operation"]
@@ -336,5 +351,6 @@ def recovered(
         limits=limits,
         has_router=has_router,
     )
+    state.fenced = set(base["fenced"])
     state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
     return state, running

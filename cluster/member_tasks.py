@@ -161,9 +161,10 @@ class MemberTasks:
                 return _answer(self._handle(uid).quiesce.remote(within_s))
             case Stop(uid=uid, incarnation=incarnation):
                 return self._stop(uid, incarnation)
-            case Adopt(uid=uid, view=view):
-                handle = self._router if uid == ROUTER else self._handle(uid)
-                return _answer(handle.adopt_view.remote(view))
+            case Adopt(uid=uid, view=view) if uid == ROUTER:
+                return _answer(self._router.adopt_view.remote(view))
+            case Adopt(uid=uid, view=view, or_none=or_none):
+                return _answer(self._handle(uid).adopt_view.remote(view, or_none))
             case Offer(uid=uid, view=view):
                 return _answer(self._handle(uid).offer_view.remote(view))
             case Fence(uid=uid, fenced=fenced):

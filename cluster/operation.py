@@ -141,10 +141,15 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Adopt(msgspec.Struct, frozen=True, kw_only=True):
-    """Have a dense rank, or the router, use a view from its next step on. Answer: its hash."""
+    """Have a dense rank, or the router, use a view from its next step on. Answer: its hash.
+
+    With `or_none` a rank answers also where shards refuse it or cannot be reached: it uses no older
+    view any more. So one that is fenced can be let in again.
+    """
 
     uid: str
     view: View
+    or_none: bool = False
 
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """The steps of an operation: what each asks for, and what follows when it has been done. Pure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -183,7 +183,7 @@ class OperationSteps(CoordinatorCalls):
         retires swaps too, as it finishes what it has; what it does not finish goes on elsewhere."""
         leaving = self._leaving() if self._running().round == 1 else []
         uids = [*self._living_dense(), *leaving, *([ROUTER] if self._has_router else [])]
-        tasks = [Adopt(uid=uid, view=self.view) for uid in uids]
+        tasks = [Adopt(uid=uid, view=self.view, or_none=uid in self.fenced) for uid in uids]
         self._aside_all(t for t in tasks if t.uid == ROUTER or t.uid in self.fenced)
         waited: list[Task] = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
         within_s = QUIESCE_SHARE * self._limits.drain_s
@@ -269,7 +269,7 @@ class OperationSteps(CoordinatorCalls):
             return
         self.fenced |= {task.uid for task in late}
         self._odd(f"{', '.join(sorted(self.fenced))} fenced: no answer to epoch {self.view.epoch}")
-        self._aside_all(late)  # whoever wakes up is let in again
+        self._ask_fenced(task.uid for task in late)  # whoever wakes up is let in again
         for task in self._fences():
             self._ask(task)
         self._go_on()
@@ -286,6 +286,10 @@ class OperationSteps(CoordinatorCalls):
     def _let_in(self, uid: str) -> None:
         self.fenced.discard(uid)
         self._aside_all(self._fences())
+
+    def _ask_fenced(self, uids: Iterable[str]) -> None:
+        """Ranks that shards refuse, so that they cannot connect: to leave what is older first."""
+        self._aside_all(Adopt(uid=uid, view=self.view, or_none=True) for uid in uids)
 
     def _fences(self) -> list[Fence]:
         fenced = tuple(sorted(self.fenced))

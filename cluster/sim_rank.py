@@ -174,14 +174,18 @@ class SimRank:
 
     def _adopt_for(self, task: Adopt, view: View, reply: Reply) -> None:
         try:
-            self._adopt(view)
+            self._adopt(view, task.or_none)
         except ClusterError as failed:
-            reply(failed)
+            if task.or_none:
+                self._why_not = str(failed)
+                reply(task.view.view_hash)
+            else:
+                reply(failed)
         else:
             reply(task.view.view_hash)
 
-    def _adopt(self, view: View) -> None:
-        self.routes.adopt(view)
+    def _adopt(self, view: View, or_none: bool = False) -> None:
+        self.routes.adopt(view, or_none)
         self._why_not = None
 
     # -- a step -------------------------------------------------------------------------------

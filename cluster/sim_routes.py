@@ -76,15 +76,17 @@ class SimRoutes:
         self._connect()
         return self.connected != connected
 
-    def adopt(self, view: View) -> None:
-        """As `DenseEngine._adopt`. Raises ClusterError: the old view stays in force."""
+    def adopt(self, view: View, or_none: bool = False) -> None:
+        """As `DenseEngine.adopt_view`. Raises ClusterError: the old view stays in force, unless
+        `or_none`."""
         for uid in self.suspects:
             self.connected.pop(uid, None)
         before = self.view, self._holders, self.suspects
         self.apply(view)
         live = {uid for uid in view.placement.slots if uid in self.connected}
         if uncovered(view.placement, live):
-            self.view, self._holders, self.suspects = before
+            if not or_none:
+                self.view, self._holders, self.suspects = before
             missing = sorted(set(view.placement.slots) - live)
             raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
         self._world.trace(f"{self._process} uses epoch {view.epoch}")

@@ -196,8 +196,11 @@ def test_a_fenced_rank_is_cut_off_and_let_in_again(cluster: LocalCluster) -> Non
         answers = client.ask(asks(4))
         assert {a.finish_reason for a in answers} == {"error"}
         assert first.status()["peers"] == 1 and second.status()["peers"] == 0
+        newer = msgspec.structs.replace(cluster.view, epoch=2)
+        assert client.actor.adopt_view(newer, or_none=True) == newer.view_hash
         second.fence([])
-        client.actor.adopt_view(cluster.view)
+        client.actor.adopt_view(cluster.view)  # late: it is not gone back to
+        assert client.actor._engine._view.epoch == 2
         assert tokens(client) == expected
 
 
