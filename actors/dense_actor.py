@@ -7,6 +7,7 @@ and queues; the engine's thread owns torch, the KV pages and the connections to 
 import functools
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from remora.actors.actor_thread import ActorThread
@@ -121,7 +122,9 @@ class DenseActor:
             ClusterError: an expert cannot be reached (`DenseEngine.adopt_view`).
         """
         assert self._engine is not None and self._views is not None, "adopt_view before start"
-        self._engine.adopt_view(self._views.tell(view), or_none=or_none)
+        adopted: Future[None] = Future()
+        newest = self._views.tell(view, adopted)
+        self._engine.adopt_view(newest, or_none=or_none, adopted=adopted)
         return view.view_hash
 
     def quiesce(self, within_s: float) -> None:

@@ -126,26 +126,31 @@ class DenseEngine:
         """An ingress is gone: nobody waits for its requests."""
         self._inbox.put(_Left(connection))
 
-    def adopt_view(self, view: View, *, or_none: bool = False) -> None:
+    def adopt_view(
+        self, view: View, *, or_none: bool = False, adopted: Future[None] | None = None
+    ) -> None:
         """Use `view` from the next step on; returns when it is in use.
 
         Args:
             or_none: where a shard of it cannot be reached, use no view until it can: the older one
                 never again.
+            adopted: who settles this one has it return earlier (`ViewInbox.tell`).
 
         Raises:
             ClusterError: a shard of the view cannot be reached (the old view stays), or the engine
                 has stopped.
         """
-        self.between_steps(lambda: self._adopt_or_none(view) if or_none else self._adopt(view))
+        adopt = self._adopt_or_none if or_none else self._adopt
+        self.between_steps(lambda: adopt(view), adopted)
 
-    def between_steps(self, action: Callable[[], None]) -> None:
-        """Run `action` in the engine's thread when no step runs; returns when it is done.
+    def between_steps(self, action: Callable[[], None], done: Future[None] | None = None) -> None:
+        """Run `action` in the engine's thread when no step runs; returns when it is done, or `done`
+        is settled otherwise.
 
         Raises:
             ClusterError: the engine has stopped.
         """
-        done: Future[None] = Future()
+        done = done or Future()
         with self._ending:
             if self._ended:
                 raise ClusterError("this dense rank has stopped")
@@ -320,6 +325,10 @@ def _settle(action: Callable[[], None], done: Future[None]) -> None:
     try:
         action()
     except Exception as failure:
-        done.set_exception(failure)
+        if done.done():
+            logger.warning("what was acknowledged in a hold: %s", failure)
+        else:
+            done.set_exception(failure)
     else:
-        done.set_result(None)
+        if not done.done():
+            done.set_result(None)

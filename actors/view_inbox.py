@@ -32,14 +32,22 @@ class ViewInbox:
         self._newest: View | None = None
         self._offers: list[tuple[View, Future[None]]] = []
         self.is_holding = False  # a step waits here
+        self._adoptions: list[tuple[int, Future[None]]] = []  # by epoch; some are settled
 
     # -- any thread ---------------------------------------------------------------------------
 
-    def tell(self, view: View) -> View:
-        """This view is committed; the newest that is (calls may come out of order)."""
+    def tell(self, view: View, adopted: "Future[None] | None" = None) -> View:
+        """This view is committed; the newest that is (calls may come out of order).
+
+        Args:
+            adopted: settled by a hold that goes by the newest already: its step, which cannot end
+                before somebody restores what is missing, sends nothing by an older view any more.
+        """
         with self._changed:
             if self._newest is None or view.epoch > self._newest.epoch:
                 self._newest = view
+            if adopted is not None:
+                self._adoptions.append((self._newest.epoch, adopted))
             self._changed.notify_all()
             return self._newest
 
@@ -94,11 +102,23 @@ class ViewInbox:
     def _held(self, epoch: int, until_s: float) -> View | None:
         while True:
             self.take_offers()
+            self._settle_adoptions(epoch)
             with self._changed:
                 if self._newest is not None and self._newest.epoch > epoch:
                     return self._newest
                 left_s = until_s - time.monotonic()
                 if left_s <= 0:
                     return None
-                if not self._offers:
+                if not self._offers and not self._has_adoption(epoch):
                     self._changed.wait(left_s)
+
+    def _has_adoption(self, epoch: int) -> bool:
+        return any(told <= epoch and not adopted.done() for told, adopted in self._adoptions)
+
+    def _settle_adoptions(self, epoch: int) -> None:
+        with self._changed:
+            adoptions = [each for each in self._adoptions if not each[1].done()]
+            self._adoptions = [each for each in adoptions if each[0] > epoch]
+        for told, adopted in adoptions:
+            if told <= epoch:
+                adopted.set_result(None)

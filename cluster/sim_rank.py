@@ -93,6 +93,7 @@ class SimRank:
         self._cells: list[Cell] = [NOTHING] * (LIMITS.num_blocks * LIMITS.block_size)
         self._between: list[Callable[[], None]] = []  # to do between two steps
         self._offers: list[tuple[Offer, Reply]] = []
+        self._adoptions: list[tuple[Adopt, int, Reply]] = []  # not answered yet; by epoch
         self._step: _Step | None = None
         self._is_awake = False
         self._calls = 0
@@ -120,13 +121,16 @@ class SimRank:
                 self._take_offers()
         else:
             newest = self.routes.tell(task.view)
-            self._between.append(partial(self._adopt_for, task, newest, reply))
+            self._adoptions.append((task, newest.epoch, reply))
+            self._between.append(partial(self._adopt_for, task, newest))
             step = self._step
             if step is not None and step.held_since_s is not None:
                 if newest.epoch > self.routes.epoch:
                     step.held_since_s = None
                     self.routes.apply(newest)
                     self._send_failed()
+                else:
+                    self._acknowledge()
         self._wake()
 
     def cut_off(self, shard: SimShard) -> None:
@@ -172,17 +176,27 @@ class SimRank:
             else:
                 reply(task.view.view_hash)
 
-    def _adopt_for(self, task: Adopt, view: View, reply: Reply) -> None:
+    def _adopt_for(self, task: Adopt, view: View) -> None:
+        open_ = [each for each in self._adoptions if each[0] is task]
+        self._adoptions = [each for each in self._adoptions if each[0] is not task]
+        failure: ClusterError | None = None
         try:
             self._adopt(view, task.or_none)
         except ClusterError as failed:
+            failure = failed
             if task.or_none:
                 self._why_not = str(failed)
+        for _, _, reply in open_:  # else a hold has answered
+            reply(failure if failure and not task.or_none else task.view.view_hash)
+
+    def _acknowledge(self) -> None:
+        """A held step goes by these views already, as `ViewInbox.hold`."""
+        adoptions, self._adoptions = self._adoptions, []
+        for task, epoch, reply in adoptions:
+            if epoch <= self.routes.epoch:
                 reply(task.view.view_hash)
             else:
-                reply(failed)
-        else:
-            reply(task.view.view_hash)
+                self._adoptions.append((task, epoch, reply))
 
     def _adopt(self, view: View, or_none: bool = False) -> None:
         self.routes.adopt(view, or_none)
@@ -276,6 +290,7 @@ class SimRank:
             self._send_failed()
             return
         step.held_since_s = self._world.clock.now_s
+        self._acknowledge()
         self._world.trace(f"{self.process} holds a step: {step.error}")
         self._take_offers()
         self._later(HOLD_S, partial(self._held_too_long, step, step.held_since_s))
