@@ -52,8 +52,9 @@ serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001'
 test: setup ## every test, real Ray clusters included
 	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
 
-check: lint types setup ## formatting, lint, types, and the tests that need no Ray cluster
+check: lint types setup ## formatting, lint, types, tests without a Ray cluster, 2,000 simulated histories
 	$(PYTEST) -m "not live" -n $(UNIT_WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/remora sim --jobs $(UNIT_WORKERS)
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff format --check .
