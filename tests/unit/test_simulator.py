@@ -1,7 +1,7 @@
 """The simulator: it replays, says what it did, and finds machines that are broken on purpose."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ from remora.actors.dense_state import DenseState
 from remora.actors.expert_state import ExpertState
 from remora.cluster import cli
 from remora.cluster.coordinator_state import CoordinatorState
-from remora.cluster.operation import Adopt
 from remora.cluster.operation_steps import OperationSteps
 from remora.cluster.sim_coordinator import SimLog
 from remora.cluster.sim_faults import Fault, read_faults
@@ -25,6 +24,7 @@ LOST_AND_DAMAGED = (
     Fault(kind="flip", who="joiner", step="over", when="before"),
 )
 HANGS_IN_DRAIN = (Fault(kind="stop", who="dense", step="drain", when="before", for_s=9.0),)
+KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
 Patch = pytest.MonkeyPatch
 
 
@@ -112,13 +112,9 @@ def no_fences(patch: Patch) -> None:
     patch.setattr(OperationSteps, "_fences", lambda *_: [])
 
 
-def connect_before_leaving_the_older_view(patch: Patch) -> None:
-    """A dense group that shards refuse is let in once it has connected to them."""
-
-    def ask(self: OperationSteps, uids: Iterable[str]) -> None:
-        self._aside_all(Adopt(uid=uid, view=self.view) for uid in uids)
-
-    patch.setattr(OperationSteps, "_ask_fenced", ask)
+def held_steps_do_not_answer(patch: Patch) -> None:
+    """A dense group that waits for a lost shard cannot say which view it goes by."""
+    patch.setattr(SimRank, "_acknowledge", lambda *_: None)
 
 
 def emit_twice(patch: Patch) -> None:
@@ -158,7 +154,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (serve_what_was_not_verified, "4:", None),
     (never_restore, "", None),
     (forget_who_died, "", None),
-    (connect_before_leaving_the_older_view, "7:", None),
+    (held_steps_do_not_answer, "3:", KILLED_IN_DRAIN),
     (emit_twice, "1:", None),
     (mix_up_answers, "", None),
     (no_fences, "5:", HANGS_IN_DRAIN),
