@@ -55,13 +55,9 @@ HOLD_S: Final = 120.0
 RETRIES_MAX: Final = 3  # as python_dispatch.RETRIES_MAX, which imports torch
 RECONNECT_EVERY_S: Final = 1.0
 LIMITS: Final = DenseLimits(
-    num_blocks=48,
-    max_model_len=64,
-    vocab_size=VOCABULARY,
-    block_size=4,
-    max_num_seqs=6,
+    num_blocks=48, max_model_len=64, vocab_size=VOCABULARY, block_size=4, max_num_seqs=6,
     max_tokens_per_step=12,
-)
+)  # fmt: skip
 
 
 class _Step:
