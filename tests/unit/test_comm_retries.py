@@ -115,6 +115,7 @@ def test_a_cut_connection_is_made_again(peers: PeerSet) -> None:
     with shards() as rig:
         dispatcher = Dispatcher(view=rig.view, peers=peers, combine="ordered")
         batch = random_batch(40)
+        dispatcher.moe(0, *batch, 40)  # its answer says that the server knows the connection
         for _ in range(3):
             for connection in rig.servers["shard-0"].connections:
                 connection.sock.shutdown(2)
