@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test fails because it was slow: a first example may compile, and machines are shared.
+settings.register_profile("remora", deadline=None)
+settings.load_profile("remora")
 
 # Triton's kernels run in Python on CPU tensors. Triton looks when it is first imported, whoever
 # imports it (torch's compiler does, too), so it is said before anybody can.

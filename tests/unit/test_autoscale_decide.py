@@ -223,7 +223,7 @@ samples_drawn = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samples_drawn, st.integers(0, 10))
 def test_what_holds_always(drawn: list[dict[str, Any]], units: int) -> None:
     """Bounds, steps, cooldowns, no action in an operation, and the log replays; the pool obeys."""

@@ -20,7 +20,7 @@ def contents(table: BundleTable) -> dict[tuple[int, ...], float]:
     }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows_strategy, st.integers(1, 50))
 def test_counts_as_a_dictionary_does(rows: list[tuple[int, int]], chunk: int) -> None:
     table = BundleTable(2, 1024)
@@ -35,7 +35,7 @@ def test_counts_as_a_dictionary_does(rows: list[tuple[int, int]], chunk: int) ->
     assert contents(table) == {}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows_strategy, st.integers(2, 60))
 def test_memory_is_bounded(rows: list[tuple[int, int]], rows_max: int) -> None:
     table = BundleTable(2, rows_max)
@@ -86,7 +86,7 @@ def test_heavy_rows_keep_their_weight_and_empty_ones_go() -> None:
     assert len(set(after[2:].tolist())) == 1  # the light ones all stand for the same
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(-1, 500), min_size=4, max_size=4), min_size=1, max_size=20))
 def test_rows_are_sorted(ids: list[list[int]]) -> None:
     ids_TK = np.array(ids, np.int64)

@@ -13,7 +13,7 @@ loads = st.lists(st.integers(0, 1 << 22), min_size=7, max_size=7)
 gains = st.sampled_from([0, 1, 4 * choice.GAIN_ONE, 160 * choice.GAIN_ONE])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.lists(st.integers(0, 3), min_size=7, max_size=7), loads, gains)
 def test_the_three_twins_agree(
     problem: Problem, hosts: list[int], load: list[int], gain: int

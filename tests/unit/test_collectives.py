@@ -60,7 +60,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=sizes,
     dtype=dtypes,
@@ -82,7 +82,7 @@ def test_a_sum_is_the_same_everywhere(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sizes, dtype=dtypes, rows=st.integers(0, 17), width=st.integers(1, 200))
 def test_rows_and_columns_come_to_their_places(
     kind: str, size: int, dtype: torch.dtype, rows: int, width: int

@@ -46,7 +46,7 @@ def python_is_not_asked(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatcher._python, "finish", fail)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=700), cut=st.integers(0, 63))
 def test_crc_is_zlibs(data: bytes, cut: int) -> None:
     assert native.native_extension().crc32(data[cut:]) == zlib.crc32(data[cut:])

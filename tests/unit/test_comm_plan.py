@@ -11,7 +11,7 @@ from remora.comm import plan
 from remora.comm.wire import dispatch_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.integers(1, 5), st.integers(1, 9))
 def test_layout_and_packed_bodies(
     problem: tuple[np.ndarray, list[list[int]], set[int]], rows_max: int, row_bytes: int

@@ -55,7 +55,7 @@ def twins() -> Iterator[dict[bool, FrameServer]]:
         yield made
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     changes=st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none(), max_size=3),
     data=st.data(),
@@ -111,7 +111,7 @@ def _answers(server: FrameServer, changes: dict[str, int], body: bytes) -> list[
     return heard
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(min_size=1, max_size=400), at=st.integers(0, 400))
 def test_damaged_bytes_never_hurt_others(
     twins: dict[bool, FrameServer], data: bytes, at: int

@@ -89,7 +89,7 @@ def test_unix_on_the_same_host_and_tcp_elsewhere(host: str) -> None:
 
 
 @HOSTS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.binary(min_size=1, max_size=300))
 def test_garbage_after_the_handshake_closes_that_connection_only(host: str, data: bytes) -> None:
     with serving(echo) as (server, lost):

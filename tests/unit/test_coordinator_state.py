@@ -1,7 +1,7 @@
 """The coordinator's machine: operations as they should go, and every fault at every event."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.coordinator_rig import LAYERS, Fault, World
 
@@ -112,7 +112,6 @@ def test_every_fault_at_every_event(scenario: str, fault: Fault) -> None:
     assert (struck > 0) == ((scenario, fault) not in HARMLESS), "whether it ever mattered"
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.sampled_from(FAULTS), st.integers(1, 40)), max_size=6)
 )

@@ -224,7 +224,7 @@ happenings = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(all_limits(), happenings)
 def test_every_request_is_served_as_if_alone(
     limits: DenseLimits, script: list[tuple[str, object]]

@@ -27,7 +27,7 @@ def scan(pieces: list[str], stops: list[str]) -> tuple[str, str | None, list[str
     return "".join(out), scanner.matched, out
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=texts, stops=stops, cuts=st.lists(st.integers(0, 30), max_size=8))
 def test_scanner_equals_its_slow_twin_however_the_text_is_cut(
     text: str, stops: list[str], cuts: list[int]

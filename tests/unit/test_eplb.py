@@ -37,7 +37,7 @@ def test_packing_by_hand() -> None:
     assert replicate(np.array([9.0, 2.0, 4.0]), 5) == [0, 1, 2, 0, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

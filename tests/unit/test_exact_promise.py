@@ -105,9 +105,7 @@ def test_preemptions_change_no_token(checked: Checked) -> None:
     assert [a.token_ids for a in answers] == checked.expected
 
 
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_order_mixture_or_limit_changes_a_token(checked: Checked, data: st.DataObject) -> None:
     which = data.draw(st.lists(st.integers(0, NUM_REQUESTS - 1), min_size=1, max_size=24))

@@ -59,7 +59,7 @@ def searcher(
     return PartitionSearch(bundles, topology, expert_loads(bundles, num_experts), weights)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2), (1, 4)]), st.booleans())
 def test_every_swap_changes_the_objective_by_what_is_predicted(
     seed: int, shape: tuple[int, int], worst: bool
@@ -86,7 +86,7 @@ def test_every_swap_changes_the_objective_by_what_is_predicted(
         assert change == pytest.approx(expected, abs=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2)]))
 def test_what_the_search_books_is_what_a_recount_finds(seed: int, shape: tuple[int, int]) -> None:
     topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=4)
@@ -119,7 +119,7 @@ def test_the_optimum_of_a_small_case_is_found() -> None:
         assert brute_cost(bundles, found_E, topology, objective) == pytest.approx(optimum)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 50), st.sampled_from([(4, 1), (2, 2)]), st.integers(4, 7))
 def test_invariants_of_a_plan(seed: int, shape: tuple[int, int], slots: int) -> None:
     topology = uniform_topology(num_hosts=shape[0], shards_per_host=shape[1], slots=slots)
@@ -226,7 +226,7 @@ def test_a_plan_over_the_load_is_repaired_and_not_given_up() -> None:
     assert after.remote_copies < 0.75 * eplb.remote_copies
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 99), st.sampled_from([(4, 1), (2, 2)]), st.sampled_from([1.0, 8.0]))
 def test_exchanges_keep_slots_and_never_make_it_worse(
     seed: int, shape: tuple[int, int], steepness: float

@@ -13,7 +13,7 @@ from remora.comm.replay import replay
 from remora.comm.topology import uniform_topology
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 3))
 @example(seed=0, num_requests=6, num_hosts=3)  # the flow gave a trifle of one to another host
 def test_equal_requests_get_the_cheapest_homes_that_fit(

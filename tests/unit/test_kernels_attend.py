@@ -99,7 +99,7 @@ PARTS = st.lists(
     window=st.sampled_from([None, None, 5, 300]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_attend_is_write_and_attention(
     parts: list[tuple[int, int]],
     padding: int,

@@ -96,7 +96,7 @@ class Prompt:
     threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_matches_the_twin(
     start: int,
     length: int,

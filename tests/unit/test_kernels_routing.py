@@ -18,7 +18,7 @@ def rows_of(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(slots=st.lists(st.integers(-1, 6), max_size=40))
 def test_route_sort_against_the_reference(slots: list[int]) -> None:
     result = route_sort(torch.tensor(slots, dtype=torch.int64), 7)

@@ -103,9 +103,7 @@ layers = st.lists(holders, min_size=NUM_EXPERTS, max_size=NUM_EXPERTS)
 loads = st.lists(st.sampled_from([0, 40, 4000]), min_size=NUM_SHARDS, max_size=NUM_SHARDS)
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_placement_choice_or_shuffle_changes_a_token(rig: Rig, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(rig.groups)), label="dense group")

@@ -53,7 +53,7 @@ def decode_step(
     return outs
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_both_ways_equal_computing_at_home(data: st.DataObject) -> None:
     """Random placements with duplicates and empty shards, top-k, rows, idle sources, masks."""

@@ -218,7 +218,7 @@ class Simulation:
                 self.kill(self.chance.choice(shards))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.booleans())
 def test_every_step_is_committed_once_and_by_all(seed: int, split: bool) -> None:
     simulation = Simulation(random.Random(seed), 8, split)

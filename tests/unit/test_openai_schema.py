@@ -72,7 +72,6 @@ def test_api(api_schema: Any, method: str, path: str, mode: GenerationMode) -> N
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

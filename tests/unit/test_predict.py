@@ -49,7 +49,7 @@ def counts_of(token_T: NDArray[Any], experts_LTK: NDArray[Any]) -> RoutingCounts
     return counts
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(0, 40), st.integers(0, 40))
 def test_counts_add_up_whatever_the_parts(seed: int, first: int, second: int) -> None:
     token_T, experts_LTK = tokens_of(seed, first + second)
@@ -138,7 +138,7 @@ def test_token_ids_share_rows_where_memory_is_bounded() -> None:
     assert score_TE[0, 1] > score_TE[1, 1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 20))
 def test_scores_and_devices_against_loops(seed: int, num_tokens: int) -> None:
     rng = np.random.default_rng(seed)

@@ -100,7 +100,7 @@ steps_strategy = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps_strategy, st.integers(1, 300), st.integers(1, 4))
 def test_everything_is_counted_once(
     steps: list[list[tuple[int, int, int]]], wake_rows: int, take_every: int

@@ -39,7 +39,7 @@ def total(score_TR: NDArray[np.int64], rank_T: NDArray[np.int64]) -> int:
     return int(score_TR[np.arange(len(rank_T)), rank_T].sum())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     num_rows=st.integers(0, 40),
     num_ranks=st.integers(1, 8),
@@ -78,7 +78,7 @@ def fewest(row: list[int], holders: list[list[int]], prices: list[int]) -> int:
     return min(sum(prices[s] for s in set(choice)) for choice in choices)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), replicas=st.integers(1, 2))
 def test_costs_are_prices_of_copies(seed: int, replicas: int) -> None:
     generator = np.random.default_rng(seed)

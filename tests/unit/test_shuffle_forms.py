@@ -74,9 +74,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Form, TpE
         engine.close()
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 999),
     holders=st.lists(st.sets(st.integers(0, 2), min_size=1), min_size=8, max_size=8),

@@ -51,7 +51,7 @@ class SlowScores:
                 table[rank] += (missed[rank] + step // 2) // step
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999), rows=st.integers(1, 60), depth=st.integers(0, 2))
 def test_scores_are_those_of_the_slow_twin(seed: int, rows: int, depth: int) -> None:
     generator = np.random.default_rng(seed)

@@ -34,7 +34,7 @@ def shuffled(rows: int, named: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.sampled_from([2, 3, 4]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

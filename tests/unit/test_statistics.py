@@ -87,7 +87,7 @@ parts_strategy = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parts_strategy)
 def test_without_decay_everything_is_counted(parts: list[tuple[int, str, int]]) -> None:
     hosts = ["h1", "h0"]

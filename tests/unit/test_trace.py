@@ -79,7 +79,7 @@ def assert_same(found: Trace, wanted: Trace) -> None:
         np.testing.assert_array_equal(found.weights_LTK, wanted.weights_LTK)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.sampled_from(["a", "b", None])), max_size=5),
     st.sampled_from([3, 255, 256, 5000]),
@@ -123,7 +123,7 @@ def test_positions_count_from_the_start_of_each_request() -> None:
     assert rows.phase_T.tolist() == [DECODE] * 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_truncated_file_is_read_up_to_its_last_whole_block(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -141,7 +141,7 @@ def test_a_truncated_file_is_read_up_to_its_last_whole_block(
     assert_same(found, rows.select(slice(0, found.num_tokens)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damage_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

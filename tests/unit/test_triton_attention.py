@@ -168,7 +168,7 @@ def test_bfloat16() -> None:
         check(case, s, 67, run_step(case, pages, [(s, 67, 69)])[0])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_random_steps(data: st.DataObject) -> None:
     """Window and chunk edges anywhere, chunks of prompts beside decoding sequences."""

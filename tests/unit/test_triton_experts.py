@@ -107,7 +107,7 @@ def test_every_gate(name: str, has_bias: bool, dtype: torch.dtype) -> None:
     check(experts, slots, gate, pairs, 9, "presummed" if has_bias else "ordered")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_random_shapes(data: st.DataObject) -> None:
     """Sizes around the tiles, slots without rows, rows without pairs, pairs of nothing."""

@@ -43,7 +43,7 @@ def test_sort(name: str, dtype: torch.dtype, sorter: str) -> None:
     assert found.order_N.dtype == found.offsets_C1.dtype == torch.int32
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(-1, 200), max_size=300), st.integers(1, 200))
 def test_sort_random(keys: list[int], num_keys: int) -> None:
     known = [key if key < num_keys else -1 for key in keys]
@@ -52,7 +52,7 @@ def test_sort_random(keys: list[int], num_keys: int) -> None:
     assert (found.order_N.tolist(), found.offsets_C1.tolist()) == (order, offsets)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=40), st.sampled_from([16, 64]))
 def test_tiles_cover_each_row_once(counts: list[int], tile_rows: int) -> None:
     """Tiles of a slot, in order, from its first row to its last; nothing but that."""
