@@ -11,9 +11,10 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -22,6 +23,8 @@ from setuptools.command.build_py import build_py
 KERNELS = os.path.join("kernels", "csrc")
 COMM = os.path.join("comm", "csrc")
 GENERATED = os.path.join("build", "generated")
+OBJECTS = os.path.join("build", "objects")
+OBJECTS_MAX = 200  # kept; those used last
 
 
 def sources(folder: str, *endings: str) -> list[str]:
@@ -106,19 +109,62 @@ def kernel_extensions() -> list[Extension]:
 
 
 class BuildTogether(build_ext):
-    """`build_ext` that compiles several files of an extension at once: one a core, 8 at most."""
+    """`build_ext` that compiles several files of an extension at once, one a core, 8 at most, and
+    none that it compiled before: objects are kept in build/objects by what they were made of."""
 
     def build_extensions(self) -> None:
         """Build all extensions."""
         compile_some = self.compiler.compile
+        command = list(self.compiler.compiler_so)
+        found = shutil.which(command[0])  # none: compiling says so, and is optional
+        version = subprocess.run([found, "--version"], capture_output=True).stdout if found else b""
+        cxx = repr(command).encode() + version
 
-        def compile_all(sources: list[str], *args: object, **options: object) -> list[str]:
+        def compile_one(path: str, options: dict[str, Any]) -> list[str]:
+            (built,) = self.compiler.object_filenames([path], output_dir=options["output_dir"])
+            kept = os.path.join(OBJECTS, object_key(path, cxx, options) + ".o")
+            if os.path.exists(kept):
+                os.makedirs(os.path.dirname(built), exist_ok=True)
+                shutil.copyfile(kept, built)
+                os.utime(kept)
+                return [built]
+            compile_some([path], **options)
+            with tempfile.NamedTemporaryFile(dir=OBJECTS, delete=False) as whole:
+                whole.write(read_bytes(built))
+            os.replace(whole.name, kept)
+            return [built]
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            os.makedirs(OBJECTS, exist_ok=True)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                built = pool.map(lambda path: compile_some([path], *args, **options), sources)
-                return [path for paths in built for path in paths]
+                built = list(pool.map(lambda path: compile_one(path, options), sources))
+            return [path for paths in built for path in paths]
 
         self.compiler.compile = compile_all
         super().build_extensions()
+        kept = sorted(os.scandir(OBJECTS), key=lambda entry: entry.stat().st_mtime)
+        for entry in kept[:-OBJECTS_MAX]:
+            os.unlink(entry)
+
+
+def object_key(path: str, cxx: bytes, options: dict[str, Any]) -> str:
+    """Of everything that an object depends on: source, headers, compiler and its options."""
+    source = read_bytes(path)
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [options.get(key) for key in ("macros", "include_dirs", "extra_postargs")]
+    digest.update(repr([path, settings]).encode() + cxx)
+    for part in [source, *map(read_bytes, sorted(options["depends"]))]:
+        digest.update(b"%d " % len(part) + part)
+    if b"source_hash" in source:  # the headers that are written here
+        for name in sorted(os.listdir(GENERATED)):
+            digest.update(read_bytes(os.path.join(GENERATED, name)))
+    return digest.hexdigest()
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class BuildWithMessages(build_py):

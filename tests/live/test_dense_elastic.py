@@ -22,7 +22,7 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.operation import ScaleTo
 
 NAME = "dense-elastic"
-HANG_S = 8.0  # two cores, shared: who gets on is not taken for one that hangs
+HANG_S = 15.0  # two cores, shared: who gets on is not taken for one that hangs
 
 
 @pytest.fixture(scope="module")

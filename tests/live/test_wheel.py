@@ -1,7 +1,8 @@
 """The wheel holds all a user needs: it is built, installed outside the checkout, and used there.
 
 No Ray cluster is needed, but a compile of the kernels is, so it stands among the live tests. The
-build works on a copy of the sources, so that nothing left in `build/` by an earlier one gets in.
+build works on a copy of the sources, so that nothing left in `build/` by an earlier one gets in but
+objects, which are named by all that they were made of.
 """
 
 import os
@@ -49,6 +50,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / room, source / room, ignore=built)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    objects = ROOT / "build" / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    (source / "build").mkdir()
+    (source / "build" / "objects").symlink_to(objects)
     return source
 
 
