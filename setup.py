@@ -40,8 +40,7 @@ def write_source_hash(header: str, macro: str, paths: list[str]) -> None:
     """
     digest = hashlib.blake2b(digest_size=6)
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(file.read())
+        digest.update(read_bytes(path))
     os.makedirs(GENERATED, exist_ok=True)
     with open(os.path.join(GENERATED, header), "w") as file:
         file.write(f'#define {macro} "{digest.hexdigest()}"\n')

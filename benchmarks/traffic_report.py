@@ -9,7 +9,6 @@ from engines_report import Bar, Spread
 from traffic_ladder import Result, Shape
 
 D8 = {spare: Shape(8, 1, spare) for spare in (0.0, 0.25, 0.5)}
-ORDER = "scenario", "shape", "sources", "method"
 
 
 def over_folds(values: Sequence[float]) -> Spread:

@@ -7,7 +7,7 @@ router's: who may ask where a request goes may not thereby scale the deployment.
 from collections.abc import Mapping
 from typing import Any, Final
 
-from remora.comm.grpc_base import NOT_BUILT, Method
+from remora.comm.grpc_base import NOT_BUILT, Method, credentials
 from remora.comm.grpc_base import bearer_of as labelled_bearer_of
 
 try:
@@ -65,7 +65,7 @@ def bearer_of(token: bytes) -> str:
 
 def credentials_of(token: bytes) -> tuple[tuple[str, str], ...]:
     """Metadata of a call by somebody who knows the cluster's token."""
-    return (("authorization", f"Bearer {bearer_of(token)}"),)
+    return credentials(bearer_of(token))
 
 
 def operation_message(operation: Mapping[str, Any]) -> Any:

@@ -47,6 +47,11 @@ def bearer_of(token: bytes, label: bytes) -> str:
     return hmac.digest(token, label, "sha256").hex()
 
 
+def credentials(bearer: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call by somebody who has this bearer."""
+    return (("authorization", f"Bearer {bearer}"),)
+
+
 def channel_options() -> list[tuple[str, int]]:
     """Bounds of both ends."""
     return [

@@ -5,7 +5,7 @@ The messages are made from `router.proto` and `coordinator.proto` by setup.py.
 
 from typing import Any, Final
 
-from remora.comm.grpc_base import NOT_BUILT, Method
+from remora.comm.grpc_base import NOT_BUILT, Method, credentials
 from remora.comm.grpc_base import bearer_of as labelled_bearer_of
 from remora.comm.view import Placement, View
 
@@ -53,7 +53,7 @@ def bearer_of(token: bytes) -> str:
 
 def credentials_of(token: bytes) -> tuple[tuple[str, str], ...]:
     """Metadata of a call by somebody who knows the cluster's token."""
-    return (("authorization", f"Bearer {bearer_of(token)}"),)
+    return credentials(bearer_of(token))
 
 
 def view_message(view: View) -> Any:

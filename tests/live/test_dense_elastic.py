@@ -4,12 +4,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
-from support.programs import benchmarks_on_path, program
 
 from remora.actors.launch import actor_name
 from remora.cluster.bootstrap import (
@@ -23,14 +19,6 @@ from remora.cluster.operation import ScaleTo
 
 NAME = "dense-elastic"
 HANG_S = 15.0  # two cores, shared: who gets on is not taken for one that hangs
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Any]:
-    with benchmarks_on_path():
-        found = program("live_streams")
-        with found.one_node():
-            yield found
 
 
 def test_streams_flow_while_dense_groups_die_come_and_go(live: Any, tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.programs import benchmarks_on_path, program
 
 from remora.actors.launch import coordinator_name
 from remora.cluster.bootstrap import (
@@ -23,14 +21,6 @@ from remora.cluster.wal import FILE
 from remora.comm.errors import ClusterError, ConfigError
 
 NAME = "elastic"
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Any]:
-    with benchmarks_on_path():
-        found = program("live_streams")
-        with found.one_node():
-            yield found
 
 
 def test_streams_flow_through_operations_and_deaths(live: Any, tmp_path: Path) -> None:

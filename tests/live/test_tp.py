@@ -1,8 +1,8 @@
 """Tensor-parallel dense groups as Ray actors: two groups of two ranks over the same two shards."""
 
+import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,17 @@ from ray.util.state import list_actors
 from support.checkpoints import make_checkpoint
 from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
+from support.programs import benchmarks_on_path, program
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
-    ClusterHandle,
     cluster_status,
     ensure_cluster,
     neutral_runtime_env,
     stop_cluster,
 )
 from remora.cluster.config import parse_config
-from remora.comm.errors import ClusterError, ConfigError
-
-SOON_S = 60.0
+from remora.comm.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +50,6 @@ def data(model: Path, **dense: Any) -> dict[str, Any]:
     }
 
 
-def over(handle: ClusterHandle, operation_id: str) -> dict[str, Any]:
-    """An operation that the coordinator begins by itself, once it is over."""
-    until_s = time.monotonic() + SOON_S
-    while True:
-        try:
-            return handle.over(operation_id)
-        except ClusterError:  # it has not begun: nothing tells of that
-            assert time.monotonic() < until_s, f"{operation_id} has not begun"
-            time.sleep(0.1)
-
-
 def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
     own_ray: None, model: Path
 ) -> None:
@@ -70,6 +57,8 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
         torch.tensor([PROMPT]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
     )
     expected = found[0, len(PROMPT) :].tolist()
+    with benchmarks_on_path():
+        streams = program("live_streams")
     handle = ensure_cluster(parse_config(data(model)))
     try:
         first, second = handle.dense_members()
@@ -87,7 +76,7 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
         [rank] = [a for a in list_actors(detail=True) if a.name == "remora/tp/dense-0.1#1"]
         os.kill(rank.pid, signal.SIGKILL)
         assert ask_member(handle, second).token_ids == expected, "the other group goes on"
-        assert over(handle, "restore-dense-0.2")["outcome"] == "done"
+        assert asyncio.run(streams.over(handle, "restore-dense-0.2"))["outcome"] == "done"
         again, _ = handle.dense_members()
         assert (again.uid, again.incarnation) == ("dense-0", 2)
         assert ask_member(handle, again).token_ids == expected
