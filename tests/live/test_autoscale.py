@@ -12,7 +12,7 @@ import grpc
 import httpx
 import pytest
 import ray
-from ray.util.state import list_actors
+from support.ray_actors import living_names
 from support.serving import DEMO_MODEL
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -78,9 +78,9 @@ def running(config: RemoraConfig) -> Iterator[ClusterHandle]:
     ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield ensure_cluster(config)
     stop_cluster(config.name)
-    alive = [a.name for a in list_actors(filters=[("state", "=", "ALIVE")])]
+    alive = living_names(config.name)
     ray.shutdown()
-    assert not [name for name in alive if name.startswith("remora/scaled/")]
+    assert not alive
 
 
 async def complete(service: Service, number: int) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
 from support.checkpoints import make_checkpoint
 from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
+from support.ray_actors import living_names
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.actors.model_spec import inspect_model
@@ -72,11 +72,6 @@ def config(model: Path, name: str, **sections: Any) -> RemoraConfig:
     return parse_config(data)
 
 
-def alive_actors(deployment: str) -> list[str]:
-    found = list_actors(filters=[("state", "=", "ALIVE")])
-    return [a.name for a in found if a.name.startswith(f"remora/{deployment}/")]
-
-
 def generate(handle: ClusterHandle) -> SequenceOutput:
     [member] = handle.dense_members()
     return ask_member(handle, member)
@@ -125,7 +120,7 @@ def test_shards_go_where_gpus_and_labels_are(raylets: Cluster, model: Path) -> N
         assert generate(handle).token_ids == reference_tokens(model)
     finally:
         stop_cluster("placed")
-    assert alive_actors("placed") == []
+    assert living_names("placed") == []
 
 
 def test_ensure_adopts_what_runs_and_refuses_another_model(raylets: Cluster, model: Path) -> None:
@@ -182,7 +177,7 @@ def test_tokens_do_not_depend_on_the_placement(
             ensure_cluster(config(model, "misfit", experts=asked))
     finally:
         stop_cluster("scattered")
-    assert alive_actors("scattered") == alive_actors("misfit") == []
+    assert living_names("scattered") == living_names("misfit") == []
 
 
 def test_two_deployments_stand_beside_each_other(raylets: Cluster, model: Path) -> None:
@@ -204,7 +199,7 @@ def test_bad_weights_fail_the_start_by_name_and_leave_nothing(
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=victim.name):
         ensure_cluster(config(broken, "broken"))
-    assert alive_actors("broken") == []
+    assert living_names("broken") == []
 
 
 def test_what_finds_no_place_fails_in_time_and_says_what_it_asked_for(
@@ -218,7 +213,7 @@ def test_what_finds_no_place_fails_in_time_and_says_what_it_asked_for(
     assert "shard-0, shard-1 found no place (each asks for 0.5 CPU, 3 GPU" in message
     assert "remora/role=x" in message and "2 node(s) of 2 CPU, 1 GPU" in message
     assert find_cluster("placeless") is None
-    assert alive_actors("placeless") == []
+    assert living_names("placeless") == []
 
 
 def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
@@ -236,7 +231,7 @@ def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
             with pytest.raises(ClusterError, match=r"has been stopped|coordinator died"):
                 start.result(timeout=60)
     assert find_cluster("halted") is None
-    assert alive_actors("halted") == []
+    assert living_names("halted") == []
 
 
 def test_two_callers_share_a_failure_and_the_name_is_free_again(
@@ -251,7 +246,7 @@ def test_two_callers_share_a_failure_and_the_name_is_free_again(
     with ThreadPoolExecutor(2) as pool:
         failures = [pool.submit(ensure_cluster, asked).exception(timeout=120) for _ in range(2)]
     assert all(isinstance(f, WeightsError | ClusterError) for f in failures), failures
-    assert alive_actors("shared") == []
+    assert living_names("shared") == []
     victim.write_bytes(whole)
     handle = ensure_cluster(asked)
     try:
@@ -283,7 +278,7 @@ def test_an_address_that_cannot_be_bound_is_told_with_who_wants_it(
     asked = config(model, "unbound").model_copy(update={"bind_address": "192.0.2.1"})
     with pytest.raises(ClusterError, match=r"the coordinator.* cannot listen on 192\.0\.2\.1"):
         ensure_cluster(asked)
-    assert alive_actors("unbound") == []
+    assert living_names("unbound") == []
 
 
 def test_a_log_that_cannot_be_written_is_told_and_leaves_nothing(
@@ -294,20 +289,20 @@ def test_a_log_that_cannot_be_written_is_told_and_leaves_nothing(
     asked = asked.model_copy(update={"elastic": ElasticConfig(log_dir=tmp_path / "file")})
     with pytest.raises(ClusterError, match=r"coordinator\.wal: Not a directory"):
         ensure_cluster(asked)
-    assert find_cluster("unlogged") is None and alive_actors("unlogged") == []
+    assert find_cluster("unlogged") is None and living_names("unlogged") == []
 
 
 def test_more_shards_than_experts_are_refused(raylets: Cluster, model: Path) -> None:
     with pytest.raises(ConfigError, match=r"experts\.shards = 100: the model has"):
         ensure_cluster(config(model, "many", experts={"shards": 100}))
-    assert alive_actors("many") == []
+    assert living_names("many") == []
 
 
 def test_an_unservable_architecture_is_refused_at_start(raylets: Cluster, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UnsupportedModelError, match="mamba"):
         ensure_cluster(config(tmp_path, "mamba"))
-    assert alive_actors("mamba") == []
+    assert living_names("mamba") == []
 
 
 def test_requests_of_a_killed_shard_are_held_until_it_is_restored(
@@ -329,4 +324,4 @@ def test_requests_of_a_killed_shard_are_held_until_it_is_restored(
         assert status["epoch"] == 2 and status["operations"]["lost"] == []
     finally:
         stop_cluster("killed")
-    assert alive_actors("killed") == []
+    assert living_names("killed") == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
+from support.ray_actors import living_actors
 from support.serving import DEMO_MODEL
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -57,15 +57,14 @@ def handle(hosts: Cluster, tmp_path: Path) -> Iterator[ClusterHandle]:
     stop_cluster(NAME)
 
 
-def shards_of(address: str, node_id: str) -> list[str]:
+def shards_of(node_id: str) -> list[str]:
     """Uids of the shards that Ray says live on a node."""
-    filters = [("node_id", "=", node_id), ("state", "=", "ALIVE")]
-    actors = list_actors(address=address, filters=filters)  # type: ignore[arg-type]
+    actors = living_actors(("node_id", "=", node_id))
     return shard_uids((actor.name for actor in actors if actor.name), NAME)
 
 
 def test_a_node_is_drained_and_only_then_safe(hosts: Cluster, handle: ClusterHandle) -> None:
-    here = shards_of(hosts.address, ray.get_runtime_context().get_node_id())
+    here = shards_of(ray.get_runtime_context().get_node_id())
     assert len(here) == 1, "a shard a node"
 
     first = run_hook(hosts.address)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
-from ray.util.state import list_actors
+from support.ray_actors import living_names, process_of
 from support.serving import DEMO_MODEL
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -62,14 +62,13 @@ def handle(config: RemoraConfig) -> Iterator[ClusterHandle]:
     ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield ensure_cluster(config)
     stop_cluster(config.name)
-    alive = [a.name for a in list_actors(filters=[("state", "=", "ALIVE")])]
+    alive = living_names(config.name)
     ray.shutdown()
-    assert not [name for name in alive if name.startswith("remora/routed/")]
+    assert not alive
 
 
 def router_pid() -> int:
-    [actor] = [a for a in list_actors(detail=True) if a.name == "remora/routed/router"]
-    return int(actor.pid or 0)
+    return process_of("remora/routed/router")
 
 
 async def until(ready: Callable[[], Awaitable[bool]]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.util.state import list_actors
 from support.checkpoints import make_checkpoint
 from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
 from support.programs import benchmarks_on_path, program
+from support.ray_actors import living_names, process_of
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
@@ -73,8 +73,7 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
         placed = [g for g in groups if g["state"] == "CREATED"]
         assert sorted(g["name"] for g in placed) == ["remora/tp/dense-0#1", "remora/tp/dense-1#1"]
 
-        [rank] = [a for a in list_actors(detail=True) if a.name == "remora/tp/dense-0.1#1"]
-        os.kill(rank.pid, signal.SIGKILL)
+        os.kill(process_of("remora/tp/dense-0.1#1"), signal.SIGKILL)
         assert ask_member(handle, second).token_ids == expected, "the other group goes on"
         assert asyncio.run(streams.over(handle, "restore-dense-0.2"))["outcome"] == "done"
         again, _ = handle.dense_members()
@@ -84,8 +83,7 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
         assert members["dense-0.1"]["alive"] and members["dense-0.1"]["incarnation"] == 2
     finally:
         stop_cluster("tp")
-    alive = [a.name for a in list_actors(filters=[("state", "=", "ALIVE")])]
-    assert not [name for name in alive if name.startswith("remora/tp/")]
+    assert not living_names("tp")
     assert all(g["state"] == "REMOVED" for g in ray.util.placement_group_table().values())
 
 
