@@ -18,6 +18,7 @@ from remora.actors.manifest import digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_model import ExpertLayer, ShardExperts
 from remora.actors.weights import Progress, WeightPlan
+from remora.comm.errors import WeightsError
 from remora.kernels.device import CPU, home_of, make_experts
 
 
@@ -48,7 +49,7 @@ def build_shard(
         device: where the experts live and compute; rows come and go on the CPU.
 
     Raises:
-        WeightsError: naming file and tensor.
+        WeightsError: naming file and tensor; or a slot does not hold what was written into it.
         RuntimeError: a GPU without Triton, or that is not there.
     """
     assert set(experts_by_layer) <= set(spec.moe_layers), (
@@ -82,10 +83,14 @@ def build_shard(
             for slot, expert in enumerate(experts_by_layer[index]):
                 tensors = reader.read(index, expert)
                 held.packed.load_slot(slot, tensors)
-                if is_int8:
-                    tensors = held.packed.export_slot(slot)
-                digest = digest_expert(index, expert, tensors)
-                state.settle(slot, digest, digest.digest)
+                digest = digest_expert(index, expert, held.packed.export_slot(slot))
+                # int8 is known by what a slot holds alone; anything else must be what was read
+                read = digest if is_int8 else digest_expert(index, expert, tensors)
+                if not state.settle(slot, digest, read.digest):
+                    raise WeightsError(
+                        f"layer {index} expert {expert}: slot {slot} holds {digest.digest} after"
+                        f" loading, not {read.digest}, which was read: is the memory sound?"
+                    )
                 held.slot_of_E[expert] = held.slot_there_E[expert] = slot
                 counter.loaded(index)
     return ShardExperts(spec, reader, layers, state, dtype=dtype, exact=exact, is_int8=is_int8)

@@ -13,6 +13,8 @@ from remora.actors.manifest import digest_expert
 from remora.actors.model_spec import ModelSpec, inspect_model
 from remora.actors.shard_build import build_shard
 from remora.actors.shard_model import ShardExperts
+from remora.comm.errors import WeightsError
+from remora.kernels.experts import PackedExperts
 
 ALL = range(8)
 
@@ -100,6 +102,21 @@ def test_a_call_without_pairs(tmp_path: Path) -> None:
     assert torch.equal(
         shard.forward(0, x, none, none, torch.zeros(0), "presummed"), torch.zeros_like(x)
     )
+
+
+def test_a_slot_that_does_not_hold_what_was_read_fails_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = PackedExperts.load_slot
+
+    def flipped(self: PackedExperts, slot: int, tensors: Any) -> None:
+        write(self, slot, tensors)
+        if slot == 2:
+            self.slot_parts(slot)[-1][5] ^= 1
+
+    monkeypatch.setattr(PackedExperts, "load_slot", flipped)
+    with pytest.raises(WeightsError, match=r"expert 3: slot 2 holds .* which was read"):
+        load(make_checkpoint(tmp_path, "mixtral"), experts=[6, 1, 3])
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
