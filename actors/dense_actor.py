@@ -13,6 +13,7 @@ from typing import Any
 from remora.actors.actor_thread import ActorThread
 from remora.actors.collector import objects_that_stay
 from remora.actors.dense_engine import DenseEngine
+from remora.actors.dense_errands import Errands
 from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_limits import STATUS_STATS, limits_of
 from remora.actors.dense_model import DenseModel, build_dense
@@ -25,7 +26,6 @@ from remora.actors.launch import Progress, advertised_ip, host_label, member_of,
 from remora.actors.load_sharing import LoadSharing
 from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
-from remora.actors.router_reporter import RouterReporter, report_to_router
 from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, greet_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
@@ -73,7 +73,7 @@ class DenseActor:
                 host_ip=launch.bind_ip, use_unix=launch.use_unix, token=launch.token
             )
         self._leader: Leader | None = None
-        self._reporter: RouterReporter | None = None
+        self._errands: Errands | None = None
         self._tap: RoutingTap | None = None
         self._meter: TrafficMeter | None = None
         self._whole = ""
@@ -101,7 +101,7 @@ class DenseActor:
         top_k, num_ranks = self._rank.model.spec.top_k, self._launch.num_ranks
         tell_ranks = self._leader.note_others if self._leader is not None else None
         loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks, tell_ranks)
-        self._reporter = report_to_router(self._launch, self._state.stats, self.take_sketch, loads)
+        self._errands = Errands(self._launch, self._state.stats, self.take_sketch, loads)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
     def offer_view(self, view: View) -> str:
@@ -121,9 +121,10 @@ class DenseActor:
         Raises:
             ClusterError: an expert cannot be reached (`DenseEngine.adopt_view`).
         """
-        assert self._engine is not None and self._views is not None, "adopt_view before start"
+        assert self._engine and self._views and self._errands, "adopt_view before start"
         adopted: Future[None] = Future()
         newest = self._views.tell(view, adopted)
+        self._errands.adopt_view(newest)
         self._engine.adopt_view(newest, or_none=or_none, adopted=adopted)
         return view.view_hash
 
@@ -159,8 +160,7 @@ class DenseActor:
 
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this rank."""
-        stats = self._state.stats() if self._state else EngineStats()
-        peers = self._peers
+        stats, peers = self._state.stats() if self._state else EngineStats(), self._peers
         return {
             "alive": self._thread.is_alive,
             "phase": self._progress.phase,
@@ -216,8 +216,8 @@ class DenseActor:
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""
         self._stopping = True
-        if self._reporter is not None:
-            self._reporter.close()
+        if self._errands is not None:
+            self._errands.close()
         if self._engine is not None:  # else `_serve` sees that it is not wanted any more
             self._engine.stop()
         self._thread.join()

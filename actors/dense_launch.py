@@ -16,3 +16,4 @@ class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
     prefix_caching: bool
     call_timeout_s: float  # one layer's dispatch and combine, retries included
     hold_s: float = 0.0  # requests wait so long for a view that has a lost expert again
+    hang_s: float | None = None  # the coordinator may go without progress; None: nobody looks

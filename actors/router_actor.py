@@ -94,6 +94,11 @@ class RouterActor:
         """What `remora status` shows."""
         return self._server.status() | {"address": self.address()}
 
+    def heartbeat(self) -> tuple[int, int]:
+        """A sign of progress, for the coordinator: returns once the loop that serves has come
+        round; how often it has, and that nothing waits then."""
+        return self._server.come_round(), 0
+
     def stop(self) -> None:
         """Save what was counted and stop listening."""
         self._server.stop()

@@ -72,6 +72,7 @@ class RouterServer:
         self._loads = LoadExchange()
         self._calls: dict[str, int] = dict.fromkeys((m.name for m in METHODS), 0)
         self._num_watchers = 0
+        self._rounds = 0
         self._admitted: list[tuple[list[Prompt], asyncio.Future[list[Choice | None]]]] = []
         self._routed = {"flows": 0, "sequences": 0, "alone": 0}
         self._homes_epoch = 0  # of the view that `HomesLearned` was last made for
@@ -123,6 +124,15 @@ class RouterServer:
 
         self._loop.call_soon_threadsafe(adopt)
         done.wait(START_S)
+
+    def come_round(self) -> int:
+        """Returns once the loop has handled what waited before; how often it was asked to. Any
+        thread, one at a time."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(done.set)
+        done.wait()
+        self._rounds += 1
+        return self._rounds
 
     def status(self) -> dict[str, Any]:
         """For `remora status`: address, calls by method, sequences routed here (by how many flows)

@@ -8,8 +8,8 @@ life), to streams that never stop. Each cell sends SIGKILL or SIGSTOP to the pro
 waits until what was lost is back. Longest gap between a stream's tokens in that time and in a
 window just before; seconds until the member (or the coordinator, or the router) is there again;
 requests that failed; whether every answer is token for token that of before. SIGSTOP is not taken
-back: who hangs is found by its progress and ended (`elastic.hang_s`). A coordinator or router that
-is stopped is continued after a while, since Ray restarts what ends, and nothing ends those.
+back: who hangs is found by its progress and ended (`elastic.hang_s`), a member or the router by the
+coordinator, the coordinator by the dense group.
 """
 
 import asyncio
@@ -31,7 +31,6 @@ from remora.comm.errors import ClusterError
 
 NAME: Final = "bench-faults"
 HANG_S: Final = 8.0
-STOPPED_S: Final = 5.0  # a coordinator or a router, before it goes on
 CALM_S: Final = 4.0  # the window before
 ROLES: Final = ("shard", "dense", "coordinator", "router")
 SIGNALS: Final = (signal.SIGKILL, signal.SIGSTOP)
@@ -77,9 +76,15 @@ async def _strike(handle: ClusterHandle, role: str, fault: signal.Signals) -> No
         return
     name = coordinator_name(NAME) if role == "coordinator" else router_name(NAME)
     pid = await strike(name, fault)
-    if fault == signal.SIGSTOP:
-        await asyncio.sleep(STOPPED_S)
-        os.kill(pid, signal.SIGCONT)
+
+    async def gone() -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    await until(gone)
 
     async def answers() -> bool:
         try:

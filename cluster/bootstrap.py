@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from remora.actors.coordinator_watch import HEARTBEATS
 from remora.actors.launch import NORMAL_PRIORITY, RAY_NAMESPACE, Progress, coordinator_name
 from remora.actors.router_actor import router_address
 from remora.autoscale.ingress_load import IngressLoad
@@ -141,13 +142,13 @@ def ensure_cluster(
 def _coordinator(config: RemoraConfig) -> Any:
     """The deployment's coordinator, made if there is none that may yet serve."""
     remote: Any = ray.remote  # its overloads know no groups of a class given later
-    make = remote(concurrency_groups={DEPLOY: 1})(Coordinator).options(
+    make = remote(concurrency_groups={DEPLOY: 1, HEARTBEATS: 1})(Coordinator).options(
         name=coordinator_name(config.name),
         namespace=RAY_NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
-        max_restarts=-1,  # a new life reads the log, and adopts what lives
+        max_restarts=-1,  # a new life reads the log, and adopts what lives; see `CoordinatorWatch`
         max_concurrency=COORDINATOR_THREADS,
         runtime_env={
             "env_vars": {

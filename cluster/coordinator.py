@@ -186,6 +186,13 @@ class Coordinator:
                 raise ClusterError(f"deployment {self._config.name!r} is {self._phase}")
             return self._elastic
 
+    def heartbeat(self) -> tuple[int, int]:
+        """A sign of progress, for the dense groups (`CoordinatorWatch`): returns once the thread of
+        operations has come round; looks at members so far, and whether there are to be more."""
+        with self._lock:
+            elastic = self._elastic
+        return elastic.heartbeat() if elastic is not None else (0, 0)
+
     def exchange(self, load: IngressLoad | None) -> dict[str, float]:
         """Take what an ingress counted; metrics of the loops beside operations, by name."""
         gauges, elastic = self._beside.exchange(load), self._elastic

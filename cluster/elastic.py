@@ -9,6 +9,7 @@ from typing import Any, Final
 import ray
 
 from remora.actors.expert_actor import ShardFacts
+from remora.actors.health_state import HealthState
 from remora.actors.launch import actor_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec
@@ -16,10 +17,9 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_state import CoordinatorState, recovered
 from remora.cluster.dense_groups import rank_uids
-from remora.cluster.health_state import HealthState
 from remora.cluster.health_watch import HealthWatch
 from remora.cluster.instances import instances_dir
-from remora.cluster.member_tasks import MemberTasks, find_actor
+from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
 from remora.cluster.operation import Effect, ScaleTo, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
@@ -149,6 +149,13 @@ class Elastic:
         memory = self._tasks.free_memory() if self._tasks and _may_join(target) else None
         return self._runner().request(operation_id, target, memory)
 
+    def heartbeat(self) -> tuple[int, int]:
+        """As `Coordinator.heartbeat`."""
+        if self.runner is None or self.health is None:  # not begun, and the start has its own limit
+            return 0, 0
+        self.runner.come_round()
+        return self.health.looks_total, 1
+
     def health_status(self) -> dict[str, object]:
         """Members that hung so far."""
         return self.health.status() if self.health is not None else {}
@@ -204,12 +211,20 @@ class Elastic:
         self.health = HealthWatch(
             HealthState(hang_s=hang_s, stall_s=hang_s + STALL_CALLS * timeout_s),
             ask=tasks.heartbeat,
-            hung=self.runner.lost,
+            hung=self._hung,
+            others={ROUTER_LIFE} if router is not None else set(),
         )
         self.runner.start(effects)
         self.health.start(state.view)
         if state.operation is None:
             self.standbys.fill()
+
+    def _hung(self, uid: str, incarnation: int) -> None:
+        assert self._tasks is not None, "who hangs was asked"
+        if (uid, incarnation) == ROUTER_LIFE:
+            self._tasks.restart_router()
+        else:
+            self._runner().lost(uid, incarnation)
 
     def _committed(self, view: View) -> None:
         if self.health is not None:

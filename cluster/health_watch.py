@@ -4,10 +4,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from typing import Final
 
-from remora.cluster.health_state import Beat, HealthState, Life
+from remora.actors.health_state import Beat, HealthState, Life
 from remora.comm.errors import ClusterError
 from remora.comm.view import View
 
@@ -23,6 +24,7 @@ class HealthWatch:
     Args:
         ask: begins to ask a life of a member for a beat. Raises ClusterError: there is none.
         hung: told of a life that is to be ended.
+        others: lives beside the view's; each is watched again after it hung.
     """
 
     def __init__(
@@ -31,8 +33,11 @@ class HealthWatch:
         *,
         ask: Callable[[str, int], "Future[Beat]"],
         hung: Callable[[str, int], None],
+        others: AbstractSet[Life] = frozenset(),
     ) -> None:
         self._state, self._ask, self._hung = state, ask, hung
+        self._others = others
+        self._looks = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._total = 0
@@ -47,7 +52,13 @@ class HealthWatch:
     def adopt_view(self, view: View) -> None:
         """Watch these members."""
         with self._lock:
-            self._state.watch({(m.uid, m.incarnation) for m in view.members}, time.monotonic())
+            lives = {(m.uid, m.incarnation) for m in view.members}
+            self._state.watch(lives | self._others, time.monotonic())
+
+    @property
+    def looks_total(self) -> int:
+        """How often it has looked: who stays at one number does not look any more."""
+        return self._looks
 
     @property
     def hung_total(self) -> int:
@@ -69,14 +80,19 @@ class HealthWatch:
         while not self._closed.wait(EVERY_S):
             now_s = time.monotonic()
             with self._lock:
-                found, lives = self._state.look(now_s), self._state.to_ask(now_s)
+                found = self._state.look(now_s)
+                self._state.also(self._others, now_s)
+                lives = self._state.to_ask(now_s)
                 self._total += len(found)
-                self._last = [*self._last, *(f"{u}#{i}: {why}" for (u, i), why in found)][-SHOWN:]
-            for (uid, incarnation), why in found:
-                logger.error("%s (incarnation %d) hangs: %s", uid, incarnation, why)
-                self._hung(uid, incarnation)
+                self._last = [*self._last, *(f"{named(life)}: {why}" for life, why in found)][
+                    -SHOWN:
+                ]
+            for life, why in found:
+                logger.error("%s hangs: %s", named(life), why)
+                self._hung(*life)
             for life in lives:
                 self._ask_one(life)
+            self._looks += 1
 
     def _ask_one(self, life: Life) -> None:
         def told(done: "Future[Beat]") -> None:
@@ -89,3 +105,9 @@ class HealthWatch:
         except ClusterError:  # its end is told by whoever watches for that
             with self._lock:
                 self._state.forget(life)
+
+
+def named(life: Life) -> str:
+    """A life in words; what has no incarnations is named alone."""
+    uid, incarnation = life
+    return f"{uid}#{incarnation}" if incarnation else uid

@@ -187,6 +187,7 @@ def dense_launch(
         max_waiting=dense.max_waiting,
         prefix_caching=dense.prefix_caching,
         hold_s=config.elastic.hold_s,
+        hang_s=config.elastic.hang_s,
         call_timeout_s=config.experts.call_timeout_s,
         report_every_s=config.router.report_every_s if config.router.enabled else None,
         rank=rank,

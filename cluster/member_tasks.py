@@ -11,6 +11,7 @@ import msgspec
 import ray
 
 from remora.actors.expert_actor import ShardFacts
+from remora.actors.health_state import Beat, Life
 from remora.actors.launch import RAY_NAMESPACE, CopyOrder, ReplicaSource, actor_name
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_process import ShardProcess
@@ -24,7 +25,6 @@ from remora.cluster.dense_groups import (
     remove_placement_group,
     start_ranks,
 )
-from remora.cluster.health_state import Beat
 from remora.cluster.launch import shard_launch, shard_options
 from remora.cluster.members import answers_within, asked_of_ray
 from remora.cluster.operation import (
@@ -53,6 +53,7 @@ from remora.comm.view import Endpoint, Member, Placement
 
 logger = logging.getLogger(__name__)
 
+ROUTER_LIFE: Final[Life] = (ROUTER, 0)  # Ray starts it again by itself: no lives are told apart
 MEMORY_S: Final = 2.0  # for shards to tell what their hosts have left
 
 
@@ -133,10 +134,16 @@ class MemberTasks:
         """The router; Ray starts it again when it dies."""
         self._router = handle
 
+    def restart_router(self) -> None:
+        """End the life of the router that there is; Ray begins the next."""
+        ray.kill(self._router, no_restart=False)
+
     def heartbeat(self, uid: str, incarnation: int) -> "Future[Beat]":
         """Ask a life for a sign of progress. Raises ClusterError: there is no such life."""
         with self._lock:
             handle = self._lives.get((uid, incarnation))
+        if (uid, incarnation) == ROUTER_LIFE:
+            handle = self._router
         if handle is None:
             raise ClusterError(f"there is no {uid}#{incarnation}")
         return _answer(handle.heartbeat.remote(), lambda answer: Beat(*answer))

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 LOG_BYTES_MAX: Final = 4 << 20  # then a snapshot takes the place of it, between operations
 OPERATIONS_SHOWN: Final = 8
+ALIVE_EVERY_S: Final = 1.0
 
 
 class OperationRunner:
@@ -184,6 +185,13 @@ class OperationRunner:
     def soon(self, work: Callable[[], None]) -> None:
         """Run something that raises nothing, in this thread. Any thread."""
         self._events.put(work)
+
+    def come_round(self) -> None:
+        """Returns once this thread has handled what was there before, or is closed."""
+        done = threading.Event()
+        self.soon(done.set)
+        while not done.wait(ALIVE_EVERY_S) and self._thread.is_alive():
+            pass
 
     # -- inside -------------------------------------------------------------------------------
 

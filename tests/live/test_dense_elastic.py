@@ -1,13 +1,15 @@
-"""Dense groups die, come and go, and shards hang, while streams flow over real Ray."""
+"""Dense groups die, come and go, and what hangs is ended, while streams flow over real Ray."""
 
 import asyncio
+import functools
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from remora.actors.launch import actor_name
+from remora.actors.launch import actor_name, coordinator_name, router_name
+from remora.actors.router_actor import router_address
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
@@ -16,6 +18,8 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig
 from remora.cluster.operation import ScaleTo
+from remora.comm.errors import ClusterError
+from remora.comm.view import View
 
 NAME = "dense-elastic"
 HANG_S = 15.0  # two cores, shared: who gets on is not taken for one that hangs
@@ -51,15 +55,29 @@ async def story(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None:
         assert streams.engine.stats().keys() == {"dense-1"}
 
         begun_s = time.perf_counter()
-        pid = await live.strike(actor_name(NAME, "shard-0", 1), signal.SIGSTOP)
+        pids = [
+            await live.strike(actor_name(NAME, "shard-0", 1), signal.SIGSTOP),
+            await live.strike(router_name(NAME), signal.SIGSTOP),
+        ]
         assert (await live.over(handle, "restore-shard-0.2"))["outcome"] == "done"
-        await live.until(lambda: gone(pid))
+        for pid in pids:
+            await live.until(functools.partial(gone, pid))
+        await live.until(router_answers)
         await streams.one_more()
         gap_s = streams.window(begun_s, time.perf_counter()).gap_max_ms / 1e3
         assert gap_s < HANG_S, "its experts have replicas: nobody waits until it is ended"
         status = await asyncio.to_thread(cluster_status, NAME)
-        assert status["health"]["hung_total"] == 1, status["health"]
-        assert "shard-0#1" in status["health"]["last"][0]
+        assert status["health"]["hung_total"] == 2, status["health"]
+        last = sorted(status["health"]["last"])
+        assert last[0].startswith("router: ") and last[1].startswith("shard-0#1: "), last
+
+        before, begun_s = await asyncio.to_thread(handle.view), time.perf_counter()
+        pid = await live.strike(coordinator_name(NAME), signal.SIGSTOP)
+        await live.until(lambda: gone(pid))  # dense-1 has ended it
+        await live.until(lambda: adopted(handle, before))
+        await streams.one_more()
+        gap_s = streams.window(begun_s, time.perf_counter()).gap_max_ms / 1e3
+        assert gap_s < HANG_S, "streams need no coordinator"
     assert streams.failed == [] and streams.num_different == 0
     assert streams.num_done > 0
 
@@ -70,6 +88,18 @@ async def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+async def router_answers() -> bool:
+    return await asyncio.to_thread(router_address, NAME) is not None
+
+
+async def adopted(handle: ClusterHandle, before: View) -> bool:
+    """A coordinator answers, and goes by the view that there was."""
+    try:
+        return await asyncio.to_thread(handle.view) == before
+    except ClusterError:  # Ray is starting it again
+        return False
 
 
 async def both_serve(streams: Any) -> bool:

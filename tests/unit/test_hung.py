@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from hypothesis import strategies as st
 from support.checkpoints import make_checkpoint
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
+from remora.actors.coordinator_watch import CoordinatorWatch, turn_of
 from remora.actors.expert_actor import ExpertActor
-from remora.cluster.health_state import Beat, HealthState, Life
+from remora.actors.health_state import ENDING_S, Beat, HealthState, Life
 from remora.comm.call_deadline import LEAST_S, CallDeadline
+from remora.comm.errors import ClusterError
 from remora.comm.messages import SamplingParams
+from remora.comm.view import Endpoint, Member, Placement, View
 
 A, B = ("shard-0", 1), ("dense-0", 3)
+ROUTER: Life = ("router", 0)
 
 
 def health(*lives: Life) -> HealthState:
@@ -78,6 +83,83 @@ def test_who_has_ended_does_not_hang() -> None:
     seconds(state, 0, 2, dense_0=Beat())
     state.forget(A)
     assert seconds(state, 2, 60, dense_0=Beat()) == []
+
+
+def test_who_is_always_watched_is_watched_afresh_after_it_hung() -> None:
+    state = health(A)
+    state.also({ROUTER}, 0.0)
+    assert seconds(state, 0, 12, shard_0=Beat()) == [
+        "router: it has given no sign of progress for 11.0 s"
+    ]
+    state.also({ROUTER, A}, 12.0)
+    assert state.to_ask(12.0) == [A], "the router is being ended"
+    state.answered(A, Beat(), 12.0)
+    state.also({ROUTER, A}, 11.0 + ENDING_S)
+    assert seconds(state, 21, 32, shard_0=Beat()) == [], "its next life has time, too"
+    assert len(seconds(state, 32, 40, shard_0=Beat())) == 1
+
+
+class Coordinator:
+    """One whose lives answer or not, as dense groups see it."""
+
+    def __init__(self) -> None:
+        self.answers = False
+        self.asked: list[Future[Beat]] = []
+        self.ended_by: list[str] = []
+        self.ended = threading.Event()
+
+    def ask(self) -> "Future[Beat]":
+        beat: Future[Beat] = Future()
+        if self.answers:
+            beat.set_result(Beat())
+        else:
+            self.asked.append(beat)
+        return beat
+
+    def end(self, uid: str) -> None:
+        """All that waits fails, and the next life answers."""
+        self.ended_by.append(uid)
+        self.answers = True
+        for beat in self.asked:
+            beat.set_exception(ClusterError("ended"))
+        self.ended.set()
+
+
+def view_of(*groups: str) -> View:
+    endpoint = Endpoint(host="here", tcp_address="127.0.0.1:1")
+    members = tuple(
+        Member(uid=uid, incarnation=1, role="dense", endpoint=endpoint, actor_name=uid)
+        for uid in groups
+    )
+    placement = Placement(num_experts=1, moe_layers=(0,), slots={"shard-0": ((0,),)})
+    return View(epoch=1, members=members, placement=placement)
+
+
+def test_dense_groups_end_a_hung_coordinator_in_turn() -> None:
+    view = view_of("dense-2", "dense-0", "dense-10")
+    assert [turn_of(m.uid, view) for m in view.members] == [2, 0, 1]
+    assert turn_of("dense-1", view) == 3, "it retires: whoever stays goes first"
+
+
+def test_a_coordinator_that_hangs_is_ended_once_and_one_that_answers_never() -> None:
+    view, coordinator = view_of("dense-0", "dense-1"), Coordinator()
+
+    def watch(uid: str) -> CoordinatorWatch:
+        return CoordinatorWatch(
+            uid, hang_s=0.4, start_s=60.0, ask=coordinator.ask, end=lambda: coordinator.end(uid)
+        )
+
+    watches = [watch("dense-0"), watch("dense-1")]
+    try:
+        for each in watches:
+            each.adopt_view(view)
+        assert coordinator.ended.wait(30)
+        answered = len(coordinator.asked)
+        assert answered in (1, 2), "a call waits at a time"
+    finally:
+        for each in watches:
+            each.close()
+    assert coordinator.ended_by == ["dense-0"]
 
 
 @given(st.lists(st.floats(0.0, 50.0), max_size=40), st.floats(0.1, 60.0))

@@ -1,16 +1,17 @@
 """Who of the members has stopped making progress. Pure: beats and times in, verdicts out.
 
 A beat is an answer that only a member which gets on can give: a shard's comes from the thread that
-serves, between two calls; a dense group's tells its steps and what waits for one. So a process that
-is stopped, or blocked, is found, whatever its sockets and its parent say.
+XX, or blocked, is found, whatever its sockets and its parent say.
 """
 
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import msgspec
 
 Life = tuple[str, int]  # uid, incarnation
 
+ENDING_S: Final = 10.0  # for Ray to end a process that is stopped (measured: 5 s), and to tell
 PAUSE_SHARE: Final = 0.5  # of `hang_s`: who has not looked for so long was stopped himself
 
 
@@ -39,12 +40,20 @@ class HealthState:
     def __init__(self, *, hang_s: float, stall_s: float) -> None:
         self._hang_s, self._stall_s = hang_s, stall_s
         self._watched: dict[Life, _Watched] = {}
+        self._ending: dict[Life, float] = {}  # that hung, and when it was said
         self._looked_s: float | None = None
 
     def watch(self, lives: set[Life], now_s: float) -> None:
         """These are watched from now on, and no others."""
         known = self._watched
         self._watched = {life: known.get(life) or _Watched(now_s) for life in sorted(lives)}
+
+    def also(self, lives: AbstractSet[Life], now_s: float) -> None:
+        """These too, which others start again when they end: afresh, where they are not watched
+        already; one that hung once its next life can be there."""
+        self._ending = {life: at for life, at in self._ending.items() if now_s - at < ENDING_S}
+        for life in sorted(lives - self._watched.keys() - self._ending.keys()):
+            self._watched[life] = _Watched(now_s)
 
     def forget(self, life: Life) -> None:
         """This one is over, and not because it hung."""
@@ -63,6 +72,7 @@ class HealthState:
             if why is not None:
                 found.append((life, why))
                 del self._watched[life]
+                self._ending[life] = now_s
         return found
 
     def to_ask(self, now_s: float) -> list[Life]:
