@@ -16,7 +16,6 @@ import torch
 from remora.actors.actor_thread import ActorThread
 from remora.actors.expert_copies import CopyGiver
 from remora.actors.hardware import Hardware
-from remora.actors.idle_thread import run_idle
 from remora.actors.launch import (
     CopyOrder,
     NcclLaunch,
@@ -34,6 +33,7 @@ from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_build import build_shard
 from remora.actors.shard_model import ShardExperts
 from remora.actors.shard_slots import ShardSlots
+from remora.actors.thread_policy import let_senders_finish, run_idle
 from remora.comm.arena import DTYPE_CODES
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
@@ -208,6 +208,8 @@ class ExpertActor:
         """Load and listen; returns the loop."""
         launch = self._launch
         take_threads(launch.num_threads)
+        if launch.nccl is None:
+            let_senders_finish(launch.uid)
         start_team()
         self._hardware = self._given or Hardware.of(launch.device)
         shard = self._shard = (

@@ -12,9 +12,9 @@ from typing import Final
 import msgspec
 
 from remora.actors.copy_pace import Pace
-from remora.actors.idle_thread import go_idle
 from remora.actors.launch import Launch, ReplicaSource, advertised_ip, host_label
 from remora.actors.shard_model import ShardExperts
+from remora.actors.thread_policy import go_idle
 from remora.comm.copies import CopyRefusedError, CopyService, CopySource, Part
 from remora.comm.errors import ClusterError
 from remora.comm.server import FrameServer, ServerLimits

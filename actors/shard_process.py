@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from remora.actors.collector import objects_that_stay
 from remora.actors.host_memory import free_memory
-from remora.actors.idle_thread import run_idle
 from remora.actors.launch import CopyOrder, Progress, ShardLaunch, host_label
+from remora.actors.thread_policy import run_idle
 
 if TYPE_CHECKING:
     from remora.actors.expert_actor import ExpertActor, ShardFacts

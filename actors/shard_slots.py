@@ -17,10 +17,10 @@ from blake3 import blake3
 from remora.actors.copy_pace import Pace
 from remora.actors.expert_copies import CopyTaker
 from remora.actors.expert_state import SLOTS_TRIED_MAX, ExpertDigest, Pair, unusable
-from remora.actors.idle_thread import run_idle
 from remora.actors.launch import CopyOrder, ShardLaunch, take_threads
 from remora.actors.manifest import digest_expert
 from remora.actors.shard_model import ShardExperts
+from remora.actors.thread_policy import run_idle
 from remora.comm.errors import ClusterError, DeadlineError, WeightsError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ could take for less is closed again, and pairs go to the cheapest shard among th
 rise with the pairs that a shard got, recently (`begin_prices`) and in this very dispatch: they
 repair at the moment of dispatch what a placement planned from yesterday's traffic got wrong. Shards
 of our own host are priced as if they had a little less load than they have (`LOCAL_SHARE`): a pair
-there costs no row back.
+there costs no row back. What stays on our own host is then levelled between its shards
+(`own_host`): there a row is a copy in memory.
 (traffic.md, method 5.)
 
 Everything is integer arithmetic, so that the numba code here, its C++ twin (`csrc/choice.cpp`) and
@@ -26,6 +27,8 @@ from typing import Any, Final
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from remora.comm.own_host import level_own_host, level_own_host_naive
 
 TOP_K_MAX: Final = 16
 PENDING: Final = -1  # a pair that no call has taken yet
@@ -275,6 +278,9 @@ def choose(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S
         )  # fmt: skip
         if missing >= 0:
             return missing
+    level_own_host(
+        index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, PENDING, call_TK, shard_TK
+    )
     if replicas_ER.shape[1] > 1:
         decay(load_S, num_tokens)
         for t in range(num_tokens):
@@ -355,7 +361,8 @@ def choose_naive(
             best = min(able, key=lambda s: (price[s], s), default=of[k])
             if able and price[best] + PAIR * slope < price[of[k]]:
                 give(k, best)
-        for shard in of.values():
-            load[shard] += PAIR
         chosen.append([of.get(k, -1) for k in range(len(row))])
+    level_own_host_naive(index_TK.tolist(), chosen, holders, hosts, own_host)
+    for shard in (s for shards in chosen for s in shards if s >= 0):
+        load[shard] += PAIR
     return chosen

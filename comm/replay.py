@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from remora.comm.choice import (
     PAIR,
     PENDING,
+    SKIPPED,
     TOP_K_MAX,
     begin_prices,
     choose_token,
@@ -27,6 +28,7 @@ from remora.comm.choice import (
     discount_local,
     gain_for,
 )
+from remora.comm.own_host import level_own_host
 from remora.comm.topology import Topology
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -173,7 +175,8 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
     opened_H = np.zeros(num_hosts, np.uint8)
     candidates = np.empty(num_shards, np.int32)
     opened = np.empty(TOP_K_MAX, np.int32)
-    call_K = np.empty(top_k, np.int32)
+    call_TK = np.empty((step_tokens, top_k), np.int32)
+    of_TK = np.empty((step_tokens, top_k), np.int32)  # `call_TK`, of one source
     for first in range(0, num_tokens, step_tokens):
         end = min(first + step_tokens, num_tokens)
         pair_price = begin_prices(load_S, end - first, gain, price_S)
@@ -181,8 +184,9 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
             price_XS[x] = price_S
             discount_local(host_S, x, gain, price_XS[x])
         decay(load_S, end - first)
+        call_TK[:] = PENDING
         for t in range(first, end):
-            call_K[:] = PENDING
+            call_K = call_TK[t - first]
             source = source_T[t]
             known = source if source >= 0 else num_hosts
             missing = choose_token(
@@ -192,8 +196,18 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
             )  # fmt: skip
             if missing >= 0:
                 return missing
+        for x in range(num_hosts if num_hosts < num_shards else 0):
+            of_TK[:] = SKIPPED
+            for t in range(first, end):
+                if source_T[t] == x:
+                    of_TK[t - first] = call_TK[t - first]
+            level_own_host(
+                ids_TK[first:end], end - first, table_ER, host_S, x, usable_S, PENDING, of_TK,
+                shard_TK[first:end],
+            )  # fmt: skip
+        for t in range(first, end):
             for k in range(top_k):
-                if call_K[k] == PENDING:
+                if call_TK[t - first, k] == PENDING:
                     load_S[shard_TK[t, k]] += load_T[t]
     return -1
 

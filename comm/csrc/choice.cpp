@@ -83,6 +83,7 @@ bool Chooser::choose(const Routing& routing, const ReplicaTable& table, const Sh
                call_TK + first))
       return false;
   }
+  level_own_host(routing, table, shards, call_TK, shard_TK);
   return true;
 }
 

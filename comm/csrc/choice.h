@@ -57,6 +57,8 @@ class Chooser {
   void close(const ShardTable& shards, int32_t* shard_K);
   void level(uint32_t pairs, int32_t* shard_K);
   void move(int32_t from, int32_t to);
+  void level_own_host(const Routing& routing, const ReplicaTable& table, const ShardTable& shards,
+                      const int32_t* call_TK, int32_t* shard_TK);
 
   std::vector<int64_t> price_S_;
   std::vector<uint32_t> cover_S_, cover_H_;
@@ -65,6 +67,8 @@ class Chooser {
   uint32_t taken_[kTopKMax];  // pairs that each opened shard was opened for
   int num_candidates_ = 0, num_left_ = 0, num_opened_ = 0;
   int64_t pair_price_ = 0;
+  std::vector<int32_t> rows_E_, given_E_, movable_, hit_;
+  std::vector<int64_t> cost_S_;
 };
 
 }  // namespace remora

@@ -31,20 +31,27 @@ def test_the_three_twins_agree(
     assert load_after == slow_load
     for shard, expert in zip(shard_TK[there].tolist(), index_TK[there].tolist(), strict=True):
         assert shard in holders[expert]
+    assert _native(index_TK, holders, hosts, load, gain) in (None, (chosen, slow_load))
+
+
+def _native(
+    index_TK: np.ndarray, holders: list[list[int]], hosts: list[int], load: list[int], gain: int
+) -> tuple[list[list[int]], list[int]] | None:
+    """(shards, load afterwards) by the C++ twin; None without a compiler."""
     extension = native.native_extension()
-    if extension is not None:
-        native_TK = np.full(index_TK.shape, -7, np.int32)
-        load_S = np.array(load, np.int64)
-        table_ER = table_of(holders)
-        arrays = (np.array(hosts, np.int32), np.ones(7, np.uint8), np.array([gain]))
-        host_S, usable_S, gain_1 = arrays
-        assert extension.choose(
-            index_TK.ctypes.data, *index_TK.shape, table_ER.ctypes.data, *table_ER.shape,
-            host_S.ctypes.data, 0, usable_S.ctypes.data, gain_1.ctypes.data, 7,
-            load_S.ctypes.data, native_TK.ctypes.data,
-        )  # fmt: skip
-        assert np.where(there, native_TK, -1).tolist() == chosen
-        assert load_S.tolist() == slow_load
+    if extension is None:
+        return None
+    native_TK = np.full(index_TK.shape, -7, np.int32)
+    load_S = np.array(load, np.int64)
+    table_ER = table_of(holders)
+    host_S, gain_1 = np.array(hosts, np.int32), np.array([gain])
+    usable_S = np.ones(len(hosts), np.uint8)
+    assert extension.choose(
+        index_TK.ctypes.data, *index_TK.shape, table_ER.ctypes.data, *table_ER.shape,
+        host_S.ctypes.data, 0, usable_S.ctypes.data, gain_1.ctypes.data, len(hosts),
+        load_S.ctypes.data, native_TK.ctypes.data,
+    )  # fmt: skip
+    return np.where(index_TK >= 0, native_TK, -1).tolist(), load_S.tolist()
 
 
 def test_own_host_first_then_fewest_hosts() -> None:
@@ -117,3 +124,37 @@ def test_an_expert_without_a_usable_holder_is_named(
 ) -> None:
     found, _, _, load = run_choose(np.array([index], np.int64), [[0], [1]], set(), usable)
     assert found == missing and not any(load)
+
+
+def test_a_token_is_shared_by_the_shards_of_our_own_host() -> None:
+    """Each reads half of the weights, where opening as few shards as can be would read all in one;
+    another host gets none of them."""
+    index_TK = np.arange(8)[None].astype(np.int64)
+    found = run_choose(index_TK, [[0, 1, 2]] * 8, {0, 1}, {0, 1, 2})[1]
+    assert np.bincount(found.ravel(), minlength=3).tolist() == [4, 4, 0]
+    bound = [[0]] * 3 + [[0, 1]] * 5  # three must be on shard 0: it gets one more
+    found = run_choose(index_TK, bound, {0, 1}, {0, 1})[1]
+    assert np.bincount(found.ravel()).tolist() == [4, 4]
+
+
+def test_an_expert_is_read_by_one_shard_of_our_own_host_only() -> None:
+    rng = np.random.default_rng(0)
+    index_TK = np.array([rng.permutation(12)[:4] for _ in range(32)], np.int64)
+    found = run_choose(index_TK, [[0, 1]] * 12, {0, 1}, {0, 1})[1]
+    shards = [set(found[index_TK == e].tolist()) for e in range(12)]
+    assert all(len(of_one) == 1 for of_one in shards)
+    assert sorted(sum(s in of_one for of_one in shards) for s in (0, 1)) == [6, 6]
+
+
+@pytest.mark.parametrize("num_tokens", [128, 129, 400])
+def test_rows_of_a_hot_expert_are_spread_and_the_twins_agree(num_tokens: int) -> None:
+    """Every token goes to expert 0: up to 128 rows it is one shard's, then split by load."""
+    rng = np.random.default_rng(num_tokens)
+    index_TK = np.array([[0, 1 + rng.integers(5)] for _ in range(num_tokens)], np.int64)
+    holders, hosts, load = [[0, 1]] * 6, [0, 0], [0, 0]
+    _, shard_TK, _, load_after = run_choose(index_TK, holders, set(), {0, 1}, hosts=hosts)
+    chosen = choice.choose_naive(index_TK, holders, hosts, 0, load, 4 * choice.GAIN_ONE)
+    assert shard_TK.tolist() == chosen and load_after == load
+    assert _native(index_TK, holders, hosts, [0, 0], 4 * choice.GAIN_ONE) in (None, (chosen, load))
+    assert (len(set(shard_TK[:, 0].tolist())) == 2) == (num_tokens > 128)
+    assert max(load) <= 1.2 * sum(load) / 2 or num_tokens == 128

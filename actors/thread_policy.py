@@ -1,4 +1,4 @@
-"""Work that takes only the time that nobody else wants: loading beside processes that serve."""
+"""How the system schedules a thread: last, for loading; without haste, for shards."""
 
 import logging
 import os
@@ -13,10 +13,26 @@ T = TypeVar("T")
 
 def go_idle(name: str) -> None:
     """Have the system schedule this thread, and those that it starts, last (`SCHED_IDLE`)."""
+    _set_policy(name, os.SCHED_IDLE)
+
+
+def let_senders_finish(name: str) -> None:
+    """Have this thread and those that it starts take no core from who wakes it (`SCHED_BATCH`).
+
+    A dense rank sends a layer's rows to one shard after the other. The system likes to run who is
+    woken on the core of who wakes: as an ordinary thread the first shard would begin there at once,
+    for a whole layer, and the second one of this host got its rows only then. Share and priority
+    stay those of an ordinary thread. (On two cores, two shards, benchmarks' *small*: a decode step
+    of 32 sequences takes 0.80 to 0.88 of the time, benchmarks/notes/2026-11-28-batch-policy.md.)
+    """
+    _set_policy(name, os.SCHED_BATCH)
+
+
+def _set_policy(name: str, policy: int) -> None:
     try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setscheduler(0, policy, os.sched_param(0))
     except OSError as refused:  # a sandbox; it works all the same
-        logger.warning("%s: no idle priority: %s", name, refused.strerror)
+        logger.warning("%s: scheduling policy %d refused: %s", name, policy, refused.strerror)
 
 
 def run_idle(name: str, work: Callable[[], T]) -> T:
