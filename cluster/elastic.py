@@ -9,7 +9,7 @@ from typing import Any, Final
 import ray
 
 from remora.actors.expert_actor import ShardFacts
-from remora.actors.health_state import HealthState
+from remora.actors.health_state import HealthState, Life
 from remora.actors.launch import actor_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec
@@ -20,11 +20,12 @@ from remora.cluster.dense_groups import rank_uids
 from remora.cluster.health_watch import HealthWatch
 from remora.cluster.instances import instances_dir
 from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
-from remora.cluster.operation import Effect, ScaleTo, Target, is_dense
+from remora.cluster.node_watch import NodeWatch, RayNodes
+from remora.cluster.operation import Drain, Effect, ScaleTo, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
-from remora.comm.errors import ConfigError
+from remora.comm.errors import ConfigError, UnknownOperationError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def limits_of(config: RemoraConfig) -> Limits:
 
 
 def _may_join(target: Target) -> bool:
-    return isinstance(target, ScaleTo)
+    return isinstance(target, ScaleTo) or (isinstance(target, Drain) and target.joiners != "none")
 
 
 class Elastic:
@@ -78,9 +79,11 @@ class Elastic:
         self._config, self._token, self._wal = config, token, wal
         self._publish, self._changed = publish, changed
         self._tasks: MemberTasks | None = None
+        self._view: View | None = None  # the committed one
         self.standbys = Standbys(config)
         self.runner: OperationRunner | None = None
         self.health: HealthWatch | None = None
+        self.nodes: NodeWatch | None = None
 
     def begin(
         self, view: View, spec: ModelSpec, facts: Mapping[str, ShardFacts], manifest: Manifest,
@@ -146,7 +149,9 @@ class Elastic:
                 "experts.transport = nccl: a communicator has fixed members yet; scale and move"
                 " experts with transport auto or tcp"
             )
-        memory = self._tasks.free_memory() if self._tasks and _may_join(target) else None
+        memory = None
+        if self._tasks is not None and _may_join(target):
+            memory = self._tasks.free_memory(self.nodes.nodes if self.nodes else frozenset())
         return self._runner().request(operation_id, target, memory)
 
     def heartbeat(self) -> tuple[int, int]:
@@ -157,8 +162,9 @@ class Elastic:
         return self.health.looks_total, 1
 
     def health_status(self) -> dict[str, object]:
-        """Members that hung so far."""
-        return self.health.status() if self.health is not None else {}
+        """Members that hung so far, and nodes that are being drained."""
+        health = self.health.status() if self.health is not None else {}
+        return health | ({"nodes": self.nodes.status()} if self.nodes is not None else {})
 
     def gauges(self) -> dict[str, float]:
         """For the `/metrics` of ingresses, by name."""
@@ -168,6 +174,8 @@ class Elastic:
     def close(self, *, forget: bool) -> None:
         """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
         self.standbys.close()
+        if self.nodes is not None:
+            self.nodes.close()
         if self.health is not None:
             self.health.close()
         if self._tasks is not None:
@@ -182,6 +190,7 @@ class Elastic:
         self, state: CoordinatorState, spec: ModelSpec, handles: Mapping[str, Any], router: Any,
         effects: list[Effect],
     ) -> None:  # fmt: skip
+        self._view = state.view
         tasks = MemberTasks(
             self._config,
             self._token,
@@ -214,10 +223,30 @@ class Elastic:
             hung=self._hung,
             others={ROUTER_LIFE} if router is not None else set(),
         )
+        self.nodes = NodeWatch(
+            draining=RayNodes().draining,
+            homes=self._homes,
+            request=self.request,
+            is_known=self._is_known,
+            leave=self.standbys.leave,
+        )
         self.runner.start(effects)
         self.health.start(state.view)
+        self.nodes.start()
         if state.operation is None:
             self.standbys.fill()
+
+    def _homes(self) -> dict[Life, set[str]]:
+        assert self._tasks is not None and self._view is not None, "begun"
+        lives = {(m.uid, m.incarnation) for m in self._view.members}
+        return {life: nodes for life, nodes in self._tasks.homes().items() if life in lives}
+
+    def _is_known(self, operation_id: str) -> bool:
+        try:
+            self._runner().operation(operation_id)
+        except UnknownOperationError:
+            return False
+        return True
 
     def _hung(self, uid: str, incarnation: int) -> None:
         assert self._tasks is not None, "who hangs was asked"
@@ -227,6 +256,7 @@ class Elastic:
             self._runner().lost(uid, incarnation)
 
     def _committed(self, view: View) -> None:
+        self._view = view
         if self.health is not None:
             self.health.adopt_view(view)
         self._publish(view)

@@ -4,6 +4,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from remora.cluster.dense_groups import (
 )
 from remora.cluster.launch import shard_launch, shard_options
 from remora.cluster.members import answers_within, asked_of_ray
+from remora.cluster.node_watch import node_of
 from remora.cluster.operation import (
     Adopt,
     Answer,
@@ -112,13 +114,26 @@ class MemberTasks:
             if facts.copies is not None:
                 self._copies[facts.member.uid, facts.member.incarnation] = facts.copies
 
-    def free_memory(self) -> FreeMemory | None:
-        """What hosts have left now; waits a moment. None: shards have not told their sizes."""
+    def homes(self) -> dict[Life, set[str]]:
+        """Ray nodes of the members that live, of all ranks of a dense group; asks Ray for each."""
+        with self._lock:
+            lives = dict(self._lives)
+        found: dict[Life, set[str]] = {}
+        for (uid, incarnation), handle in lives.items():
+            node = node_of(handle)
+            if node is not None:
+                found.setdefault((uid.partition(".")[0], incarnation), set()).add(node)
+        return found
+
+    def free_memory(self, leaving: AbstractSet[str]) -> FreeMemory | None:
+        """What hosts have left now, without those of nodes that go away; waits a moment. None:
+        shards have not told their sizes."""
         shards = {u: h for u, h in self._living().items() if u.startswith("shard-")}
         asked = {uid: handle.host_memory.remote() for uid, handle in shards.items()}
         answers = answers_within(asked, MEMORY_S)
-        by_host: dict[str, int] = dict(told for told in answers.values() if isinstance(told, tuple))
-        hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        told: dict[str, int] = dict(each for each in answers.values() if isinstance(each, tuple))
+        by_host = {host: free for host, free in told.items() if host not in leaving}
+        hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
         with self._lock:
             slot_bytes = self._slot_bytes
         if not slot_bytes:

@@ -33,10 +33,19 @@ class PlaceAs(msgspec.Struct, frozen=True, tag="place"):
     slots: Held
 
 
-class DrainShards(msgspec.Struct, frozen=True, tag="drain"):
-    """These shards are no members any more; the others hold what they held."""
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """These members are none any more: others hold what shards held, and take the requests of dense
+    groups.
+
+    Attributes:
+        joiners: who joins instead: nobody; as few as are needed for every expert to have a slot,
+            and for one dense group to be there; or as many as retire.
+        within_s: the time that there is for it; None: as for other operations.
+    """
 
     uids: tuple[str, ...]
+    joiners: Literal["none", "needed", "all"] = "none"
+    within_s: float | None = None
 
 
 class Restore(msgspec.Struct, frozen=True, tag="restore"):
@@ -45,7 +54,7 @@ class Restore(msgspec.Struct, frozen=True, tag="restore"):
     uids: tuple[str, ...]
 
 
-Target = ScaleTo | PlaceAs | DrainShards | Restore
+Target = ScaleTo | PlaceAs | Drain | Restore
 
 
 def is_dense(uid: str) -> bool:

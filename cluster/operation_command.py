@@ -36,8 +36,10 @@ def add_operations(commands: "_SubParsersAction[ArgumentParser]") -> list[Argume
         metavar="UID",
         help="shards and dense groups that are not to be among them",
     )
-    drain = commands.add_parser("drain", help="move all experts off shards, and end those")
-    drain.add_argument("uids", nargs="+", metavar="UID", help="such as shard-1")
+    drain = commands.add_parser(
+        "drain", help="move experts off shards, requests off dense groups, and end those"
+    )
+    drain.add_argument("uids", nargs="+", metavar="UID", help="such as shard-1 or dense-0")
     drain.add_argument("--deployment", dest="name", metavar="NAME", help="if several run")
     for command in (scale, drain):
         add_how(command)

@@ -1,12 +1,12 @@
 """What an operation comes to: who joins, who retires, who holds what in the end. Pure."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
 from remora.cluster.operation import (
-    DrainShards,
+    Drain,
     Held,
     PlaceAs,
     Restore,
@@ -66,12 +66,8 @@ def plan_target(target: Target, now: Situation) -> Planned:
         case Restore(uids):
             joiners = {uid: now.incarnations[uid] + 1 for uid in uids}
             return Planned(slots=dict(now.view.placement.slots), joiners=joiners, retirees=())
-        case DrainShards(uids):
-            unknown = sorted(set(uids) - now.incarnations.keys())
-            if unknown:
-                raise ConfigError(f"no such shards: {', '.join(unknown)}")
-            retirees = [uid for uid in uids if uid in now.view.placement.slots]
-            return _scaled(now, retirees, 0)
+        case Drain():
+            return _drain(target, now)
         case ScaleTo():
             return _scale(target, now)
 
@@ -94,11 +90,49 @@ def _scale(target: ScaleTo, now: Situation) -> Planned:
     groups, num_groups = _choose(
         "dense groups", target.dense_groups, retire["dense groups"], dense, DENSE_MAX, now
     )
-    names = itertools.islice(_free_uids("dense", DENSE_MAX, dense), num_groups)
+    return _with_groups(planned, groups, num_groups, now)
+
+
+def _drain(target: Drain, now: Situation) -> Planned:
+    unknown = sorted(set(target.uids) - now.incarnations.keys())
+    if unknown:
+        raise ConfigError(f"no such members: {', '.join(unknown)}")
+    dense = [m.uid for m in now.view.members if m.role == "dense"]
+    shards = [uid for uid in target.uids if uid in now.view.placement.slots]
+    groups = [uid for uid in target.uids if uid in dense]
+    is_last = bool(groups) and not set(dense) - set(groups) - now.lost
+    if is_last and target.joiners == "none":
+        raise ConfigError(
+            f"no dense group would be left without {', '.join(groups)}: have another one first"
+            f" (scale to {len(dense) + 1} dense groups)"
+        )
+    planned = _drained(shards, target, now)
+    num_groups = len(groups) if target.joiners == "all" else int(is_last)
+    return _with_groups(planned, groups, num_groups, now)
+
+
+def _drained(shards: list[str], target: Drain, now: Situation) -> Planned:
+    """Of shards; with the smallest number of joiners that will do, where that is asked for."""
+    least = len(shards) if target.joiners == "all" else 0
+    most = 0 if target.joiners == "none" else len(shards)
+    for num_joiners in range(least, most):
+        try:
+            return _scaled(now, shards, num_joiners)
+        except ConfigError:  # experts without a slot
+            continue
+    return _scaled(now, shards, most)
+
+
+def _with_groups(
+    planned: Planned, retirees: Sequence[str], num_joiners: int, now: Situation
+) -> Planned:
+    """Dense groups retire and join, too."""
+    dense = [m.uid for m in now.view.members if m.role == "dense"]
+    names = itertools.islice(_free_uids("dense", DENSE_MAX, dense), num_joiners)
     return Planned(
         slots=planned.slots,
         joiners=planned.joiners | {uid: now.incarnations.get(uid, 0) + 1 for uid in names},
-        retirees=(*planned.retirees, *groups),
+        retirees=(*planned.retirees, *retirees),
     )
 
 

@@ -8,19 +8,21 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo, Target
+from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
 from remora.cluster.placement_file import check_fits, checked_placement
 from remora.comm.checked import Section
 from remora.comm.view import Placement, View
 
 ID_CHARS_MAX = 128
 UIDS_MAX = 4096
-OWN_PREFIX = "restore-"  # ids of the coordinator's own operations
+OWN_PREFIXES = ("restore-", "evacuate-")  # ids of the coordinator's own operations
 
 
 def _not_ours(value: str) -> str:
-    if value.startswith(OWN_PREFIX):
-        raise ValueError(f"ids that begin with {OWN_PREFIX!r} are the coordinator's own")
+    if value.startswith(OWN_PREFIXES):
+        raise ValueError(
+            f"ids that begin with {' or '.join(map(repr, OWN_PREFIXES))} are the coordinator's own"
+        )
     return value
 
 
@@ -65,14 +67,14 @@ class ScaleBody(Body):
 
 
 class DrainBody(Body):
-    """All experts off some shards, then these are ended."""
+    """All experts off some shards, all requests off some dense groups; then these are ended."""
 
     uids: Annotated[Uids, Field(min_length=1)]
 
     @property
     def target(self) -> Target:
         """What is asked for."""
-        return DrainShards(self.uids)
+        return Drain(self.uids)
 
 
 class PlacementBody(Section):

@@ -12,6 +12,7 @@ from remora.cluster.operation import (
     Alarm,
     Canary,
     Copy,
+    Drain,
     Fence,
     Held,
     Keep,
@@ -36,6 +37,8 @@ from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
 RESTORES_MAX: Final = 3  # tries to bring one member back, before somebody must look
+STEP_SHARE: Final = 0.5  # of the time that an operation has left, for one step
+STEP_S_MIN: Final = 2.0
 QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
 
 
@@ -80,7 +83,7 @@ class OperationSteps(CoordinatorCalls):
             )
             for uid, incarnation in operation.joiners.items()
         ]
-        self._begin("prepare", self._limits.prepare_s, tasks)
+        self._begin("prepare", self._within(self._limits.prepare_s), tasks)
 
     def _copy(self) -> None:
         operation = self._running()
@@ -102,7 +105,7 @@ class OperationSteps(CoordinatorCalls):
         wanted = additions(self._held, self._rounds[0], layers)
         copies = copy_sources(wanted, self._held, layers)
         tasks = [Copy(uid=uid, pairs=tuple(each), replicas=each) for uid, each in copies.items()]
-        self._begin("copy", self._limits.copy_s, tasks)
+        self._begin("copy", self._within(self._limits.copy_s), tasks)
 
     def _verify(self) -> None:
         """One forward of every new copy, and of a replica that serves."""
@@ -120,7 +123,7 @@ class OperationSteps(CoordinatorCalls):
                 asked.setdefault(holders[0], set()).add(pair)
         self._canaries.clear()
         tasks = [Canary(uid=uid, pairs=tuple(sorted(pairs))) for uid, pairs in asked.items()]
-        self._begin("verify", self._limits.verify_s, tasks)
+        self._begin("verify", self._within(self._limits.verify_s), tasks)
 
     def _offer(self) -> None:
         """The next view to every dense rank, while the older one serves. Who joins has no older
@@ -150,7 +153,7 @@ class OperationSteps(CoordinatorCalls):
         uids = [uid for uid in self._living_dense() if uid not in self.fenced]
         tasks: list[Task] = [Offer(uid=uid, view=self._next) for uid in uids]
         tasks += [Adopt(uid=uid, view=self._next) for uid in self._joined if is_dense(uid)]
-        self._begin("commit", self._limits.commit_s, tasks)
+        self._begin("commit", self._within(self._limits.commit_s), tasks)
 
     def _commit(self) -> None:
         assert self._next is not None, "nothing was offered"
@@ -186,9 +189,10 @@ class OperationSteps(CoordinatorCalls):
         tasks = [Adopt(uid=uid, view=self.view, or_none=uid in self.fenced) for uid in uids]
         self._aside_all(t for t in tasks if t.uid == ROUTER or t.uid in self.fenced)
         waited: list[Task] = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
-        within_s = QUIESCE_SHARE * self._limits.drain_s
+        drain_s = self._within(self._limits.drain_s)
+        within_s = QUIESCE_SHARE * drain_s
         waited += [Quiesce(uid=uid, within_s=within_s) for uid in leaving]
-        self._begin("drain", self._limits.drain_s, waited)
+        self._begin("drain", drain_s, waited)
 
     def _free(self) -> None:
         operation = self._running()
@@ -198,7 +202,7 @@ class OperationSteps(CoordinatorCalls):
         tasks: list[Task] = [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
         gone = [uid for uid in operation.retirees if uid not in self._members()]
         tasks += [Stop(uid=uid, incarnation=self.incarnations[uid]) for uid in gone]
-        self._begin("free", self._limits.free_s, tasks)
+        self._begin("free", self._within(self._limits.free_s), tasks)
 
     def _freed(self) -> None:
         operation = self._running()
@@ -232,7 +236,7 @@ class OperationSteps(CoordinatorCalls):
         for uid, _ in joiners:
             if uid not in slots:
                 self.room.pop(uid, None)
-        self._begin("undo", self._limits.free_s, tasks)
+        self._begin("undo", self._within(self._limits.free_s), tasks)
 
     def _end(self, outcome: Outcome, reason: str) -> None:
         operation = self._running()
@@ -273,6 +277,16 @@ class OperationSteps(CoordinatorCalls):
         for task in self._fences():
             self._ask(task)
         self._go_on()
+
+    def _within(self, limit_s: float) -> float:
+        """How long a step may take: where the operation has a deadline, not more than a share of
+        what is left of it, so that there is something for the next one."""
+        operation = self._running()
+        target = operation.target
+        if not isinstance(target, Drain) or target.within_s is None:
+            return limit_s
+        left_s = operation.begun_s + target.within_s - self._now_s
+        return min(limit_s, max(STEP_S_MIN, STEP_SHARE * left_s))
 
     def _leaving(self) -> list[str]:
         """Dense groups that retire by this operation and are not in the view any more."""

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo, Target
+from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
 from remora.cluster.placement_steps import spread
 from remora.cluster.sim_coordinator import LIMITS
 from remora.cluster.sim_deployment import Deployment
@@ -152,7 +152,7 @@ class History:
             retire = chance.sample(sorted(slots), 1) if chance.random() < 0.3 else []
             return ScaleTo(chance.choice((shards, shards, 3, 5)), retire=tuple(retire))
         if kind < 0.75:
-            return DrainShards(tuple(chance.sample(sorted(slots), 1)))
+            return Drain(tuple(chance.sample(sorted(slots), 1)))
         room = {uid: tuple(max(map(len, s)) for _ in LAYERS) for uid, s in slots.items()}
         experts = list(range(NUM_EXPERTS))
         chance.shuffle(experts)

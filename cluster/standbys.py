@@ -9,6 +9,7 @@ part). A standby holds the CPUs, the GPU and the labels that a shard asks of Ray
 import logging
 import secrets
 import threading
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from remora.actors.launch import RAY_NAMESPACE, STANDBY, actor_name
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import FIRST_INCARNATION, shard_options
+from remora.cluster.node_watch import node_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,16 @@ class Standbys:
         """A warm one, by Ray's name and handle, that is the caller's now; None: there is none."""
         with self._lock:
             return self._warm.popitem() if self._warm else None
+
+    def leave(self, nodes: AbstractSet[str]) -> None:
+        """End those on nodes that go away: who takes one would go with it."""
+        with self._lock:
+            known = {**self._warm, **self._starting}
+        for name in [name for name, handle in known.items() if node_of(handle) in nodes]:
+            with self._lock:
+                handle = self._warm.pop(name, None) or self._starting.pop(name, None)
+            if handle is not None:
+                ray.kill(handle, no_restart=True)
 
     def status(self) -> dict[str, int]:
         """How many there are to be, are warm, are starting."""

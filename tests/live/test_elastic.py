@@ -16,7 +16,7 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
-from remora.cluster.operation import DrainShards, PlaceAs, ScaleTo
+from remora.cluster.operation import Drain, PlaceAs, ScaleTo
 from remora.cluster.wal import FILE
 from remora.comm.errors import ClusterError, ConfigError
 
@@ -90,8 +90,8 @@ async def deaths(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None
         await live.strike(victim.actor_name, signal.SIGKILL)
         assert (await live.over(handle, "restore-shard-2.2"))["outcome"] == "done"
         await streams.one_more()
-        with pytest.raises(ConfigError, match="no such shards: shard-7"):
-            handle.request("typo", DrainShards(("shard-7",)))
+        with pytest.raises(ConfigError, match="no such members: shard-7"):
+            handle.request("typo", Drain(("shard-7",)))
     check(streams)
 
 
@@ -113,7 +113,7 @@ async def a_coordinator_dies(live: Any, config: RemoraConfig) -> None:
 
         await live.until(adopted)
         assert handle.request("up", ScaleTo(3))["outcome"] == "done", "it is remembered"
-        down = await live.operate(handle, "last", DrainShards(("shard-1",)))
+        down = await live.operate(handle, "last", Drain(("shard-1",)))
         assert down["safe_to_delete"] == ["shard-1"]
         await streams.one_more()
         assert handle.view().placement.slots.keys() == {"shard-2"}

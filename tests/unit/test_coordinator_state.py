@@ -8,7 +8,7 @@ from support.coordinator_rig import LAYERS, Fault, World
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.operation import (
     Ask,
-    DrainShards,
+    Drain,
     Log,
     MemberLost,
     PlaceAs,
@@ -34,17 +34,21 @@ SCENARIOS: dict[str, tuple[int, int, Target]] = {  # room, replicas, target
     "two to four with replicas": (4, 2, ScaleTo(4)),
     "two to one": (8, 1, ScaleTo(1)),
     "retire the first": (4, 1, ScaleTo(2, retire=("shard-0",))),
-    "drain": (8, 1, DrainShards(("shard-0",))),
+    "drain": (8, 1, Drain(("shard-0",))),
     "move with a spare slot": (5, 1, PlaceAs(MIXED)),
     "swap with two spare slots": (6, 1, PlaceAs(SWAPPED)),
     "a dense group more": (4, 1, ScaleTo(dense_groups=3)),
     "a named dense group less": (4, 1, ScaleTo(dense_groups=1, retire=("dense-0",))),
     "a shard more, another dense group": (4, 1, ScaleTo(3, ("dense-1",), dense_groups=2)),
+    "a dense group drained": (4, 1, Drain(("dense-0",))),
+    "a host evacuated": (4, 1, Drain(("dense-0", "shard-0"), "all", within_s=90.0)),
 }
 HARMLESS: set[tuple[str, Fault]] = {  # no expert moves; a rank that dies keeps nobody from going on
     ("a dense group more", "flip"), ("a dense group more", "odd canary"),
     ("a named dense group less", "flip"), ("a named dense group less", "odd canary"),
     ("a named dense group less", "kill before"), ("a named dense group less", "kill after"),
+    ("a dense group drained", "flip"), ("a dense group drained", "odd canary"),
+    ("a dense group drained", "kill before"), ("a dense group drained", "kill after"),
 }  # fmt: skip
 
 
@@ -153,7 +157,8 @@ def test_one_at_a_time() -> None:
         (ScaleTo(0), "0 shards"),
         (ScaleTo(1), "4 slots in MoE layer"),
         (ScaleTo(1, retire=("shard-9",)), "no such shards: shard-9"),
-        (DrainShards(("shard-9",)), "no such shards: shard-9"),
+        (Drain(("shard-9",)), "no such members: shard-9"),
+        (Drain(("dense-0", "dense-1")), "no dense group would be left without dense-0, dense-1"),
         (ScaleTo(), "scale what"),
         (ScaleTo(dense_groups=0), "0 dense groups: allowed is 1"),
         (ScaleTo(dense_groups=1, retire=("dense-7",)), "no such dense groups: dense-7"),
@@ -179,7 +184,7 @@ def test_retirees_are_named_or_the_last_ones() -> None:
     assert sorted(it.state.view.placement.slots) == ["shard-0", "shard-2"]
     grown = it.run("again", ScaleTo(3))
     assert grown.joiners == {"shard-1": 2}, "a uid that is used again has a new life"
-    assert it.run("gone", DrainShards(("shard-3",))).reason == "it is so already"
+    assert it.run("gone", Drain(("shard-3",))).reason == "it is so already"
 
 
 def test_replicas_on_other_hosts_where_slots_allow() -> None:
@@ -272,7 +277,7 @@ def test_a_shard_that_cannot_be_restored_is_given_up_and_can_be_drained_or_scale
     assert [op.outcome for op in it.settled] == ["failed"] * RESTORES_MAX
     assert "shard-1 could not be restored" in it.alarms[-1]
     it._do = start  # type: ignore[method-assign]
-    assert it.run("away", DrainShards(("shard-1",))).outcome == "done"
+    assert it.run("away", Drain(("shard-1",))).outcome == "done"
     it.check_at_rest()
     assert it.state.view.placement.slots.keys() == {"shard-0"}
 

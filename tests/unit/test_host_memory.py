@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from remora.actors.host_memory import free_memory
-from remora.cluster.operation import DrainShards, ScaleTo
+from remora.cluster.operation import Drain, ScaleTo
 from remora.cluster.operation_plan import PROCESS_BYTES, FreeMemory, Situation, plan_target
 from remora.comm.errors import ConfigError
 from remora.comm.view import Endpoint, Member, Placement, View
@@ -95,4 +95,4 @@ def test_nothing_is_refused_that_may_fit_elsewhere_or_frees_memory() -> None:
     for memory in (None, free(0, 0, others=1)):
         assert len(plan_target(ScaleTo(4), situation(memory)).joiners) == 2
     assert plan_target(ScaleTo(1), situation(free(0, 0))).retirees == ("shard-1",)
-    assert plan_target(DrainShards(("shard-0",)), situation(free(0, 0))).retirees == ("shard-0",)
+    assert plan_target(Drain(("shard-0",)), situation(free(0, 0))).retirees == ("shard-0",)

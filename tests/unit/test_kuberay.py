@@ -16,7 +16,7 @@ from remora.actors.launch import actor_name
 from remora.cluster.cli import parser
 from remora.cluster.config import RemoraConfig, preset_names
 from remora.cluster.node_drain import drain_command, drain_here, shard_uids
-from remora.cluster.operation import DrainShards
+from remora.cluster.operation import Drain
 from remora.cluster.operation_command import body_of
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError
 
@@ -315,7 +315,7 @@ def test_the_command_line_of_a_drain_is_one_of_ours() -> None:
     """Options are those of `remora drain`, whose answer has `safe_to_delete` with --json."""
     program, *arguments = drain_command("a", ["shard-0", "shard-2"], "pre-stop-1")
     options = parser().parse_args(arguments)
-    assert program == "remora" and body_of(options).target == DrainShards(("shard-0", "shard-2"))
+    assert program == "remora" and body_of(options).target == Drain(("shard-0", "shard-2"))
     assert (options.name, options.operation_id, options.json) == ("a", "pre-stop-1", True)
 
 

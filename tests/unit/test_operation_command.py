@@ -11,7 +11,7 @@ from remora.cluster.cli import main
 from remora.cluster.cli import parser as cli_parser
 from remora.cluster.manage_command import status_text
 from remora.cluster.operation import (
-    DrainShards,
+    Drain,
     Operation,
     PlaceAs,
     Restore,
@@ -32,7 +32,7 @@ from remora.comm.view import contiguous_placement
          ScaleTo(retire=("dense-0",), dense_groups=1), None),
         (["scale", "demo", "--shards", "2", "--retire", "shard-0", "shard-3"],
          ScaleTo(2, ("shard-0", "shard-3")), "demo"),
-        (["drain", "shard-1", "--deployment", "demo"], DrainShards(("shard-1",)), "demo"),
+        (["drain", "shard-1", "--deployment", "demo"], Drain(("shard-1",)), "demo"),
     ],
 )  # fmt: skip
 def test_command_lines(arguments: list[str], target: Target, name: str | None) -> None:

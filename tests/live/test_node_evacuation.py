@@ -1,0 +1,104 @@
+"""Ray drains a node while streams flow: experts and dense groups leave it, and it goes."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from support.programs import benchmarks_on_path, program
+
+from remora.actors.launch import RAY_NAMESPACE
+from remora.cluster.bootstrap import (
+    ClusterHandle,
+    cluster_status,
+    ensure_cluster,
+    neutral_runtime_env,
+    stop_cluster,
+)
+from remora.cluster.config import RemoraConfig
+
+NAME = "evacuated"
+ROOM = {"num_cpus": 2, "resources": {"shard": 2, "group": 1}}
+DEADLINE_S = 240.0  # two cores, shared; far more than it takes
+
+
+@pytest.fixture
+def hosts() -> Iterator[Cluster]:
+    """A head that has no room for members; tests add nodes that have."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    ray.init(address=cluster.address, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_what_is_on_a_node_that_is_drained_leaves_it(hosts: Cluster, tmp_path: Path) -> None:
+    with benchmarks_on_path():
+        live: Any = program("live_streams")
+        asks = {"num_cpus": 0.2, "resources": {"shard": 1}}
+        config = live.deployment(NAME, experts=asks, elastic={"log_dir": str(tmp_path)})
+        dense = config.dense.model_copy(update={"num_cpus": 0.2, "resources": {"group": 1}})
+        config = config.model_copy(update={"dense": dense})
+        first, handle = started_on_one_node(hosts, config)
+        try:
+            second = hosts.add_node(**ROOM)
+            asyncio.run(drained(live, config, handle, first.node_id, second.node_id))
+        finally:
+            stop_cluster(NAME)
+
+
+def started_on_one_node(hosts: Cluster, config: RemoraConfig) -> tuple[Any, ClusterHandle]:
+    """A node that has all members: it comes when the coordinator has been placed elsewhere."""
+    nodes: list[Any] = []
+
+    def add_node(loading: dict[str, Any]) -> None:
+        if loading and not nodes:
+            nodes.append(hosts.add_node(**ROOM))
+
+    handle = ensure_cluster(config, add_node)
+    [first] = nodes
+    assert {member.endpoint.host for member in handle.view().members} == {first.node_id}
+    return first, handle
+
+
+async def drained(
+    live: Any, config: RemoraConfig, handle: ClusterHandle, first: str, second: str
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    async with live.flowing(config, handle) as streams:
+        await asyncio.to_thread(drain, address, first)
+        operation = await live.over(handle, "evacuate-dense-0.1-shard-0.1-shard-1.1:1")
+        assert operation["outcome"] == "done", operation["reason"]
+        assert set(operation["safe_to_delete"]) == {"dense-0", "shard-0", "shard-1"}
+        assert operation["joiners"] == {"dense-1": 1, "shard-2": 1, "shard-3": 1}
+        await streams.one_more()
+        members = handle.view().members
+        assert {member.endpoint.host for member in members} == {second}
+        assert {member.uid for member in members} == {"dense-1", "shard-2", "shard-3"}
+        await live.until(lambda: is_gone(first))  # idle and drained: its raylet ends
+        await streams.one_more()
+        status = await asyncio.to_thread(cluster_status, NAME)
+        assert status["health"]["nodes"]["refused"] == {}
+        assert status["operations"]["lost"] == []
+    assert streams.failed == [] and streams.num_different == 0 and streams.num_done > 0
+
+
+def drain(address: str, node_id: str) -> None:
+    """As the provider of a spot instance has it done, or `ray drain-node`."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + DEADLINE_S) * 1e3)
+    gcs = ray._raylet.GcsClient(address=address)
+    is_accepted, why_not = gcs.drain_node(node_id, reason, "a test takes it back", deadline_ms)
+    assert is_accepted, why_not
+
+
+async def is_gone(node_id: str) -> bool:
+    nodes = await asyncio.to_thread(ray.nodes)
+    return not any(node["Alive"] for node in nodes if node["NodeID"] == node_id)
