@@ -8,6 +8,7 @@ are wanted for, D model width, V vocabulary.
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class DenseModel:
         self._base = getattr(model, model.base_model_prefix)
         self._head = _head_of(model)
         self._program: StepProgram | None = None
+        weakref.finalize(self, steps.forget, self.engine_id)
 
     @property
     def nbytes(self) -> int:

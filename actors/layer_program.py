@@ -16,11 +16,13 @@ modes of its steps never change, and a step has at least two rows. Legend: T tok
 """
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._inductor.output_code import CompiledFxGraph
 from torch.utils import _pytree as pytree
@@ -37,6 +39,7 @@ class Program:
     constants: tuple[Any, ...]  # None where the step fills in
     rows_at: tuple[int, ...]  # arguments that are T
     tensors_at: tuple[tuple[int, Place], ...]  # arguments that are tensors of the step
+    wants_tensors: bool  # of `code`: numbers too
 
     def run(self, num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """The outputs for arguments of the kind it was recorded with, T apart."""
@@ -46,8 +49,9 @@ class Program:
     def run_on(self, num_rows: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs for the tensors of a step, in the order of `tensors_at`."""
         inputs = list(self.constants)
+        rows = _as_tensor(num_rows) if self.wants_tensors else num_rows
         for at in self.rows_at:
-            inputs[at] = num_rows
+            inputs[at] = rows
         for (at, _), tensor in zip(self.tensors_at, tensors, strict=True):
             inputs[at] = tensor
         return self.code(inputs)
@@ -113,7 +117,14 @@ class Recording:
                 rows_at.append(at)
             else:
                 return None
-        return Program(first.code, tuple(constants), tuple(rows_at), tuple(tensors_at))
+        wants_tensors = _wants_tensors(first.code)
+        if wants_tensors:
+            constants = [
+                _as_tensor(x) if isinstance(x, bool | int | float) else x for x in constants
+            ]
+        return Program(
+            first.code, tuple(constants), tuple(rows_at), tuple(tensors_at), wants_tensors
+        )
 
     def _is_constant(self, values: list[Any]) -> bool:
         first = values[0]
@@ -123,6 +134,17 @@ class Recording:
             return all(v is first for v in values)
         # A float of the layer, which the compiler takes as a tensor without dimensions.
         return first.dim() == 0 and all(v.dim() == 0 and bool(v == first) for v in values)
+
+
+def _wants_tensors(code: Callable[..., Any]) -> bool:
+    """Whether it is the function around code in C++, which makes a tensor of each number that it is
+    given, anew at every call."""
+    return code.__qualname__ == "_wrap_func.<locals>.g"
+
+
+@functools.lru_cache(maxsize=4096, typed=True)  # 1, 1.0 and True differ
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number)
 
 
 @contextlib.contextmanager

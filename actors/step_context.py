@@ -10,7 +10,7 @@ K top-k.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from remora.actors.tp_shuffle import TokenShuffle
 from remora.kernels.attention import AttentionPlan, KVPages
 from remora.kernels.device import CPU, plan_on
 from remora.kernels.native import native_available
-from remora.kernels.step import enter_step, leave_step, step_rules
+from remora.kernels.step import enter_step, leave_step, step_layers
 
 if TYPE_CHECKING:
     from remora.kernels.gpu_pages import GpuKVPages, GpuPlan
@@ -62,16 +62,18 @@ class StepRegistry:
     def __init__(self) -> None:
         self._contexts: dict[int, StepContext] = {}
         self._attention: dict[int, tuple[AttentionSpec, ...]] = {}
-        self._rules: dict[int, list[float]] = {}  # the same for compiled kernels
+        # (pages of the last step, what compiled kernels read of them and of the layers)
+        self._layers: dict[int, tuple[Sequence[KVPages | GpuKVPages], Any]] = {}
 
     def new_engine_id(self, attention: tuple[AttentionSpec, ...]) -> int:
         """A number never given before in this process, for a model with these layers."""
         engine_id = len(self._attention) + 1
         self._attention[engine_id] = attention
-        self._rules[engine_id] = step_rules(
-            (spec.scale, spec.sliding_window, spec.soft_cap) for spec in attention
-        )
         return engine_id
+
+    def forget(self, engine_id: int) -> None:
+        """The engine is gone: nothing holds its pages any more."""
+        self._layers.pop(engine_id, None)
 
     def attention_of(self, engine_id: int) -> tuple[AttentionSpec, ...]:
         """Attention of each decoder layer of an engine's model."""
@@ -82,12 +84,20 @@ class StepRegistry:
         assert engine_id not in self._contexts, f"engine {engine_id} is already in a step"
         self._contexts[engine_id] = context
         if native_available():
-            pages = [page for page in context.pages if isinstance(page, KVPages)]
-            if pages:  # all of them, or the model computes elsewhere
+            layers = self._layers_of(engine_id, context.pages)
+            if layers is not None:
                 enter_step(
-                    engine_id, pages, self._rules[engine_id], context.plan,
-                    exact=context.exact, cursor=context.cursor,
-                )  # fmt: skip
+                    engine_id, layers, context.plan, exact=context.exact, cursor=context.cursor
+                )
+
+    def _layers_of(self, engine_id: int, pages: "Sequence[KVPages | GpuKVPages]") -> Any:
+        """Of `step_layers`; None where the model computes elsewhere."""
+        known = self._layers.get(engine_id)
+        if known is None or known[0] is not pages:
+            listed = [page for page in pages if isinstance(page, KVPages)]  # all of them, or none
+            rules = [(x.scale, x.sliding_window, x.soft_cap) for x in self._attention[engine_id]]
+            known = self._layers[engine_id] = pages, step_layers(listed, rules) if listed else None
+        return known[1]
 
     def leave(self, engine_id: int) -> None:
         """The step is over."""

@@ -1,6 +1,7 @@
 // The operators of paged attention; see kernels/attention.py for the contract and the page layout,
 // attention.h for the parts.
 #include <ATen/ATen.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -171,10 +172,22 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return q.scalar_type() == dtype ? out : out.to(q.scalar_type());
 }
 
-// What attention reads beside its rows in the step that an engine runs; see `actors/step_context.py`.
-struct Step {
+// An engine's layers, in all of its steps: listing them anew for each takes a tenth of a millisecond.
+struct StepLayers : torch::CustomClassHolder {
   std::vector<at::Tensor> k_pages, v_pages;  // of each layer
   std::vector<double> rules;                 // scale, window (0: none), soft cap (0: none); of each layer
+
+  StepLayers(std::vector<at::Tensor> k, std::vector<at::Tensor> v, std::vector<double> numbers)
+      : k_pages(std::move(k)), v_pages(std::move(v)), rules(std::move(numbers)) {
+    TORCH_CHECK_VALUE(k_pages.size() == v_pages.size() && rules.size() == 3 * k_pages.size(),
+                      "pages of ", k_pages.size(), " and ", v_pages.size(), " layers, ", rules.size(),
+                      " numbers: 3 a layer");
+  }
+};
+
+// What attention reads beside its rows in the step that an engine runs; see `actors/step_context.py`.
+struct Step {
+  c10::intrusive_ptr<StepLayers> layers;
   at::Tensor plan;
   int64_t isa_max;
   const int64_t* layer;  // the one that runs now: whoever runs the layers moves it
@@ -183,14 +196,10 @@ struct Step {
 std::mutex steps_mutex;
 std::unordered_map<int64_t, std::shared_ptr<const Step>> steps;
 
-void step_enter(int64_t engine, std::vector<at::Tensor> k_pages, std::vector<at::Tensor> v_pages,
-                at::ArrayRef<double> rules, const at::Tensor& plan, int64_t isa_max, int64_t layer) {
-  TORCH_CHECK_VALUE(k_pages.size() == v_pages.size() && rules.size() == 3 * k_pages.size(),
-                    "pages of ", k_pages.size(), " and ", v_pages.size(), " layers, ", rules.size(),
-                    " numbers: 3 a layer");
+void step_enter(int64_t engine, const c10::intrusive_ptr<StepLayers>& layers, const at::Tensor& plan,
+                int64_t isa_max, int64_t layer) {
   auto step = std::make_shared<const Step>(
-      Step{std::move(k_pages), std::move(v_pages), rules.vec(), plan, isa_max,
-           reinterpret_cast<const int64_t*>(layer)});
+      Step{layers, plan, isa_max, reinterpret_cast<const int64_t*>(layer)});
   const std::lock_guard<std::mutex> lock(steps_mutex);
   steps[engine] = std::move(step);
 }
@@ -210,10 +219,11 @@ at::Tensor step_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
     step = found->second;
   }
   const int64_t layer = *step->layer;
-  TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(step->k_pages.size()), "layer ", layer, " of ",
-              step->k_pages.size());
-  const double* rules = step->rules.data() + 3 * layer;
-  return attend(q, k, v, step->k_pages[layer], step->v_pages[layer], step->plan, rules[0],
+  const StepLayers& layers = *step->layers;
+  TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(layers.k_pages.size()), "layer ", layer, " of ",
+              layers.k_pages.size());
+  const double* rules = layers.rules.data() + 3 * layer;
+  return attend(q, k, v, layers.k_pages[layer], layers.v_pages[layer], step->plan, rules[0],
                 static_cast<int64_t>(rules[1]), 0, rules[2], sinks, step->isa_max);
 }
 
@@ -254,8 +264,10 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
       "float scale, int window, int chunk, float soft_cap, Tensor? sinks, int isa_max) -> Tensor");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
+  m.class_<remora_attention::StepLayers>("StepLayers")
+      .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>>());
   m.def(
-      "step_enter(int engine, Tensor[] k_pages, Tensor[] v_pages, float[] rules, Tensor plan, "
+      "step_enter(int engine, __torch__.torch.classes.remora.StepLayers layers, Tensor plan, "
       "int isa_max, int layer_address) -> ()");
   m.def("step_leave(int engine) -> ()", &remora_attention::step_leave);
   m.def("step_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int engine) -> Tensor");

@@ -7,7 +7,7 @@ import torch
 
 from remora.kernels.attention import KVPages, attend, build_plan
 from remora.kernels.native import native_available
-from remora.kernels.step import enter_step, leave_step, step_rules
+from remora.kernels.step import enter_step, leave_step, step_layers
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="C++ kernels not built")
 ENGINE = 1 << 40  # no model of another test has it
@@ -34,7 +34,7 @@ def test_each_layer_attends_by_its_own_rules_over_its_own_pages() -> None:
             copy.k_NJWBE.copy_(original.k_NJWBE)
             copy.v_NJPDE.copy_(original.v_NJPDE)
         cursor = ctypes.c_int64(-1)
-        enter_step(ENGINE, mine, step_rules(layers), plan, exact=exact, cursor=cursor)
+        enter_step(ENGINE, step_layers(mine, layers), plan, exact=exact, cursor=cursor)
         try:
             for layer, (scale, window, cap) in enumerate(layers):
                 cursor.value = layer
@@ -56,9 +56,16 @@ def test_an_engine_that_is_in_no_step_and_a_layer_that_is_not_there_are_named() 
         torch.ops.remora.step_attention(q, q, q, None, ENGINE)
     pages = [KVPages.allocate(1, 2, 16, 16, torch.float32)]
     plan, cursor = build_plan([0], [1], [[0]], 1), ctypes.c_int64(1)
-    enter_step(ENGINE, pages, step_rules([(1.0, None, None)]), plan, exact=True, cursor=cursor)
+    layers = step_layers(pages, [(1.0, None, None)])
+    enter_step(ENGINE, layers, plan, exact=True, cursor=cursor)
     try:
         with pytest.raises(RuntimeError, match="layer 1 of 1"):
             torch.ops.remora.step_attention(q, q, q, None, ENGINE)
     finally:
         leave_step(ENGINE)
+
+
+def test_layers_need_pages_and_three_numbers_each() -> None:
+    pages = [KVPages.allocate(1, 2, 16, 16, torch.float32)]
+    with pytest.raises(ValueError, match="1 layers, 6 numbers: 3 a layer"):
+        step_layers(pages, [(1.0, None, None)] * 2)

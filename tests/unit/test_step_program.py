@@ -45,16 +45,18 @@ def inputs(num_rows: int) -> tuple[Tensor, dict[str, Any]]:
     return rows, {"pair": (a, b)}
 
 
-def test_a_program_finds_its_tensors_again() -> None:
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_a_program_finds_its_tensors_again(cpp_wrapper: bool) -> None:
+    """Around code in C++ it gives numbers as tensors: those of a layer are made once."""
     layer = Scaled(3.0)
-    run = compiled(layer.forward)
+    run = compiled(layer.forward, options={"cpp_wrapper": cpp_wrapper})
     recording = Recording(layer)
     with torch.inference_mode():
         for num_rows in (5, 3, 11):
             rows, kwargs = inputs(num_rows)
             recording.call(run, num_rows, (rows,), kwargs)
         program = recording.program()
-        assert program is not None
+        assert program is not None and program.wants_tensors == cpp_wrapper
         for num_rows in (2, 5, 64):
             rows, kwargs = inputs(num_rows)
             out = program.run(num_rows, (rows,), kwargs)[0]
