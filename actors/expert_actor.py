@@ -248,7 +248,7 @@ class ExpertActor:
             launch.experts_by_layer,
             dtype=resolve_dtype(spec, launch.dtype),
             exact=launch.exact,
-            is_int8=launch.is_int8,
+            experts_dtype=launch.experts_dtype,
             num_slots=launch.num_slots,
             progress=self._note_progress,
             device=self._hardware.device,

@@ -12,6 +12,7 @@ import msgspec
 import ray
 
 from remora.comm.view import Endpoint, Member, Role
+from remora.kernels.experts_dtype import ExpertsDtype
 
 RAY_NAMESPACE = "remora"
 NO_RAY_HOST = "in-process"  # host label outside Ray: everything is in one process
@@ -62,7 +63,7 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
 
     experts_by_layer: dict[int, tuple[int, ...]]
     num_slots: int | None = None  # of one layer; None: as many as it is given experts
-    is_int8: bool = False  # hold weights in one byte each
+    experts_dtype: ExpertsDtype = "auto"  # what weights are held in
     copy_bytes_per_s: float | None = None  # at which experts are taken in later; None: any rate
     load_idle: bool = False  # load in time that nobody else wants: others serve beside it
 

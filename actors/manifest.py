@@ -3,8 +3,8 @@
 A digest covers the canonical in-memory form of one expert in the served dtype: its tensors in
 sorted order of name, each with name, dtype and shape, then its contiguous bytes. It does not
 depend on the number of shards, on the checkpoint's layout or on how kernels pack the weights.
-Experts held in int8 are digested as they are held, quantised weights and scales: a copy is made of
-those and must match them, and quantising is a function of the checkpoint alone.
+Experts held in int8 or int4 are digested as they are held, quantised weights and scales: a copy is
+made of those and must match them, and quantising is a function of the checkpoint alone.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from remora.comm.errors import WeightsError
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Digests of a set of experts in one dtype, sorted by layer, then expert."""
 
-    dtype: str  # "float32", "bfloat16" or "int8"
+    dtype: str  # "float32", "bfloat16", "int8" or "int4"
     experts: tuple[ExpertDigest, ...]
 
     @classmethod
-    def of(cls, dtype: torch.dtype, experts: Mapping[tuple[int, int], ExpertDigest]) -> Self:
+    def of(cls, dtype: str, experts: Mapping[tuple[int, int], ExpertDigest]) -> Self:
         """From digests by (layer, expert)."""
         ordered = tuple(experts[key] for key in sorted(experts))
-        return cls(dtype=str(dtype).removeprefix("torch."), experts=ordered)
+        return cls(dtype=dtype, experts=ordered)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:

@@ -16,6 +16,8 @@ from remora.actors import model_build, model_probe
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_probe import AttentionSpec
 from remora.comm.errors import ConfigError, UnsupportedModelError, WeightsError
+from remora.kernels.experts_dtype import ExpertsDtype
+from remora.kernels.quantization import quantization_of
 
 __all__ = ["AttentionSpec", "ExpertSpec", "ModelSpec", "inspect_model", "resolve_dtype"]
 
@@ -60,20 +62,21 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of generation_config.json where there is one, else of config
 
-    def expert_nbytes(self, dtype: torch.dtype, *, is_int8: bool = False) -> int:
-        """Bytes of one expert's canonical (unpacked) tensors in `dtype`.
+    def expert_nbytes(self, dtype: torch.dtype, experts_dtype: ExpertsDtype = "auto") -> int:
+        """Bytes of one expert: of its canonical (unpacked) tensors in `dtype`.
 
-        With `is_int8`, weights have one byte and a float32 scale for each output.
+        Quantised weights are counted as they are held, scales and padding included.
         """
-        if not is_int8:
+        form = quantization_of(experts_dtype)
+        if form is None:
             return self.expert.num_elements * dtype.itemsize
         total = 0
         for _, shape in self.expert.shapes:
             if len(shape) == 1:  # a bias
                 total += shape[0] * dtype.itemsize
             else:
-                outputs = shape[1] if self.expert.is_transposed else shape[0]
-                total += torch.Size(shape).numel() + outputs * torch.float32.itemsize
+                outputs, inputs = shape[::-1] if self.expert.is_transposed else shape
+                total += form.packed_nbytes(outputs, inputs)
         return total
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ from remora.actors.shard_model import ExpertLayer, ShardExperts
 from remora.actors.weights import Progress, WeightPlan
 from remora.comm.errors import WeightsError
 from remora.kernels.device import CPU, home_of, make_experts
+from remora.kernels.experts_dtype import ExpertsDtype
 
 
 def build_shard(
@@ -29,7 +30,7 @@ def build_shard(
     *,
     dtype: torch.dtype,
     exact: bool,
-    is_int8: bool = False,
+    experts_dtype: ExpertsDtype = "auto",
     num_slots: int | None = None,
     progress: Progress | None = None,
     device: torch.device = CPU,
@@ -42,7 +43,7 @@ def build_shard(
         experts_by_layer: decoder layer -> logical experts, in slot order.
         dtype: served dtype, float32 or bfloat16.
         exact: only whole tiles of rows reach torch's own kernels.
-        is_int8: hold weights in one byte each, quantised here; `dtype` is bfloat16 then.
+        experts_dtype: hold weights in int8 or int4, quantised here; `dtype` is bfloat16 then.
         num_slots: slots per layer; None: as many as the layer is given experts. A layer without
             a slot is left out.
         progress: called with (bytes done, bytes in all).
@@ -76,16 +77,20 @@ def build_shard(
                 num_slots_of[index],
                 dtype=dtype,
                 exact=exact,
-                is_int8=is_int8,
+                experts_dtype=experts_dtype,
                 device=device,
             )
             layers[index] = held
             for slot, expert in enumerate(experts_by_layer[index]):
                 tensors = reader.read(index, expert)
-                held.packed.load_slot(slot, tensors)
+                try:
+                    held.packed.load_slot(slot, tensors)
+                except ValueError as wrong:  # what the quantised form cannot hold
+                    raise WeightsError(f"layer {index} expert {expert}: {wrong}") from None
                 digest = digest_expert(index, expert, held.packed.export_slot(slot))
-                # int8 is known by what a slot holds alone; anything else must be what was read
-                read = digest if is_int8 else digest_expert(index, expert, tensors)
+                # what is quantised is known by what a slot holds alone; else it is what was read
+                is_plain = experts_dtype == "auto"
+                read = digest_expert(index, expert, tensors) if is_plain else digest
                 if not state.settle(slot, digest, read.digest):
                     raise WeightsError(
                         f"layer {index} expert {expert}: slot {slot} holds {digest.digest} after"
@@ -93,7 +98,9 @@ def build_shard(
                     )
                 held.slot_of_E[expert] = held.slot_there_E[expert] = slot
                 counter.loaded(index)
-    return ShardExperts(spec, reader, layers, state, dtype=dtype, exact=exact, is_int8=is_int8)
+    return ShardExperts(
+        spec, reader, layers, state, dtype=dtype, exact=exact, experts_dtype=experts_dtype
+    )
 
 
 class _Counter:
@@ -125,7 +132,7 @@ def _empty_layer(
     *,
     dtype: torch.dtype,
     exact: bool,
-    is_int8: bool,
+    experts_dtype: ExpertsDtype,
     device: torch.device,
 ) -> ExpertLayer:
     host: Any = site.module
@@ -155,7 +162,7 @@ def _empty_layer(
         has_bias=host.has_bias,
         is_transposed=host.is_transposed,
         exact=exact,
-        is_int8=is_int8,
+        experts_dtype=experts_dtype,
     )
     assert packed.slot_shapes() == shapes, f"{site.name}: {packed.slot_shapes()} != {shapes}"
     slot_of_E = torch.full((spec.num_experts,), -1, dtype=torch.int64)

@@ -22,8 +22,10 @@ from remora.actors.model_spec import ModelSpec
 from remora.kernels import native
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
+from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.gates import Gate
 from remora.kernels.linear import ROW_TILE
+from remora.kernels.quantization import held_as
 from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class ShardExperts:
         dtype: served dtype; rows come and go in it.
         state: which slot holds what; changed by the methods here alone.
         reader: what it was loaded from, for more.
-        is_int8: weights are held in one byte each.
+        experts_dtype: what weights are held in; "auto": in `dtype`.
         native: the same for a native caller, of the layers that it can compute; None without C++
             kernels.
     """
@@ -65,12 +67,12 @@ class ShardExperts:
         *,
         dtype: torch.dtype,
         exact: bool,
-        is_int8: bool,
+        experts_dtype: ExpertsDtype,
     ) -> None:
         self.spec = spec
         self.reader = reader
         self.dtype = dtype
-        self.is_int8 = is_int8
+        self.experts_dtype: ExpertsDtype = experts_dtype
         self._layers = layers
         self.state = state
         self._exact = exact
@@ -91,7 +93,7 @@ class ShardExperts:
     @property
     def manifest(self) -> Manifest:
         """Digests of every expert held."""
-        return Manifest.of(torch.int8 if self.is_int8 else self.dtype, dict(self.state.digests))
+        return Manifest.of(held_as(self.experts_dtype, self.dtype), dict(self.state.digests))
 
     def forward(
         self,

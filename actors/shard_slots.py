@@ -149,15 +149,19 @@ class ShardSlots:
         shard, (layer, expert) = self._shard, pair
         self.pace.take(shard.nbytes_of(layer))
         tensors = shard.reader.read(layer, expert)
-        found = wanted if shard.is_int8 else digest_expert(layer, expert, tensors).digest
-        if found != wanted:  # int8 is known by what a slot holds
+        is_plain = shard.experts_dtype == "auto"
+        found = digest_expert(layer, expert, tensors).digest if is_plain else wanted
+        if found != wanted:  # what is quantised is known by what a slot holds
             raise WeightsError(
                 f"layer {layer} expert {expert}: the checkpoint gives {found}, and gave {wanted}"
                 " when the deployment started: is it another one?"
             )
         for _ in range(SLOTS_TRIED_MAX):
             slot = shard.state.slot_for(layer, expert)
-            digest = shard.fill_slot(layer, expert, slot, tensors)
+            try:
+                digest = shard.fill_slot(layer, expert, slot, tensors)
+            except ValueError as wrong:
+                raise WeightsError(f"layer {layer} expert {expert}: {wrong}") from None
             if self.between_calls(partial(self._settle, slot, digest, wanted)):
                 self.num_loaded += 1
                 return wanted

@@ -1,4 +1,4 @@
-"""Remora against itself and against its machine: HTTP, exact, int8, footprint, phases, scaling.
+"""Remora against itself and its machine: HTTP, exact, int8, int4, footprint, phases, scaling.
 
 Each part takes the checkpoint's label, the resident engine and the command line, and returns rows
 and bars.
@@ -26,7 +26,7 @@ from engines_report import (
 from engines_rounds import run_rounds
 
 from remora.cluster.bench_phases import Breakdown, breakdown, phases_table
-from remora.cluster.config import RemoraConfig
+from remora.kernels.experts_dtype import ExpertsDtype
 
 Found = tuple[list[Row], list[Bar]]
 
@@ -64,21 +64,22 @@ def http_and_exact(label: str, engine: Engine, args: argparse.Namespace) -> Foun
     return sample_rows(f"{label} own", samples), bars
 
 
-def int8(label: str, engine: Engine, args: argparse.Namespace) -> Found:
-    """Experts quantised to int8 at load against the same model in bf16."""
-    if "experts_dtype" not in RemoraConfig.model_fields:
-        raise EngineError("this version has no experts_dtype")
+def quantised(
+    label: str, engine: Engine, args: argparse.Namespace, *, experts_dtype: ExpertsDtype
+) -> Found:
+    """Experts quantised at load against the same model in bf16."""
+    name = str(experts_dtype)
     cases = [decode_case(batch, args.new_tokens) for batch in args.batches]
-    engine.ask("deploy", name="int8", overrides={"experts_dtype": "int8"})
+    engine.ask("deploy", name=name, overrides={"experts_dtype": experts_dtype})
     targets = [
         Target(name="remora", engine=engine, arguments=FAST),
-        Target(name="remora-int8", engine=engine, arguments={"name": "int8"}),
+        Target(name=f"remora-{name}", engine=engine, arguments={"name": name}),
     ]
-    samples = run_rounds(f"{label} int8", targets, cases, args, args.rounds)
-    engine.ask("undeploy", name="int8")
+    samples = run_rounds(f"{label} {name}", targets, cases, args, args.rounds)
+    engine.ask("undeploy", name=name)
     bars = [
         Bar(
-            name=f"{label}_int8_{case.name}_vs_bf16",
+            name=f"{label}_{name}_{case.name}_vs_bf16",
             value=ratio(*(throughput(samples, case.name, t.name) for t in reversed(targets))),
             unit="ratio",
             op=">=",
@@ -86,7 +87,7 @@ def int8(label: str, engine: Engine, args: argparse.Namespace) -> Found:
         )
         for case in cases
     ]
-    return sample_rows(f"{label} int8", samples), [small_only(bar, label) for bar in bars]
+    return sample_rows(f"{label} {name}", samples), [small_only(bar, label) for bar in bars]
 
 
 def footprint(label: str, engine: Engine, args: argparse.Namespace, model_bytes: int) -> Found:

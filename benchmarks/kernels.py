@@ -3,12 +3,13 @@
     .venv/bin/python benchmarks/kernels.py --quick --json out.json
 
 Weights are several times as large as the caches together and are gone through layer by layer, as a
-model does. `experts`: all experts of a layer, each with so many rows, in one native call. `int8`:
-the same with weights of one byte. `linear`: a dense packed linear. What they are held against is
-measured in the same rounds: `stream_read` over 1 GiB, and torch's bfloat16 matmul of large
-matrices.
+model does. `experts`: all experts of a layer, each with so many rows, in one native call. `int8`,
+`int4`: the same with weights quantised to one byte and to four bits. `linear`: a dense packed
+linear. What they are held against is measured in the same rounds: `stream_read` over 1 GiB, and
+torch's bfloat16 matmul of large matrices.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,7 @@ from kernels_attention import attention_bars, attention_rows
 from remora.kernels import native
 from remora.kernels.expert_shard import NativeShard
 from remora.kernels.experts import PackedExperts
+from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.gates import SILU
 from remora.kernels.linear import PackedLinear
 from remora.kernels.memory import huge_zeros
@@ -53,6 +55,7 @@ class Work(NamedTuple):
     call: Callable[[], object]
 
 
+EXPERT_KINDS: Final[dict[str, ExpertsDtype]] = {"experts": "auto", "int8": "int8", "int4": "int4"}
 EXPERTS: Final = (ExpertShape("tiny", 512, 256, 32, 4), ExpertShape("small", 1024, 384, 64, 8))
 LINEARS: Final = {
     "tiny qkv": (512, 1024),
@@ -65,24 +68,24 @@ LINEARS: Final = {
 
 def expert_works(kind: str, shape: ExpertShape, rows_of: tuple[int, ...]) -> list[Work]:
     """All experts of a layer with so many rows each."""
-    is_int8 = kind == "int8"
     per_expert = 3 * shape.hidden * shape.width
-    nbytes = (1 if is_int8 else 2) * per_expert * shape.num_experts
-    num_layers = max(2, WEIGHT_BYTES // nbytes)
+    make = functools.partial(
+        PackedExperts,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.width,
+        dtype=torch.bfloat16,
+        experts_dtype=EXPERT_KINDS[kind],
+    )
+    one = make(1)
+    weights = {name: torch.randn(size) * 0.03 for name, size in one.slot_shapes().items()}
+    one.load_slot(0, {name: weight.bfloat16() for name, weight in weights.items()})
+    nbytes = one.weight_nbytes * shape.num_experts
     shard = NativeShard()
+    num_layers = max(2, WEIGHT_BYTES // nbytes)
     for layer in range(num_layers):
-        experts = PackedExperts(
-            shape.num_experts,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.width,
-            dtype=torch.bfloat16,
-            is_int8=is_int8,
-        )
-        for projection in experts.projections:
-            if is_int8:
-                projection.packed.random_(0, 256)
-            else:
-                projection.packed.normal_(std=0.03)
+        experts = make(shape.num_experts)
+        for ours, its in zip(experts.projections, one.projections, strict=True):
+            ours.packed.copy_(its.packed.expand_as(ours.packed))
         shard.add_layer(layer, experts, SILU, torch.arange(shape.num_experts))
     works = []
     for rows in rows_of:
@@ -174,16 +177,16 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
 def main() -> None:
     """Measure what is asked for."""
     parser = common.parser(__doc__)
-    parser.add_argument("--kind", choices=("experts", "int8", "linear", "attention"), nargs="*")
+    parser.add_argument("--kind", choices=(*EXPERT_KINDS, "linear", "attention"), nargs="*")
     parser.add_argument("--shape", nargs="*", help="of these names only")
     parser.add_argument("--rows", type=int, nargs="*", help="rows of an expert")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     args = parser.parse_args()
     assert native.native_available(), "there are no C++ kernels here"
     rounds, sample_s = (3, 0.02) if args.quick else (7, 0.05)
-    kinds = args.kind or ("experts", "int8", "linear", "attention")
+    kinds = args.kind or (*EXPERT_KINDS, "linear", "attention")
     rows: list[dict[str, Any]] = []
-    for kind, shape in itertools.product(("experts", "int8"), EXPERTS):
+    for kind, shape in itertools.product(EXPERT_KINDS, EXPERTS):
         if kind in kinds and (not args.shape or shape.name in args.shape):
             works = expert_works(kind, shape, tuple(args.rows or EXPERT_ROWS))
             for threads in args.threads:

@@ -1,13 +1,14 @@
-"""What int8 experts cost in quality: perplexity of the demo model on held-out text.
+"""What int8 and int4 experts cost in quality: perplexity of the demo model on held-out text.
 
     .venv/bin/python benchmarks/quality.py --quick --json out.json
 
 The same windows of the same text (none of it was trained on) through the same engine, its experts
-once in bfloat16 and once in int8. The ratio is exp of the difference of mean losses; its range is
-that over the domains.
+once in bfloat16 and once in each quantised form, as a deployment would load and compute them. The
+ratio is exp of the difference of mean losses; its range is that over the domains.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.local_engine import LocalEngine
 
 from remora.actors.tokenizer import Tokenizer
+from remora.kernels.experts_dtype import ExpertsDtype
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WINDOW = 256  # tokens, as the demo model was trained
+FORMS: tuple[ExpertsDtype, ...] = ("int8", "int4")
 
 
 def windows(model: Path, data: Path, per_domain: int) -> dict[str, torch.Tensor]:
@@ -52,36 +55,42 @@ def loss_of(engine: LocalEngine, tokens_BL: torch.Tensor) -> float:
     return total / len(tokens_BL)
 
 
+def losses_of(model: Path, form: ExpertsDtype, texts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Loss of each domain with experts held in this form."""
+    engine = LocalEngine.load(
+        model, dtype=torch.bfloat16, mode="presummed", exact=False, experts_dtype=form
+    )
+    return {domain: loss_of(engine, tokens_BL) for domain, tokens_BL in texts.items()}
+
+
 def main() -> None:
     """Measure both and print."""
     parser = common.parser(__doc__)
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "remora-demo")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "text")
     args = parser.parse_args()
-    engines = {
-        is_int8: LocalEngine.load(
-            args.model, dtype=torch.bfloat16, mode="presummed", exact=False, is_int8=is_int8
-        )
-        for is_int8 in (False, True)
-    }
-    rows, losses, ratios = [], [], []
-    for domain, tokens_BL in windows(args.model, args.data, 2 if args.quick else 8).items():
-        plain, int8 = (loss_of(engines[is_int8], tokens_BL) for is_int8 in (False, True))
-        losses.append(int8 - plain)
-        ratios.append(float(torch.tensor(int8 - plain).exp()))
-        rows.append(
-            {
-                "domain": domain,
-                "windows": len(tokens_BL),
-                "loss bf16": round(plain, 4),
-                "loss int8": round(int8, 4),
-                "perplexity ratio": round(ratios[-1], 5),
-            }
-        )
-    overall = float(torch.tensor(losses).mean().exp())
-    value = Spread(overall, min(ratios), max(ratios))
-    bar = Bar(name="int8_perplexity_ratio", value=value, unit="x", op="<", target=1.01)
-    common.finish("quality", args, rows, [bar])
+    texts = windows(args.model, args.data, 2 if args.quick else 8)
+    plain = losses_of(args.model, "auto", texts)
+    rows, bars = [], []
+    for form in FORMS:
+        ratios = []
+        for domain, loss in losses_of(args.model, form, texts).items():
+            ratios.append(math.exp(loss - plain[domain]))
+            rows.append(
+                {
+                    "experts": form,
+                    "domain": domain,
+                    "windows": len(texts[domain]),
+                    "loss bf16": round(plain[domain], 4),
+                    "loss": round(loss, 4),
+                    "perplexity ratio": round(ratios[-1], 5),
+                }
+            )
+        overall = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        value = Spread(overall, min(ratios), max(ratios))
+        name = f"{form}_perplexity_ratio"
+        bars.append(Bar(name=name, value=value, unit="x", op="<", target=1.01))
+    common.finish("quality", args, rows, bars)
 
 
 if __name__ == "__main__":

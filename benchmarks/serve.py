@@ -42,7 +42,7 @@ WORKERS = HERE / "workers"
 ENGINES = ("remora", "vllm", "vllm-tp2", "transformers")
 GROUPS = (("remora", "vllm", "vllm-tp2"), ("remora", "transformers"))  # resident together
 PEERS = {"vllm": ("vllm", "vllm-tp2"), "transformers": ("transformers",)}
-PARTS = ("peers", "limit", "http", "exact", "int8", "footprint", "phases", "scaling")
+PARTS = ("peers", "limit", "http", "exact", "int8", "int4", "footprint", "phases", "scaling")
 ROUTING_TOKENS = 17  # of the generation whose routing is counted
 MEMORY_MARGIN_BYTES = 3 << 30  # of an engine beyond twice its checkpoint, which is never too little
 VLLM_INSTALL = (
@@ -291,7 +291,8 @@ def run_own(run: Run, engine: Engine) -> None:
         "http": lambda: engines_own.http_and_exact(label, engine, args),
         "footprint": lambda: engines_own.footprint(label, engine, args, total_bytes),
         "phases": lambda: engines_own.phases(label, engine, args),
-        "int8": lambda: engines_own.int8(label, engine, args),
+        "int8": lambda: engines_own.quantised(label, engine, args, experts_dtype="int8"),
+        "int4": lambda: engines_own.quantised(label, engine, args, experts_dtype="int4"),
         "scaling": lambda: engines_own.scaling(label, engine, args, plot),
     }
     for part, measure in parts.items():

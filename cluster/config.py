@@ -17,6 +17,7 @@ from remora.cluster.autoscale_config import AutoscaleConfig, policy_in
 from remora.cluster.device_rules import Device, check_devices, resolve
 from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
+from remora.kernels.experts_dtype import ExpertsDtype
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -209,7 +210,7 @@ class RemoraConfig(Section):
     model: str = Field(min_length=1)  # checkpoint directory, or hub id
     served_model_name: str | None = None  # None: the last part of `model`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    experts_dtype: Literal["auto", "int8"] = "auto"  # int8: one byte a weight, quantised at load
+    experts_dtype: ExpertsDtype = "auto"  # int8, int4: quantised at load
     numerics: Literal["fast", "exact"] = "fast"
     executor: Literal["auto", "eager", "compiled"] = "auto"
     bind_address: str = "127.0.0.1"  # of the data plane's TCP listeners

@@ -34,9 +34,10 @@ def check_devices(config: "RemoraConfig") -> None:
             "dense.device = cuda with executor = compiled: layers are compiled for the CPU only;"
             " allowed are auto and eager"
         )
-    if experts.computes_on == "cuda" and config.experts_dtype == "int8":
+    held = config.experts_dtype
+    if experts.computes_on == "cuda" and held != "auto":
         raise ValueError(
-            "experts.device = cuda with experts_dtype = int8: int8 experts are computed on the"
+            f"experts.device = cuda with experts_dtype = {held}: {held} experts are computed on the"
             " CPU; allowed are experts_dtype: auto, or experts.device: cpu"
         )
     if dense.computes_on == "cuda" and dense.tensor_parallel > 1 and dense.num_gpus < 1:

@@ -71,10 +71,10 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
             cannot be held in, or a placement file that is none or does not fit.
     """
     dtype = resolve_dtype(spec, config.dtype)
-    if config.experts_dtype == "int8" and dtype != torch.bfloat16:
+    if config.experts_dtype != "auto" and dtype != torch.bfloat16:
         raise ConfigError(
-            f"experts_dtype = int8: rows must be bfloat16, but {config.model} is served in "
-            f"{str(dtype).removeprefix('torch.')} (set dtype: bfloat16)"
+            f"experts_dtype = {config.experts_dtype}: rows must be bfloat16, but {config.model} is"
+            f" served in {str(dtype).removeprefix('torch.')} (set dtype: bfloat16)"
         )
     experts = config.experts
     uids = tuple(f"shard-{index}" for index in range(experts.shards))
@@ -136,7 +136,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
         **_common(config, uid, token),
         device=config.experts.computes_on,
         num_threads=shard_threads(config),
-        is_int8=config.experts_dtype == "int8",
+        experts_dtype=config.experts_dtype,
         num_slots=config.experts.slots,
         copy_bytes_per_s=config.elastic.copy_mib_per_s * (1 << 20),
         experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),

@@ -22,6 +22,7 @@ from remora.comm.replay import choose_all
 from remora.comm.topology import held_of, uniform_topology
 from remora.comm.view import Placement
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
+from remora.kernels.quantization import held_as
 
 BATCHES = (1, 8, 32)  # decoding sequences that the traffic is estimated for
 SAMPLED = 2048  # tokens that the traffic of replicated placements is estimated from
@@ -37,8 +38,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     spec = inspect_model(config.model)
     dtype = resolve_dtype(spec, config.dtype)
     placement = placement_of(config, spec)
-    is_int8 = config.experts_dtype == "int8"
-    expert_nbytes = spec.expert_nbytes(dtype, is_int8=is_int8)
+    expert_nbytes = spec.expert_nbytes(dtype, config.experts_dtype)
     num_experts = len(spec.moe_layers) * spec.num_experts
     with Checkpoint.open(config.model) as checkpoint:
         parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
@@ -55,7 +55,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
         "model": config.model,
         "model_type": spec.model_type,
         "dtype": str(dtype).removeprefix("torch."),
-        "experts_dtype": "int8" if is_int8 else str(dtype).removeprefix("torch."),
+        "experts_dtype": held_as(config.experts_dtype, dtype),
         "numerics": config.numerics,
         "combine": config.combine,
         "layers": spec.num_layers,

@@ -93,7 +93,7 @@ def make_rebalancer(
         policy=RebalancePolicy(**config.router.rebalance.model_dump()),
         view=view,
         apply=apply,
-        expert_bytes=spec.expert_nbytes(dtype, is_int8=config.experts_dtype == "int8"),
+        expert_bytes=spec.expert_nbytes(dtype, config.experts_dtype),
         row_bytes=2 * spec.hidden_size * dtype.itemsize,
         folder=config.router.state_dir,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from remora.kernels import native
 from remora.kernels.attention import AttentionPlan, KVPages, attend
 from remora.kernels.experts import PackedExperts
+from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.gates import Gate
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ def make_experts(
     is_transposed: bool,
     exact: bool,
     post: Callable[[Tensor], Tensor] | None,
-    is_int8: bool = False,
+    experts_dtype: ExpertsDtype = "auto",
 ) -> "PackedExperts | GpuExperts":
     """Slots for one layer's experts on `device`; arguments as `GpuExperts` describes them.
 
-    On the CPU gate and `post` stay the caller's business. `is_int8` (`PackedExperts`) is the CPU's.
+    On the CPU gate and `post` stay the caller's business. `PackedExperts` alone quantises.
 
     Raises:
         ValueError: sizes, dtypes or a device that do not fit.
@@ -125,10 +126,10 @@ def make_experts(
             has_bias=has_bias,
             is_transposed=is_transposed,
             exact=exact,
-            is_int8=is_int8,
+            experts_dtype=experts_dtype,
         )
-    if is_int8:
-        raise ValueError(f"int8 experts are computed on cpu, not on {device}")
+    if experts_dtype != "auto":
+        raise ValueError(f"{experts_dtype} experts are computed on cpu, not on {device}")
     from remora.kernels.gpu_experts import GpuExperts
 
     return GpuExperts(

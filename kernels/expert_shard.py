@@ -42,10 +42,12 @@ class NativeShard:
             slot_of_expert_E: int64, slot of each logical expert, -1 where it is not held. Read at
                 every call: what is written into it counts from the next one.
         """
-        values_per_step = 4 if experts.is_int8 else 2 if experts.dtype == torch.bfloat16 else 1
-        if not experts.is_native or experts.hidden_size % values_per_step:
-            return False
         up, down = experts.projections
+        step = 2 if experts.dtype == torch.bfloat16 else 1
+        if up.quantization is not None:
+            step = up.quantization.step
+        if not experts.is_native or experts.hidden_size % step:
+            return False
         torch.ops.remora.expert_shard_layer(
             self.handle,
             layer,
@@ -59,8 +61,7 @@ class NativeShard:
             ACTIVATIONS.index(gate.activation),
             LAYOUTS.index(gate.layout),
             gate.numbers,
-            up.scale_SO,
-            down.scale_SO,
+            None if up.quantization is None else up.quantization.name,
         )
         self._layers.add(layer)
         return True

@@ -5,7 +5,6 @@ and I without. Between `up` and `down` stands the model's own gate (`_apply_gate
 one of `gates` where that computes the same.
 """
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Final
@@ -14,13 +13,7 @@ import torch
 from torch import Tensor
 
 from remora.kernels import native
-from remora.kernels.int8 import (
-    dequantize,
-    pack_int8_into,
-    packed_int8_numel,
-    quantize,
-    unpack_int8,
-)
+from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.linear import (
     DTYPES,
     pack_into,
@@ -29,13 +22,15 @@ from remora.kernels.linear import (
     unpack,
 )
 from remora.kernels.memory import huge_zeros
+from remora.kernels.quantization import held_as, quantization_of
 from remora.kernels.slots import ExpertSlots, expert_shapes
 
 
 class GroupedWeights:
-    """One projection of all slots: weights [S, O, K] packed, biases and scales [S, O].
+    """One projection of all slots: weights [S, O, K] packed, biases [S, O].
 
-    `is_int8`: weights of one byte with a scale for each output (`int8`), under bfloat16 rows.
+    Quantised weights (`experts_dtype`, under bfloat16 rows) lie packed with their scales, whoever
+    computes; others are plain matrices where there are no C++ kernels.
     """
 
     def __init__(
@@ -46,41 +41,37 @@ class GroupedWeights:
         *,
         dtype: torch.dtype,
         has_bias: bool,
-        is_int8: bool = False,
+        experts_dtype: ExpertsDtype = "auto",
     ) -> None:
         self.num_slots = num_slots
         self.num_outputs = num_outputs
         self.num_inputs = num_inputs
         self.is_native: Final = native.native_available()
-        self.is_int8 = is_int8
+        self.quantization: Final = quantization_of(experts_dtype)
         stored = dtype
         shape: tuple[int, ...] = (num_outputs, num_inputs)
-        if is_int8:
-            stored = torch.uint8 if self.is_native else torch.int8
-        if self.is_native:
-            numel = packed_int8_numel if is_int8 else functools.partial(packed_numel, dtype=dtype)
-            shape = (numel(num_outputs, num_inputs),)
+        if self.quantization is not None:
+            stored = torch.uint8
+            shape = (self.quantization.packed_nbytes(num_outputs, num_inputs),)
+        elif self.is_native:
+            shape = (packed_numel(num_outputs, num_inputs, dtype),)
         self.packed = huge_zeros(num_slots, *shape, dtype=stored)
-        self.scale_SO = torch.ones(num_slots, num_outputs) if is_int8 else None
         self.bias_SO = torch.zeros(num_slots, num_outputs, dtype=dtype) if has_bias else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        others = (self.bias_SO, self.scale_SO)
-        return self.packed.nbytes + sum(t.nbytes for t in others if t is not None)
+        return self.packed.nbytes + (0 if self.bias_SO is None else self.bias_SO.nbytes)
 
     def load(
-        self, slot: int, weight_OK: Tensor, bias_O: Tensor | None, scale_O: Tensor | None = None
+        self, slot: int, weight_OK: Tensor, bias_O: Tensor | None, scale: Tensor | None = None
     ) -> None:
-        """Writes one slot; with a scale, the weight is int8 already."""
-        if self.scale_SO is not None:
-            q_OK, scale = (weight_OK, scale_O) if scale_O is not None else quantize(weight_OK)
-            self.scale_SO[slot].copy_(scale)
-            if self.is_native:
-                pack_int8_into(self.packed[slot], q_OK)
-            else:
-                self.packed[slot].copy_(q_OK)
+        """Writes one slot; with scales, the weight is quantised already."""
+        if self.quantization is not None:
+            held = (
+                (weight_OK, scale) if scale is not None else self.quantization.quantize(weight_OK)
+            )
+            self.quantization.pack_into(self.packed[slot], *held)
         elif self.is_native:
             pack_into(self.packed[slot], weight_OK)
         else:
@@ -88,24 +79,26 @@ class GroupedWeights:
         if self.bias_SO is not None and bias_O is not None:
             self.bias_SO[slot].copy_(bias_O)
 
-    def weight(self, slot: int) -> Tensor:
-        """The weight [O, K] of a slot, bit for bit (a new tensor); int8 where it is quantised."""
-        if self.is_native and self.is_int8:
-            return unpack_int8(self.packed[slot], self.num_outputs, self.num_inputs)
+    def weight(self, slot: int) -> tuple[Tensor, Tensor | None]:
+        """The weight [O, K] of a slot, bit for bit (a new tensor); int8 and scales if quantised."""
+        sizes = self.num_outputs, self.num_inputs
+        if self.quantization is not None:
+            return self.quantization.unpack(self.packed[slot], *sizes)
         if self.is_native:
-            return unpack(self.packed[slot], self.num_outputs, self.num_inputs)
-        return self.packed[slot].clone()
+            return unpack(self.packed[slot], *sizes), None
+        return self.packed[slot].clone(), None
 
     def slot_parts(self, slot: int) -> list[Tensor]:
-        """Packed weight, scales and biases of a slot as uint8 vectors: its own memory."""
-        held = [t for t in (self.packed, self.scale_SO, self.bias_SO) if t is not None]
+        """Packed weight and biases of a slot as uint8 vectors: its own memory."""
+        held = [t for t in (self.packed, self.bias_SO) if t is not None]
         return [tensor[slot].view(-1).view(torch.uint8) for tensor in held]
 
     def forward(self, x_NK: Tensor, offsets_S1: Tensor, *, exact: bool) -> Tensor:
         """Rows offsets[s]..offsets[s+1] times slot s; rows from offsets[S] on give zeros. [N, O]"""
         if self.is_native:
+            name = None if self.quantization is None else self.quantization.name
             out: Tensor = torch.ops.remora.grouped_linear(
-                x_NK, self.packed, self.bias_SO, offsets_S1, self.num_outputs, self.scale_SO
+                x_NK, self.packed, self.bias_SO, offsets_S1, self.num_outputs, name
             )
             return out
         return self._torch_forward(x_NK, offsets_S1, exact=exact)
@@ -117,8 +110,9 @@ class GroupedWeights:
             if stop > start:
                 bias = None if self.bias_SO is None else self.bias_SO[slot]
                 weight = self.packed[slot]
-                if self.scale_SO is not None:
-                    weight = dequantize(weight, self.scale_SO[slot]).to(x_NK.dtype)
+                if self.quantization is not None:
+                    held = self.quantization.unpack(weight, self.num_outputs, self.num_inputs)
+                    weight = self.quantization.dequantize(*held).to(x_NK.dtype)
                 y_NO[start:stop] = torch_linear(x_NK[start:stop], weight, bias, exact=exact)
         return y_NO
 
@@ -135,7 +129,7 @@ class PackedExperts(ExpertSlots):
         has_bias: `<projection>_bias` vectors beside the weights.
         is_transposed: the model holds its weights as [inputs, outputs] (gpt_oss).
         exact: only matters without C++ kernels: work on fixed row tiles then.
-        is_int8: quantise what is loaded to one byte a weight; `dtype` is bfloat16 then.
+        experts_dtype: quantise what is loaded, to int8 or int4; `dtype` is bfloat16 then.
 
     Raises:
         ValueError: a size below one, or another dtype.
@@ -152,10 +146,10 @@ class PackedExperts(ExpertSlots):
         has_bias: bool = False,
         is_transposed: bool = False,
         exact: bool = False,
-        is_int8: bool = False,
+        experts_dtype: ExpertsDtype = "auto",
     ) -> None:
-        if is_int8 and dtype != torch.bfloat16:
-            raise ValueError(f"int8 experts are served in bfloat16, not in {dtype}")
+        if experts_dtype != "auto" and dtype != torch.bfloat16:
+            raise ValueError(f"{experts_dtype} experts are served in bfloat16, not in {dtype}")
         if min(num_slots, hidden_size, intermediate_size) < 1 or dtype not in DTYPES:
             raise ValueError(
                 f"experts need sizes >= 1 and bfloat16 or float32, got {num_slots} slots, "
@@ -169,21 +163,18 @@ class PackedExperts(ExpertSlots):
         self.has_bias = has_bias
         self.is_transposed = is_transposed
         self.exact = exact
-        self.is_int8 = is_int8
+        self.experts_dtype: Final = experts_dtype
         self.up_name = "gate_up_proj" if has_gate else "up_proj"
         up_size = intermediate_size * (2 if has_gate else 1)
+        sizes = {
+            self.up_name: (up_size, hidden_size),
+            "down_proj": (hidden_size, intermediate_size),
+        }
         self._projections = {
-            self.up_name: GroupedWeights(
-                num_slots, up_size, hidden_size, dtype=dtype, has_bias=has_bias, is_int8=is_int8
-            ),
-            "down_proj": GroupedWeights(
-                num_slots,
-                hidden_size,
-                intermediate_size,
-                dtype=dtype,
-                has_bias=has_bias,
-                is_int8=is_int8,
-            ),
+            name: GroupedWeights(
+                num_slots, *size, dtype=dtype, has_bias=has_bias, experts_dtype=experts_dtype
+            )
+            for name, size in sizes.items()
         }
 
     @property
@@ -214,10 +205,11 @@ class PackedExperts(ExpertSlots):
 
         Args:
             slot: below `num_slots`.
-            tensors: `slot_shapes` in `dtype`; int8 experts also take what `export_slot` gives.
+            tensors: `slot_shapes` in `dtype`; quantised ones also take what `export_slot` gives.
 
         Raises:
-            ValueError: a name that is missing or unknown, a wrong shape or dtype.
+            ValueError: a name that is missing or unknown, a wrong shape or dtype, weights that the
+                quantised form cannot hold.
         """
         shapes, dtypes = self._wanted(tensors)
         self.check_load(slot, tensors, shapes, dtypes)
@@ -233,9 +225,9 @@ class PackedExperts(ExpertSlots):
 
     def slot_layout(self) -> str:
         """Packed alike (`linear.packed_numel`) by whatever instruction set computes; a process
-        without C++ kernels holds plain matrices."""
-        form = "packed" if self.is_native else "plain"
-        kind = "int8" if self.is_int8 else str(self.dtype).removeprefix("torch.")
+        without C++ kernels holds plain matrices of what is not quantised."""
+        form = "packed" if self.is_native or self.experts_dtype != "auto" else "plain"
+        kind = held_as(self.experts_dtype, self.dtype)
         sizes = f"{self.hidden_size}x{self.intermediate_size}"
         return f"{form} {kind} {sizes} gate={self.has_gate} bias={self.has_bias}"
 
@@ -249,25 +241,29 @@ class PackedExperts(ExpertSlots):
         """Shapes and dtypes: of the model's, or where there are scales of quantised tensors."""
         shapes = self.slot_shapes()
         dtypes = dict.fromkeys(shapes, self.dtype)
-        if self.is_int8 and any(name.endswith("_scale") for name in tensors):
-            for name, projection in self._projections.items():
+        if not any(name.endswith("_scale") for name in tensors):
+            return shapes, dtypes
+        for name, projection in self._projections.items():
+            if projection.quantization is not None:
+                sizes = projection.num_outputs, projection.num_inputs
                 dtypes[name] = torch.int8
-                shapes[f"{name}_scale"] = (projection.num_outputs,)
+                shapes[f"{name}_scale"] = projection.quantization.scale_shape(*sizes)
                 dtypes[f"{name}_scale"] = torch.float32
         return shapes, dtypes
 
     def export_slot(self, slot: int) -> dict[str, Tensor]:
         """One expert's tensors as they are held, bit for bit, contiguous, sorted by name.
 
-        As they were loaded; int8 experts give the quantised weights and `<projection>_scale` [O].
+        As they were loaded; quantised ones give int8 weights and `<projection>_scale`, float32 [O]
+        (int8) or [O, G] (int4).
         """
         self.check_loaded(slot)
         tensors: dict[str, Tensor] = {}
         for name, projection in self._projections.items():
-            weight = projection.weight(slot)
+            weight, scale = projection.weight(slot)
             tensors[name] = weight.t().contiguous() if self.is_transposed else weight
-            if projection.scale_SO is not None:
-                tensors[f"{name}_scale"] = projection.scale_SO[slot].clone()
+            if scale is not None:
+                tensors[f"{name}_scale"] = scale
             if projection.bias_SO is not None:
                 tensors[f"{name}_bias"] = projection.bias_SO[slot].clone()
         return dict(sorted(tensors.items()))
@@ -290,7 +286,7 @@ def _fake_grouped_linear(
     bias_SO: Tensor | None,
     offsets_S1: Tensor,
     num_outputs: int,
-    scale_SO: Tensor | None = None,
+    quantized: str | None = None,
 ) -> Tensor:
     return x_NK.new_empty((x_NK.shape[0], num_outputs))
 

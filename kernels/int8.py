@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from remora.kernels import narrow
 from remora.kernels.linear import GROUP, PANEL
 
-_STEP: Final = 4  # k of one step of the packed form
-_RUN: Final = 4  # columns of one run: 16 bytes of a step, two k times four columns, twice
+STEP: Final = narrow.STEP  # k of one step of the packed form
 _MAX: Final = 127
+_SIGN: Final = 0x80
+_SCALE_BYTES: Final = 4
 
 
 def quantize(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,36 +34,39 @@ def dequantize(q_OK: Tensor, scale_O: Tensor) -> Tensor:
     return q_OK.float() * scale_O[:, None]
 
 
-def packed_int8_numel(num_outputs: int, num_inputs: int) -> int:
-    """Bytes of the packed form, zero padding included."""
-    return -(-num_outputs // PANEL) * PANEL * -(-num_inputs // _STEP) * _STEP
+def scale_shape(num_outputs: int, num_inputs: int) -> tuple[int, ...]:
+    """One for each output."""
+    return (num_outputs,)
 
 
-def pack_int8_into(packed: Tensor, q_OK: Tensor) -> None:
-    """Writes q into `packed` (uint8 [packed_int8_numel]) as kernels/csrc/panel.h has it."""
+def packed_nbytes(num_outputs: int, num_inputs: int) -> int:
+    """Bytes of the packed form, scales and zero padding included."""
+    num_inputs = -(-num_inputs // STEP) * STEP
+    return narrow.padded_outputs(num_outputs) * (num_inputs + _SCALE_BYTES)
+
+
+def pack_into(packed: Tensor, q_OK: Tensor, scale_O: Tensor) -> None:
+    """Writes both into `packed` (uint8 [packed_nbytes]) as kernels/csrc/panel.h has it."""
     num_outputs, num_inputs = q_OK.shape
-    padded = F.pad(q_OK, (0, -num_inputs % _STEP, 0, -num_outputs % PANEL))
-    bytes_OK = (padded.abs().view(torch.uint8)) | ((padded < 0).to(torch.uint8) << 7)
-    offset = 0
-    for column in range(0, bytes_OK.shape[0], GROUP):
-        group = bytes_OK[column : column + GROUP]
-        # [panel, run, column of it] x [step, half, 2] -> [step, panel, run, half, column, 2]
-        parts = group.reshape(-1, PANEL // _RUN, _RUN, group.shape[1] // _STEP, 2, 2)
-        target = packed[offset : offset + group.numel()]
-        target.copy_(parts.permute(3, 0, 1, 4, 2, 5).reshape(-1))
-        offset += group.numel()
+    padding = narrow.padded_outputs(num_outputs) - num_outputs
+    bytes_OK = narrow.sign_and_magnitude(F.pad(q_OK, (0, -num_inputs % STEP, 0, padding)), _SIGN)
+    scales = F.pad(scale_O, (0, padding)).view(torch.uint8)
+    for column, width, target in narrow.column_groups(
+        packed, num_outputs, packed_nbytes(GROUP, num_inputs)
+    ):
+        split = target.numel() - width * _SCALE_BYTES
+        target[:split] = narrow.interleaved(bytes_OK[column : column + width]).view(-1)
+        target[split:] = scales[column * _SCALE_BYTES :][: width * _SCALE_BYTES]
 
 
-def unpack_int8(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
-    """The q [O, K] that was packed (a new int8 tensor)."""
-    num_columns = -(-num_outputs // PANEL) * PANEL
-    num_steps = packed.numel() // num_columns // _STEP
-    groups = []
-    for column in range(0, num_columns, GROUP):
-        width = min(GROUP, num_columns - column)
-        part = packed[column * num_steps * _STEP : (column + width) * num_steps * _STEP]
-        parts = part.view(num_steps, width // PANEL, PANEL // _RUN, 2, _RUN, 2)
-        groups.append(parts.permute(1, 2, 4, 0, 3, 5).reshape(width, -1))
-    bytes_OK = torch.cat(groups)[:num_outputs, :num_inputs]
-    magnitude = (bytes_OK & 0x7F).to(torch.int8)
-    return torch.where(bytes_OK >= 0x80, -magnitude, magnitude)
+def unpack(packed: Tensor, num_outputs: int, num_inputs: int) -> tuple[Tensor, Tensor]:
+    """The q [O, K] and the scales [O] that were packed (new tensors)."""
+    q, scales = [], []
+    for _, width, source in narrow.column_groups(
+        packed, num_outputs, packed_nbytes(GROUP, num_inputs)
+    ):
+        split = source.numel() - width * _SCALE_BYTES
+        lines = source[:split].view(-1, width // PANEL, narrow.LINE_BYTES)
+        q.append(narrow.signed(narrow.deinterleaved(lines), _SIGN))
+        scales.append(source[split:].clone().view(torch.float32))
+    return torch.cat(q)[:num_outputs, :num_inputs].contiguous(), torch.cat(scales)[:num_outputs]

@@ -1,4 +1,4 @@
-// bfloat16 and one-byte panels on the tiles of AMX; amx_tiling.h says how. Run on an Intel Xeon with
+// bfloat16, one-byte and four-bit panels on the tiles of AMX; amx_tiling.h says how. Run on an Intel Xeon with
 // amx_bf16 (benchmarks/notes/2026-11-28-kernels.md); `amx_works` still asks before they are used.
 #include "amx.h"
 
@@ -7,6 +7,7 @@
 #include <new>
 
 #include "buffer.h"
+#include "packed_shape.h"
 #include "scalar.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -24,6 +25,8 @@ namespace {
 #include "simd_avx512.h"
 
 #include "simd_int8.h"
+
+#include "simd_int4.h"
 
 // Assembly, since gcc's intrinsics neither take a tile's number from a template nor say that they
 // read memory.
@@ -67,6 +70,15 @@ struct RealTiles {
     _mm512_storeu_si512(to, wide.first);
     _mm512_storeu_si512(to + stride_bytes, wide.second);
   }
+  REMORA_INLINE Int4Scales int4_scales(const uint8_t* bytes) { return load_int4_scales(bytes); }
+  REMORA_INLINE void widen_nibbles(const uint8_t* from, const Int4Scales& scales, char* to,
+                                   int64_t stride_bytes) {
+    const Int4Line line = widen_line(from, scales);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      _mm512_storeu_si512(to + pair * stride_bytes, line.pairs[pair]);
+    }
+  }
 };
 
 REMORA_TARGET void finish_row(const float* sums, const float* scale, const uint16_t* bias,
@@ -82,6 +94,8 @@ REMORA_TARGET void finish_row(const float* sums, const float* scale, const uint1
 
 #include "amx_tiling.h"
 
+#include "amx_narrow.h"
+
 // The system must be asked once before a process may use the tiles' state.
 bool may_use_tiles() {
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
@@ -94,13 +108,13 @@ bool may_use_tiles() {
 }
 
 // Whether both implementations give the same bits, on rows and weights with tails of everything.
-bool agree(PanelKernel real, PanelKernel emulated, bool int8) {
-  constexpr int64_t kInputs = 84, kColumns = 55, kMostRows = 67;
+bool agree(PanelKernel real, PanelKernel emulated, WeightFormat format) {
+  constexpr int64_t kInputs = 88, kColumns = 55, kMostRows = 67;
   static uint16_t x[kMostRows][kInputs];
   static uint16_t weights[kInputs * kGroup];
   static float scale[kGroup];
   static uint16_t outs[2][kMostRows][kColumns];
-  // Fractions, so that another order of the sums would show; int8 takes any bytes.
+  // Fractions, so that another order of the sums would show; int8 and int4 take any bytes.
   for (int64_t i = 0; i < kMostRows * kInputs; ++i) {
     narrow(static_cast<float>(i * 37 % 101 - 50) / 7.0f, &x[0][0] + i);
   }
@@ -111,17 +125,14 @@ bool agree(PanelKernel real, PanelKernel emulated, bool int8) {
   for (const int64_t num_rows : {int64_t{1}, int64_t{19}, kMostRows}) {
     std::memset(outs, 0, sizeof outs);
     for (int i = 0; i < 2; ++i) {
-      PanelCall call{};
+      const PackedShape shape{kInputs, kColumns, format};
+      PanelCall call = shape.group_call(0, reinterpret_cast<const char*>(weights), nullptr);
       call.x = x;
       call.x_stride = kInputs;
       call.num_rows = num_rows;
-      call.weights = weights;
-      call.num_steps = kInputs / (int8 ? 4 : 2);
-      call.num_panels = kGroupPanels;
-      call.scale = int8 ? scale : nullptr;
+      if (format == WeightFormat::kInt8) call.scale = scale;
       call.out = outs[i];
       call.out_stride = kColumns;
-      call.num_columns = kColumns;
       (i == 0 ? real : emulated)(call);
     }
     if (std::memcmp(outs[0], outs[1], sizeof outs[0]) != 0) return false;
@@ -134,7 +145,10 @@ bool agree(PanelKernel real, PanelKernel emulated, bool int8) {
 REMORA_TARGET void panel_bfloat16(const PanelCall& call) {
   panel_rows<RealTiles, PlainWeights<false>>(call, call.num_steps * kPairBytes);
 }
-REMORA_TARGET void panel_int8(const PanelCall& call) { panel_bytes<RealTiles>(call); }
+REMORA_TARGET void panel_int8(const PanelCall& call) { panel_narrow<RealTiles, Int8Form<RealTiles>>(call); }
+REMORA_TARGET void panel_int4(const PanelCall& call) {
+  panel_narrow<RealTiles, Int4Form<RealTiles>>(call);
+}
 
 bool amx_is_there() {
   static const bool answer = may_use_tiles();
@@ -142,8 +156,9 @@ bool amx_is_there() {
 }
 
 bool amx_works() {
-  return agree(panel_bfloat16, panel_emulated, false) &&
-         agree(panel_int8, panel_int8_emulated, true);
+  return agree(panel_bfloat16, panel_emulated, WeightFormat::kBFloat16) &&
+         agree(panel_int8, panel_int8_emulated, WeightFormat::kInt8) &&
+         agree(panel_int4, panel_int4_emulated, WeightFormat::kInt4);
 }
 
 }  // namespace remora::amx
@@ -151,6 +166,7 @@ bool amx_works() {
 namespace remora::amx {
 void panel_bfloat16(const PanelCall& call) { panel_emulated(call); }
 void panel_int8(const PanelCall& call) { panel_int8_emulated(call); }
+void panel_int4(const PanelCall& call) { panel_int4_emulated(call); }
 bool amx_is_there() { return false; }
 bool amx_works() { return false; }
 }  // namespace remora::amx

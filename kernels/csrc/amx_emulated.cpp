@@ -8,9 +8,11 @@
 #include <new>
 
 #include "buffer.h"
+#include "int4.h"
 #include "scalar.h"
 
 #define REMORA_TARGET
+#define REMORA_INLINE static inline
 
 namespace remora::amx {
 namespace {
@@ -76,6 +78,11 @@ struct EmulatedTiles {
       std::memcpy(to + pair * stride_bytes, row, sizeof row);
     }
   }
+  static PlainInt4Scales int4_scales(const uint8_t* bytes) { return plain_int4_scales(bytes); }
+  static void widen_nibbles(const uint8_t* from, const PlainInt4Scales& scales, char* to,
+                            int64_t stride_bytes) {
+    widen_int4_line(from, scales, to, stride_bytes);
+  }
 };
 
 void finish_row(const float* sums, const float* scale, const uint16_t* bias, int count,
@@ -90,11 +97,18 @@ void finish_row(const float* sums, const float* scale, const uint16_t* bias, int
 
 #include "amx_tiling.h"
 
+#include "amx_narrow.h"
+
 }  // namespace
 
 void panel_emulated(const PanelCall& call) {
   panel_rows<EmulatedTiles, PlainWeights<false>>(call, call.num_steps * kPairBytes);
 }
-void panel_int8_emulated(const PanelCall& call) { panel_bytes<EmulatedTiles>(call); }
+void panel_int8_emulated(const PanelCall& call) {
+  panel_narrow<EmulatedTiles, Int8Form<EmulatedTiles>>(call);
+}
+void panel_int4_emulated(const PanelCall& call) {
+  panel_narrow<EmulatedTiles, Int4Form<EmulatedTiles>>(call);
+}
 
 }  // namespace remora::amx

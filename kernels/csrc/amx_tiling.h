@@ -101,45 +101,6 @@ struct PlainWeights {
   }
 };
 
-// Weights of one byte, widened a block ahead of their use into memory that stays in the first cache.
-template <class Tiles>
-struct ByteWeights {
-  static constexpr bool kScaled = true;
-  static constexpr int64_t kSteps = kBlockPairs / 2;  // of four k
-  const uint8_t* weights;
-  int64_t stride;  // of one step, in bytes
-  int64_t num_steps;
-  Ahead ahead;
-  alignas(64) char wide[2][kGroupPanels][kBlockPairs * kBlockBytes];
-
-  REMORA_TARGET void take(const PanelCall& call) {
-    weights = static_cast<const uint8_t*>(call.weights);
-    stride = call.num_panels * kBlockBytes;
-    num_steps = call.num_steps;
-  }
-  REMORA_TARGET void prepare(int64_t block, int panel) {
-    char* to = wide[block % 2][panel];
-    const uint8_t* from = weights + block * kSteps * stride + panel * kBlockBytes;
-    const int64_t left = num_steps - block * kSteps;
-    if (left >= kSteps) {
-#pragma GCC unroll 8
-      for (int64_t step = 0; step < kSteps; ++step) {
-        Tiles::widen_bytes(from + step * stride, to + step * 2 * kBlockBytes, kBlockBytes);
-      }
-      return;
-    }
-    if (left <= 0) return;
-    for (int64_t step = 0; step < left; ++step) {
-      Tiles::widen_bytes(from + step * stride, to + step * 2 * kBlockBytes, kBlockBytes);
-    }
-    std::memset(to + left * 2 * kBlockBytes, 0, (kSteps - left) * 2 * kBlockBytes);
-  }
-  template <class, int kTile>
-  REMORA_TARGET void load(Tiles& tiles, int64_t block, int panel) const {
-    tiles.template load<kTile>(wide[block % 2][panel], kBlockBytes);
-  }
-};
-
 // One tile of rows times kPanels panels.
 template <class Tiles, class Weights, int kPanels>
 REMORA_TARGET void pass_one(Tiles& tiles, const TileRows& x, Weights& w, int64_t num_blocks,
@@ -260,8 +221,7 @@ template <class Weights>
 REMORA_TARGET int64_t ask_ahead(const PanelCall& call, Weights& w, int64_t num_pairs,
                                 int64_t num_blocks) {
   const char* weights = static_cast<const char*>(call.weights);
-  const int64_t step_bytes = call.num_panels * kBlockBytes;
-  const int64_t size = call.num_steps * step_bytes;
+  const int64_t size = call.weight_bytes;
   const char* next = static_cast<const char*>(call.next);
   const int64_t num_asks = std::max<int64_t>(1, num_pairs * num_blocks * call.num_panels);
   if (call.num_rows <= kTileRows) {
@@ -295,31 +255,4 @@ REMORA_TARGET void panel_rows(const PanelCall& call, int64_t row_bytes) {
     finish<Weights>(call, sums, row, count);
   }
   tiles.end();
-}
-
-// Rows times one-byte weights: widened block by block for one pass over them, else once for all.
-template <class Tiles>
-REMORA_TARGET void panel_bytes(const PanelCall& call) {
-  const int64_t row_bytes = call.num_steps * 4 * static_cast<int64_t>(sizeof(uint16_t));
-  if (call.num_rows <= 2 * kTileRows) {
-    panel_rows<Tiles, ByteWeights<Tiles>>(call, row_bytes);
-    return;
-  }
-  const int64_t stride = call.num_panels * kBlockBytes;
-  const uint8_t* from = static_cast<const uint8_t*>(call.weights);
-  static thread_local Buffer wide;
-  char* to = wide.take(2 * call.num_steps * stride);
-  if (to == nullptr) throw std::bad_alloc();
-  for (int64_t step = 0; step < call.num_steps; ++step) {
-    for (int panel = 0; panel < call.num_panels; ++panel) {
-      const int64_t at = panel * kBlockBytes;
-      __builtin_prefetch(from + step * stride + at + kAheadBytes, 0, 3);
-      Tiles::widen_bytes(from + step * stride + at, to + 2 * step * stride + at, stride);
-    }
-  }
-  PanelCall plain = call;
-  plain.weights = to;
-  plain.num_steps = 2 * call.num_steps;
-  plain.next = nullptr;
-  panel_rows<Tiles, PlainWeights<true>>(plain, row_bytes);
 }

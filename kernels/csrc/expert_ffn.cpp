@@ -122,7 +122,7 @@ struct Run {
       width = std::min(columns, down.num_inputs - column);
     }
     char* target = hidden + (block.row * down.padded_inputs() + column) * size();
-    gate_rows(layer.gate, down.bfloat16, worker.tile, units.tile_columns, target, down.padded_inputs(),
+    gate_rows(layer.gate, down.bfloat16(), worker.tile, units.tile_columns, target, down.padded_inputs(),
               block.num_rows, width);
     if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
       const int64_t padding = (down.padded_inputs() - down.num_inputs) * size();
@@ -190,7 +190,7 @@ struct Run {
     spin_until([&] { return down_left.load(std::memory_order_acquire) == 0; });
     const int64_t first = scratch.call_start[task.block];
     float* sums = reinterpret_cast<float*>(tile);
-    if (layer.up.shape.bfloat16) {
+    if (layer.up.shape.bfloat16()) {
       sum_rows<uint16_t>(call, first, begin, end, sums);
     } else {
       sum_rows<float>(call, first, begin, end, sums);
@@ -342,10 +342,10 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   const PackedShape& down = layer.down.shape;
   Run run{layer, scratch, calls};
   run.units = up_units(layer);
-  const int64_t group_bytes = kGroup * down.padded_inputs() * down.weight_size();
+  const int64_t group_bytes = down.group_nbytes(kGroupPanels);
   run.down_groups = std::clamp<int64_t>(kDownTaskBytes / group_bytes, 1, down.num_groups());
   run.down_tasks = (down.num_groups() + run.down_groups - 1) / run.down_groups;
-  run.kernel = panel_kernel(up.bfloat16, up.int8);
+  run.kernel = panel_kernel(up.format);
 
   const int64_t num_blocks = static_cast<int64_t>(scratch.blocks.size());
   const int64_t cost =
@@ -359,7 +359,7 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   run.tile_bytes = std::max<int64_t>(tallest * run.units.tile_columns * up.element_size(),
                                      down.num_outputs * static_cast<int64_t>(sizeof(float)));
   run.tile_bytes = (run.tile_bytes + 127) / 128 * 128;
-  run.gather_bytes = panel_is_tiled(up.bfloat16)
+  run.gather_bytes = panel_is_tiled(up.format)
                          ? (tallest * up.num_inputs * up.element_size() + 127) / 128 * 128
                          : 0;
   run.hidden = scratch.hidden.take(num_pairs * down.padded_inputs() * down.element_size());

@@ -18,13 +18,11 @@ struct SlotWeights {
   PackedShape shape;
   const char* packed;  // [S, packed_nbytes]
   const char* bias;    // [S, O] in the dtype of the rows, or null
-  const float* scale;  // [S, O] of one-byte weights, or null
 
   PanelCall group_call(int64_t slot, int64_t group) const {
     const char* slot_bias =
         bias == nullptr ? nullptr : bias + slot * shape.num_outputs * shape.element_size();
-    return shape.group_call(group, packed + slot * shape.packed_nbytes(), slot_bias,
-                            scale == nullptr ? nullptr : scale + slot * shape.num_outputs);
+    return shape.group_call(group, packed + slot * shape.packed_nbytes(), slot_bias);
   }
 };
 

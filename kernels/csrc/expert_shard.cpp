@@ -9,6 +9,7 @@
 
 #include "expert_call.h"
 #include "expert_ffn.h"
+#include "weight_format.h"
 
 namespace remora {
 namespace {
@@ -33,23 +34,15 @@ int64_t expert_shard_new() { return reinterpret_cast<int64_t>(new Shard); }
 void expert_shard_free(int64_t handle) { delete &shard_of(handle); }
 
 SlotWeights slot_weights(const PackedShape& shape, const at::Tensor& packed,
-                         const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& scale, const char* name) {
-  TORCH_CHECK(packed.is_contiguous() && packed.numel() == packed.size(0) * shape.packed_numel(), name,
-              " of ", packed.sizes(), " is not packed [S, ...] of ", shape.num_outputs, " x ",
-              shape.num_inputs);
+                         const std::optional<at::Tensor>& bias, const char* name) {
+  TORCH_CHECK(fits(packed, shape, packed.size(0)), name, " of ", packed.sizes(), " ", packed.scalar_type(),
+              " is not packed [S, ...] of ", shape.num_outputs, " x ", shape.num_inputs);
   TORCH_CHECK(!bias.has_value() || (bias->is_contiguous() &&
-                                    bias->scalar_type() == (shape.bfloat16 ? at::kBFloat16 : at::kFloat) &&
+                                    bias->scalar_type() == (shape.bfloat16() ? at::kBFloat16 : at::kFloat) &&
                                     bias->numel() == packed.size(0) * shape.num_outputs),
               "the bias of ", name, " must be contiguous [S, ", shape.num_outputs, "]");
-  TORCH_CHECK(shape.int8 == scale.has_value() &&
-                  (!shape.int8 || (scale->is_contiguous() && scale->scalar_type() == at::kFloat &&
-                                   scale->numel() == packed.size(0) * shape.num_outputs)),
-              name, " of one byte, and only that, has a scale, contiguous float32 [S, ",
-              shape.num_outputs, "]");
   return {shape, static_cast<const char*>(packed.const_data_ptr()),
-          bias.has_value() ? static_cast<const char*>(bias->const_data_ptr()) : nullptr,
-          shape.int8 ? scale->const_data_ptr<float>() : nullptr};
+          bias.has_value() ? static_cast<const char*>(bias->const_data_ptr()) : nullptr};
 }
 
 void expert_shard_layer(int64_t handle, int64_t layer, const at::Tensor& up,
@@ -57,29 +50,25 @@ void expert_shard_layer(int64_t handle, int64_t layer, const at::Tensor& up,
                         const std::optional<at::Tensor>& down_bias,
                         const at::Tensor& slot_of_expert, int64_t hidden_size, int64_t width,
                         int64_t activation, int64_t layout, at::ArrayRef<double> numbers,
-                        const std::optional<at::Tensor>& up_scale,
-                        const std::optional<at::Tensor>& down_scale) {
-  const bool int8 = up.scalar_type() == at::kByte;
-  const bool bfloat16 = int8 || up.scalar_type() == at::kBFloat16;
-  TORCH_CHECK((bfloat16 || up.scalar_type() == at::kFloat) && down.scalar_type() == up.scalar_type(),
-              "weights must be bfloat16, float32 or of one byte, got ", up.scalar_type(), " and ",
-              down.scalar_type());
+                        std::optional<std::string_view> quantized) {
+  const WeightFormat format =
+      weight_format(quantized.has_value() ? at::kBFloat16 : up.scalar_type(), quantized);
   TORCH_CHECK(slot_of_expert.scalar_type() == at::kLong && slot_of_expert.is_contiguous(),
               "slot_of_expert must be contiguous int64 [E]");
   TORCH_CHECK(up.size(0) == down.size(0), "up has ", up.size(0), " slots, down ", down.size(0));
   const Gate gate = gate_of(activation, layout, numbers);
   HeldLayer held;
-  const PackedShape up_shape{hidden_size, gate.columns() * width, bfloat16, int8};
-  const PackedShape down_shape{width, hidden_size, bfloat16, int8};
+  const PackedShape up_shape{hidden_size, gate.columns() * width, format};
+  const PackedShape down_shape{width, hidden_size, format};
   TORCH_CHECK(up_shape.padded_inputs() == hidden_size, "rows of ", hidden_size, " need padding");
-  held.layer.up = slot_weights(up_shape, up, up_bias, up_scale, "up");
-  held.layer.down = slot_weights(down_shape, down, down_bias, down_scale, "down");
+  held.layer.up = slot_weights(up_shape, up, up_bias, "up");
+  held.layer.down = slot_weights(down_shape, down, down_bias, "down");
   held.layer.gate = gate;
   held.layer.num_slots = up.size(0);
   held.layer.num_experts = slot_of_expert.numel();
   held.layer.slot_of_expert = slot_of_expert.const_data_ptr<int64_t>();
   held.tensors = {up, down, slot_of_expert};
-  for (const auto& tensor : {up_bias, down_bias, up_scale, down_scale}) {
+  for (const auto& tensor : {up_bias, down_bias}) {
     if (tensor.has_value()) held.tensors.push_back(*tensor);
   }
   shard_of(handle).layers[layer] = std::move(held);
@@ -105,7 +94,7 @@ at::Tensor expert_shard_call(int64_t handle, int64_t layer, const at::Tensor& ro
   TORCH_CHECK(found != self.layers.end(), "layer ", layer, " is not held");
   const PackedShape& up = found->second.layer.up.shape;
   TORCH_CHECK(rows.dim() == 2 && rows.size(1) == up.num_inputs &&
-                  rows.scalar_type() == (up.bfloat16 ? at::kBFloat16 : at::kFloat),
+                  rows.scalar_type() == (up.bfloat16() ? at::kBFloat16 : at::kFloat),
               "rows must be [M, ", up.num_inputs, "] in the dtype of the weights, got ", rows.sizes(),
               " ", rows.scalar_type());
   const int64_t num_pairs = pair_row.numel();
@@ -140,7 +129,7 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("expert_entry() -> int", &remora::expert_entry);
   m.def("expert_shard_layer(int handle, int layer, Tensor up, Tensor? up_bias, Tensor down,"
         " Tensor? down_bias, Tensor slot_of_expert, int hidden_size, int width, int activation,"
-        " int layout, float[] numbers, Tensor? up_scale=None, Tensor? down_scale=None) -> ()");
+        " int layout, float[] numbers, str? quantized=None) -> ()");
   m.def("expert_shard_call(int handle, int layer, Tensor rows, Tensor pair_row, Tensor pair_expert,"
         " Tensor pair_weight, bool presummed) -> Tensor");
 }

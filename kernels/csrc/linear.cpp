@@ -16,17 +16,12 @@
 #include "panel.h"
 #include "phase.h"
 #include "team.h"
+#include "weight_format.h"
 
 namespace remora {
 namespace {
 
 constexpr int64_t kDotRowBlock = 8;       // rows of one task of row_linear: two tiles
-
-bool is_bfloat16(const at::Tensor& x) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat,
-              "rows must be bfloat16 or float32, got ", x.scalar_type());
-  return x.scalar_type() == at::kBFloat16;
-}
 
 const char* byte_pointer(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
@@ -43,7 +38,6 @@ struct Segment {
   int64_t num_rows;
   const char* weights;
   const char* bias;  // or null
-  const float* scale = nullptr;
 };
 
 struct Task {
@@ -55,7 +49,7 @@ struct Task {
 void run_task(const Segment& segment, const Task& task, PanelKernel kernel) {
   const Shape& shape = *segment.shape;
   const int64_t size = shape.element_size();
-  PanelCall call = shape.group_call(task.group, segment.weights, segment.bias, segment.scale);
+  PanelCall call = shape.group_call(task.group, segment.weights, segment.bias);
   call.x = segment.x + task.row * shape.x_stride * size;
   call.x_stride = shape.x_stride;
   call.num_rows = std::min(kRowBlock, segment.num_rows - task.row);
@@ -81,7 +75,7 @@ void run_segments(const std::vector<Segment>& segments) {
     }
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const PanelKernel kernel = panel_kernel(segments[0].shape->bfloat16, segments[0].shape->int8);
+  const PanelKernel kernel = panel_kernel(segments[0].shape->format);
   std::atomic<int64_t> next{0};
   const auto work = [&](int) {
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
@@ -124,10 +118,9 @@ std::array<at::Tensor, kCount> linears(const at::Tensor& x, const Weight (&weigh
   auto sizes = x.sizes().vec();
   for (size_t i = 0; i < kCount; ++i) {
     const Weight& weight = weights[i];
-    shapes[i] = {{x.size(-1), weight.num_outputs, is_bfloat16(x)}, 0};
+    shapes[i] = {{x.size(-1), weight.num_outputs, weight_format(x.scalar_type(), {})}, 0};
     const at::Tensor& packed = weight.packed;
-    TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.is_contiguous() &&
-                    packed.numel() == shapes[i].packed_numel(),
+    TORCH_CHECK(fits(packed, shapes[i], 1),
                 "packed weight of ", packed.numel(), " ", packed.scalar_type(),
                 " does not fit x [..., ", x.size(-1), "] ", x.scalar_type(), " and ",
                 weight.num_outputs, " outputs");
@@ -175,22 +168,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_linear_3(
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
                           const std::optional<at::Tensor>& bias, const at::Tensor& offsets,
-                          int64_t num_outputs, const std::optional<at::Tensor>& scale) {
+                          int64_t num_outputs, std::optional<std::string_view> quantized) {
   const PhaseTimer timer(Phase::kExperts);
   TORCH_CHECK(x.dim() == 2 && packed.dim() >= 2, "x must be [N, K], packed [S, ...]");
   const int64_t num_slots = packed.size(0);
-  Shape shape{{x.size(1), num_outputs, is_bfloat16(x), scale.has_value()}, 0};
-  const auto stored = shape.int8 ? at::kByte : x.scalar_type();
-  TORCH_CHECK(packed.scalar_type() == stored && packed.is_contiguous() &&
-                  packed.numel() == num_slots * shape.packed_numel(),
+  Shape shape{{x.size(1), num_outputs, weight_format(x.scalar_type(), quantized)}, 0};
+  TORCH_CHECK(fits(packed, shape, num_slots),
               "packed weights of ", packed.numel(), " ", packed.scalar_type(), " do not fit x [N, ",
               shape.num_inputs, "] ", x.scalar_type(), ", ", num_slots, " slots and ", num_outputs,
               " outputs");
   check_bias(bias, x, num_slots * num_outputs);
-  TORCH_CHECK(!scale.has_value() ||
-                  (shape.bfloat16 && scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
-                   scale->numel() == num_slots * num_outputs),
-              "a scale goes with bfloat16 rows and must be contiguous float32 [S, ", num_outputs, "]");
   TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == num_slots + 1,
               "offsets must be [S + 1] = [", num_slots + 1, "], got ", offsets.sizes());
   const at::Tensor bounds = offsets.to(at::kLong).contiguous();
@@ -212,8 +199,7 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
         {&shape, byte_pointer(rows) + bound[slot] * shape.x_stride * size,
          out_bytes + bound[slot] * num_outputs * size, bound[slot + 1] - bound[slot],
          byte_pointer(packed) + slot * shape.packed_nbytes(),
-         bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr,
-         scale.has_value() ? scale->const_data_ptr<float>() + slot * num_outputs : nullptr});
+         bias.has_value() ? byte_pointer(*bias) + slot * num_outputs * size : nullptr});
   }
   const int64_t num_used = bound[num_slots];
   std::fill(out_bytes + num_used * num_outputs * size, out_bytes + num_rows * num_outputs * size, 0);
@@ -231,7 +217,7 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
   const int64_t num_inputs = weight.size(1);
   const int64_t num_outputs = weight.size(0);
   check_bias(bias, x, num_outputs);
-  const bool bfloat16 = is_bfloat16(x);
+  const bool bfloat16 = weight_format(x.scalar_type(), {}) == WeightFormat::kBFloat16;
   auto sizes = x.sizes().vec();
   sizes.back() = num_outputs;
   at::Tensor out = at::empty(sizes, x.options());
@@ -270,7 +256,7 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
         "Tensor packed_b, Tensor? bias_b, int num_outputs_b, "
         "Tensor packed_c, Tensor? bias_c, int num_outputs_c) -> (Tensor, Tensor, Tensor)", tags);
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs,"
-        " Tensor? scale=None) -> Tensor", tags);
+        " str? quantized=None) -> Tensor", tags);
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
 }
 

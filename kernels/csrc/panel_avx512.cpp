@@ -6,6 +6,8 @@
 
 #include <cstring>
 
+#include "int4.h"
+
 #define REMORA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 
 namespace remora::avx512 {
@@ -107,6 +109,9 @@ struct Int8 : Avx512<uint16_t> {
 REMORA_TARGET void panel_float(const PanelCall& call) { panel_rows<Float>(call); }
 REMORA_TARGET void panel_bfloat16(const PanelCall& call) { panel_rows<BFloat16>(call); }
 REMORA_TARGET void panel_int8(const PanelCall& call) { panel_rows<Int8>(call); }
+REMORA_TARGET void panel_int4(const PanelCall& call) {
+  panel_widened(call, widen_int4, panel_bfloat16);
+}
 REMORA_TARGET void row_float(const RowCall& call) { dot_rows<Float>(call); }
 REMORA_TARGET void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 

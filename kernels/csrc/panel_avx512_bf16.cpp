@@ -6,7 +6,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
+
+#include "int4.h"
 
 #define REMORA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")))
 
@@ -16,6 +19,8 @@ namespace {
 #include "simd_avx512.h"
 
 #include "simd_int8.h"
+
+#include "simd_int4.h"
 
 #include "panel_tiles.h"
 
@@ -69,9 +74,90 @@ struct Int8 : Avx512<uint16_t> {
   }
 };
 
+// Weights of four bits for few rows, widened in registers; see panel.h. Sums run as BFloat16's do.
+template <int kR, int kP>
+REMORA_TARGET void int4_tile(const PanelCall& call) {
+  const uint16_t* x[kR];
+  for (int r = 0; r < kR; ++r) x[r] = row_of<uint16_t>(call, r);
+  __m512 acc[kR][kP];
+#pragma GCC unroll 4
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) acc[r][p] = _mm512_setzero_ps();
+  }
+  const uint8_t* line = static_cast<const uint8_t*>(call.weights);
+  const uint8_t* end = line + call.weight_bytes;
+  const int64_t to_next = call.next == nullptr ? 0 : static_cast<const uint8_t*>(call.next) - end;
+  for (int64_t first = 0; first < call.num_steps; first += kInt4BlockSteps) {
+    const int64_t ahead = kAheadBytes + (line + kAheadBytes < end ? 0 : to_next);
+    __builtin_prefetch(line + ahead, 0, 3);
+    Int4Scales scales[kP];
+#pragma GCC unroll 4
+    for (int p = 0; p < kP; ++p) scales[p] = load_int4_scales(line + p * kPanel);
+    line += kLineBytes;
+    const int64_t last = std::min(first + kInt4BlockSteps, call.num_steps);
+    for (int64_t step = first; step < last; ++step) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kP; ++p) {
+        __builtin_prefetch(line + ahead, 0, 3);
+        const Int4Line wide = widen_line(line, scales[p]);
+        line += kLineBytes;
+#pragma GCC unroll 4
+        for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+          for (int pair = 0; pair < 4; ++pair) {
+            acc[r][p] = BFloat16::dot(acc[r][p], BFloat16::load_x(x[r] + step * 8 + pair * 2),
+                                      reinterpret_cast<__m512bh>(wide.pairs[pair]));
+          }
+        }
+      }
+    }
+  }
+  finish<BFloat16, kR, kP>(call, 0, 0, acc);
+}
+
+template <int kR>
+REMORA_TARGET void int4_rows(const PanelCall& call) {
+  switch (call.num_panels) {
+    case 4: int4_tile<kR, 4>(call); break;
+    case 3: int4_tile<kR, 3>(call); break;
+    case 2: int4_tile<kR, 2>(call); break;
+    default: int4_tile<kR, 1>(call); break;
+  }
+}
+
+REMORA_TARGET void widen_all(const PanelCall& call, char* to) {
+  const uint8_t* line = static_cast<const uint8_t*>(call.weights);
+  for (int64_t first = 0; first < call.num_steps; first += kInt4BlockSteps) {
+    Int4Scales scales[kGroupPanels];
+    for (int p = 0; p < call.num_panels; ++p) scales[p] = load_int4_scales(line + p * kPanel);
+    line += kLineBytes;
+    const int64_t last = std::min(first + kInt4BlockSteps, call.num_steps);
+    for (int64_t step = first; step < last; ++step) {
+      for (int p = 0; p < call.num_panels; ++p, line += kLineBytes) {
+        __builtin_prefetch(line + kAheadBytes, 0, 3);
+        const Int4Line wide = widen_line(line, scales[p]);
+        for (int pair = 0; pair < 4; ++pair) {
+          char* row = to + ((step * 4 + pair) * call.num_panels + p) * kLineBytes;
+          _mm512_storeu_si512(row, wide.pairs[pair]);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 REMORA_TARGET void panel_int8(const PanelCall& call) { panel_rows<Int8>(call); }
+REMORA_TARGET void panel_int4(const PanelCall& call) {
+  switch (call.num_rows) {
+    case 1: int4_rows<1>(call); break;
+    case 2: int4_rows<2>(call); break;
+    case 3: int4_rows<3>(call); break;
+    case 4: int4_rows<4>(call); break;
+    default: panel_widened(call, widen_all, panel_bfloat16); break;
+  }
+}
 REMORA_TARGET void panel_bfloat16(const PanelCall& call) { panel_rows<BFloat16>(call); }
 REMORA_TARGET void row_bfloat16(const RowCall& call) { dot_rows<BFloat16>(call); }
 

@@ -6,15 +6,45 @@
 // kScalarsPerStep: k values of one step; kPrefetches; kRows, kPanels: the largest tile. Stored is
 // what weights are stored as; where they are scaled (kScaled), `scale` multiplies the sums.
 
+template <class Scalar>
+REMORA_INLINE const Scalar* row_of(const PanelCall& call, int64_t row) {
+  return call.x_rows != nullptr ? static_cast<const Scalar*>(call.x_rows[row])
+                                : static_cast<const Scalar*>(call.x) + row * call.x_stride;
+}
+
+// Scale, bias and one rounding of a tile's sums.
+template <class Simd, int kR, int kP>
+REMORA_INLINE void finish(const PanelCall& call, int64_t row, int first_panel,
+                          typename Simd::Vec (&acc)[kR][kP]) {
+  using Scalar = typename Simd::Scalar;
+  const Scalar* bias = static_cast<const Scalar*>(call.bias);
+  Scalar* out[kR];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; ++r) {
+    out[r] = call.out_rows != nullptr
+                 ? static_cast<Scalar*>(call.out_rows[row + r]) + call.out_column
+                 : static_cast<Scalar*>(call.out) + (row + r) * call.out_stride;
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < kP; ++p) {
+    const int64_t column = (first_panel + p) * kPanel;
+    const int left = static_cast<int>(call.num_columns - column);
+    const int count = left < kPanel ? left : static_cast<int>(kPanel);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      if constexpr (Simd::kScaled) acc[r][p] = Simd::scale(acc[r][p], call.scale + column, count);
+      if (bias != nullptr) acc[r][p] = Simd::add_bias(acc[r][p], bias + column, count);
+      Simd::store(out[r] + column, acc[r][p], count);
+    }
+  }
+}
+
 template <class Simd, int kR, int kP>
 REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   using Scalar = typename Simd::Scalar;
   const Scalar* x[kR];
 #pragma GCC unroll 8
-  for (int r = 0; r < kR; ++r) {
-    x[r] = call.x_rows != nullptr ? static_cast<const Scalar*>(call.x_rows[row + r])
-                                  : static_cast<const Scalar*>(call.x) + (row + r) * call.x_stride;
-  }
+  for (int r = 0; r < kR; ++r) x[r] = row_of<Scalar>(call, row + r);
   using Stored = typename Simd::Stored;
   const int64_t step_stride = call.num_panels * kPanel * Simd::kScalarsPerStep;
   const Stored* w = static_cast<const Stored*>(call.weights) +
@@ -53,26 +83,7 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
     }
     ahead = next;
   }
-  const Scalar* bias = static_cast<const Scalar*>(call.bias);
-  Scalar* out[kR];
-#pragma GCC unroll 8
-  for (int r = 0; r < kR; ++r) {
-    out[r] = call.out_rows != nullptr
-                 ? static_cast<Scalar*>(call.out_rows[row + r]) + call.out_column
-                 : static_cast<Scalar*>(call.out) + (row + r) * call.out_stride;
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < kP; ++p) {
-    const int64_t column = (first_panel + p) * kPanel;
-    const int left = static_cast<int>(call.num_columns - column);
-    const int count = left < kPanel ? left : static_cast<int>(kPanel);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
-      if constexpr (Simd::kScaled) acc[r][p] = Simd::scale(acc[r][p], call.scale + column, count);
-      if (bias != nullptr) acc[r][p] = Simd::add_bias(acc[r][p], bias + column, count);
-      Simd::store(out[r] + column, acc[r][p], count);
-    }
-  }
+  finish<Simd, kR, kP>(call, row, first_panel, acc);
 }
 
 template <class Simd, int kR>

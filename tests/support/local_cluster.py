@@ -37,6 +37,7 @@ from remora.comm.messages import (
 )
 from remora.comm.view import Member, Placement, View, contiguous_placement
 from remora.kernels.device import CPU, INTERPRETED_GPU
+from remora.kernels.experts_dtype import ExpertsDtype
 
 TOKEN = b"a token for the tests, 32 bytes."
 LIMITS: dict[str, Any] = dict(
@@ -91,6 +92,7 @@ class LocalCluster:
         world: World | None = None,
         slots: int | None = None,
         num_slots: int | None = None,
+        experts_dtype: ExpertsDtype = "auto",
     ) -> None:
         """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted).
 
@@ -120,7 +122,7 @@ class LocalCluster:
             shard_uids=uids,
             slots=slots,
         )
-        self._num_slots = num_slots
+        self._of_shards: dict[str, Any] = dict(num_slots=num_slots, experts_dtype=experts_dtype)
         self.shards = [
             ExpertActor(self.shard_launch(uid, placement), self._gpu(uid)) for uid in uids
         ]
@@ -132,8 +134,7 @@ class LocalCluster:
         return ShardLaunch(
             uid=uid,
             experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
-            num_slots=self._num_slots,
-            **(self._common | more),
+            **(self._common | self._of_shards | more),
         )
 
     def launch(self, **limits: Any) -> DenseLaunch:

@@ -24,6 +24,7 @@ from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.view import contiguous_placement
 from remora.kernels.attention import BLOCK_SIZE, build_plan
 from remora.kernels.device import CPU
+from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.linear import ROW_TILE
 from remora.kernels.routing import combine_ordered
 
@@ -88,7 +89,7 @@ class LocalEngine:
         mode: CombineMode = "ordered",
         exact: bool = True,
         max_positions: int | None = None,
-        is_int8: bool = False,
+        experts_dtype: ExpertsDtype = "auto",
         device: torch.device = CPU,
     ) -> "LocalEngine":
         """Inspect and load a checkpoint, experts in equal contiguous runs over the shards."""
@@ -107,7 +108,7 @@ class LocalEngine:
                 dict(zip(spec.moe_layers, placement.slots[uid], strict=True)),
                 dtype=dtype,
                 exact=exact,
-                is_int8=is_int8,
+                experts_dtype=experts_dtype,
                 device=device,
             )
             for uid in uids

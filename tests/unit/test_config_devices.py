@@ -38,6 +38,7 @@ def test_auto_is_the_gpu_that_is_asked_for(section: dict[str, Any], device: str)
         ({"dense": GPU, "numerics": "exact"}, r"numerics = exact.*numerics: fast"),
         ({"dense": GPU, "executor": "compiled"}, r"executor = compiled.*auto and eager"),
         ({"experts": GPU, "experts_dtype": "int8"}, r"int8.*experts\.device: cpu"),
+        ({"experts": GPU, "experts_dtype": "int4"}, r"int4.*experts\.device: cpu"),
         (
             {"dense": {"num_gpus": 0.5, "tensor_parallel": 2}},
             r"tensor_parallel = 2 with dense\.num_gpus = 0\.5.*at least 1",

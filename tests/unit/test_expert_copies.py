@@ -14,15 +14,20 @@ from remora.actors.shard_model import ShardExperts
 from remora.comm.copies import PART_BYTES_MAX, CopyRefusedError, CopyService, CopySource, Part
 from remora.comm.errors import AuthError, PeerLostError
 from remora.comm.server import FrameServer
+from remora.kernels.experts_dtype import ExpertsDtype
 
 Pair = tuple[int, int]
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "int8", "int4"])
 def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
     """Two shards with four of eight experts each, in eight slots of a layer."""
     path = make_checkpoint(tmp_path, "qwen3_moe")
-    found = LocalCluster(path, num_shards=2, dtype=request.param, exact=True, num_slots=8)
+    held: ExpertsDtype = request.param if request.param in ("int8", "int4") else "auto"
+    dtype = request.param if held == "auto" else "bfloat16"
+    found = LocalCluster(
+        path, num_shards=2, dtype=dtype, exact=True, num_slots=8, experts_dtype=held
+    )
     yield found
     found.close()
 

@@ -32,10 +32,10 @@ for num_inputs, num_outputs in ((64, 64), (90, 55)):
     for count in (1, 2, 15, 16, 17, 31, 32, 33, 48, 70, 199):
         assert torch.equal(linear(x[-count:]), y[-count:]), (num_inputs, count)
     digest.update(y.view(torch.int16).numpy().tobytes())
-for is_int8 in (False, True):
+for kind in ("auto", "int8", "int4"):
     for hidden, width in ((64, 64), (72, 40), (136, 56)):
         experts = PackedExperts(5, hidden_size=hidden, intermediate_size=width,
-                                dtype=torch.bfloat16, is_int8=is_int8)
+                                dtype=torch.bfloat16, experts_dtype=kind)
         for slot in range(5):
             experts.load_slot(slot, {name: torch.randn(shape).bfloat16() * shape[1] ** -0.5
                                      for name, shape in experts.slot_shapes().items()})
@@ -50,7 +50,7 @@ for is_int8 in (False, True):
         for pair in range(0, 131, 5):
             alone = shard.call(0, x[row[pair]][None], torch.zeros(1).int(), expert[pair][None],
                                weight[:1], presummed=False)
-            assert torch.equal(alone[0], y[pair]), (is_int8, hidden, pair)
+            assert torch.equal(alone[0], y[pair]), (kind, hidden, pair)
         bounds = torch.bincount(expert, minlength=5).cumsum(0)
         order = expert.argsort(stable=True)
         up = experts.up(x[row[order]], torch.cat([torch.zeros(1).long(), bounds]))

@@ -19,6 +19,7 @@ from remora.cluster.launch import (
 from remora.cluster.local_ray import check_room
 from remora.cluster.memory_plan import plan_deployment
 from remora.comm.errors import ConfigError
+from remora.kernels.experts_dtype import ExpertsDtype
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,19 +40,22 @@ def test_exact_takes_no_more_threads_than_it_can_promise_with(
         shard_threads(asked)
 
 
-def test_int8_experts_want_bfloat16_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "least", "most"), [("int8", 0.5, 0.55), ("int4", 0.25, 0.28)])
+def test_quantised_experts_want_bfloat16_rows(
+    kind: ExpertsDtype, least: float, most: float, tmp_path: Path
+) -> None:
     spec = inspect_model(make_checkpoint(tmp_path, "qwen3_moe"))
-    asked = {"model": str(tmp_path), "experts_dtype": "int8"}
-    with pytest.raises(ConfigError, match=r"experts_dtype = int8: .* served in float32"):
+    asked = {"model": str(tmp_path), "experts_dtype": kind}
+    with pytest.raises(ConfigError, match=f"experts_dtype = {kind}: .* served in float32"):
         placement_of(parse_config(asked), spec)
     config = parse_config(asked | {"dtype": "bfloat16"})
     placement = placement_of(config, spec)
-    assert shard_launch(config, "shard-0", placement, b"t" * 32).is_int8
+    assert shard_launch(config, "shard-0", placement, b"t" * 32).experts_dtype == kind
     plan = plan_deployment(config)
-    assert plan["experts_dtype"] == "int8"
+    assert plan["experts_dtype"] == kind
     plain = plan_deployment(parse_config({"model": str(tmp_path), "dtype": "bfloat16"}))
     ratio = plan["shards"]["shard-0"]["weights_bytes"] / plain["shards"]["shard-0"]["weights_bytes"]
-    assert 0.5 < ratio < 0.55
+    assert least < ratio < most
 
 
 def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
