@@ -14,17 +14,17 @@ from remora.actors.actor_thread import ActorThread
 from remora.actors.collector import objects_that_stay
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_errands import Errands
-from remora.actors.dense_launch import DenseLaunch
+from remora.actors.dense_launch import DenseLaunch, Wish
 from remora.actors.dense_limits import STATUS_STATS, limits_of
-from remora.actors.dense_model import DenseModel, build_dense
+from remora.actors.dense_load import load_dense, look_at
+from remora.actors.dense_model import DenseModel
 from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
-from remora.actors.executor import Executor, Wish
+from remora.actors.executor import Executor
 from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, advertised_ip, host_label, member_of, take_threads
 from remora.actors.load_sharing import LoadSharing
-from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_node import NcclNode
 from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, greet_shards, peer_limits, traffic_of
@@ -229,21 +229,18 @@ class DenseActor:
         launch = self._launch
         take_threads(launch.num_threads)
         self._hardware = self._given or Hardware.of(launch.device)
-        spec = inspect_model(launch.model)
-        dtype = resolve_dtype(spec, launch.dtype)
+        spec, dtype = look_at(launch)
         self._dtype = str(dtype).removeprefix("torch.")
         self._leader = self._lead()
         form = self._leader.settle_form(launch, spec, dtype) if self._leader else "none"
-        model = build_dense(
-            launch.model,
+        model = load_dense(
+            launch,
             spec,
-            dtype=dtype,
-            exact=launch.exact,
-            max_positions=launch.max_model_len,
-            progress=self._note_progress,
-            group=self._leader.group if self._leader else None,
+            dtype,
             device=self._hardware.device,
+            leader=self._leader,
             slice_rows=form == "speculative",
+            progress=self._note_progress,
         )
         if self._leader is not None:
             self._shuffle = token_shuffle(form, self._leader.group, model.spec, model.sliced)

@@ -1,7 +1,21 @@
-"""What a dense rank is told at its start."""
+"""What a dense rank is told at its start. Nothing heavy is imported here, as in `launch.py`."""
 
-from remora.actors.executor import Wish
-from remora.actors.tp_group import RankLaunch
+from typing import Literal
+
+from remora.actors.launch import Launch
+
+Wish = Literal["auto", "eager", "compiled"]
+ShuffleWish = Literal["auto", "none", "exact", "speculative"]
+
+
+class RankLaunch(Launch, frozen=True, kw_only=True):
+    """What any rank of a dense group is told about it."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    token_shuffle: ShuffleWish = "none"
+    start_timeout_s: float = 900.0
+    exchange_timeout_s: float = 65.0  # a rank may wait for another one that waits for a shard
 
 
 class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
@@ -17,3 +31,4 @@ class DenseLaunch(RankLaunch, frozen=True, kw_only=True):
     call_timeout_s: float  # one layer's dispatch and combine, retries included
     hold_s: float = 0.0  # requests wait so long for a view that has a lost expert again
     hang_s: float | None = None  # the coordinator may go without progress; None: nobody looks
+    load_idle: bool = False  # load in time that nobody else wants: others serve beside it

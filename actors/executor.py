@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 import transformers
 
+from remora.actors.dense_launch import Wish
 from remora.actors.dense_model import DenseModel
 from remora.actors.model_spec import ModelSpec
 from remora.actors.warm import compile_and_warm, warm_up
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _CACHE_ENV = "TORCHINDUCTOR_CACHE_DIR"
 
-Wish = Literal["auto", "eager", "compiled"]
 Phase = Literal["eager", "warming", "compiled"]
 
 

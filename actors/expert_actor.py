@@ -114,6 +114,10 @@ class ExpertActor:
         """As `ShardSlots.load`."""
         return self._changing().load(order)
 
+    def hold_copies(self, order: CopyOrder) -> dict[tuple[int, int], str]:
+        """As `ShardSlots.hold_copies`."""
+        return self._changing().hold_copies(order)
+
     def set_copy_rate(self, bytes_per_s: float | None) -> None:
         """At which experts are taken in, from now on; None: any. Nothing before it serves."""
         if self._slots is not None:
@@ -124,23 +128,33 @@ class ExpertActor:
         kernels = f"exact={self._launch.exact} {kernel_fingerprint()}"
         return kernels, self._changing().canary(pairs)
 
-    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    def keep_experts(self, experts: Mapping[int, Sequence[int]], term: int = 0) -> dict[int, int]:
         """As `ShardSlots.keep`; the room that there is in each MoE layer."""
-        self._changing().keep(experts)
+        self._changing().keep(experts, term)
         return self.facts().room
 
-    def fence(self, names: Sequence[str]) -> None:
-        """Refuse dense ranks of these names, and no others, until told otherwise."""
-        server, fenced = self._server, frozenset(names)
-        assert server is not None, "fence before start returned"
-        self._fenced = fenced
-        self._changing().between_calls(lambda: server.close_peers(fenced))
+    def fence(self, names: Sequence[str], term: int = 0) -> None:
+        """Refuse dense ranks of these names, and no others, until told otherwise.
+
+        Raises:
+            ClusterError: another coordinator than that of this `term` has taken over.
+        """
+        server, shard, fenced = self._server, self._shard, frozenset(names)
+        assert server is not None and shard is not None, "fence before start returned"
+
+        def obey() -> None:
+            shard.state.obey(term)
+            self._fenced = fenced
+            server.close_peers(fenced)
+
+        self._changing().between_calls(obey)
 
     def heartbeat(self) -> tuple[int, int]:
         """Answered by the thread that serves, between two calls: that it is, is the progress.
         Calls served, and nothing that waits."""
         if self._nccl is None:
             self._changing().between_calls(lambda: None)
+            self._changing().mind_memory()
         return self._calls_served, 0
 
     def until_end(self) -> None:
@@ -164,6 +178,9 @@ class ExpertActor:
             "compute_s": self._compute_s + (pump.compute_s if pump else 0.0),
             "experts_copied": slots.num_copied if slots else 0,
             "experts_loaded": slots.num_loaded if slots else 0,
+            "experts_adopted": slots.num_adopted if slots else 0,
+            "second_copies": len(shard.state.copies) if shard else 0,
+            "second_copies_bytes": shard.copies_nbytes if shard else 0,
             "copy_bytes_given": self._copies.service.bytes_sent if self._copies else 0,
             "tickets": self._nccl.tickets_total if self._nccl else 0,
             "peers": len(self._server.connections) if self._server else 0,
@@ -250,6 +267,7 @@ class ExpertActor:
             exact=launch.exact,
             experts_dtype=launch.experts_dtype,
             num_slots=launch.num_slots,
+            num_copies=launch.num_copies,
             progress=self._note_progress,
             device=self._hardware.device,
         )

@@ -63,6 +63,7 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
 
     experts_by_layer: dict[int, tuple[int, ...]]
     num_slots: int | None = None  # of one layer; None: as many as it is given experts
+    num_copies: int = 0  # slots of each layer beside them, for second copies
     experts_dtype: ExpertsDtype = "auto"  # what weights are held in
     copy_bytes_per_s: float | None = None  # at which experts are taken in later; None: any rate
     load_idle: bool = False  # load in time that nobody else wants: others serve beside it
@@ -87,6 +88,8 @@ class CopyOrder(msgspec.Struct, frozen=True, kw_only=True):
     digests: dict[tuple[int, int], str]  # what each is to be
     replicas: dict[tuple[int, int], tuple[str, ...]] = {}  # uids to copy from, best first
     sources: tuple[ReplicaSource, ...] = ()  # of those uids; the checkpoint is the last resort
+    term: int = 0  # of the coordinator that orders
+    is_urgent: bool = False  # requests wait for it: not at idle priority
 
 
 STANDBY = "standby-"  # begins the uid of a process that waits to become a shard

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
+from remora.actors.dense_launch import RankLaunch
 from remora.actors.dense_model import DenseModel
 from remora.actors.hardware import Hardware
 from remora.actors.launch import Launch, host_label
 from remora.actors.nccl_conductor import NcclConductor
 from remora.actors.nccl_dense import NcclSource
 from remora.actors.nccl_stream import ConductorStream
-from remora.actors.tp_group import RankLaunch
 from remora.comm.view import View
 
 CONDUCTOR_UID = "dense-0"

@@ -90,6 +90,10 @@ class RouterActor:
         """
         return self._statistics.fresh_cost(self._known_view(), placement)
 
+    def heat(self) -> dict[tuple[int, int], float]:
+        """As `RouterStatistics.heat`."""
+        return self._statistics.heat()
+
     def status(self) -> dict[str, Any]:
         """What `remora status` shows."""
         return self._server.status() | {"address": self.address()}

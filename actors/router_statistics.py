@@ -278,6 +278,16 @@ class RouterStatistics:
         topology = topology_of(view, self._slots)
         return cost_of(self._bundles(topology, fresh=True), placement, topology)
 
+    def heat(self) -> dict[tuple[int, int], float]:
+        """Tokens of late by (decoder layer, expert); of none where nothing was reported."""
+        with self._lock:
+            history = self._history
+            if history is None:
+                return {}
+            load_LE, layers = history.load_LE(), history.moe_layers
+        by_layer = zip(layers, load_LE.tolist(), strict=True)
+        return {(layer, e): load for layer, loads in by_layer for e, load in enumerate(loads)}
+
     def status(self) -> dict[str, Any]:
         """For `remora status`."""
         with self._lock:

@@ -32,6 +32,7 @@ def build_shard(
     exact: bool,
     experts_dtype: ExpertsDtype = "auto",
     num_slots: int | None = None,
+    num_copies: int = 0,
     progress: Progress | None = None,
     device: torch.device = CPU,
 ) -> ShardExperts:
@@ -46,6 +47,8 @@ def build_shard(
         experts_dtype: hold weights in int8 or int4, quantised here; `dtype` is bfloat16 then.
         num_slots: slots per layer; None: as many as the layer is given experts. A layer without
             a slot is left out.
+        num_copies: slots of a layer beside them, for second copies; they take no memory before they
+            are filled. None on a GPU.
         progress: called with (bytes done, bytes in all).
         device: where the experts live and compute; rows come and go on the CPU.
 
@@ -68,13 +71,15 @@ def build_shard(
             index: len(experts) if num_slots is None else num_slots
             for index, experts in experts_by_layer.items()
         }
-        state = ExpertState({index: count for index, count in num_slots_of.items() if count})
+        num_copies = num_copies if device.type == "cpu" else 0
+        room = {index: count for index, count in num_slots_of.items() if count}
+        state = ExpertState(room, num_copies)
         for index in state.layers:
             held = _empty_layer(
                 spec,
                 reader.sites[index],
                 reader.plan,
-                num_slots_of[index],
+                num_slots_of[index] + num_copies,
                 dtype=dtype,
                 exact=exact,
                 experts_dtype=experts_dtype,

@@ -25,6 +25,7 @@ from remora.kernels.experts import PackedExperts
 from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.gates import Gate
 from remora.kernels.linear import ROW_TILE
+from remora.kernels.memory import give_back
 from remora.kernels.quantization import held_as
 from remora.kernels.routing import RouteSort, gather_rows, presum, route_sort
 
@@ -87,8 +88,14 @@ class ShardExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(layer.packed.weight_nbytes for layer in self._layers.values())
+        """Bytes of all slots that a view may fill."""
+        state = self.state
+        return sum(state.num_slots(n) * self.nbytes_of(n) for n in self._layers)
+
+    @property
+    def copies_nbytes(self) -> int:
+        """Bytes of second copies."""
+        return sum(self.nbytes_of(layer) for layer, _ in list(self.state.copies))
 
     @property
     def manifest(self) -> Manifest:
@@ -209,12 +216,13 @@ class ShardExperts:
         return self._digest(layer, expert, slot)
 
     def held_memory(self, layer: int, expert: int) -> tuple[str, list[memoryview]] | None:
-        """Layout and bytes of an expert as it is held; None: it is not, or cannot be copied.
+        """Layout and bytes of an expert that is held, or of a second copy; None: it is neither, or
+        cannot be copied.
 
         Valid while it is held: who reads on when it is not gets other bytes, and finds that by the
         digest.
         """
-        slot = self.state.slot_of(layer, expert)
+        slot = self.state.slot_in_memory(layer, expert)
         if slot is None:
             return None
         packed = self._layers[layer].packed
@@ -233,15 +241,54 @@ class ShardExperts:
         """As `ExpertState.settle`: an expert is served from the next call on, or a slot is bad."""
         is_good = self.state.settle(slot, found, wanted)
         if is_good:
-            held = self._layers[found.layer]
-            held.slot_of_E[found.expert] = held.slot_there_E[found.expert] = slot
+            self._publish(found.layer, found.expert, slot)
+        self._give_up_beyond(found.layer)
         return is_good
 
     def drop_expert(self, layer: int, expert: int) -> None:
-        """Forget an expert; its slot is free."""
+        """Serve an expert no more; its slot is free, unless it stays as a second copy."""
+        slot = self.state.drop(layer, expert)
+        if slot is not None:
+            self._layers[layer].packed.clear_slot(slot)
+        self._publish(layer, expert, -1)
+
+    def settle_copy(self, slot: int, found: ExpertDigest, wanted: str) -> bool:
+        """As `settle`, of a second copy, that nobody is served from."""
+        is_good = self.state.settle_copy(slot, found, wanted)
+        self._give_up_beyond(found.layer)
+        return is_good
+
+    def wants_copy(self, layer: int, expert: int) -> bool:
+        """Whether a second copy can be made: of what is here in no form, in slots of a kind that
+        others may copy from."""
+        held = self._layers.get(layer)
+        if held is None or held.packed.slot_layout() is None:
+            return False
+        return self.state.slot_in_memory(layer, expert) is None and self.state.may_copy(layer)
+
+    def adopt_copy(self, layer: int, expert: int) -> str | None:
+        """Serve what has been a second copy, from the next call on; its digest, or None: there is
+        none."""
+        slot = self.state.adopt_copy(layer, expert)
+        if slot is not None:
+            self._publish(layer, expert, slot)
+        return self.state.digest_of(layer, expert)
+
+    def give_up_copy(self, layer: int, expert: int) -> None:
+        """Forget a second copy, and give its memory back to the system."""
+        packed = self._layers[layer].packed
+        slot = self.state.give_up_copy(layer, expert)
+        packed.clear_slot(slot)
+        for part in packed.slot_parts(slot):
+            give_back(part)
+
+    def _give_up_beyond(self, layer: int) -> None:
+        for pair in self.state.copies_beyond(layer):
+            self.give_up_copy(*pair)
+
+    def _publish(self, layer: int, expert: int, slot: int) -> None:
         held = self._layers[layer]
-        held.packed.clear_slot(self.state.drop(layer, expert))
-        held.slot_of_E[expert] = held.slot_there_E[expert] = -1
+        held.slot_of_E[expert] = held.slot_there_E[expert] = slot
 
     def _compute(
         self, held: ExpertLayer, rows_MD: Tensor, pair_row_N: Tensor, sort: RouteSort

@@ -72,6 +72,10 @@ class ShardProcess:
         """As `ExpertActor.load_experts`."""
         return self._made().load_experts(order)
 
+    def hold_copies(self, order: CopyOrder) -> dict[Pair, str]:
+        """As `ExpertActor.hold_copies`."""
+        return self._made().hold_copies(order)
+
     def set_copy_rate(self, bytes_per_s: float | None) -> None:
         """As `ExpertActor.set_copy_rate`; nothing while it is imported."""
         if self._actor is not None:
@@ -81,17 +85,19 @@ class ShardProcess:
         """As `ExpertActor.canary`."""
         return self._made().canary(pairs)
 
-    def keep_experts(self, experts: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    def keep_experts(self, experts: Mapping[int, Sequence[int]], term: int = 0) -> dict[int, int]:
         """As `ExpertActor.keep_experts`."""
-        return self._made().keep_experts(experts)
+        return self._made().keep_experts(experts, term)
 
-    def fence(self, names: Sequence[str]) -> None:
+    def fence(self, names: Sequence[str], term: int = 0) -> None:
         """As `ExpertActor.fence`."""
-        self._made().fence(names)
+        self._made().fence(names, term)
 
-    def host_memory(self) -> tuple[str, int]:
-        """Label of this host, and bytes that a new process of it may take."""
-        return host_label(), free_memory()
+    def host_memory(self) -> tuple[str, int, int]:
+        """Label of this host, bytes that a new process of it may take, and those of this shard's
+        second copies, which it may take too."""
+        copies = self._actor.status()["second_copies_bytes"] if self._actor is not None else 0
+        return host_label(), free_memory(), copies
 
     def heartbeat(self) -> tuple[int, int]:
         """As `ExpertActor.heartbeat`."""

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from torch._C._distributed_c10d import TCPStore
 
+from remora.actors.dense_launch import RankLaunch
 from remora.actors.hardware import Hardware
-from remora.actors.launch import Launch, advertised_ip, host_label
-from remora.actors.tp_shuffle import ShuffleWish
+from remora.actors.launch import advertised_ip, host_label
 from remora.comm.arena import Memory
 from remora.comm.collectives import CAPACITY_BYTES_MAX, GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError, FrameError
@@ -35,16 +35,6 @@ from remora.kernels.native import native_available
 logger = logging.getLogger(__name__)
 
 DIAL_S = 30.0
-
-
-class RankLaunch(Launch, frozen=True, kw_only=True):
-    """What any rank of a dense group is told about it."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    token_shuffle: ShuffleWish = "none"
-    start_timeout_s: float = 900.0
-    exchange_timeout_s: float = 65.0  # a rank may wait for another one that waits for a shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from remora.actors.dense_events import SliceResult, StepPlan
+from remora.actors.dense_launch import RankLaunch, Wish
 from remora.actors.dense_model import DenseModel
 from remora.actors.dense_rank import DenseRank, step_inputs
-from remora.actors.executor import Executor, Wish
+from remora.actors.executor import Executor
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import ExpertsFn
-from remora.actors.tp_group import RankLaunch, Ranks
+from remora.actors.tp_group import Ranks
 from remora.actors.tp_shuffle import TokenShuffle, settle_form
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError, GroupLostError

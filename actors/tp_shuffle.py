@@ -10,13 +10,13 @@ not. Shape suffixes: T token rows of the step, R ranks, S shards, K top-k.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.actors.dense_launch import ShuffleWish
 from remora.actors.model_spec import ModelSpec
 from remora.comm import shuffle
 from remora.comm.collectives import Group
@@ -27,7 +27,6 @@ from remora.comm.slices import gather_slices
 from remora.comm.view import View
 
 log = logging.getLogger(__name__)
-ShuffleWish = Literal["auto", "none", "exact", "speculative"]
 
 
 class TokenShuffle:

@@ -8,7 +8,8 @@ group more and one less): seconds to serving and to done, experts copied, and to
 percentile of gaps between a stream's tokens and the longest gap, during the operation and in a
 window just before it. Every request's tokens are compared with those of its prompt before any
 operation. At the end the deployment is stopped and started with four shards, which is what scaling
-up without elasticity costs. A last deployment keeps two warm standbys, and scales up once more.
+up without elasticity costs. A last deployment keeps warm standbys, two
+of shards and one of a dense group, and scales up once more.
 """
 
 import asyncio
@@ -62,6 +63,7 @@ COLD: list[tuple[str, Target]] = [
 WARM: list[tuple[str, Target]] = [
     ("settle", halves("shard-0", "shard-1")),
     ("2 to 4 warm", ScaleTo(4)),
+    ("dense added warm", ScaleTo(dense_groups=2)),
 ]
 
 
@@ -108,17 +110,22 @@ def _row(name: str, found: dict[str, Any], paired: Window, during: Window) -> di
 
 def warm_scale_up(pause_s: float) -> tuple[list[Any], Streams]:
     """Rows of a deployment of its own, whose standbys are warm before streams begin."""
-    config = deployment(NAME, elastic={"warm_standby": JOINERS})
+    config = deployment(NAME, elastic={"warm_standby": JOINERS, "warm_dense": 1})
     handle = ensure_cluster(config)
     try:
         until_s = time.monotonic() + WARM_S
-        while cluster_status(NAME)["standbys"]["warm"] < JOINERS:
+        while not _are_warm():
             if time.monotonic() > until_s:
                 raise RuntimeError(f"standbys are not warm after {WARM_S:g} s")
             time.sleep(LOOK_S)
         return asyncio.run(operations(config, handle, WARM, pause_s, 1))
     finally:
         stop_cluster(NAME)
+
+
+def _are_warm() -> bool:
+    status = cluster_status(NAME)
+    return status["standbys"]["warm"] == JOINERS and status["warm_dense"]["warm"] == 1
 
 
 def main(args: Namespace) -> None:
@@ -152,9 +159,11 @@ def bars(rows: list[dict[str, Any]], streams: Streams, cold_s: float) -> list[Ba
     def of(key: str) -> Spread:
         return Spread.of([row[key] for row in rows])
 
-    up = Spread.of([row["serving_s"] for row in rows if row["operation"] == "2 to 4"])
+    def serving(operation: str) -> Spread:
+        return Spread.of([row["serving_s"] for row in rows if row["operation"] == operation])
+
+    up, warm = serving("2 to 4"), serving("2 to 4 warm")
     ratio = Spread.of([cold_s / s for s in (up.median, up.max, up.min)])
-    warm = Spread.of([row["serving_s"] for row in rows if row["operation"] == "2 to 4 warm"])
     identical = float(streams.num_different == 0 and streams.num_done > 0)
     failed = float(len(streams.failed))
     worst = Spread.of([min(row["throughput_ratio"] for row in rows)])
@@ -168,6 +177,8 @@ def bars(rows: list[dict[str, Any]], streams: Streams, cold_s: float) -> list[Ba
         Bar(name="longest_gap_ratio_all", value=of("gap_ratio"), unit="x"),
         Bar(name="scale_up_s_cold", value=up, unit="s"),
         Bar(name="scale_up_s_warm", value=warm, unit="s", op="<=", target=3.0),
+        Bar(name="dense_up_s_cold", value=serving("dense added"), unit="s"),
+        Bar(name="dense_up_s_warm", value=serving("dense added warm"), unit="s"),
         Bar(name="scale_up_vs_cold_restart", value=ratio, unit="x"),
     ]
 

@@ -10,6 +10,9 @@ window just before; seconds until the member (or the coordinator, or the router)
 requests that failed; whether every answer is token for token that of before. SIGSTOP is not taken
 back: who hangs is found by its progress and ended (`elastic.hang_s`), a member or the router by the
 coordinator, the coordinator by the dense group.
+
+Two more deployments have no replicas: each of two shards serves half of the experts, without and
+with second copies of the other half (`elastic.dram_copies_mib`). A shard of each is killed.
 """
 
 import asyncio
@@ -21,11 +24,21 @@ from typing import Any, Final
 
 import common
 from engines_report import Bar, Spread
-from live_streams import Streams, deployment, flowing, one_node, over, strike, until
+from live_streams import (
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    Streams,
+    deployment,
+    flowing,
+    one_node,
+    over,
+    strike,
+    until,
+)
 
 from remora.actors.launch import coordinator_name, router_name
 from remora.actors.router_actor import router_address
-from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, stop_cluster
+from remora.cluster.bootstrap import ClusterHandle, cluster_status, ensure_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig
 from remora.comm.errors import ClusterError
 
@@ -33,6 +46,9 @@ NAME: Final = "bench-faults"
 HANG_S: Final = 8.0
 CALM_S: Final = 4.0  # the window before
 ROLES: Final = ("shard", "dense", "coordinator", "router")
+ALONE: Final = "shard, no replicas"
+COPIED: Final = "shard, second copies"
+COPIES_MIB: Final = 16  # of half of the demo model's experts: 12
 SIGNALS: Final = (signal.SIGKILL, signal.SIGSTOP)
 
 
@@ -111,6 +127,48 @@ async def matrix(config: RemoraConfig, handle: ClusterHandle, rounds: int) -> li
     return rows
 
 
+async def until_copied(num_experts: int) -> None:
+    """Until every shard has so many second copies."""
+
+    async def are_there() -> bool:
+        members = (await asyncio.to_thread(cluster_status, NAME))["members"]
+        shards = [m for uid, m in members.items() if uid.startswith("shard-")]
+        return len(shards) > 1 and all(m.get("second_copies") == num_experts for m in shards)
+
+    await until(are_there)
+
+
+async def kills(
+    config: RemoraConfig, handle: ClusterHandle, rounds: int, name: str, num_copies: int
+) -> list[dict[str, Any]]:
+    """Rows of a shard that is killed, and whose experts have no replicas."""
+    rows = []
+    async with flowing(config, handle) as streams:
+        for _ in range(rounds):
+            await until_copied(num_copies)
+            rows.append(await cell(handle, streams, "shard", signal.SIGKILL) | {"role": name})
+            print(rows[-1], flush=True)
+        for failure in streams.failed:
+            print(f"FAILED {failure}")
+    return rows
+
+
+def without_replicas(rounds: int) -> list[dict[str, Any]]:
+    """Rows of two deployments of their own."""
+    rows = []
+    half = NUM_EXPERTS // 2 * NUM_LAYERS
+    for name, mib, num_copies in ((ALONE, 0, 0), (COPIED, COPIES_MIB, half)):
+        config = deployment(
+            NAME, experts={"slots": None}, elastic={"hang_s": HANG_S, "dram_copies_mib": mib}
+        )
+        handle = ensure_cluster(config)
+        try:
+            rows += asyncio.run(kills(config, handle, rounds, name, num_copies))
+        finally:
+            stop_cluster(NAME)
+    return rows
+
+
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:
     """The issue's, over all cells: sums, and worst ones."""
 
@@ -126,6 +184,8 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
         Bar(name="identical_tokens", value=identical, unit="", op=">=", target=1.0),
         Bar(name="shard_kill_gap_ms", value=gap, unit="ms", op="<=", target=300.0),
         Bar(name="shard_stop_gap_ms", value=of("gap_ms", "shard", "SIGSTOP"), unit="ms"),
+        Bar(name="shard_kill_alone_gap_ms", value=of("gap_ms", ALONE, "SIGKILL"), unit="ms"),
+        Bar(name="shard_kill_copies_gap_ms", value=of("gap_ms", COPIED, "SIGKILL"), unit="ms"),
         Bar(name="dense_kill_gap_ms", value=of("gap_ms", "dense", "SIGKILL"), unit="ms"),
         Bar(name="dense_kill_back_s", value=of("back_s", "dense", "SIGKILL"), unit="s"),
     ]
@@ -140,6 +200,7 @@ def main(args: Namespace) -> None:
             rows = asyncio.run(matrix(config, handle, 1 if args.quick else 3))
         finally:
             stop_cluster(NAME)
+        rows += without_replicas(1 if args.quick else 3)
     common.finish("faults", args, rows, bars(rows))
 
 

@@ -41,6 +41,7 @@ SOON_S = 120.0
 def one_node(num_cpus: int = 16) -> Iterator[None]:
     """A Ray cluster of one node of our own."""
     ray.init(
+        address="local",  # never a cluster of somebody else's that happens to run here
         num_cpus=num_cpus,
         namespace=RAY_NAMESPACE,
         runtime_env=neutral_runtime_env(),

@@ -144,6 +144,9 @@ class ElasticConfig(Section):
     log_dir: Path | None = None  # of the coordinator's log; None: a private folder of its host
     # processes started and imported, for the next shards; each takes what a shard asks of Ray
     warm_standby: Annotated[int, Field(ge=0, le=64)] = 0
+    warm_dense: Annotated[int, Field(ge=0, le=64)] = 0  # the same for dense groups of one rank
+    # of memory in which a shard keeps second copies of experts that only others serve; 0: none
+    dram_copies_mib: Annotated[float, Field(ge=0, le=1 << 24, allow_inf_nan=False)] = 0.0
     # at which one shard takes experts while others serve, at most; less when steps get slower
     copy_mib_per_s: Annotated[float, Field(ge=1, le=1 << 20, allow_inf_nan=False)] = 1024.0
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
@@ -232,11 +235,15 @@ class RemoraConfig(Section):
 
     @model_validator(mode="after")
     def _standbys_are_of_use(self) -> "RemoraConfig":
-        if self.elastic.warm_standby and self.experts.transport == "nccl":
-            raise ValueError(
-                f"elastic.warm_standby = {self.elastic.warm_standby} with experts.transport = nccl:"
-                " no shard joins a communicator yet; allowed is 0"
-            )
+        for key in ("warm_standby", "warm_dense", "dram_copies_mib"):
+            value = getattr(self.elastic, key)
+            if value and self.experts.transport == "nccl":
+                raise ValueError(
+                    f"elastic.{key} = {value} with experts.transport = nccl: nobody joins a"
+                    " communicator yet, and no expert moves; allowed is 0"
+                )
+        if self.elastic.warm_dense and self.dense.tensor_parallel > 1:
+            raise ValueError("elastic.warm_dense: a group of several ranks has no standby; use 0")
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ from remora.cluster.dense_groups import (
 from remora.cluster.elastic import Elastic, log_folder
 from remora.cluster.launch import (
     FIRST_INCARNATION,
+    copies_of,
     placement_of,
     shard_launch,
     shard_options,
@@ -148,6 +149,7 @@ class Coordinator:
             "members": members,
             "operations": runner.status() if runner is not None else None,
             "standbys": self._elastic.standbys.status() if self._elastic is not None else None,
+            "warm_dense": self._elastic.warm_dense.status() if self._elastic is not None else None,
             "health": self._elastic.health_status() if self._elastic is not None else None,
             **self._beside.status(),
         }
@@ -264,10 +266,10 @@ class Coordinator:
             router = start_router(config, self._token)
             with self._lock:
                 self._router = router
-        shard_uids = tuple(placement.slots)
+        shard_uids, num_copies = tuple(placement.slots), copies_of(config, spec)
         dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
         for uid in shard_uids:
-            launch = shard_launch(config, uid, placement, self._token)
+            launch = shard_launch(config, uid, placement, self._token, num_copies=num_copies)
             options = shard_options(config)
             name = actor_name(config.name, uid, launch.incarnation)
             handle: Any = ray.remote(ShardProcess).options(name=name, **options).remote(launch)

@@ -46,6 +46,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     retry_s: float = 1.0
     replicas: int = 1  # of an expert, where slots allow
     slots_of_joiners: int = 1  # of a layer; at least
+    num_copies: int = 0  # second copies of a layer that a shard has room for
 
 
 class CoordinatorCalls(ABC):
@@ -71,6 +72,10 @@ class CoordinatorCalls(ABC):
         self.lost: set[str] = set()
         self.lost_dense: set[str] = set()
         self.manifest = dict(manifest)
+        self.copies: dict[str, frozenset[Pair]] = {}  # second copies, by living shard
+        self.former: Held = {}  # placement before living shards took over from dead ones
+        self.heat: Mapping[Pair, float] = {}  # tokens of late, by expert
+        self.term = 1  # of this life of the coordinator, counted over all of them
         self._limits = limits
         self._has_router = has_router
         self._calls = 0
@@ -83,6 +88,8 @@ class CoordinatorCalls(ABC):
         self._restores: dict[str, int] = {}  # failed in a row, by member
         self._until_s: float | None = None  # of the step
         self._logging: Callable[[], None] | None = None  # what follows the log entry
+        self._are_copies_due = False  # to be planned anew, once nothing runs
+        self._taken_over: set[tuple[str, int]] = set()  # lives that were tried to be taken over
         self._joined: dict[str, Started] = {}
         self._canaries: dict[str, CanaryResult] = {}
         self._rounds: list[Held] = []
@@ -101,6 +108,8 @@ class CoordinatorCalls(ABC):
             replicas=self._limits.replicas,
             slots_of_joiners=self._limits.slots_of_joiners,
             memory=self.memory,
+            former=self.former,
+            copies=self.copies,
         )
 
     def next_time(self) -> float | None:
@@ -191,6 +200,8 @@ class CoordinatorCalls(ABC):
             "room": room,
             "incarnations": dict(self.incarnations),
             "fenced": sorted(self.fenced),
+            "former": self.former,
+            "term": self.term,
             **fields,
         }
 

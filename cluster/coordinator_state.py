@@ -7,16 +7,17 @@ first commit is logged an operation that fails is undone, and the old view never
 after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
 
 A member of the view that dies, shard or dense group, is restored by an operation of the machine's
-own.
+own. Where living shards have second copies of all that only dead ones served, they take over first,
+by another one; the restored shards get it back. Shards are asked for second copies whenever an
+operation is over.
 
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
 
-from typing import Any
+from functools import partial
 
 import msgspec
 
-from remora.cluster.coordinator_calls import Limits
 from remora.cluster.operation import (
     Adopt,
     Alarm,
@@ -29,6 +30,7 @@ from remora.cluster.operation import (
     Effect,
     Event,
     Fence,
+    HoldCopies,
     Keep,
     LogFailed,
     Logged,
@@ -42,18 +44,18 @@ from remora.cluster.operation import (
     Started,
     StartShard,
     Stop,
+    TakeOver,
     Target,
     Task,
     Tick,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.cluster.operation_steps import RESTORES_MAX, OperationSteps
+from remora.cluster.second_copies import taken_over
 from remora.comm.errors import (
-    ClusterError,
     OperationIdTakenError,
     OperationRunsError,
 )
-from remora.comm.view import View
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
@@ -74,7 +76,17 @@ class CoordinatorState(OperationSteps):
         history: the last ones by id, that one included.
         fenced: dense ranks that shards refuse.
         lost, lost_dense: members of the view that died.
+        former: the placement to which shards come back that others took over from.
+        copies: second copies, as living shards told.
+        heat: tokens of late by expert, for those to come.
+        term: which life of the coordinator this is; shards refuse orders of earlier ones.
     """
+
+    def begin(self, now_s: float) -> list[Effect]:
+        """What is to be done for a deployment that has just come up."""
+        self._now_s = now_s
+        self._ask_copies()
+        return self._taken()
 
     def request(self, operation_id: str, target: Target, now_s: float) -> list[Effect]:
         """Begin an operation; one of that id and target that is known is left as it is.
@@ -107,6 +119,8 @@ class CoordinatorState(OperationSteps):
             case Tick():
                 self._tick()
         self._restore_lost()
+        if self._are_copies_due and self.operation is None and self._logging is None:
+            self._ask_copies()
         return self._taken()
 
     def snapshot(self) -> dict[str, object]:
@@ -125,6 +139,13 @@ class CoordinatorState(OperationSteps):
             operation: in flight, with the number of rounds that are in the log.
         """
         self._now_s = now_s
+        self._log("term", partial(self._resumed, operation))
+        return self._taken()
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _resumed(self, operation: Operation | None) -> None:
+        self._are_copies_due = True
         self._put(Publish(self.view))
         if self.fenced:  # who is let in again meanwhile is not in the log
             self._aside_all(self._fences())
@@ -135,7 +156,7 @@ class CoordinatorState(OperationSteps):
                 Adopt(uid=uid, view=self.view) for uid in living if uid not in self.fenced
             )
         if operation is None:
-            return self._taken()
+            return
         self.operation = operation
         self._remember(operation)
         self.incarnations |= operation.joiners
@@ -143,9 +164,6 @@ class CoordinatorState(OperationSteps):
             self._abort("the coordinator was started again before the first commit")
         else:
             self._drain()
-        return self._taken()
-
-    # -- inside -------------------------------------------------------------------------------
 
     def _request(self, operation_id: str, target: Target) -> None:
         known = self.history.get(operation_id)
@@ -198,6 +216,9 @@ class CoordinatorState(OperationSteps):
                 missing = sorted(set(task.pairs) - answer.keys())
                 fault = f"{uid} told nothing of {missing}" if missing else None
                 fault = fault or self._digest_fault(uid, answer)
+            case HoldCopies(uid=uid), dict():
+                if uid not in self.lost:
+                    self.copies[uid] = frozenset(p for p in answer if answer[p] == self.manifest[p])
             case Canary(uid=uid), CanaryResult():
                 self._canaries[uid] = answer
             case ((Offer() | Adopt()), str()):
@@ -239,10 +260,14 @@ class CoordinatorState(OperationSteps):
             self._abort(f"{task.uid}: {reason}")
 
     def _log_failed(self, reason: str) -> None:
-        self._logging = None
-        operation = self._running()
+        follow, self._logging = self._logging, None
         text = f"the log cannot be written: {reason}"
         self._put(Alarm(text))
+        if self.operation is None:  # only a term: streams must not wait for an emptier disk
+            assert follow is not None, "nothing was being logged"
+            follow()
+            return
+        operation = self.operation
         if operation.step == "plan":  # nothing has been done
             operation.outcome, operation.step, operation.reason = "failed", "over", text
             operation.ended_s = self._now_s - operation.begun_s
@@ -266,6 +291,7 @@ class CoordinatorState(OperationSteps):
             if uid in self.lost | self.lost_dense:
                 return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
+            self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)
             # what is left of a process that serves no more, or of the group's other ranks
@@ -305,52 +331,29 @@ class CoordinatorState(OperationSteps):
             self._abort(f"{self._silent()} did not answer in step {step}")
 
     def _restore_lost(self) -> None:
-        """Members that died come back, as an operation of our own."""
-        if self.operation is not None:
+        """Members that died come back, as an operation of our own; what is served by nobody else
+        is taken over first."""
+        if self.operation is not None or self._logging is not None or self._take_over():
             return
-        lost = self.lost | self.lost_dense
-        uids = sorted(uid for uid in lost if self._restores.get(uid, 0) < RESTORES_MAX)
+        away = self.former.keys() - self.view.placement.slots.keys()
+        lost = self.lost | self.lost_dense | away
+        hopeless = {uid for uid in lost if self._restores.get(uid, 0) >= RESTORES_MAX}
+        if hopeless & away:  # they come back together, or not at all
+            hopeless |= away
+        uids = sorted(lost - hopeless)
         if uids:
             lives = "-".join(f"{uid}.{self.incarnations[uid] + 1}" for uid in uids)
             self._request(f"restore-{lives}", Restore(tuple(uids)))
 
-
-def recovered(
-    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
-) -> tuple[CoordinatorState, Operation | None]:
-    """The machine that a log leads to.
-
-    Returns:
-        The machine, to be resumed; and the operation in flight, with the rounds that it has
-        committed.
-
-    Raises:
-        ClusterError: the log does not begin with a base record.
-    """
-    if not records or records[0]["t"] != "base":
-        raise ClusterError("the coordinator's log does not begin with a base record")
-    base = dict(records[0])
-    history = {each["operation_id"]: each for each in base["history"]}
-    running: Operation | None = None
-    for record in records[1:]:
-        base |= {name: record[name] for name in ("room", "incarnations", "fenced")}
-        operation = msgspec.convert(record["operation"], Operation)
-        if record["t"] == "ended":
-            history[operation.operation_id] = record["operation"]
-            running = None
-            continue
-        running = operation
-        if record["t"] == "committed":
-            base["view"] = record["view"]
-            running.round += 1
-    state = CoordinatorState(
-        view=msgspec.convert(base["view"], View),
-        room={uid: tuple(slots) for uid, slots in base["room"].items()},
-        manifest={(layer, expert): digest for layer, expert, digest in base["manifest"]},
-        incarnations=base["incarnations"],
-        limits=limits,
-        has_router=has_router,
-    )
-    state.fenced = set(base["fenced"])
-    state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
-    return state, running
+    def _take_over(self) -> bool:
+        """Have living shards serve what only dead ones did, where that is possible; once a life."""
+        lives = {(uid, self.incarnations[uid]) for uid in self.lost}
+        if lives <= self._taken_over:
+            return False
+        self._taken_over = lives
+        lost, placement = frozenset(self.lost), self.view.placement
+        if not taken_over(placement.slots, lost, self.copies, placement.moe_layers):
+            return False
+        names = "-".join(f"{uid}.{life}" for uid, life in sorted(lives))
+        self._request(f"take-over-{names}", TakeOver(tuple(sorted(lost))))
+        return True

@@ -1,6 +1,7 @@
-"""From which replicas the shards that take experts copy them. Pure."""
+"""From which replicas, or second copies, the shards that take experts copy them. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from remora.cluster.operation import Held, Pair
@@ -13,7 +14,10 @@ Copies = dict[str, dict[Pair, tuple[str, ...]]]  # taker -> pair, in order -> fr
 
 
 def copy_sources(
-    wanted: Mapping[str, Sequence[Pair]], held: Held, moe_layers: tuple[int, ...]
+    wanted: Mapping[str, Sequence[Pair]],
+    held: Held,
+    moe_layers: tuple[int, ...],
+    copies: Mapping[str, Collection[Pair]] = MappingProxyType({}),
 ) -> Copies:
     """Who copies what from whom.
 
@@ -25,31 +29,37 @@ def copy_sources(
     Args:
         wanted: shard -> what it takes.
         held: of shards that live and serve; a taker may be among them.
+        copies: second copies of living shards, which are asked where no replica is.
 
     Returns:
-        Nothing of an expert without a replica but an empty tuple: it comes from the checkpoint.
+        Nothing of an expert without either but an empty tuple: it comes from the checkpoint.
     """
     holders: dict[Pair, list[str]] = {}
     for uid in sorted(held):
         for pair in pairs_of(held[uid], moe_layers):
             holders.setdefault(pair, []).append(uid)
-    given = dict.fromkeys(held, 0)
+    second: dict[Pair, list[str]] = {}
+    for uid in sorted(copies):
+        for pair in copies[uid]:
+            second.setdefault(pair, []).append(uid)
+    given = dict.fromkeys([*held, *copies], 0)
     edges: dict[tuple[str, str], list[Pair]] = {}  # (taker, source) -> pairs; "": the checkpoint
     chosen: dict[tuple[str, Pair], tuple[str, ...]] = {}
     for taker in sorted(wanted):
         for pair in wanted[taker]:
             able = [uid for uid in holders.get(pair, ()) if uid != taker]
+            able = able or [uid for uid in second.get(pair, ()) if uid != taker]
             able.sort(key=lambda uid: (given[uid], uid))
             if able:
                 given[able[0]] += 1
             chosen[taker, pair] = tuple(able[:REPLICAS_MAX])
             edges.setdefault((taker, able[0] if able else ""), []).append(pair)
     turn = _turns({edge: len(pairs) for edge, pairs in edges.items()})
-    copies: Copies = {}
+    found: Copies = {}
     for taker, source in sorted(edges, key=lambda edge: (edge[0], turn[edge])):
         pairs = edges[taker, source]
-        copies.setdefault(taker, {}).update({pair: chosen[taker, pair] for pair in pairs})
-    return copies
+        found.setdefault(taker, {}).update({pair: chosen[taker, pair] for pair in pairs})
+    return found
 
 
 def _turns(sizes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:

@@ -13,8 +13,8 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from remora.actors.dense_actor import DenseActor
 from remora.actors.dense_launch import DenseLaunch
+from remora.actors.dense_process import DenseProcess
 from remora.actors.launch import actor_name
 from remora.actors.model_spec import ModelSpec
 from remora.actors.tp_actor import RankActor
@@ -30,7 +30,7 @@ class RankPlan:
 
     uid: str
     group: str  # uid of its rank 0
-    actor_class: type[DenseActor] | type[RankActor]
+    actor_class: type[DenseProcess] | type[RankActor]
     launch: DenseLaunch
     options: dict[str, Any]
 
@@ -71,7 +71,7 @@ def rank_plans(
         RankPlan(
             uid=name,
             group=uid,
-            actor_class=RankActor if rank else DenseActor,
+            actor_class=RankActor if rank else DenseProcess,
             launch=launches[rank],
             options=options[rank],
         )
@@ -112,8 +112,9 @@ def start_ranks(handles: dict[str, Any], plans: list[RankPlan]) -> dict[str, Any
     pending = {}
     for plan in plans:
         start = handles[plan.uid].start
-        is_first = plan.actor_class is DenseActor
-        pending[plan.uid] = start.remote() if is_first else start.remote(endpoints[plan.group])
+        is_first = plan.actor_class is DenseProcess
+        told = plan.launch if is_first else endpoints[plan.group]
+        pending[plan.uid] = start.remote(told)
     return pending
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,13 +16,15 @@ from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import Limits
-from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.coordinator_recovery import recovered
+from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.dense_groups import rank_uids
 from remora.cluster.health_watch import HealthWatch
 from remora.cluster.instances import instances_dir
+from remora.cluster.launch import copies_of
 from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
 from remora.cluster.node_watch import NodeWatch, RayNodes
-from remora.cluster.operation import Drain, Effect, ScaleTo, Target, is_dense
+from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
@@ -42,7 +45,7 @@ def log_folder(config: RemoraConfig) -> Path:
     return base / config.name
 
 
-def limits_of(config: RemoraConfig) -> Limits:
+def limits_of(config: RemoraConfig, spec: ModelSpec) -> Limits:
     """What operations of a deployment may take, and aim at."""
     slots = config.experts.slots
     return Limits(
@@ -51,6 +54,7 @@ def limits_of(config: RemoraConfig) -> Limits:
         drain_s=config.elastic.drain_timeout_s,
         replicas=1 if slots is None else 2,
         slots_of_joiners=slots or 1,
+        num_copies=copies_of(config, spec) if config.experts.computes_on == "cpu" else 0,
     )
 
 
@@ -80,7 +84,9 @@ class Elastic:
         self._publish, self._changed = publish, changed
         self._tasks: MemberTasks | None = None
         self._view: View | None = None  # the committed one
-        self.standbys = Standbys(config)
+        self._state: CoordinatorState | None = None
+        self.standbys = Standbys(config, "shard")
+        self.warm_dense = Standbys(config, "dense")
         self.runner: OperationRunner | None = None
         self.health: HealthWatch | None = None
         self.nodes: NodeWatch | None = None
@@ -100,11 +106,11 @@ class Elastic:
             room={uid: tuple(f.room[layer] for layer in layers) for uid, f in facts.items()},
             manifest={pair: entry.digest for pair, entry in manifest.by_expert().items()},
             incarnations={},
-            limits=limits_of(self._config),
+            limits=limits_of(self._config, spec),
             has_router=router is not None,
         )
         self._wal.replace(state.snapshot())
-        self._run(state, spec, handles, router, [])
+        self._run(state, spec, handles, router, state.begin(time.monotonic()))
 
     def resume(self, records: list[dict[str, Any]], spec: ModelSpec, router: Any) -> View | None:
         """Take over from a coordinator that died, by its log; None: nothing of it lives.
@@ -112,7 +118,7 @@ class Elastic:
         Raises:
             ClusterError: the log is none of ours.
         """
-        limits = limits_of(self._config)
+        limits = limits_of(self._config, spec)
         state, operation = recovered(records, limits, has_router=router is not None)
         lives = {m.uid: m.incarnation for m in state.view.members}
         leaving = operation.retirees if operation is not None else ()
@@ -174,6 +180,7 @@ class Elastic:
     def close(self, *, forget: bool) -> None:
         """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
         self.standbys.close()
+        self.warm_dense.close()
         if self.nodes is not None:
             self.nodes.close()
         if self.health is not None:
@@ -201,14 +208,16 @@ class Elastic:
             lost=lambda uid, incarnation: self._runner().lost(uid, incarnation),
             changed=self._changed,
             standbys=self.standbys,
+            warm_dense=self.warm_dense,
+            term=state.term,
         )
-        self._tasks = tasks
+        self._tasks, self._state = tasks, state
         self.runner = OperationRunner(
             state,
             self._wal,
             perform=tasks.perform,
             publish=self._committed,
-            settled=self.standbys.fill,
+            settled=self._fill,
         )
         if router is not None:
             tasks.add_router(router)
@@ -228,13 +237,21 @@ class Elastic:
             homes=self._homes,
             request=self.request,
             is_known=self._is_known,
-            leave=self.standbys.leave,
+            leave=self._leave,
         )
         self.runner.start(effects)
         self.health.start(state.view)
         self.nodes.start()
         if state.operation is None:
-            self.standbys.fill()
+            self._fill()
+
+    def _leave(self, nodes: AbstractSet[str]) -> None:
+        self.standbys.leave(nodes)
+        self.warm_dense.leave(nodes)
+
+    def _fill(self) -> None:
+        self.standbys.fill()
+        self.warm_dense.fill()
 
     def _homes(self) -> dict[Life, set[str]]:
         assert self._tasks is not None and self._view is not None, "begun"
@@ -257,9 +274,18 @@ class Elastic:
 
     def _committed(self, view: View) -> None:
         self._view = view
+        if self._tasks is not None:  # in time for the second copies that follow an operation
+            self._tasks.ask_heat(self._heated)
         if self.health is not None:
             self.health.adopt_view(view)
         self._publish(view)
+
+    def _heated(self, heat: dict[Pair, float]) -> None:
+        def note() -> None:
+            assert self._state is not None
+            self._state.heat = heat
+
+        self._runner().soon(note)
 
     def _runner(self) -> OperationRunner:
         assert self.runner is not None, "before the first view"

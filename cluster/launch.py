@@ -19,7 +19,8 @@ from remora.comm.view import Placement, contiguous_placement
 
 logger = logging.getLogger(__name__)
 
-ACTOR_THREADS = 6  # start, progress, status, stop, changes, and who waits for the end
+# start, progress, status, stop, changes, second copies (two orders), and who waits for the end
+ACTOR_THREADS = 8
 
 FIRST_INCARNATION = 1
 
@@ -130,7 +131,28 @@ def _placement_in(
     return msgspec.structs.replace(placement, slots=whole)
 
 
-def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: bytes) -> ShardLaunch:
+def copies_of(config: RemoraConfig, spec: ModelSpec) -> int:
+    """Second copies of each layer that a shard has room for by `elastic.dram_copies_mib`.
+
+    Raises:
+        ConfigError: room for not one.
+    """
+    mib = config.elastic.dram_copies_mib
+    if not mib:
+        return 0
+    expert = spec.expert_nbytes(resolve_dtype(spec, config.dtype), config.experts_dtype)
+    each = len(spec.moe_layers) * expert
+    if mib * (1 << 20) < each:
+        raise ConfigError(
+            f"elastic.dram_copies_mib = {mib:g}: one expert of each layer takes"
+            f" {each / (1 << 20):.1f} MiB; allowed is that, or 0"
+        )
+    return min(spec.num_experts, int(mib * (1 << 20) / each))
+
+
+def shard_launch(
+    config: RemoraConfig, uid: str, placement: Placement, token: bytes, *, num_copies: int = 0
+) -> ShardLaunch:
     """What shard `uid` is told: which experts it holds, and how to serve them."""
     return ShardLaunch(
         **_common(config, uid, token),
@@ -138,6 +160,7 @@ def shard_launch(config: RemoraConfig, uid: str, placement: Placement, token: by
         num_threads=shard_threads(config),
         experts_dtype=config.experts_dtype,
         num_slots=config.experts.slots,
+        num_copies=num_copies,
         copy_bytes_per_s=config.elastic.copy_mib_per_s * (1 << 20),
         experts_by_layer=dict(zip(placement.moe_layers, placement.slots[uid], strict=True)),
     )

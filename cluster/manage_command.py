@@ -118,9 +118,11 @@ def status_text(status: dict[str, Any]) -> str:
     operations = status.get("operations") or {"running": None, "last": []}
     for operation in [operations["running"]] if operations["running"] else operations["last"][-1:]:
         lines.append(f"  operation {operation_text(operation)}")
-    standbys = status.get("standbys")
-    if standbys and standbys["wanted"]:
-        lines.append("  standbys: {warm} of {wanted} warm, {starting} starting".format(**standbys))
+    for key, kind in (("standbys", "shards"), ("warm_dense", "dense groups")):
+        found = status.get(key)
+        if found and found["wanted"]:
+            counts = "{warm} of {wanted} warm, {starting} starting".format(**found)
+            lines.append(f"  standbys of {kind}: {counts}")
     for what in ("fenced", "lost"):
         if operations.get(what):
             lines.append(f"  {what}: {', '.join(operations[what])}")
@@ -148,9 +150,13 @@ def _facts(member: dict[str, Any]) -> str:
         experts = f"{min(counts, default=0)}-{max(counts, default=0)}"
         slots = member.get("slots_per_layer")
         room = f" in {slots} slots" if slots else ""
+        copies = ""
+        if member.get("second_copies"):
+            size = f"{member['second_copies_bytes'] / 2**20:.1f} MiB"
+            copies = f", {member['second_copies']} second copies ({size})"
         return (
             f"{experts} experts{room} in each of {len(counts)} layers"
-            f" ({member['weights_bytes'] / 2**20:.1f} MiB), {member['calls_served']} calls,"
+            f" ({member['weights_bytes'] / 2**20:.1f} MiB){copies}, {member['calls_served']} calls,"
             f" {member['compute_s']:.1f} s computing, {member['peers']} peers"
         )
     if "rank" in member:

@@ -1,11 +1,11 @@
 """What the coordinator's machine asks for, as calls of Ray actors; and who of them has died."""
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -26,7 +26,7 @@ from remora.cluster.dense_groups import (
     remove_placement_group,
     start_ranks,
 )
-from remora.cluster.launch import shard_launch, shard_options
+from remora.cluster.launch import copies_of, shard_launch, shard_options
 from remora.cluster.members import answers_within, asked_of_ray
 from remora.cluster.node_watch import node_of
 from remora.cluster.operation import (
@@ -36,6 +36,7 @@ from remora.cluster.operation import (
     CanaryResult,
     Copy,
     Fence,
+    HoldCopies,
     Keep,
     Offer,
     Pair,
@@ -49,8 +50,9 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.placement_steps import pairs_of
+from remora.cluster.ray_calls import answer_of, first_of_all
 from remora.cluster.standbys import Standbys
-from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.errors import ClusterError
 from remora.comm.view import Endpoint, Member, Placement
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ class MemberTasks:
         lost: told of a life that is over without having been asked to end.
         changed: told of the handle of each uid that there is from now on (None: no more), and of
             what it asks of Ray.
-        standbys: taken for shards that start.
+        standbys: taken for shards that start; `warm_dense`: for dense groups.
+        term: of this coordinator; what it orders is refused once another one has taken over.
     """
 
     def __init__(
@@ -84,12 +87,16 @@ class MemberTasks:
         lost: Callable[[str, int], None],
         changed: Callable[[str, Any, str], None],
         standbys: Standbys,
+        warm_dense: Standbys,
+        term: int,
     ) -> None:
         self._config, self._token, self._spec = config, token, spec
         self._placement = placement
         self._manifest = dict(manifest)
         self._soon, self._lost, self._changed = soon, lost, changed
-        self._standbys = standbys
+        self._standbys, self._warm_dense = standbys, warm_dense
+        self._term = term
+        self._num_copies = copies_of(config, spec)
         self._lock = threading.Lock()
         self._lives: dict[tuple[str, int], Any] = {}
         self._newest: dict[str, int] = {}
@@ -131,19 +138,23 @@ class MemberTasks:
         shards = {u: h for u, h in self._living().items() if u.startswith("shard-")}
         asked = {uid: handle.host_memory.remote() for uid, handle in shards.items()}
         answers = answers_within(asked, MEMORY_S)
-        told: dict[str, int] = dict(each for each in answers.values() if isinstance(each, tuple))
-        by_host = {host: free for host, free in told.items() if host not in leaving}
+        by_host: dict[str, int] = {}
+        copies: dict[str, int] = {}
+        for told in answers.values():
+            if isinstance(told, tuple) and told[0] not in leaving:
+                by_host[told[0]] = told[1]
+                copies[told[0]] = copies.get(told[0], 0) + told[2]
         hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
         with self._lock:
             slot_bytes = self._slot_bytes
         if not slot_bytes:
             return None
         others = len(hosts - by_host.keys())
-        return FreeMemory(slot_bytes=slot_bytes, by_host=by_host, others=others)
+        return FreeMemory(slot_bytes=slot_bytes, by_host=by_host, copies=copies, others=others)
 
     def ask_where(self, uid: str) -> None:
         """Have a living shard tell where its experts are copied; nobody waits for it."""
-        _answer(self._handle(uid).facts.remote(), self.know)
+        answer_of(self._handle(uid).facts.remote(), self.know)
 
     def add_router(self, handle: Any) -> None:
         """The router; Ray starts it again when it dies."""
@@ -153,6 +164,11 @@ class MemberTasks:
         """End the life of the router that there is; Ray begins the next."""
         ray.kill(self._router, no_restart=False)
 
+    def ask_heat(self, told: Callable[[dict[Pair, float]], None]) -> None:
+        """Have the router say how hot experts are, where there is one; nobody waits for it."""
+        if self._router is not None:
+            answer_of(self._router.heat.remote(), told)
+
     def heartbeat(self, uid: str, incarnation: int) -> "Future[Beat]":
         """Ask a life for a sign of progress. Raises ClusterError: there is no such life."""
         with self._lock:
@@ -161,7 +177,7 @@ class MemberTasks:
             handle = self._router
         if handle is None:
             raise ClusterError(f"there is no {uid}#{incarnation}")
-        return _answer(handle.heartbeat.remote(), lambda answer: Beat(*answer))
+        return answer_of(handle.heartbeat.remote(), lambda answer: Beat(*answer))
 
     def close(self) -> None:
         """Deaths are told no more."""
@@ -177,28 +193,32 @@ class MemberTasks:
         match task:
             case StartShard():
                 return self._start(task)
-            case StartDense(uid=uid, incarnation=incarnation):
-                return self._start_dense(uid, incarnation)
+            case StartDense():
+                return self._start_dense(task)
             case Quiesce(uid=uid, within_s=within_s):
-                return _answer(self._handle(uid).quiesce.remote(within_s))
+                return answer_of(self._handle(uid).quiesce.remote(within_s))
             case Stop(uid=uid, incarnation=incarnation):
                 return self._stop(uid, incarnation)
             case Adopt(uid=uid, view=view) if uid == ROUTER:
-                return _answer(self._router.adopt_view.remote(view))
+                return answer_of(self._router.adopt_view.remote(view))
             case Adopt(uid=uid, view=view, or_none=or_none):
-                return _answer(self._handle(uid).adopt_view.remote(view, or_none))
+                return answer_of(self._handle(uid).adopt_view.remote(view, or_none))
             case Offer(uid=uid, view=view):
-                return _answer(self._handle(uid).offer_view.remote(view))
+                return answer_of(self._handle(uid).offer_view.remote(view))
             case Fence(uid=uid, fenced=fenced):
-                return _answer(self._handle(uid).fence.remote(fenced))
+                return answer_of(self._handle(uid).fence.remote(fenced, self._term))
             case Copy(uid=uid, pairs=pairs, replicas=replicas):
+                order = self._order(pairs, replicas, is_urgent=task.is_urgent)
+                return self._taking(uid, answer_of(self._handle(uid).load_experts.remote(order)))
+            case HoldCopies(uid=uid, pairs=pairs, replicas=replicas):
                 order = self._order(pairs, replicas)
-                return self._taking(uid, _answer(self._handle(uid).load_experts.remote(order)))
+                return self._taking(uid, answer_of(self._handle(uid).hold_copies.remote(order)))
             case Canary(uid=uid, pairs=pairs):
-                return _answer(self._handle(uid).canary.remote(pairs), _canary_result)
+                return answer_of(self._handle(uid).canary.remote(pairs), _canary_result)
             case Keep(uid=uid, experts=experts):
                 by_layer = dict(zip(self._placement.moe_layers, experts, strict=True))
-                return _answer(self._handle(uid).keep_experts.remote(by_layer), self._room)
+                kept = self._handle(uid).keep_experts.remote(by_layer, self._term)
+                return answer_of(kept, self._room)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -214,11 +234,11 @@ class MemberTasks:
         layers = self._placement.moe_layers
         empty = msgspec.structs.replace(self._placement, slots={uid: ((),) * len(layers)})
         launch = msgspec.structs.replace(
-            shard_launch(config, uid, empty, self._token),
+            shard_launch(config, uid, empty, self._token, num_copies=self._num_copies),
             incarnation=task.incarnation,
             num_slots=task.num_slots,
             copy_bytes_per_s=self._copying.bytes_per_s,
-            load_idle=True,
+            load_idle=not task.is_urgent,
         )
         options = shard_options(config)
         handle: Any
@@ -233,8 +253,8 @@ class MemberTasks:
         self.add(uid, task.incarnation, handle)
         self._changed(uid, handle, asked_of_ray(options))
         pairs = task.replicas or pairs_of(task.experts, layers)
-        order = self._order(tuple(pairs), task.replicas)
-        return self._taking(uid, _answer(handle.join.remote(launch, order), self._started))
+        order = self._order(tuple(pairs), task.replicas, is_urgent=task.is_urgent)
+        return self._taking(uid, answer_of(handle.join.remote(launch, order), self._started))
 
     def _taking(self, uid: str, answer: "Future[Answer]") -> "Future[Answer]":
         """Somebody sees to the rate until it is over."""
@@ -247,7 +267,13 @@ class MemberTasks:
             newest = self._newest.items()
             return {u: h for u, n in newest if (h := self._lives.get((u, n))) is not None}
 
-    def _order(self, pairs: Sequence[Pair], replicas: Mapping[Pair, tuple[str, ...]]) -> CopyOrder:
+    def _order(
+        self,
+        pairs: Sequence[Pair],
+        replicas: Mapping[Pair, tuple[str, ...]],
+        *,
+        is_urgent: bool = False,
+    ) -> CopyOrder:
         """What a shard is told to take in; sources are those whose address is known."""
         uids = {uid for each in replicas.values() for uid in each}
         with self._lock:
@@ -257,17 +283,28 @@ class MemberTasks:
                 if (uid, life := self._newest.get(uid, 0)) in self._copies
             )
         digests = {pair: self._manifest[pair] for pair in pairs}
-        return CopyOrder(digests=digests, replicas=dict(replicas), sources=sources)
+        return CopyOrder(digests=digests, replicas=dict(replicas), sources=sources, term=self._term)
 
-    def _start_dense(self, uid: str, incarnation: int) -> "Future[Answer]":
+    def _start_dense(self, task: StartDense) -> "Future[Answer]":
+        uid, incarnation = task.uid, task.incarnation
         config = self._config
         plans = rank_plans(config, uid, self._spec, self._token, incarnation=incarnation)
-        handles = {plan.uid: create_rank(config, plan) for plan in plans}
+        if not task.is_urgent and len(plans) == 1:  # ranks of one group load together
+            launch = msgspec.structs.replace(plans[0].launch, load_idle=True)
+            plans = [replace(plans[0], launch=launch)]
+        standby = self._warm_dense.take() if len(plans) == 1 else None
+        if standby is not None:
+            name, handle = standby
+            logger.info("%s: takes %s", uid, name)
+            launch = msgspec.structs.replace(plans[0].launch, process_name=name)
+            plans, handles = [replace(plans[0], launch=launch)], {uid: handle}
+        else:
+            handles = {plan.uid: create_rank(config, plan) for plan in plans}
         for plan in plans:
             self.add(plan.uid, incarnation, handles[plan.uid])
             self._changed(plan.uid, handles[plan.uid], asked_of_ray(plan.options))
         pending = start_ranks(handles, plans)
-        return _first_of_all({name: _answer(pending[name], _dense_started) for name in pending})
+        return first_of_all({name: answer_of(pending[name], _dense_started) for name in pending})
 
     def _started(self, facts: ShardFacts) -> Started:
         self.know(facts)
@@ -329,48 +366,3 @@ def _canary_result(answer: tuple[str, dict[Pair, str]]) -> CanaryResult:
 def _dense_started(member: Member | None) -> Started | None:
     """Of one rank of a dense group: its first one is the member."""
     return None if member is None else Started(member=member)
-
-
-def _first_of_all(pending: "Mapping[str, Future[Answer]]") -> "Future[Answer]":
-    """The answer of the first of several calls once all have answered, or any failure at once."""
-    outcome: Future[Answer] = Future()
-    first = next(iter(pending.values()))
-    lock, missing = threading.Lock(), set(pending)
-
-    def told(name: str, done: "Future[Answer]") -> None:
-        with lock:
-            missing.discard(name)
-            is_last = not missing
-            if outcome.done():
-                return
-            failure = done.exception()
-            if failure is not None:
-                outcome.set_exception(ClusterError(f"{name}: {failure}"))
-            elif is_last:
-                outcome.set_result(first.result())
-
-    for name, each in pending.items():
-        each.add_done_callback(functools.partial(told, name))
-    return outcome
-
-
-def _answer(reference: Any, convert: Callable[[Any], Any] = lambda answer: answer) -> "Future[Any]":
-    """What a call came to, with errors in the words of whoever raised them."""
-    answered: Future[Any] = Future()
-
-    def told(done: "Future[Any]") -> None:
-        failure = done.exception()
-        if failure is None:
-            try:
-                answered.set_result(convert(done.result()))
-            except Exception as wrong:  # an answer of another form
-                answered.set_exception(wrong)
-        elif isinstance(failure, ray.exceptions.RayTaskError):
-            cause = failure.cause
-            known = cause if isinstance(cause, RemoraError) else ClusterError(repr(cause))
-            answered.set_exception(known)
-        else:
-            answered.set_exception(ClusterError(str(failure).splitlines()[0]))
-
-    reference.future().add_done_callback(told)
-    return answered

@@ -16,7 +16,7 @@ from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.tp_plan import check_heads, make_plan
 from remora.cluster.config import RemoraConfig
-from remora.cluster.launch import kv_bytes_per_token, placement_of
+from remora.cluster.launch import copies_of, kv_bytes_per_token, placement_of
 from remora.comm.bundles import NO_SOURCE
 from remora.comm.replay import choose_all
 from remora.comm.topology import held_of, uniform_topology
@@ -74,7 +74,7 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
         }
         | _rank_part(config, spec, dtype),
         "shards": {
-            uid: _shard_part(layers, config.experts.slots, expert_nbytes)
+            uid: _shard_part(layers, config.experts.slots, expert_nbytes, copies_of(config, spec))
             for uid, layers in placement.slots.items()
         },
         "replicas": replica_counts(placement),
@@ -83,9 +83,9 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
 
 
 def _shard_part(
-    layers: tuple[tuple[int, ...], ...], slots: int | None, expert_nbytes: int
+    layers: tuple[tuple[int, ...], ...], slots: int | None, expert_nbytes: int, num_copies: int
 ) -> dict[str, Any]:
-    """What one shard holds; empty slots take memory too."""
+    """What one shard holds; empty slots take memory too, second copies at most so much more."""
     counts = [len(experts) for experts in layers]
     rooms = counts if slots is None else [slots] * len(layers)
     first = layers[0]
@@ -96,6 +96,7 @@ def _shard_part(
         "slots_per_layer": [min(rooms), max(rooms)],
         "experts": [first[0], first[-1]] if is_run else None,
         "weights_bytes": sum(rooms) * expert_nbytes,
+        "second_copies_bytes_max": num_copies * len(layers) * expert_nbytes,
     }
 
 
@@ -181,7 +182,9 @@ def plan_text(plan: dict[str, Any]) -> str:
             f" {_size(dense['rank_weights_bytes'])}; {dense['whole_on_every_rank']}"
         )
     for uid, shard in plan["shards"].items():
-        lines.append(f"{uid}: {_held_text(shard)}, weights {_size(shard['weights_bytes'])}")
+        most = shard["second_copies_bytes_max"]
+        more = f", second copies up to {_size(most)}" if most else ""
+        lines.append(f"{uid}: {_held_text(shard)}, weights {_size(shard['weights_bytes'])}{more}")
     replicas = plan["replicas"]
     if replicas["beyond_the_first"]:
         lines.append(

@@ -54,7 +54,14 @@ class Restore(msgspec.Struct, frozen=True, tag="restore"):
     uids: tuple[str, ...]
 
 
-Target = ScaleTo | PlaceAs | Drain | Restore
+class TakeOver(msgspec.Struct, frozen=True, tag="take-over"):
+    """Of the coordinator's own: shards that died are no members for now, and others serve what
+    these alone held, from their second copies."""
+
+    uids: tuple[str, ...]
+
+
+Target = ScaleTo | PlaceAs | Drain | Restore | TakeOver
 
 
 def is_dense(uid: str) -> bool:
@@ -102,6 +109,7 @@ class StartShard(msgspec.Struct, frozen=True, kw_only=True):
     experts: tuple[tuple[int, ...], ...]  # for each MoE layer
     num_slots: int  # of a layer
     replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
+    is_urgent: bool = False  # requests wait for it: not at idle priority
 
 
 class StartDense(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +117,7 @@ class StartDense(msgspec.Struct, frozen=True, kw_only=True):
 
     uid: str
     incarnation: int
+    is_urgent: bool = False  # requests wait for it: not at idle priority
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +130,16 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
     """Take experts into spare slots. Answer: the digest of each as it is held now, by pair."""
+
+    uid: str
+    pairs: tuple[Pair, ...]
+    replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
+    is_urgent: bool = False  # requests wait for it: not at idle priority
+
+
+class HoldCopies(msgspec.Struct, frozen=True, kw_only=True):
+    """Have a shard hold second copies of these experts and no others, as far as it can. Answer: the
+    digest of each that it holds, by pair."""
 
     uid: str
     pairs: tuple[Pair, ...]
@@ -192,7 +211,10 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
 
 
-Task = StartShard | StartDense | Copy | Canary | Offer | Adopt | Fence | Keep | Quiesce | Stop
+Task = (
+    StartShard | StartDense | Copy | HoldCopies | Canary | Offer | Adopt | Fence | Keep | Quiesce
+    | Stop
+)  # fmt: skip
 Answer = Started | CanaryResult | dict[Pair, str] | tuple[int, ...] | str | None
 
 

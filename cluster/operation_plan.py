@@ -11,10 +11,12 @@ from remora.cluster.operation import (
     PlaceAs,
     Restore,
     ScaleTo,
+    TakeOver,
     Target,
     is_dense,
 )
 from remora.cluster.placement_steps import Room, spread
+from remora.cluster.second_copies import Copies, taken_over
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
@@ -30,6 +32,7 @@ class FreeMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     slot_bytes: int  # one slot of every MoE layer
     by_host: Mapping[str, int]  # bytes; of the hosts of shards
+    copies: Mapping[str, int] = {}  # bytes of second copies, which can be given up, by host
     others: int = 0  # hosts of which nothing is known, and on which shards may start
 
 
@@ -43,6 +46,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int  # of an expert, where slots allow
     slots_of_joiners: int  # of a layer; at least
     memory: FreeMemory | None = None  # None: nothing is known
+    former: Held = {}  # before living shards took over from dead ones
+    copies: Copies = {}  # second copies of living shards
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +70,16 @@ def plan_target(target: Target, now: Situation) -> Planned:
             return Planned(slots=slots, joiners={}, retirees=())
         case Restore(uids):
             joiners = {uid: now.incarnations[uid] + 1 for uid in uids}
-            return Planned(slots=dict(now.view.placement.slots), joiners=joiners, retirees=())
+            slots = now.view.placement.slots
+            if now.former and now.former.keys() <= {*slots, *uids}:  # all that were away
+                slots = now.former
+            return Planned(slots=dict(slots), joiners=joiners, retirees=())
+        case TakeOver(uids):
+            slots, layers = now.view.placement.slots, now.view.placement.moe_layers
+            taken = taken_over(slots, frozenset(uids), now.copies, layers)
+            if not taken:
+                raise ConfigError(f"there are no second copies of what {', '.join(uids)} served")
+            return Planned(slots=dict(taken), joiners={}, retirees=uids)
         case Drain():
             return _drain(target, now)
         case ScaleTo():
@@ -196,16 +210,26 @@ def joiner_slots(now: Situation) -> int:
     return max([now.slots_of_joiners, *(slots for room in now.room.values() for slots in room)])
 
 
+def must_give_up_copies(num_joiners: int, now: Situation) -> bool:
+    """Whether shards that join need the memory of second copies."""
+    memory = now.memory
+    if memory is None or not any(memory.copies.values()):
+        return False
+    each = joiner_slots(now) * memory.slot_bytes + PROCESS_BYTES
+    return sum(free // each for free in memory.by_host.values()) < num_joiners
+
+
 def _check_memory(num_joiners: int, now: Situation) -> None:
-    """Raises ConfigError where known hosts have no room for all who join."""
+    """Raises ConfigError where known hosts have no room for all who join, not even instead of
+    second copies."""
     memory = now.memory
     if memory is None or memory.others or not num_joiners:
         return
     slots = joiner_slots(now)
     each = slots * memory.slot_bytes + PROCESS_BYTES
-    room = {host: free // each for host, free in memory.by_host.items()}
-    if sum(room.values()) < num_joiners:
-        free = ", ".join(f"{host[:12]}: {free:,}" for host, free in memory.by_host.items())
+    by_host = {host: free + memory.copies.get(host, 0) for host, free in memory.by_host.items()}
+    if sum(free // each for free in by_host.values()) < num_joiners:
+        free = ", ".join(f"{host[:12]}: {free:,}" for host, free in by_host.items())
         raise ConfigError(
             f"no memory for {num_joiners} more shards: each takes {each:,} bytes ({slots} slots of"
             f" {memory.slot_bytes:,} over all layers, {PROCESS_BYTES:,} for the process), free are"

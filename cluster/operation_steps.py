@@ -15,6 +15,7 @@ from remora.cluster.operation import (
     Drain,
     Fence,
     Held,
+    HoldCopies,
     Keep,
     Offer,
     Operation,
@@ -28,11 +29,19 @@ from remora.cluster.operation import (
     StartShard,
     Step,
     Stop,
+    TakeOver,
+    Target,
     Task,
     is_dense,
 )
-from remora.cluster.operation_plan import held_by_living, joiner_slots, same_slots
+from remora.cluster.operation_plan import (
+    held_by_living,
+    joiner_slots,
+    must_give_up_copies,
+    same_slots,
+)
 from remora.cluster.placement_steps import additions, pairs_of, rounds
+from remora.cluster.second_copies import plan_copies
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
@@ -70,9 +79,13 @@ class OperationSteps(CoordinatorCalls):
         layers = self.view.placement.moe_layers
         shards = operation.joiners.keys() & operation.slots.keys()
         joining = {uid: pairs_of(operation.slots[uid], layers) for uid in shards}
-        copies = copy_sources(joining, self._held, layers)
+        if must_give_up_copies(len(shards), self.situation()):
+            self.copies.clear()
+            self._aside_all(HoldCopies(uid=uid, pairs=()) for uid in self._held)
+        copies = copy_sources(joining, self._held, layers, self.copies)
+        served = {pair for held in self._held.values() for pair in pairs_of(held, layers)}
         tasks: list[Task] = [
-            StartDense(uid=uid, incarnation=incarnation)
+            StartDense(uid=uid, incarnation=incarnation, is_urgent=not self._living_dense())
             if is_dense(uid)
             else StartShard(
                 uid=uid,
@@ -80,6 +93,7 @@ class OperationSteps(CoordinatorCalls):
                 experts=operation.slots[uid],
                 num_slots=max(slots, *map(len, operation.slots[uid])),
                 replicas=copies.get(uid, {}),
+                is_urgent=not served.issuperset(joining[uid]),
             )
             for uid, incarnation in operation.joiners.items()
         ]
@@ -103,8 +117,12 @@ class OperationSteps(CoordinatorCalls):
         operation.num_rounds = operation.round + len(self._rounds)
         layers = self.view.placement.moe_layers
         wanted = additions(self._held, self._rounds[0], layers)
-        copies = copy_sources(wanted, self._held, layers)
-        tasks = [Copy(uid=uid, pairs=tuple(each), replicas=each) for uid, each in copies.items()]
+        copies = copy_sources(wanted, self._held, layers, self.copies)
+        urgent = isinstance(operation.target, TakeOver)
+        tasks = [
+            Copy(uid=uid, pairs=tuple(each), replicas=each, is_urgent=urgent)
+            for uid, each in copies.items()
+        ]
         self._begin("copy", self._within(self._limits.copy_s), tasks)
 
     def _verify(self) -> None:
@@ -172,7 +190,10 @@ class OperationSteps(CoordinatorCalls):
             self.lost_dense -= operation.joiners.keys()
         operation.moved += sum(map(len, new.values()))
         operation.round += 1
+        self.former = former_after(operation.target, self.former, self.view)
         self.view, self._next = self._next, None
+        members = self.view.placement.slots
+        self.copies = {uid: found for uid, found in self.copies.items() if uid in members}
         self.lost &= self.view.placement.slots.keys()
         self.lost_dense &= self._members() | set(operation.retirees)
         self._held = dict(self._rounds[0])
@@ -249,6 +270,7 @@ class OperationSteps(CoordinatorCalls):
     def _over(self) -> None:
         operation = self._running()
         self.operation = None
+        self._are_copies_due = True
         if isinstance(operation.target, Restore):
             for uid in operation.target.uids:
                 failed = self._restores.pop(uid, 0) + 1
@@ -257,6 +279,25 @@ class OperationSteps(CoordinatorCalls):
                 if self._restores.get(uid) == RESTORES_MAX:
                     self._put(Alarm(f"{uid} could not be restored: {operation.reason}"))
         self._put(Settled(operation))
+
+    # -- second copies ------------------------------------------------------------------------
+
+    def _ask_copies(self) -> None:
+        """Every shard for the second copies that it is to hold by the view; nothing waits."""
+        self._are_copies_due = False
+        if not self._limits.num_copies:
+            return
+        held, layers = held_by_living(self.situation()), self.view.placement.moe_layers
+        hosts = {m.uid: m.endpoint.host for m in self.view.members if m.role == "shard"}
+        planned = plan_copies(
+            held, layers, hosts, num_copies=self._limits.num_copies, now=self.copies,
+            heat=self.heat,
+        )  # fmt: skip
+        sources = copy_sources(planned, held, layers)
+        self._aside_all(
+            HoldCopies(uid=uid, pairs=pairs, replicas=sources.get(uid, {}))
+            for uid, pairs in planned.items()
+        )
 
     # -- fences -------------------------------------------------------------------------------
 
@@ -332,8 +373,27 @@ class OperationSteps(CoordinatorCalls):
         """What shards hold after each round; one where only members change."""
         room = dict(self.room)
         slots = joiner_slots(self.situation())
+        if isinstance(operation.target, TakeOver):  # second copies have slots of their own
+            room |= {uid: tuple(map(len, held)) for uid, held in operation.slots.items()}
         for uid in operation.joiners.keys() & operation.slots.keys():
             if uid not in self._joined and operation.round == 0:
                 room[uid] = tuple(max(slots, len(experts)) for experts in operation.slots[uid])
         found = rounds(held, operation.slots, room)
         return [dict(each) for each in found] or [dict(held)]
+
+
+def former_after(target: Target, former: Held, before: View) -> Held:
+    """The placement to which dead shards come back, once an operation has committed a view.
+
+    Args:
+        former: as it was.
+        before: the view that is no more.
+    """
+    if isinstance(target, TakeOver):
+        return former or dict(before.placement.slots)
+    return former if isinstance(target, Restore) and former_left(target, former, before) else {}
+
+
+def former_left(target: Restore, former: Held, before: View) -> bool:
+    """Whether shards are still away when those of `target` are back."""
+    return not former.keys() <= {*before.placement.slots, *target.uids}

@@ -38,7 +38,11 @@ def spread(
     num_layers = len(next(iter(room.values())))
     layers = []
     for index in range(num_layers):
-        held = {uid: list(slots[uid][index]) if uid in slots else [] for uid in sorted(room)}
+        held = {
+            # shards that took over from dead ones hold more than they have room for
+            uid: list(slots[uid][index][: room[uid][index]]) if uid in slots else []
+            for uid in sorted(room)
+        }
         layer = _Layer(held, {uid: room[uid][index] for uid in room}, host_of)
         if sum(layer.room.values()) < num_experts:
             raise ConfigError(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from remora.cluster.coordinator_calls import ROUTER, Limits
-from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.coordinator_recovery import recovered
+from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation import (
     Adopt,
     Answer,
@@ -27,7 +28,8 @@ from remora.cluster.operation import (
     is_dense,
 )
 from remora.cluster.operation_runner import OperationRunner
-from remora.cluster.sim_network import uid_of
+from remora.cluster.sim_health import SimHealth
+from remora.cluster.sim_network import Work, uid_of
 from remora.cluster.wal import WalError, decode_records, encode_record
 from remora.comm.errors import ClusterError
 from remora.comm.view import View
@@ -40,13 +42,14 @@ LIMITS: Final = Limits(
     copy_s=10.0,
     verify_s=5.0,
     commit_s=5.0,
-    drain_s=5.0,
+    drain_s=2.5,  # below HANG_S: a dense group that does not answer is fenced before it is ended
     free_s=5.0,
     retry_s=0.5,
     replicas=2,
 )
 RESTART_S: Final = (0.5, 1.5)
 DEATH_TOLD_S: Final = 0.3  # at most
+LATE_S: Final = 6.0  # at most, for an order of a coordinator that died
 EFFECTS_BEFORE_CRASH: Final = 4
 
 
@@ -113,6 +116,8 @@ class SimCoordinator:
         self._seen: tuple[str, str, int] | None = None  # operation, step, round
         self._numbers: dict[str, int] = {}  # operation -> number
         self._tick_s: float | None = None
+        self._health: SimHealth | None = None
+        self._last_order: tuple[str, Work] | None = None  # to a shard
         world.network.on_death.append(self._on_death)
 
     @property
@@ -148,11 +153,11 @@ class SimCoordinator:
         """Take over a deployment that has just come up."""
         lives = {m.uid: m.incarnation for m in view.members if m.role == "shard"}
         state = CoordinatorState(
-            view=view, room=room, manifest=manifest, incarnations=lives, limits=LIMITS,
-            has_router=True,
+            view=view, room=room, manifest=manifest, incarnations=lives,
+            limits=self._world.limits, has_router=True,
         )  # fmt: skip
         self.log.replace(state.snapshot())
-        self._live(state, [])
+        self._live(state, state.begin(self._world.clock.now_s))
 
     def request(self, operation_id: str, target: Target) -> None:
         """As a client's call. Raises ClusterError, ConfigError."""
@@ -227,16 +232,23 @@ class SimCoordinator:
             return
         reply = self._answer_to(process, settle)
         perform: Any = target.perform
-        world.network.send(self.process, process, partial(perform, task, reply), lost)
+        deliver = partial(perform, task, reply)
+        if member is None:
+            deliver = partial(perform, task, reply, self.state.term)
+            self._last_order = (process, partial(perform, task, lambda _: None, self.state.term))
+        world.network.send(self.process, process, deliver, lost)
         if isinstance(task, Copy):
             self._watch_start(process, lost)
 
     def _answer_to(self, process: str, settle: Any) -> Any:
-        """What a member calls with its answer: a message to the life that asked."""
+        """What a member calls with its answer: a message to the life that asked, which hears of it
+        when the connection is lost instead."""
         network, asker = self._world.network, self.process
+        gone = partial(settle, ClusterError(f"the answer of {process} is lost"))
 
         def reply(answer: Answer | Exception) -> None:
-            network.send(process, asker, partial(settle, answer))
+            lost = partial(network.timer, asker, 0.0, gone)
+            network.send(process, asker, partial(settle, answer), lost)
 
         return reply
 
@@ -273,9 +285,11 @@ class SimCoordinator:
         self._newest = {m.uid: m.incarnation for m in living}
         self._watched = {(m.uid, m.incarnation) for m in living}
         self._runner = OperationRunner(
-            state, self.log, perform=self._perform, publish=world.published,
+            state, self.log, perform=self._perform, publish=self._published,
             clock=lambda: world.clock.now_s,
         )  # fmt: skip
+        self._health = SimHealth(world, self.process, self._hung)
+        self._health.adopt_view(state.view)
         try:
             self._runner.begin(effects)
         except SimCrash:
@@ -285,6 +299,16 @@ class SimCoordinator:
             if m not in living:
                 self._runner.lost(m.uid, m.incarnation)
         self._pump()
+
+    def _published(self, view: View) -> None:
+        if self._health is not None:
+            self._health.adopt_view(view)
+        self._world.published(view)
+
+    def _hung(self, uid: str, incarnation: int) -> None:
+        if self._runner is not None:
+            self._runner.lost(uid, incarnation)
+            self._pump()
 
     def _pump(self) -> None:
         """Handle what has come, and be woken when the next deadline is."""
@@ -324,13 +348,16 @@ class SimCoordinator:
         world = self._world
         world.trace(f"{self.process} dies")
         world.network.kill(self.process)
-        self._runner = self._state = None
+        if self._last_order is not None and world.chance.random() < 0.5:  # as if it were late
+            process, deliver = self._last_order
+            world.network.timer(process, LATE_S * world.chance.random(), deliver)
+        self._runner = self._state = self._last_order = None
         self._crash_in = None
         low, high = RESTART_S
         world.clock.after(low + world.chance.random() * (high - low), self._resume)
 
     def _resume(self) -> None:
-        state, operation = recovered(self.log.read(), LIMITS, has_router=True)
+        state, operation = recovered(self.log.read(), self._world.limits, has_router=True)
         in_flight = operation.operation_id if operation else "nothing"
         self._world.trace(f"coordinator#{self.life + 1} resumes; in flight: {in_flight}")
         self._live(state, state.resume(operation, self._world.clock.now_s))

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
 
 Kind = Literal[
-    "kill", "stop", "cut", "cut one way", "flip", "twice", "out of memory", "full disk", "torn log"
-]
+    "kill", "stop", "cut", "cut one way", "flip", "twice", "out of memory", "short memory",
+    "full disk", "torn log",
+]  # fmt: skip
 Who = Literal["shard", "joiner", "retiree", "dense", "coordinator"]
 SimStep = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
 When = Literal["before", "during", "after"]
@@ -91,6 +92,8 @@ def draw_faults(chance: random.Random) -> tuple[Fault, ...]:
 def _draw_who(kind: Kind, chance: random.Random) -> Who:
     if kind in ("full disk", "torn log"):
         return "coordinator"
+    if kind == "short memory":
+        return "shard"
     if kind in ("flip", "out of memory"):
         return "joiner" if chance.random() < 0.5 else "shard"
     return chance.choice(("shard", "shard", "joiner", "retiree", "dense", "coordinator"))
@@ -105,6 +108,7 @@ class Faults:
         self.disk_full_until_s = -1.0
         self.log_tears = False
         self.silent: list[tuple[str, float, float]] = []  # uid, from, until
+        self.cuts: list[tuple[str, str, float, float]] = []  # of a link: uids, from, until
         self._world = world
         self._left = list(planned)
         self._armed: dict[str, list[str]] = {}  # kind -> who it will strike
@@ -176,6 +180,10 @@ class Faults:
             case "stop":
                 network.stop(process)
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
+            case "short memory":
+                if uid not in world.shards_alive():
+                    return False
+                world.shards[process].give_up_copies()
             case "twice":
                 network.double(uid, True)
                 world.clock.after(fault.for_s, lambda: network.double(uid, False))
@@ -187,6 +195,7 @@ class Faults:
                     network.cut(*pair)
                     world.clock.after(fault.for_s, partial(network.heal, *pair))
                 self._note_silence(other, fault.for_s)
+                self.cuts.append((uid, other, world.clock.now_s, world.clock.now_s + fault.for_s))
         self._note_silence(uid, fault.for_s)
         world.trace(f"{fault.kind}: {uid}")
         return True

@@ -87,7 +87,7 @@ class SimIngress:
             self._token(rank, request, token_id)
         if output.finish_reason is not None:
             del self._running[output.request_id]
-            self._finish(request, output)
+            self._finish(rank, request, output)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -104,7 +104,9 @@ class SimIngress:
 
     def _submit(self, request: _Request) -> None:
         ranks = self._world.ranks_by_load()
-        assert ranks, "faults leave a dense group"
+        if not ranks:  # all have been ended as hung: until one is back
+            self._world.clock.after(RETRY_S, partial(self._submit, request))
+            return
         rank = ranks[0]
         request.attempt += 1
         request.owner = rank.process
@@ -133,12 +135,12 @@ class SimIngress:
         request.cell = advanced(request.cell, token_id)
         self.num_tokens += 1
 
-    def _finish(self, request: _Request, output: SequenceOutput) -> None:
+    def _finish(self, rank: SimRank, request: _Request, output: SequenceOutput) -> None:
         request.finished = output.finish_reason
         if output.finish_reason == "error":
             self.num_errors += 1
             self._world.trace(f"request {request.number} fails: {output.error}")
-            self._world.on_error(request.number, output.error or "")
+            self._world.on_error(rank, request.number, output.error or "")
         elif len(request.tokens) != request.max_tokens:
             raise Violation(
                 f"2: request {request.number} ends ({output.finish_reason}) after"

@@ -42,6 +42,7 @@ from remora.cluster.sim_shard import (
     member_of,
     rank_name,
 )
+from remora.cluster.sim_step import SimStep
 from remora.comm.errors import ClusterError
 from remora.comm.messages import Submit
 from remora.comm.view import View
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
 
 STEP_S: Final = 0.2
-CALL_TIMEOUT_S: Final = 2.0
+CALL_TIMEOUT_S: Final = 4.5
 HOLD_S: Final = 120.0
 RETRIES_MAX: Final = 3  # as python_dispatch.RETRIES_MAX, which imports torch
 RECONNECT_EVERY_S: Final = 1.0
@@ -58,22 +59,6 @@ LIMITS: Final = DenseLimits(
     num_blocks=48, max_model_len=64, vocab_size=VOCABULARY, block_size=4, max_num_seqs=6,
     max_tokens_per_step=12,
 )  # fmt: skip
-
-
-class _Step:
-    """The step that is being computed."""
-
-    def __init__(self, plan: StepPlan, rows: list[int]) -> None:
-        self.plan = plan
-        self.begun = rows
-        self.rows = list(rows)
-        self.layer = -1  # index into LAYERS
-        self.outputs: list[list[int]] = []
-        self.waiting: dict[int, tuple[str, list[tuple[int, int, int]]]] = {}  # by call
-        self.failed: list[tuple[int, int, int]] = []
-        self.attempts = 0
-        self.held_since_s: float | None = None
-        self.error = ""
 
 
 class SimRank:
@@ -90,7 +75,7 @@ class SimRank:
         self._between: list[Callable[[], None]] = []  # to do between two steps
         self._offers: list[tuple[Offer, Reply]] = []
         self._adoptions: list[tuple[Adopt, int, Reply]] = []  # not answered yet; by epoch
-        self._step: _Step | None = None
+        self._step: SimStep | None = None
         self._is_awake = False
         self._calls = 0
         self._why_not: str | None = None
@@ -104,6 +89,11 @@ class SimRank:
         took_s = low + self._world.chance.random() * (high - low)
         self._later(took_s, partial(reply, Started(member=self.member)))
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether a step waits for an expert."""
+        return self._step is not None and self._step.held_since_s is not None
+
     def submit(self, submit: Submit, source: str) -> None:
         """A request."""
         self._handle(RequestArrived(submit, source))
@@ -113,7 +103,7 @@ class SimRank:
         """A task of the coordinator."""
         if isinstance(task, Offer):
             self._offers.append((task, reply))
-            if self._step is not None and self._step.held_since_s is not None:
+            if self.is_holding:
                 self._take_offers()
         else:
             newest = self.routes.tell(task.view)
@@ -208,7 +198,7 @@ class SimRank:
                 self._over(StepFailed(plan.step_id, str(failed)))
                 return
         rows = [row for piece in plan.slices for row in self._rows_of(piece)]
-        self._step = _Step(plan, rows)
+        self._step = SimStep(plan, rows)
         self._next_layer()
 
     def _reconnect(self) -> None:
@@ -291,7 +281,7 @@ class SimRank:
         self._take_offers()
         self._later(HOLD_S, partial(self._held_too_long, step, step.held_since_s))
 
-    def _held_too_long(self, step: _Step, since_s: float) -> None:
+    def _held_too_long(self, step: SimStep, since_s: float) -> None:
         if self._step is step and step.held_since_s == since_s:
             self._fail_step()
 
@@ -358,7 +348,7 @@ class SimRank:
         if late and step is not None:
             self._collect(step)
 
-    def _collect(self, step: _Step) -> None:
+    def _collect(self, step: SimStep) -> None:
         if step.waiting:
             return
         if not step.failed:
@@ -373,7 +363,7 @@ class SimRank:
 
     # -- the end of a step --------------------------------------------------------------------
 
-    def _results(self, step: _Step) -> list[SliceResult]:
+    def _results(self, step: SimStep) -> list[SliceResult]:
         results = []
         number = 0
         for piece in step.plan.slices:

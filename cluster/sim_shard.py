@@ -1,8 +1,8 @@
 """An expert shard in the simulator: the real table of slots, and bytes that can be damaged.
 
 As in `actors/shard_slots.py` copies are made one after the other beside the calls that are
-answered; what changes the table happens between two calls. Calls of one sender begin in order and
-run side by side, as those of an actor with several threads.
+answered, second copies when nothing else is; what changes the table happens between two calls.
+Calls of one sender begin in order and run side by side, as those of an actor with several threads.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from remora.cluster.operation import (
     CanaryResult,
     Copy,
     Fence,
+    HoldCopies,
     Keep,
     Pair,
     Started,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
 
 Reply = Callable[[Answer | Exception], None]
+Order = Copy | HoldCopies | Canary | Fence | Keep
 Asked = list[tuple[int, int, int]]  # row number, expert, row
 
 
@@ -71,7 +73,8 @@ class SimShard:
     def __init__(self, world: "Deployment", task: StartShard) -> None:
         self.member = member_of(task.uid, task.incarnation)
         self.process = self.member.actor_name
-        self.state = ExpertState(dict.fromkeys(LAYERS, task.num_slots))
+        num_copies = world.limits.num_copies
+        self.state = ExpertState(dict.fromkeys(LAYERS, task.num_slots), num_copies)
         self.fenced: frozenset[str] = frozenset()
         self.calls_answered = 0
         self._world = world
@@ -94,9 +97,19 @@ class SimShard:
         for pair in pairs_of(self._task.experts, LAYERS):
             self._write(pair, self.state.slot_for(*pair))
 
-    def perform(self, task: Copy | Canary | Fence | Keep, reply: Reply) -> None:
-        """A task of the coordinator."""
+    def perform(self, task: Order, reply: Reply, term: int) -> None:
+        """A task of a coordinator of this term."""
+        try:
+            self.state.obey(term)
+        except ClusterError as stale:
+            self._world.trace(f"{self.process} refuses {type(task).__name__}: {stale}")
+            reply(stale)
+            return
         match task:
+            case HoldCopies(pairs=pairs):
+                for pair in self.state.want_copies(pairs):
+                    self.state.give_up_copy(*pair)
+                self._second_copy(list(pairs), reply, self.state.copies_turn)
             case Copy():
                 self._copies.append((task, reply, self.state.turn))
                 if len(self._copies) == 1:
@@ -109,8 +122,9 @@ class SimShard:
                 reply(None)
             case Keep(experts=experts):
                 for pair in self.state.keep(dict(zip(LAYERS, experts, strict=True))):
-                    self.state.drop(*pair)
-                    self._world.trace(f"{self.process} frees {pair}")
+                    slot = self.state.drop(*pair)
+                    what = "frees" if slot is not None else "keeps a second copy of"
+                    self._world.trace(f"{self.process} {what} {pair}")
                 reply(tuple(self.state.room(layer) for layer in LAYERS))
 
     def compute(self, layer: int, asked: Asked) -> Found:
@@ -128,12 +142,18 @@ class SimShard:
         return found
 
     def damaged(self) -> list[Pair]:
-        """What is served from a slot that holds something else than the checkpoint."""
+        """What is served from a slot that holds something else than the checkpoint, or there is a
+        second copy of that does."""
         return [
             pair
-            for pair in self.state.digests
-            if self._bytes[pair[0], self.state.slot_of(*pair) or 0] != weights_of(*pair)
+            for pair in [*self.state.digests, *self.state.copies]
+            if self._bytes[pair[0], self.state.slot_in_memory(*pair) or 0] != weights_of(*pair)
         ]
+
+    def give_up_copies(self) -> None:
+        """Memory is short."""
+        for pair in list(self.state.copies):
+            self.state.give_up_copy(*pair)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -151,7 +171,36 @@ class SimShard:
         digests = {pair: each.digest for pair, each in self.state.digests.items()}
         reply(Started(member=self.member, digests=digests, room=room))
 
-    def _write(self, pair: Pair, slot: int, wanted: str | None = None) -> bool:
+    def _second_copy(self, todo: list[Pair], reply: Reply, turn: int) -> None:
+        """One after the other, until other ones are wanted."""
+        state = self.state
+        while todo and (
+            state.slot_in_memory(*todo[0]) is not None or not state.may_copy(todo[0][0])
+        ):
+            todo.pop(0)
+        if not todo or state.copies_turn != turn:
+            reply({pair: each.digest for pair, each in state.copies.items()})
+            return
+        self._later(EXPERT_S, partial(self._second_copied, todo, reply, turn))
+
+    def _second_copied(self, todo: list[Pair], reply: Reply, turn: int) -> None:
+        state, pair = self.state, todo[0]
+        if self._copies:  # what is served goes first
+            self._second_copy(todo, reply, turn)
+            return
+        is_wanted = state.copies_turn == turn and state.may_copy(pair[0])
+        if is_wanted and state.slot_in_memory(*pair) is None:
+            wanted = digest_of(weights_of(*pair))
+            self._write(pair, state.slot_for(*pair), wanted, state.settle_copy)
+        self._second_copy(todo[1:], reply, turn)
+
+    def _write(
+        self,
+        pair: Pair,
+        slot: int,
+        wanted: str | None = None,
+        settle: Callable[[int, ExpertDigest, str], bool] | None = None,
+    ) -> bool:
         """Fill a slot, read it back, and see whether it holds `wanted` (None: whatever it is)."""
         layer, expert = pair
         weights = weights_of(layer, expert)
@@ -161,7 +210,11 @@ class SimShard:
         self._bytes[layer, slot] = weights
         digest = digest_of(weights)
         found = ExpertDigest(layer=layer, expert=expert, digest=digest, nbytes=1)
-        return self.state.settle(slot, found, digest if wanted is None else wanted)
+        settle = settle or self.state.settle
+        is_good = settle(slot, found, digest if wanted is None else wanted)
+        for beyond in self.state.copies_beyond(layer):
+            self.state.give_up_copy(*beyond)
+        return is_good
 
     def _next_copy(self) -> None:
         if self._copies:
@@ -176,6 +229,8 @@ class SimShard:
             return
         layer, expert = pair = todo[0]
         held = self.state.digest_of(layer, expert)
+        if held is None and self._is_in_turn() and self.state.adopt_copy(*pair) is not None:
+            held = self.state.digest_of(*pair)
         if held is not None:
             self._copy(task, reply, {**done, pair: held}, SLOTS_TRIED_MAX)
             return
@@ -204,6 +259,10 @@ class SimShard:
             self._copy(task, reply, {**done, pair: wanted}, SLOTS_TRIED_MAX)
         else:
             self._copy(task, reply, done, tries - 1)
+
+    def _is_in_turn(self) -> bool:
+        """Whether the copy that runs is wanted still."""
+        return self._copies[0][2] == self.state.turn
 
     def _copied(self, reply: Reply, answer: dict[Pair, str] | Exception) -> None:
         self._copies.pop(0)

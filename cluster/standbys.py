@@ -1,9 +1,10 @@
-"""Warm standbys: processes of shards that are to be, started and imported, with nothing loaded.
+"""Warm standbys: processes of members that are to be, started and imported, with nothing loaded.
 
-The next shard that starts, in a scale-up or because another one died, takes one and is spared the
-start of a process and its imports. They are filled up afterwards, one after the other, so that no
-more than one process at a time starts beside those that serve (at idle priority but for Ray's own
-part). A standby holds the CPUs, the GPU and the labels that a shard asks of Ray.
+The next shard, or dense group, that starts, in a scale-up or because another one died, takes one
+and is spared the start of a process and its imports. They are filled up afterwards, one after the
+other, so that no more than one process of a kind at a time starts beside those that serve (at idle
+priority but for Ray's own part). A standby holds the CPUs, the GPU and the labels that such a
+member asks of Ray.
 """
 
 import logging
@@ -11,15 +12,16 @@ import secrets
 import threading
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import ray
 from ray.util import list_named_actors
 
+from remora.actors.dense_process import DenseProcess
 from remora.actors.launch import RAY_NAMESPACE, STANDBY, actor_name
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
-from remora.cluster.launch import FIRST_INCARNATION, shard_options
+from remora.cluster.launch import FIRST_INCARNATION, dense_options, shard_options
 from remora.cluster.node_watch import node_of
 
 logger = logging.getLogger(__name__)
@@ -28,10 +30,16 @@ FAILURES_MAX: Final = 3  # standbys that die in a row, before somebody must look
 
 
 class Standbys:
-    """Those of one deployment. Any thread; nothing here waits."""
+    """Those of one deployment and kind. Any thread; nothing here waits.
 
-    def __init__(self, config: RemoraConfig) -> None:
-        self._config = config
+    Args:
+        kind: a dense group has one rank, where there are standbys of it.
+    """
+
+    def __init__(self, config: RemoraConfig, kind: Literal["shard", "dense"]) -> None:
+        self._config, self._kind = config, kind
+        elastic = config.elastic
+        self._wanted = elastic.warm_standby if kind == "shard" else elastic.warm_dense
         self._lock = threading.Lock()
         self._warm: dict[str, Any] = {}  # actor name -> handle
         self._starting: dict[str, Any] = {}  # one at most
@@ -42,14 +50,15 @@ class Standbys:
         """Start the next one if any is missing; and so on, as each is warm."""
         config = self._config
         with self._lock:
-            missing = config.elastic.warm_standby - len(self._warm) - len(self._starting)
+            missing = self._wanted - len(self._warm) - len(self._starting)
             if self._closed or missing <= 0 or self._starting or self._failures >= FAILURES_MAX:
                 return
             uid = f"{STANDBY}{secrets.token_hex(4)}"
             name = actor_name(config.name, uid, FIRST_INCARNATION)
-            handle: Any = (
-                ray.remote(ShardProcess).options(name=name, **shard_options(config)).remote()
-            )
+            of_shards = self._kind == "shard"
+            options = shard_options(config) if of_shards else dense_options(config)
+            process: Any = ray.remote(ShardProcess if of_shards else DenseProcess)
+            handle: Any = process.options(name=name, **options).remote()
             self._starting[name] = handle
         warm = handle.warm_up.remote(config.model).future()
         warm.add_done_callback(lambda done: self._warmed(name, done))
@@ -74,7 +83,7 @@ class Standbys:
         """How many there are to be, are warm, are starting."""
         with self._lock:
             return {
-                "wanted": self._config.elastic.warm_standby,
+                "wanted": self._wanted,
                 "warm": len(self._warm),
                 "starting": len(self._starting),
             }

@@ -6,6 +6,7 @@ do: what it hands out has often been written before, in small pages, and those s
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
 import threading
@@ -43,6 +44,9 @@ class _Chunk:
         return torch.frombuffer(self._mapping, dtype=dtype, count=numel, offset=offset)
 
 
+MADV_DONTNEED: Final = 4  # Linux
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
 _lock: Final = threading.Lock()
 _chunk: _Chunk | None = None  # where small tensors come from
 
@@ -68,3 +72,20 @@ def huge_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
                 flat = _chunk.take(numel, dtype)
     assert flat is not None
     return flat.view(shape)
+
+
+def give_back(tensor: Tensor) -> int:
+    """Give the memory of a contiguous CPU tensor back to the system until it is written again.
+
+    What it held is lost: whole pages of it read as zeros, its ends keep what they have.
+
+    Returns:
+        Bytes given back: those of the whole pages that are the tensor's alone.
+    """
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end <= begin:
+        return 0
+    if _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise(MADV_DONTNEED)")
+    return end - begin

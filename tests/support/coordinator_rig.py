@@ -11,7 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from remora.cluster.coordinator_calls import ROUTER, Limits
-from remora.cluster.coordinator_state import CoordinatorState, recovered
+from remora.cluster.coordinator_recovery import recovered
+from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation import (
     Adopt,
     Alarm,
@@ -25,6 +26,7 @@ from remora.cluster.operation import (
     Effect,
     Event,
     Fence,
+    HoldCopies,
     Keep,
     Log,
     LogFailed,
@@ -81,15 +83,19 @@ class World:
         num_experts: int,
         room: int,
         replicas: int = 1,
+        num_copies: int = 0,
         fault: Fault = "none",
         at: int = 0,
     ) -> None:
         placement = Placement(num_experts=num_experts, moe_layers=LAYERS, slots=slots)
         members = tuple(member(uid) for uid in ("dense-0", "dense-1", *slots))
-        self.num_experts, self.limits = num_experts, Limits(replicas=replicas)
+        self.num_experts = num_experts
+        self.limits = Limits(replicas=replicas, num_copies=num_copies)
         self.view = View(epoch=1, members=members, placement=placement)
         self.shards = {(uid, 1): set(pairs_of(slots[uid], LAYERS)) for uid in slots}
         self.slots_of = {(uid, 1): room for uid in slots}
+        self.copies: dict[tuple[str, int], set[Pair]] = {}  # second ones
+        self.copies_wanted: dict[tuple[str, int], set[Pair]] = {}
         self.in_use = {uid: self.view for uid in ("dense-0", "dense-1")}
         self.dense = dict.fromkeys(self.in_use, 1)  # lives; who has adopted no view is not in use
         self.quiet: list[str] = []  # retiring groups that finished what they had
@@ -108,6 +114,7 @@ class World:
             self.view, {uid: (room,) * len(LAYERS) for uid in slots}, dict.fromkeys(slots, 1)
         )
         self.log: list[dict[str, Any]] = [self.state.snapshot()]
+        self._carry_out(self.state.begin(self.now_s))
 
     def run(self, operation_id: str, target: Target) -> Operation:
         """Ask for an operation, and let the world go on until nothing happens any more."""
@@ -153,6 +160,7 @@ class World:
         for uid, incarnation in self.shards:
             claimed = set(pairs_of(view.placement.slots[uid], LAYERS))
             assert self.shards[uid, incarnation] == claimed
+            assert not claimed & self.copies.get((uid, incarnation), set())
         assert {(m.uid, m.incarnation) for m in view.members if m.role == "dense"} == set(
             self.dense.items()
         )
@@ -291,11 +299,22 @@ class World:
         if living is None:
             return None
         held = self.shards[living]
+        copies = self.copies.setdefault(living, set())
         match task:
+            case HoldCopies(pairs=pairs):
+                assert not held & set(pairs), f"{living} serves {held & set(pairs)}"
+                copies.clear()
+                copies.update(pairs)
+                self.copies_wanted[living] = set(pairs)
+                for n in LAYERS:
+                    assert sum(layer == n for layer, _ in copies) <= self.limits.num_copies
+                return ({pair: digest(pair) for pair in pairs},)
             case Copy(pairs=pairs):
+                own = set(pairs) & copies  # in slots of their own
+                copies -= own
                 held.update(pairs)
                 for n in LAYERS:
-                    used = sum(layer == n for layer, _ in held)
+                    used = sum(layer == n for layer, _ in held - own)
                     assert used <= self.slots_of[living], f"{living}: {used} experts of layer {n}"
                 told = {pair: digest(pair) for pair in pairs}
                 return (told | ({pairs[0]: "other bytes"} if here == "flip" else {}),)
@@ -307,7 +326,9 @@ class World:
                 self.refused[task.uid] = fenced
                 return (None,)
             case Keep(experts=experts):
-                held.intersection_update(pairs_of(experts, LAYERS))
+                kept = set(pairs_of(experts, LAYERS))
+                copies |= (held - kept) & self.copies_wanted.get(living, set())
+                held &= kept
                 return ((self.slots_of[living],) * len(LAYERS),)
         raise AssertionError(task)
 

@@ -93,12 +93,14 @@ class LocalCluster:
         slots: int | None = None,
         num_slots: int | None = None,
         experts_dtype: ExpertsDtype = "auto",
+        num_copies: int = 0,
     ) -> None:
         """With `world`, rows travel over its NCCL between pretended GPUs (Triton interpreted).
 
         Args:
             slots: of a shard in a layer, for replicas; None: one copy of every expert.
             num_slots: that a shard has room for; None: as many as it is given experts.
+            num_copies: second copies of a layer that a shard has room for.
         """
         self.spec = inspect_model(model)
         self.world = world
@@ -122,7 +124,9 @@ class LocalCluster:
             shard_uids=uids,
             slots=slots,
         )
-        self._of_shards: dict[str, Any] = dict(num_slots=num_slots, experts_dtype=experts_dtype)
+        self._of_shards: dict[str, Any] = dict(
+            num_slots=num_slots, num_copies=num_copies, experts_dtype=experts_dtype
+        )
         self.shards = [
             ExpertActor(self.shard_launch(uid, placement), self._gpu(uid)) for uid in uids
         ]

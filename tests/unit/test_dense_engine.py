@@ -9,7 +9,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.local_cluster import TOKEN, Ask, LocalCluster
 
-from remora.actors import dense_actor, dense_engine
+from remora.actors import dense_actor, dense_engine, dense_load
 from remora.comm.aio import connect_async
 from remora.comm.errors import ClusterError
 from remora.comm.messages import Abort, SamplingParams, encode
@@ -96,14 +96,14 @@ def test_an_actor_stopped_while_it_loads_ends(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loading, go = threading.Event(), threading.Event()
-    build = dense_actor.build_dense
+    build = dense_load.build_dense
 
     def slow(*args: object, **kwargs: object) -> object:
         loading.set()
         assert go.wait(60)
         return build(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(dense_actor, "build_dense", slow)
+    monkeypatch.setattr(dense_load, "build_dense", slow)
     actor = dense_actor.DenseActor(cluster.launch())
     starter = threading.Thread(target=actor.start)
     starter.start()

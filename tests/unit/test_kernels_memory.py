@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remora.kernels.memory import ALIGN_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, huge_zeros
+from remora.kernels import memory
+from remora.kernels.memory import ALIGN_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, give_back, huge_zeros
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -62,10 +63,24 @@ def mapping_of(address: int) -> dict[str, int]:
     reason="this kernel gives no transparent huge pages",
 )
 @pytest.mark.parametrize("numel", [CHUNK_BYTES * 3, CHUNK_BYTES // 8])
-def test_pages_are_huge(numel: int) -> None:
+def test_pages_are_huge(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole ones; small tensors share theirs, and the last may not be full."""
+    monkeypatch.setattr(memory, "_chunk", None)  # parts of another test's may be given back
     tensors = [huge_zeros(numel, dtype=torch.uint8).fill_(1) for _ in range(8)]
     for tensor in tensors:
         mapping = mapping_of(tensor.data_ptr())
         assert mapping["Rss"] >= numel
         assert mapping["AnonHugePages"] >= mapping["Rss"] - HUGE_PAGE_BYTES
+
+
+def test_memory_of_a_part_is_given_back_and_its_neighbours_stay() -> None:
+    tensor = huge_zeros(3, CHUNK_BYTES + 100, dtype=torch.uint8)
+    tensor.fill_(7)
+    before = rollup("Rss")
+    given = give_back(tensor[1])
+    assert CHUNK_BYTES - 2 * 4096 <= given <= CHUNK_BYTES + 100
+    assert before - rollup("Rss") > 0.9 * given
+    assert (tensor[0] == 7).all() and (tensor[2] == 7).all()
+    tensor[1].fill_(9)
+    assert (tensor[1] == 9).all(), "it can be written again"
+    assert give_back(tensor[1][:100]) == 0, "less than a page"

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
-from remora.cluster.config import parse_config
+from remora.cluster.config import RemoraConfig, parse_config
 from remora.cluster.launch import (
+    copies_of,
     dense_launch,
     dense_options,
     dense_threads,
@@ -17,7 +20,7 @@ from remora.cluster.launch import (
     shard_threads,
 )
 from remora.cluster.local_ray import check_room
-from remora.cluster.memory_plan import plan_deployment
+from remora.cluster.memory_plan import plan_deployment, plan_text
 from remora.comm.errors import ConfigError
 from remora.kernels.experts_dtype import ExpertsDtype
 
@@ -56,6 +59,30 @@ def test_quantised_experts_want_bfloat16_rows(
     plain = plan_deployment(parse_config({"model": str(tmp_path), "dtype": "bfloat16"}))
     ratio = plan["shards"]["shard-0"]["weights_bytes"] / plain["shards"]["shard-0"]["weights_bytes"]
     assert least < ratio < most
+
+
+def test_second_copies_have_slots_of_whole_experts_and_are_planned_with(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    spec = inspect_model(path)
+    each_mib = len(spec.moe_layers) * spec.expert_nbytes(torch.float32) / (1 << 20)
+
+    def having(mib: float, **more: Any) -> RemoraConfig:
+        elastic = {"dram_copies_mib": mib}
+        return parse_config({"model": str(path), "dtype": "float32", "elastic": elastic, **more})
+
+    assert copies_of(having(0), spec) == 0 and copies_of(having(3.5 * each_mib), spec) == 3
+    assert copies_of(having(1000 * each_mib), spec) == spec.num_experts
+    with pytest.raises(ConfigError, match=r"one expert of each layer takes .* MiB; allowed"):
+        copies_of(having(0.9 * each_mib), spec)
+    with pytest.raises(ConfigError, match=r"elastic\.dram_copies_mib = 1\.0 with .* nccl"):
+        having(1, experts={"transport": "nccl", "num_gpus": 1}, dense={"num_gpus": 1})
+    config = having(2 * each_mib)
+    shard = plan_deployment(config)["shards"]["shard-0"]
+    assert shard["second_copies_bytes_max"] == pytest.approx(2 * each_mib * (1 << 20))
+    assert "second copies up to" in plan_text(plan_deployment(config))
+    assert "second copies" not in plan_text(plan_deployment(having(0)))
+    placement = placement_of(config, spec)
+    assert shard_launch(config, "shard-0", placement, b"t" * 32, num_copies=2).num_copies == 2
 
 
 def test_a_length_beyond_the_model_is_refused(tmp_path: Path) -> None:

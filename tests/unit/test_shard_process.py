@@ -1,6 +1,5 @@
 """The process of a shard that joins: light until it is told to start, serving at full priority."""
 
-import ast
 import os
 import threading
 from collections.abc import Iterator
@@ -9,12 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.checkpoints import make_checkpoint
+from support.imports import HEAVY, imported_at_once
 from support.local_cluster import LocalCluster
 
 from remora.actors.shard_process import ShardProcess
-
-ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "numpy", "numba", "safetensors"}
 
 
 @pytest.fixture
@@ -23,25 +20,6 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     found = LocalCluster(path, num_shards=1, dtype="float32", exact=True, num_slots=8)
     yield found
     found.close()
-
-
-def imported_at_once(module: str) -> set[str]:
-    """Modules that importing one of ours imports: at the top of files, not for types alone."""
-    seen: set[str] = set()
-    todo = [module]
-    while todo:
-        name = todo.pop()
-        path = ROOT / f"{name.removeprefix('remora.').replace('.', '/')}.py"
-        if name in seen or not path.exists():
-            seen.add(name)
-            continue
-        seen.add(name)
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                todo += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-    return {name.partition(".")[0] for name in seen} | seen
 
 
 def test_nothing_heavy_is_imported_before_the_process_is_told_to_start() -> None:
@@ -63,7 +41,7 @@ def test_a_joiner_loads_idle_and_serves_at_normal_priority(cluster: LocalCluster
         threads = {thread.name: thread.native_id for thread in threading.enumerate()}
         serving = threads["remora-shard-1"]
         assert serving is not None
-        assert os.sched_getscheduler(serving) == os.SCHED_OTHER
+        assert os.sched_getscheduler(serving) == os.SCHED_BATCH
         assert process.status()["phase"] == process.progress().phase == "ready"
         ended = threading.Thread(target=process.until_end)
         ended.start()

@@ -8,6 +8,7 @@ import pytest
 
 from remora.actors.dense_state import DenseState
 from remora.actors.expert_state import ExpertState
+from remora.actors.health_state import HealthState
 from remora.cluster import cli
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation_steps import OperationSteps
@@ -23,7 +24,13 @@ LOST_AND_DAMAGED = (
     Fault(kind="kill", who="shard", step="over", when="before"),
     Fault(kind="flip", who="joiner", step="over", when="before"),
 )
-HANGS_IN_DRAIN = (Fault(kind="stop", who="dense", step="drain", when="before", for_s=9.0),)
+HANGS_IN_DRAIN = (Fault(kind="stop", who="dense", step="drain", when="before", for_s=2.9),)
+FLIPPED_IN_COPY = (Fault(kind="flip", who="shard", step="copy", when="before"),)
+FLIPPED = (Fault(kind="flip", who="joiner", step="plan", when="before"),)
+CRASHES = tuple(
+    Fault(kind="kill", who="coordinator", step="over", when="before", operation=n) for n in (1, 2)
+)
+STOPPED = (Fault(kind="stop", who="shard", step="over", when="before", for_s=60.0),)
 KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
 Patch = pytest.MonkeyPatch
 
@@ -117,6 +124,31 @@ def held_steps_do_not_answer(patch: Patch) -> None:
     patch.setattr(SimRank, "_acknowledge", lambda *_: None)
 
 
+def obey_anybody(patch: Patch) -> None:
+    """An order of a coordinator that is over undoes what the next one has decided."""
+    patch.setattr(ExpertState, "obey", lambda *_: None)
+
+
+def second_copies_are_not_verified(patch: Patch) -> None:
+    settle = ExpertState.settle_copy
+    patch.setattr(
+        ExpertState,
+        "settle_copy",
+        lambda self, slot, found, _: settle(self, slot, found, found.digest),
+    )
+
+
+def nobody_looks_for_progress(patch: Patch) -> None:
+    """Who hangs is not ended."""
+    patch.setattr(HealthState, "look", lambda *_: [])
+
+
+def share_slots_with_second_copies(patch: Patch) -> None:
+    """A second copy that is served takes the room of what moves there."""
+    patch.setattr(ExpertState, "copies_beyond", lambda *_: [])
+    patch.setattr(ExpertState, "may_copy", lambda *_: True)
+
+
 def emit_twice(patch: Patch) -> None:
     absorb = DenseState._absorb
     patch.setattr(
@@ -150,7 +182,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (skip_the_digests, "4:", LOST_AND_DAMAGED),
     (publish_before_the_log, "", None),
     (keep_what_was_copied, "", None),
-    (copy_on_when_it_is_undone, "", None),
+    (copy_on_when_it_is_undone, "6:", FLIPPED_IN_COPY),
     (serve_what_was_not_verified, "4:", None),
     (never_restore, "", None),
     (forget_who_died, "", None),
@@ -158,6 +190,10 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (emit_twice, "1:", None),
     (mix_up_answers, "", None),
     (no_fences, "5:", HANGS_IN_DRAIN),
+    (obey_anybody, "", CRASHES),
+    (second_copies_are_not_verified, "4:", FLIPPED),
+    (nobody_looks_for_progress, "8:", STOPPED),
+    (share_slots_with_second_copies, "", None),
 ]
 
 

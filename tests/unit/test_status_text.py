@@ -52,6 +52,8 @@ def test_each_member_has_a_line_of_its_role() -> None:
     assert "eager (no C++ compiler found), 3 running" in text(dense_0=eager)
     assert lines[-1].split()[:2] == ["shard-0", "ready"]
     assert "16-17 experts in each of 2 layers (12.0 MiB), 153 calls" in lines[-1]
+    more = SHARD | {"second_copies": 9, "second_copies_bytes": 3 << 20}
+    assert "layers (12.0 MiB), 9 second copies (3.0 MiB), 153 calls" in text(shard_0=more)
 
 
 def test_what_is_wrong_comes_first() -> None:

@@ -1,0 +1,61 @@
+"""The coordinator's state machine as its log leaves it. Pure."""
+
+from typing import Any
+
+import msgspec
+
+from remora.cluster.coordinator_calls import Limits
+from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.operation import Held, Operation
+from remora.cluster.operation_steps import former_after
+from remora.comm.errors import ClusterError
+from remora.comm.view import View
+
+
+def recovered(
+    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
+) -> tuple[CoordinatorState, Operation | None]:
+    """The machine that a log leads to.
+
+    Returns:
+        The machine, to be resumed; and the operation in flight, with the rounds that it has
+        committed.
+
+    Raises:
+        ClusterError: the log does not begin with a base record.
+    """
+    if not records or records[0]["t"] != "base":
+        raise ClusterError("the coordinator's log does not begin with a base record")
+    base = dict(records[0])
+    history = {each["operation_id"]: each for each in base["history"]}
+    running: Operation | None = None
+    for record in records[1:]:
+        names = ("room", "incarnations", "fenced", "former", "term")
+        base |= {name: record[name] for name in names}
+        if record["t"] == "term":
+            continue
+        operation = msgspec.convert(record["operation"], Operation)
+        if record["t"] == "ended":
+            history[operation.operation_id] = record["operation"]
+            running = None
+            continue
+        running = operation
+        if record["t"] == "committed":
+            former = msgspec.convert(base["former"], Held)
+            before = msgspec.convert(base["view"], View)
+            base["former"] = former_after(operation.target, former, before)
+            base["view"] = record["view"]
+            running.round += 1
+    state = CoordinatorState(
+        view=msgspec.convert(base["view"], View),
+        room={uid: tuple(slots) for uid, slots in base["room"].items()},
+        manifest={(layer, expert): digest for layer, expert, digest in base["manifest"]},
+        incarnations=base["incarnations"],
+        limits=limits,
+        has_router=has_router,
+    )
+    state.fenced = set(base["fenced"])
+    state.former = msgspec.convert(base["former"], Held)
+    state.term = base["term"] + 1
+    state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
+    return state, running

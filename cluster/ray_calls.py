@@ -1,0 +1,59 @@
+"""Calls of Ray actors as futures of ours: what they came to, in the words of whoever raised."""
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+
+from remora.cluster.operation import Answer
+from remora.comm.errors import ClusterError, RemoraError
+
+
+def first_of_all(pending: "Mapping[str, Future[Answer]]") -> "Future[Answer]":
+    """The answer of the first of several calls once all have answered, or any failure at once."""
+    outcome: Future[Answer] = Future()
+    first = next(iter(pending.values()))
+    lock, missing = threading.Lock(), set(pending)
+
+    def told(name: str, done: "Future[Answer]") -> None:
+        with lock:
+            missing.discard(name)
+            is_last = not missing
+            if outcome.done():
+                return
+            failure = done.exception()
+            if failure is not None:
+                outcome.set_exception(ClusterError(f"{name}: {failure}"))
+            elif is_last:
+                outcome.set_result(first.result())
+
+    for name, each in pending.items():
+        each.add_done_callback(functools.partial(told, name))
+    return outcome
+
+
+def answer_of(
+    reference: Any, convert: Callable[[Any], Any] = lambda answer: answer
+) -> "Future[Any]":
+    """What a call came to, with errors in the words of whoever raised them."""
+    answered: Future[Any] = Future()
+
+    def told(done: "Future[Any]") -> None:
+        failure = done.exception()
+        if failure is None:
+            try:
+                answered.set_result(convert(done.result()))
+            except Exception as wrong:  # an answer of another form
+                answered.set_exception(wrong)
+        elif isinstance(failure, ray.exceptions.RayTaskError):
+            cause = failure.cause
+            known = cause if isinstance(cause, RemoraError) else ClusterError(repr(cause))
+            answered.set_exception(known)
+        else:
+            answered.set_exception(ClusterError(str(failure).splitlines()[0]))
+
+    reference.future().add_done_callback(told)
+    return answered

@@ -1,0 +1,77 @@
+"""The process of a dense group that joins: light until told to start, serving at full priority."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.checkpoints import make_checkpoint
+from support.imports import HEAVY, imported_at_once
+from support.local_cluster import LocalCluster
+
+from remora.actors import dense_load
+from remora.actors.dense_process import DenseProcess
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    found = LocalCluster(path, num_shards=1, dtype="float32", exact=True)
+    yield found
+    found.close()
+
+
+def test_nothing_heavy_is_imported_before_the_process_is_told_to_start() -> None:
+    at_once = imported_at_once("remora.actors.dense_process")
+    assert "remora.actors.dense_launch" in at_once and not at_once & HEAVY
+    assert imported_at_once("remora.actors.dense_actor") & HEAVY, "the walk would see them"
+
+
+def test_a_joiner_loads_idle_and_serves_at_normal_priority(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, policies = dense_load.build_dense, []
+
+    def noted(*args: object, **kwargs: object) -> object:
+        policies.append(os.sched_getscheduler(0))
+        return build(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dense_load, "build_dense", noted)
+    process = DenseProcess(cluster.launch(uid="dense-1", load_idle=True))
+    assert process.progress().phase == process.status()["phase"] == "starting"
+    try:
+        assert process.start().uid == "dense-1"
+        threads = {thread.name: thread.native_id for thread in threading.enumerate()}
+        serving = threads["remora-dense-1"]
+        assert serving is not None
+        assert (policies, os.sched_getscheduler(serving)) == ([os.SCHED_IDLE], os.SCHED_OTHER)
+        assert process.adopt_view(cluster.view) == cluster.view.view_hash
+        assert process.status()["phase"] == "ready" and process.heartbeat() == (0, 0)
+        ended = threading.Thread(target=process.until_end)
+        ended.start()
+    finally:
+        process.stop()
+    ended.join(30)
+    assert not ended.is_alive()
+
+
+def test_a_standby_becomes_the_group_that_it_is_told_to_be(cluster: LocalCluster) -> None:
+    launch = cluster.launch(uid="dense-7", incarnation=4, process_name="remora/standby")
+    process = DenseProcess()
+    process.warm_up(launch.model)
+    assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
+    try:
+        member = process.start(msgspec.structs.replace(launch, load_idle=True))
+        assert (member.uid, member.incarnation) == ("dense-7", 4)
+        assert member.actor_name == "remora/standby"
+        assert process.adopt_view(cluster.view) == cluster.view.view_hash
+    finally:
+        process.stop()
+
+
+def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> None:
+    process = DenseProcess(cluster.launch())
+    process.stop()
+    process.until_end()
