@@ -7,11 +7,11 @@ file that its wheel does not have; its provider of pretended nodes (raylets as p
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import (
@@ -24,7 +24,6 @@ from ray.cluster_utils import Cluster
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import neutral_runtime_env
 
-END_S = 20.0
 LISTS = (
     "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands",
     "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands",
@@ -110,12 +109,9 @@ def _config(
 
 def _end_processes_of(session: str) -> None:
     """Nodes that the autoscaler started are children of its monitor: nobody ends them with it."""
-    left = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = process.info["cmdline"] or []
-        if process.pid != os.getpid() and any(session in part for part in line):
-            left.append(process)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, END_S)
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if session.encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
