@@ -35,9 +35,9 @@ test check: export OMP_WAIT_POLICY := PASSIVE
 # `make test` runs every test. CI has just run `make check`, which holds the tests that need no Ray
 # cluster, and passes AFTER_CHECK=1 so that those are not run a second time.
 AFTER_CHECK ?=
-# Processes of `make check`, each with whole files of tests.
-UNIT_WORKERS ?= 2
-PYTEST := $(BIN)/pytest --durations=10
+# Processes that run tests, each whole files of them. Live tests mostly wait, so two do not crowd.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --durations=10 -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup serve test check lint types clean
 
@@ -53,8 +53,8 @@ test: setup ## every test, real Ray clusters included
 	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
 
 check: lint types setup ## formatting, lint, types, tests without a Ray cluster, 2,000 simulated histories
-	$(PYTEST) -m "not live" -n $(UNIT_WORKERS) --dist loadfile $(ARGS)
-	$(BIN)/remora sim --jobs $(UNIT_WORKERS)
+	$(PYTEST) -m "not live" $(ARGS)
+	$(BIN)/remora sim --jobs $(WORKERS)
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff format --check .
