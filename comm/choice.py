@@ -279,8 +279,9 @@ def choose(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S
         if missing >= 0:
             return missing
     level_own_host(
-        index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, PENDING, call_TK, shard_TK
-    )
+        index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S, PENDING, call_TK,
+        shard_TK,
+    )  # fmt: skip
     if replicas_ER.shape[1] > 1:
         decay(load_S, num_tokens)
         for t in range(num_tokens):
@@ -314,6 +315,7 @@ def choose_naive(
         hosts: host of each shard; `own_host` is ours.
         load: of each shard in 1 / PAIR pairs; changed as `load_S`.
     """
+    load_before = list(load)
     forget = min(len(index_TK), 2**DECAY_SHIFT)
     load[:] = [x - x * forget // 2**DECAY_SHIFT for x in load]
     slope = gain * UNIT * len(load) // (GAIN_ONE * (sum(load) + PRIOR * len(load)))
@@ -362,7 +364,7 @@ def choose_naive(
             if able and price[best] + PAIR * slope < price[of[k]]:
                 give(k, best)
         chosen.append([of.get(k, -1) for k in range(len(row))])
-    level_own_host_naive(index_TK.tolist(), chosen, holders, hosts, own_host)
+    level_own_host_naive(index_TK.tolist(), chosen, holders, hosts, own_host, load_before)
     for shard in (s for shards in chosen for s in shards if s >= 0):
         load[shard] += PAIR
     return chosen

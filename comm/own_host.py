@@ -8,7 +8,9 @@ one here and a few there, and the one with most rows first, each to the shard wi
 far (longest processing time first; Graham 1969: at most a third over the best there is).
 
 An expert that only one shard holds stays where it is. So do the pairs of one with more rows than
-`SPLIT_ROWS`: there the rows cost more than the weights, and `choice` has spread them by load.
+`SPLIT_ROWS`: there the rows cost more than the weights, and `choice` has spread them by load. And
+nothing moves while our shards' recent load differs by more than a quarter of its mean: other dense
+groups use them unevenly then, which the load prices of `choice` know of and one dispatch does not.
 
 Shape suffixes as in `choice`: T tokens, K top-k, E experts, R most replicas of one, S shards.
 """
@@ -23,16 +25,18 @@ import numpy as np
 # such number gives the same result.
 READ_ROWS: Final = 32
 SPLIT_ROWS: Final = 128
+UNEVEN: Final = 4  # a load that differs by more than 1/4 of its mean
+LOAD_PRIOR: Final = 256 * 64  # `choice.PRIOR`: loads far below it say nothing yet
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
 
 @_jit
-def level_own_host(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, pending, call_TK, shard_TK):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def level_own_host(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S, load_S, pending, call_TK, shard_TK):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Changes `shard_TK` of pairs on our own host, for those with `call_TK == pending`.
 
     Args:
-        index_TK, replicas_ER, host_S, own_host, usable_S: as `choice.choose`.
+        index_TK, replicas_ER, host_S, own_host, usable_S, load_S: as `choice.choose`.
         pending: `choice.PENDING`.
         call_TK: int32.
         shard_TK: int32, chosen; written.
@@ -40,9 +44,16 @@ def level_own_host(index_TK, num_tokens, replicas_ER, host_S, own_host, usable_S
     num_shards = host_S.shape[0]
     num_experts, num_replicas = replicas_ER.shape
     num_own = 0
+    least = most = total = 0
     for s in range(num_shards):
-        num_own += host_S[s] == own_host and usable_S[s] != 0
+        if host_S[s] == own_host and usable_S[s]:
+            least = load_S[s] if num_own == 0 else min(least, load_S[s])
+            most = max(most, load_S[s])
+            total += load_S[s]
+            num_own += 1
     if num_own < 2 or num_replicas < 2:
+        return
+    if UNEVEN * (most - least) > total // num_own + LOAD_PRIOR:
         return
     rows_E = np.zeros(num_experts, np.int32)
     for t in range(num_tokens):
@@ -103,6 +114,7 @@ def level_own_host_naive(
     holders: list[list[int]],
     hosts: list[int],
     own_host: int,
+    load: list[int],
 ) -> None:
     """Slow twin of `level_own_host`: changes `chosen_TK`.
 
@@ -111,7 +123,11 @@ def level_own_host_naive(
         chosen_TK: shards.
         holders: usable shards per expert, ascending.
         hosts: host of each shard.
+        load: of each shard.
     """
+    loads = [x for x, host in zip(load, hosts, strict=True) if host == own_host] or [0]
+    if UNEVEN * (max(loads) - min(loads)) > sum(loads) // len(loads) + LOAD_PRIOR:
+        return
     pairs: dict[int, list[tuple[int, int]]] = {}
     for t, (row, shards) in enumerate(zip(index_TK, chosen_TK, strict=True)):
         for k, (e, s) in enumerate(zip(row, shards, strict=True)):

@@ -202,8 +202,8 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
                 if source_T[t] == x:
                     of_TK[t - first] = call_TK[t - first]
             level_own_host(
-                ids_TK[first:end], end - first, table_ER, host_S, x, usable_S, PENDING, of_TK,
-                shard_TK[first:end],
+                ids_TK[first:end], end - first, table_ER, host_S, x, usable_S, load_S, PENDING,
+                of_TK, shard_TK[first:end],
             )  # fmt: skip
         for t in range(first, end):
             for k in range(top_k):

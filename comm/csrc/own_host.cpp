@@ -9,6 +9,8 @@ namespace {
 // Constants of `comm/own_host.py`, under the same names there.
 constexpr int32_t kReadRows = 32;
 constexpr int32_t kSplitRows = 128;
+constexpr int64_t kUneven = 4;
+constexpr int64_t kLoadPrior = 256 * 64;
 
 }  // namespace
 
@@ -18,8 +20,16 @@ void Chooser::level_own_host(const Routing& routing, const ReplicaTable& table,
     return shards.host_S[s] == shards.own_host && shards.usable_S[s];
   };
   int num_own = 0;
-  for (int32_t s = 0; s < shards.num_shards; ++s) num_own += own(s);
-  if (num_own < 2) return;
+  int64_t least = 0, most = 0, total = 0;
+  for (int32_t s = 0; s < shards.num_shards; ++s) {
+    if (!own(s)) continue;
+    const int64_t load = table.load_S[s];
+    least = num_own == 0 ? load : std::min(least, load);
+    most = std::max(most, load);
+    total += load;
+    ++num_own;
+  }
+  if (num_own < 2 || kUneven * (most - least) > total / num_own + kLoadPrior) return;
   const int64_t num_pairs = routing.num_tokens * routing.top_k;
   const auto here = [&](int64_t p) {
     return call_TK[p] != kSkipped && shards.host_S[shard_TK[p]] == shards.own_host;

@@ -158,3 +158,10 @@ def test_rows_of_a_hot_expert_are_spread_and_the_twins_agree(num_tokens: int) ->
     assert _native(index_TK, holders, hosts, [0, 0], 4 * choice.GAIN_ONE) in (None, (chosen, load))
     assert (len(set(shard_TK[:, 0].tolist())) == 2) == (num_tokens > 128)
     assert max(load) <= 1.2 * sum(load) / 2 or num_tokens == 128
+
+
+def test_shards_of_our_own_host_that_others_load_unevenly_are_not_levelled() -> None:
+    index_TK = np.arange(8)[None].astype(np.int64)
+    for load, expected in (([1 << 20, 1 << 20], [4, 4]), ([1 << 20, 1 << 21], [8, 0])):
+        found = run_choose(index_TK, [[0, 1]] * 8, {0, 1}, {0, 1}, load=load)[1]
+        assert np.bincount(found.ravel(), minlength=2).tolist() == expected
