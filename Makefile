@@ -33,11 +33,13 @@ test check: export OMP_NUM_THREADS := 2
 test check: export OMP_WAIT_POLICY := PASSIVE
 
 # `make test` runs every test. CI has just run `make check`, which holds the tests that need no Ray
-# cluster, and passes AFTER_CHECK=1 so that those are not run a second time.
+# cluster, and passes AFTER_CHECK=1 so that those are not run a second time; neither are the `long`
+# ones then, for which CI's 25 minutes have no room.
 AFTER_CHECK ?=
-# Processes that run tests, each whole files of them. Live tests mostly wait, so two do not crowd.
+# Processes of `make check`, each with whole files of tests. Live tests start a dozen processes each,
+# so they run one after the other.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest --durations=10 -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest --durations=10
 
 .PHONY: help setup serve test check lint types clean
 
@@ -50,10 +52,10 @@ serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001'
 	@$(BIN)/remora serve --preset tiny_cpu $(ARGS)
 
 test: setup ## every test, real Ray clusters included
-	$(PYTEST) $(if $(AFTER_CHECK),-m live) $(ARGS)
+	$(PYTEST) $(if $(AFTER_CHECK),-m "live and not long") $(ARGS)
 
 check: lint types setup ## formatting, lint, types, tests without a Ray cluster, 2,000 simulated histories
-	$(PYTEST) -m "not live" $(ARGS)
+	$(PYTEST) -m "not live" -n $(WORKERS) --dist loadfile $(ARGS)
 	$(BIN)/remora sim --jobs $(WORKERS)
 
 lint: $(DEPENDENCIES)

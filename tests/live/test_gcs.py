@@ -24,6 +24,8 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.operation import PlaceAs, ScaleTo
 from remora.comm.errors import ClusterError
 
+pytestmark = pytest.mark.long
+
 NAME = "headless"
 SHARDS = ("shard-0", "shard-1")
 

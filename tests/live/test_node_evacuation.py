@@ -22,6 +22,8 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig
 
+pytestmark = pytest.mark.long
+
 NAME = "evacuated"
 ROOM = {"num_cpus": 2, "resources": {"shard": 2, "group": 1}}
 DEADLINE_S = 240.0  # two cores, shared; far more than it takes

@@ -14,6 +14,8 @@ from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, stop_cluster
 from remora.cluster.config import parse_config
 from remora.cluster.operation import ScaleTo
 
+pytestmark = pytest.mark.long
+
 NAME = "grown"
 SOON_S = 120.0
 ROLE = {"remora/role": "expert"}

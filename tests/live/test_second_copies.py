@@ -4,8 +4,12 @@ import asyncio
 import signal
 from typing import Any
 
+import pytest
+
 from remora.cluster.bootstrap import ClusterHandle, cluster_status, ensure_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig
+
+pytestmark = pytest.mark.long
 
 NAME = "copies"
 EACH = 16 * 8  # experts that one of two shards serves, over all layers
