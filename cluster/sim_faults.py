@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import msgspec
 import yaml
 
+from remora.cluster.sim_network import uid_of
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Faults:
         self.log_tears = False
         self.silent: list[tuple[str, float, float]] = []  # uid, from, until
         self.cuts: list[tuple[str, str, float, float]] = []  # of a link: uids, from, until
+        self.stopped: list[tuple[str, float]] = []  # uid, for how long
         self._world = world
         self._left = list(planned)
         self._armed: dict[str, list[str]] = {}  # kind -> who it will strike
@@ -179,6 +181,7 @@ class Faults:
                     network.kill(process)
             case "stop":
                 network.stop(process)
+                self.stopped.append((uid_of(process), fault.for_s))
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
             case "short memory":
                 if uid not in world.shards_alive():
