@@ -1,7 +1,7 @@
 """What an actor is told at its start, and what it tells about itself while it loads.
 
 Nothing heavy is imported here: a process that joins reads this file before it has taken idle
-priority (`shard_process.py`).
+priority (`light_process.py`).
 """
 
 import ipaddress

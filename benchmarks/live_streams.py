@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.state import list_actors
+from ray_actors import living_names, process_of
 
 from remora.actors.launch import RAY_NAMESPACE, host_label
 from remora.cluster.bootstrap import ClusterHandle, neutral_runtime_env
@@ -262,24 +262,7 @@ async def over(handle: ClusterHandle, operation_id: str) -> dict[str, Any]:
 
 def living(name: str) -> set[str]:
     """Actors of a deployment, as `uid#incarnation`."""
-    prefix = f"remora/{name}/"
-    actors = _living_actors([])
-    return {a.name.removeprefix(prefix) for a in actors if a.name.startswith(prefix)}
-
-
-def process_of(actor_name: str) -> int:
-    """Process of a living actor of ours."""
-    [actor] = _living_actors([("name", "=", actor_name)])
-    pid = actor.pid
-    assert isinstance(pid, int) and pid > 0
-    return pid
-
-
-def _living_actors(filters: list[tuple[str, str, str]]) -> list[Any]:
-    address = ray.get_runtime_context().gcs_address  # else Ray looks for a cluster by itself
-    alive = ("state", "=", "ALIVE")
-    found: list[Any] = list_actors(address=address, filters=[*filters, alive], detail=True)
-    return found
+    return {actor.removeprefix(f"remora/{name}/") for actor in living_names(name)}
 
 
 async def strike(actor_name: str, fault: signal.Signals) -> int:

@@ -28,7 +28,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.own_host import level_own_host, level_own_host_naive
+from remora.comm.own_host import LOAD_PRIOR, level_own_host, level_own_host_naive
 
 TOP_K_MAX: Final = 16
 PENDING: Final = -1  # a pair that no call has taken yet
@@ -40,7 +40,7 @@ GAIN_ONE: Final = 16
 LOCAL_SHARE: Final = 64  # shards of our own host: cheaper by the price of 1/64 of the mean load
 PAIR: Final = 64  # load of one pair: decay needs fractions
 DECAY_SHIFT: Final = 13  # load is forgotten over 2 ** 13 tokens
-PRIOR: Final = 256 * PAIR  # load per shard that counts as none: no price on the first few pairs
+PRIOR: Final = LOAD_PRIOR  # load per shard that counts as none: no price on the first few pairs
 
 HOST_SHARE_N: Final = np.array([0] + [UNIT // n for n in range(1, TOP_K_MAX + 1)], np.int64)
 SHARD_SHARE_N: Final = np.array([0] + [OPEN_SHARD // n for n in range(1, TOP_K_MAX + 1)], np.int64)

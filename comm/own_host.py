@@ -26,7 +26,7 @@ import numpy as np
 READ_ROWS: Final = 32
 SPLIT_ROWS: Final = 128
 UNEVEN: Final = 4  # a load that differs by more than 1/4 of its mean
-LOAD_PRIOR: Final = 256 * 64  # `choice.PRIOR`: loads far below it say nothing yet
+LOAD_PRIOR: Final = 256 * 64  # 256 pairs in 1 / `choice.PAIR`: loads far below it say nothing yet
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 

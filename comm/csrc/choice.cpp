@@ -12,9 +12,7 @@ constexpr int64_t kUnit = 720720 * 64;
 constexpr int64_t kOpenShard = kUnit / 8;
 constexpr int64_t kGainOne = 16;
 constexpr int64_t kLocalShare = 64;
-constexpr int64_t kPair = 64;
 constexpr int64_t kDecayShift = 13;
-constexpr int64_t kPrior = 256 * kPair;
 
 constexpr std::array<int64_t, kTopKMax + 1> shares(int64_t cost) {
   std::array<int64_t, kTopKMax + 1> share_N{};

@@ -9,6 +9,8 @@
 namespace remora {
 
 constexpr int kTopKMax = 16;
+constexpr int64_t kPair = 64;
+constexpr int64_t kPrior = 256 * kPair;
 constexpr int32_t kSkipped = -2;  // plan.SKIPPED: a pair whose expert is negative
 
 // Shards that hold each expert of one decoder layer, padded with -1 (`replicas.replica_tables`),

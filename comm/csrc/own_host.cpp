@@ -10,7 +10,6 @@ namespace {
 constexpr int32_t kReadRows = 32;
 constexpr int32_t kSplitRows = 128;
 constexpr int64_t kUneven = 4;
-constexpr int64_t kLoadPrior = 256 * 64;
 
 }  // namespace
 
@@ -29,7 +28,7 @@ void Chooser::level_own_host(const Routing& routing, const ReplicaTable& table,
     total += load;
     ++num_own;
   }
-  if (num_own < 2 || kUneven * (most - least) > total / num_own + kLoadPrior) return;
+  if (num_own < 2 || kUneven * (most - least) > total / num_own + kPrior) return;
   const int64_t num_pairs = routing.num_tokens * routing.top_k;
   const auto here = [&](int64_t p) {
     return call_TK[p] != kSkipped && shards.host_S[shard_TK[p]] == shards.own_host;

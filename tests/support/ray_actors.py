@@ -1,26 +1,12 @@
-"""Living actors of the Ray cluster that this process is connected to, whatever else runs here."""
+"""Living actors of the Ray cluster that a test is in: what the programs of benchmarks/ use."""
 
+from collections.abc import Callable
 from typing import Any
 
-import ray
-from ray.util.state import list_actors
+from support.programs import benchmarks_on_path, program
 
-
-def living_actors(*filters: tuple[str, str, str]) -> list[Any]:
-    """What Ray says of them, process ids included."""
-    address = ray.get_runtime_context().gcs_address  # else Ray looks for a cluster by itself
-    alive = ("state", "=", "ALIVE")
-    return list(list_actors(address=address, filters=[*filters, alive], detail=True))
-
-
-def living_names(deployment: str) -> list[str]:
-    """Full names of those of a deployment."""
-    names = [actor.name or "" for actor in living_actors()]
-    return [name for name in names if name.startswith(f"remora/{deployment}/")]
-
-
-def process_of(actor_name: str) -> int:
-    """Process of a living actor."""
-    [actor] = living_actors(("name", "=", actor_name))
-    assert isinstance(actor.pid, int) and actor.pid > 0
-    return actor.pid
+with benchmarks_on_path():
+    _found = program("ray_actors")
+living_actors: Callable[..., list[Any]] = _found.living_actors
+living_names: Callable[[str], list[str]] = _found.living_names
+process_of: Callable[[str], int] = _found.process_of

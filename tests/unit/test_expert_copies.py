@@ -6,11 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.checkpoints import make_checkpoint
+from support.copy_orders import held, order
 from support.local_cluster import TOKEN, LocalCluster
 
 from remora.actors.expert_actor import ExpertActor
-from remora.actors.launch import CopyOrder, ReplicaSource
-from remora.actors.shard_model import ShardExperts
 from remora.comm.copies import PART_BYTES_MAX, CopyRefusedError, CopyService, CopySource, Part
 from remora.comm.errors import AuthError, PeerLostError
 from remora.comm.server import FrameServer
@@ -32,30 +31,6 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalClu
     found.close()
 
 
-def held(actor: ExpertActor) -> ShardExperts:
-    assert actor._shard is not None
-    return actor._shard
-
-
-def source(actor: ExpertActor) -> ReplicaSource:
-    facts = actor.facts()
-    assert facts.copies is not None
-    member = facts.member
-    return ReplicaSource(uid=member.uid, incarnation=member.incarnation, endpoint=facts.copies)
-
-
-def order(cluster: LocalCluster, experts: tuple[int, ...], *uids: str) -> CopyOrder:
-    """What shard-1 holds of `experts`, from these shards in turn."""
-    giver = cluster.shards[1]
-    known = {p: e.digest for p, e in giver.facts().manifest.by_expert().items()}
-    pairs = [(layer, expert) for layer in cluster.spec.moe_layers for expert in experts]
-    return CopyOrder(
-        digests={pair: known[pair] for pair in pairs},
-        replicas=dict.fromkeys(pairs, uids),
-        sources=(source(giver),),
-    )
-
-
 def counts(actor: ExpertActor) -> tuple[int, int]:
     status = actor.status()
     return status["experts_copied"], status["experts_loaded"]
@@ -63,7 +38,7 @@ def counts(actor: ExpertActor) -> tuple[int, int]:
 
 def test_a_copy_is_the_replica_bit_for_bit(cluster: LocalCluster) -> None:
     taker, giver = cluster.shards
-    wanted = order(cluster, (5, 6), "shard-1")
+    wanted = order(cluster, 1, (5, 6), "shard-1")
     assert taker.load_experts(wanted) == wanted.digests
     assert counts(taker) == (len(wanted.digests), 0)
     for layer, expert in wanted.digests:
@@ -81,7 +56,7 @@ def test_a_joiner_takes_what_it_is_to_hold_from_replicas(cluster: LocalCluster) 
     )
     joiner = ExpertActor(cluster.shard_launch("shard-2", empty, load_idle=True))
     cluster.shards.append(joiner)
-    wanted = order(cluster, (4, 7), "shard-1")
+    wanted = order(cluster, 1, (4, 7), "shard-1")
     facts = joiner.join(wanted)
     found = {p: e.digest for p, e in facts.manifest.by_expert().items()}
     assert found == wanted.digests
@@ -94,8 +69,8 @@ def test_the_next_source_is_taken_when_one_does_not_give(
 ) -> None:
     """In the end the checkpoint."""
     taker, giver = cluster.shards
-    wanted = order(cluster, (5,), "shard-9", "shard-1") if how == "unknown" else None
-    wanted = wanted or order(cluster, (5,), "shard-1")
+    wanted = order(cluster, 1, (5,), "shard-9", "shard-1") if how == "unknown" else None
+    wanted = wanted or order(cluster, 1, (5,), "shard-1")
     expected = (0, len(wanted.digests))
     if how == "unknown":  # a shard whose address nobody knows is passed over
         expected = (len(wanted.digests), 0)
@@ -116,7 +91,7 @@ def test_the_next_source_is_taken_when_one_does_not_give(
 
 def test_bytes_that_are_not_the_expert_are_never_served(cluster: LocalCluster) -> None:
     taker, giver = cluster.shards
-    wanted = order(cluster, (5,), "shard-1")
+    wanted = order(cluster, 1, (5,), "shard-1")
     first = next(iter(wanted.digests))
     found = held(giver).held_memory(*first)
     assert found is not None
@@ -128,7 +103,7 @@ def test_bytes_that_are_not_the_expert_are_never_served(cluster: LocalCluster) -
 
 def test_a_source_that_vanishes_half_way(cluster: LocalCluster) -> None:
     taker, giver = cluster.shards
-    wanted = order(cluster, (4, 5, 6, 7), "shard-1")
+    wanted = order(cluster, 1, (4, 5, 6, 7), "shard-1")
     assert giver._copies is not None
     service, server = giver._copies.service, giver._copies._server
     read, asked = service._read, []

@@ -3,11 +3,8 @@
 Each instruction set is chosen once for a process, so the cases run in processes of their own.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
+from support.isa_script import run_under
 
 from remora.kernels import native
 
@@ -65,16 +62,7 @@ print(digest.hexdigest())
 
 def digest(isa: str) -> str:
     """What the script computed under this instruction set."""
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, isa],
-        env={**os.environ, "REMORA_ISA": isa, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    return run_under(isa, SCRIPT, isa)
 
 
 def test_rows_on_emulated_tiles_do_not_know_each_other() -> None:

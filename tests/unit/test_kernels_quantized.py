@@ -1,12 +1,10 @@
 """Weights of one byte and of four bits: quantised, packed, multiplied, moved."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from support.isa_script import run_under
 from torch import Tensor
 
 from remora.kernels import int4, native, reference
@@ -298,12 +296,4 @@ def test_int4_on_every_instruction_set_is_bfloat16(isa: str) -> None:
     known = ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
     if isa in known and known.index(isa) > known.index(native.native_isa()):
         pytest.skip(f"this machine has no {isa}, or it is kept off")
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, isa],
-        env={**os.environ, "REMORA_ISA": isa, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_under(isa, SCRIPT, isa)

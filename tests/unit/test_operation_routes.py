@@ -158,6 +158,7 @@ BAD = [
     ("scale", {"operation_id": "a", "shards": 3, "retire": "shard-0"}, 400, "retire"),
     ("scale", {"operation_id": "../x", "shards": 3}, 400, "operation_id"),
     ("scale", {"operation_id": "restore-x", "shards": 3}, 400, "own"),
+    ("scale", {"operation_id": "take-over-x", "shards": 3}, 400, "own"),
     ("scale", {"operation_id": "a", "shards": 1, "retire": ["shard-8"]}, 400, "shard-8"),
     ("drain", {"operation_id": "a", "uids": []}, 400, "uids"),
     ("drain", {"operation_id": "a", "uids": ["x" * 5000]}, 413, "larger than 4096"),

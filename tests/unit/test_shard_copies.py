@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 from support.checkpoints import make_checkpoint
+from support.copy_orders import held, order, source
 from support.local_cluster import LocalCluster
 
 from remora.actors import shard_slots
 from remora.actors.expert_actor import ExpertActor
 from remora.actors.expert_copies import CopyTaker
-from remora.actors.launch import CopyOrder, ReplicaSource
-from remora.actors.shard_model import ShardExperts
+from remora.actors.launch import CopyOrder
 from remora.comm.errors import ClusterError
 
 LOW, HIGH = (0, 1, 2, 3), (4, 5, 6, 7)
@@ -28,31 +28,6 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     found = LocalCluster(path, num_shards=2, dtype="bfloat16", exact=True, num_copies=4)
     yield found
     found.close()
-
-
-def held(actor: ExpertActor) -> ShardExperts:
-    assert actor._shard is not None
-    return actor._shard
-
-
-def source(actor: ExpertActor) -> ReplicaSource:
-    facts = actor.facts()
-    assert facts.copies is not None
-    member = facts.member
-    return ReplicaSource(uid=member.uid, incarnation=member.incarnation, endpoint=facts.copies)
-
-
-def order(cluster: LocalCluster, giver: int, experts: tuple[int, ...], term: int = 1) -> CopyOrder:
-    """Experts of every layer that shard `giver` serves, from its memory."""
-    actor = cluster.shards[giver]
-    known = {p: e.digest for p, e in actor.facts().manifest.by_expert().items()}
-    pairs = [(layer, expert) for layer in cluster.spec.moe_layers for expert in experts]
-    return CopyOrder(
-        digests={pair: known[pair] for pair in pairs},
-        replicas=dict.fromkeys(pairs, (f"shard-{giver}",)),
-        sources=(source(actor),),
-        term=term,
-    )
 
 
 def counts(actor: ExpertActor) -> tuple[int, int, int, int]:
