@@ -18,7 +18,6 @@ from remora.actors.router_actor import router_address
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator import OVER, Coordinator
-from remora.cluster.instances import instances_dir
 from remora.cluster.operation import Target
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError
 from remora.comm.view import Member, View
@@ -28,6 +27,7 @@ COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
 BEGIN_S = 30.0  # for the coordinator to take an operation, or to tell how one is
 OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
+NEUTRAL_DIR = "/proc/sys/vm"  # on every Linux host; nobody can put a module there
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
@@ -98,14 +98,15 @@ class ClusterHandle:
 
 
 def neutral_runtime_env() -> dict[str, Any]:
-    """A runtime environment whose working directory is empty.
+    """A runtime environment whose working directory holds nothing that could be imported.
 
     Ray puts the driver's working directory on every worker's import path; from a checkout that
-    would let `import kernels` (which transformers probes for) find our room.
+    would let `import kernels` (which transformers probes for) find our room. A folder that Ray
+    packs and sends would not do: where a machine has several nodes of one session, each new one
+    unpacks it again and so takes it from under the workers of the others (Ray 2.60), and `import
+    torch` fails in a directory that is gone.
     """
-    empty = instances_dir() / "empty"  # private: what lies in it is on every worker's path
-    empty.mkdir(exist_ok=True)
-    return {"working_dir": str(empty)}
+    return {"working_dir": f"local://{NEUTRAL_DIR}"}
 
 
 def ensure_cluster(

@@ -1,16 +1,24 @@
-"""Ray's autoscaler (version 2, pretended nodes): shards that find no place have nodes added."""
+"""Ray's autoscaler (version 2, pretended nodes): members that find no place have nodes added."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.util import list_named_actors
 from support.autoscaled_ray import autoscaled_ray
 from support.serving import DEMO_MODEL
 
 from remora.actors.launch import host_label
-from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, stop_cluster
+from remora.cluster.bootstrap import (
+    NEUTRAL_DIR,
+    ClusterHandle,
+    ensure_cluster,
+    stop_cluster,
+)
 from remora.cluster.config import parse_config
 from remora.cluster.operation import ScaleTo
 
@@ -23,12 +31,12 @@ ROLE = {"remora/role": "expert"}
 
 @pytest.fixture
 def handle(tmp_path: Path) -> Iterator[ClusterHandle]:
-    """The head has room for a dense group and a shard; another shard needs another node."""
+    """The head has no room for members: a node has, for a dense group and a shard."""
     host = {
-        "resources": {"CPU": 1}, "labels": ROLE, "node_config": {},
+        "resources": {"CPU": 2}, "labels": ROLE, "node_config": {},
         "min_workers": 0, "max_workers": 2,
     }  # fmt: skip
-    head = {"resources": {"CPU": 2}, "labels": ROLE}
+    head: dict[str, Any] = {"resources": {"CPU": 0}, "labels": {}}
     config = parse_config(
         {
             "name": NAME,
@@ -44,26 +52,39 @@ def handle(tmp_path: Path) -> Iterator[ClusterHandle]:
         stop_cluster(NAME)
 
 
-def test_nodes_come_and_go_with_shards(handle: ClusterHandle) -> None:
-    assert shard_hosts(handle) == {host_label()} and not added_hosts()
+def test_nodes_come_and_go_with_members(handle: ClusterHandle) -> None:
+    first = added_hosts()
+    assert len(first) == 1, "a dense group and a shard, on a node that was not there before"
+    assert hosts(handle) == first
     up = handle.done("up", ScaleTo(2))
     assert (up["outcome"], up["joiners"]) == ("done", {"shard-1": 1}), up["reason"]
-    assert len(added_hosts()) == 1
-    assert shard_hosts(handle) == {host_label()} | added_hosts()
+    assert len(added_hosts()) == 2
+    assert hosts(handle) == added_hosts()
+    # A second node must not take the working directory from under the workers of the first.
+    assert set(working_directories()) == {NEUTRAL_DIR}
 
     down = handle.done("down", ScaleTo(1, retire=("shard-1",)))
     assert (down["outcome"], down["safe_to_delete"]) == ("done", ["shard-1"]), down["reason"]
-    until(lambda: not added_hosts())
-    assert shard_hosts(handle) == {host_label()}
+    until(lambda: added_hosts() == first)
+    assert hosts(handle) == first
 
 
-def shard_hosts(handle: ClusterHandle) -> set[str]:
-    return {m.endpoint.host for m in handle.view().members if m.role == "shard"}
+def hosts(handle: ClusterHandle) -> set[str]:
+    return {member.endpoint.host for member in handle.view().members}
 
 
 def added_hosts() -> set[str]:
     """Nodes beside the head, where this process is."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {host_label()}
+
+
+def working_directories() -> list[str]:
+    """Of the processes of all actors; the kernel adds " (deleted)" to one that is gone."""
+    named = list_named_actors(all_namespaces=True)
+    assert len(named) == 5, "coordinator, router, dense group, two shards"
+    handles = [ray.get_actor(each["name"], namespace=each["namespace"]) for each in named]
+    pids = [ray._private.state.actors(handle._actor_id.hex())["Pid"] for handle in handles]
+    return [os.readlink(f"/proc/{pid}/cwd") for pid in pids]
 
 
 def until(found: Callable[[], bool]) -> None:
