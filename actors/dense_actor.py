@@ -263,7 +263,7 @@ class DenseActor:
             state=self._state,
             rank=rank,
             executor=self._executor,
-            connect=lambda view: self._connect(rank, view),
+            connect=functools.partial(self._connect, rank),
             traffic=self._traffic,
         )
         self._server = FrameServer(
@@ -340,7 +340,7 @@ class DenseActor:
             if self._leader is not None:
                 self._leader.close()
 
-    def _connect(self, rank: DenseRank, view: View) -> None:
+    def _connect(self, rank: DenseRank, view: View, or_none: bool) -> None:
         assert self._peers is not None
         if self._node is not None:
             self._node.adopt(view)
@@ -348,7 +348,7 @@ class DenseActor:
         if self._leader is not None:
             self._leader.adopt(view)
         self._dispatcher = connect_shards(
-            self._peers, view, self._launch, self._dispatcher, self._views
+            self._peers, view, self._launch, self._dispatcher, self._views, or_none
         )
         rank.experts = on_host(self._dispatcher.moe, rank.model)
         if self._leader is not None and self._shuffle is not None:

@@ -78,7 +78,8 @@ class DenseEngine:
     """Runs `state` and `rank` until `stop`. `on_frame` and `on_lost` are a FrameServer's handlers.
 
     Args:
-        connect: makes the rank's shards those of a view; raises ClusterError when it cannot.
+        connect: makes the rank's shards those of a view; raises ClusterError when it cannot. With
+            True, steps are held for shards that cannot be reached.
         traffic: what pongs tell of the links to the shards; asked in the engine's thread.
     """
 
@@ -88,7 +89,7 @@ class DenseEngine:
         state: DenseState,
         rank: DenseRank,
         executor: Executor,
-        connect: Callable[[View], None],
+        connect: Callable[[View, bool], None],
         traffic: Callable[[], Traffic | None],
     ) -> None:
         self._state = state
@@ -132,8 +133,8 @@ class DenseEngine:
         """Use `view` from the next step on; returns when it is in use.
 
         Args:
-            or_none: where a shard of it cannot be reached, use no view until it can: the older one
-                never again.
+            or_none: also where a shard of it cannot be reached: steps are held until it can, and
+                the older view is never used again.
             adopted: who settles this one has it return earlier (`ViewInbox.tell`).
 
         Raises:
@@ -293,16 +294,16 @@ class DenseEngine:
             except ClusterError as failure:
                 self._why_not = str(failure)
 
-    def _adopt(self, view: View) -> None:
-        self._connect(view)
+    def _adopt(self, view: View, or_none: bool = False) -> None:
+        self._connect(view, or_none)
         self._view = view
         self._why_not = None
         self._note_status()
 
     def _adopt_or_none(self, view: View) -> None:
         try:
-            self._adopt(view)
-        except ClusterError as failure:
+            self._adopt(view, or_none=True)
+        except ClusterError as failure:  # of a rank that cannot hold
             logger.warning("view %d is not in use yet, and no other: %s", view.epoch, failure)
             self._view, self._why_not = view, str(failure)
 

@@ -145,7 +145,7 @@ class ExpertActor:
         def obey() -> None:
             shard.state.obey(term)
             self._fenced = fenced
-            server.close_peers(fenced)
+            server.fence(fenced)
 
         self._changing().between_calls(obey)
 
@@ -242,7 +242,6 @@ class ExpertActor:
             host_ip=launch.bind_ip,
             token=launch.token,
             on_frame=service.on_frame,
-            on_open=self._admit,
             unix=launch.use_unix,
             incarnation=launch.incarnation,
             pump=service.pump,
@@ -271,10 +270,6 @@ class ExpertActor:
             progress=self._note_progress,
             device=self._hardware.device,
         )
-
-    def _admit(self, connection: Connection) -> None:
-        if connection.peer_name in self._fenced:
-            raise FrameError(f"{connection.peer_name} is fenced: it did not take the newest view")
 
     def _prepare_nccl(self, shard: ShardExperts, nccl: NcclLaunch) -> Callable[[], None]:
         """The same where rows come over NCCL: sockets carry the conductor's messages only."""

@@ -19,11 +19,13 @@ def connect_shards(
     launch: DenseLaunch,
     before: Dispatcher | None,
     views: ViewInbox | None = None,
+    or_none: bool = False,
 ) -> Dispatcher:
     """A dispatcher by `view`; `before` is the one that it takes the place of.
 
     Args:
         views: asked for a newer one when a call fails. None: there is none.
+        or_none: also where an expert has no replica that can be reached: steps are held for it.
 
     Raises:
         ClusterError: an expert has no replica that can be reached.
@@ -40,7 +42,7 @@ def connect_shards(
         hold=views.hold if views else None,
     )
     missing = sorted(set(view.placement.slots) - set(peers.live_uids))
-    if missing and uncovered(view.placement, set(peers.live_uids)):
+    if missing and not or_none and uncovered(view.placement, set(peers.live_uids)):
         raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
     return dispatcher
 

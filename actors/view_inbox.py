@@ -1,8 +1,9 @@
 """Views that the coordinator tells a dense rank, on their way to the thread that routes by them.
 
 That thread takes them between two steps. A step that finds no replica of an expert waits here for a
-view that has one (its requests are *held*, not failed), and connects meanwhile to whatever shards
-the coordinator offers: without that no such view could be committed.
+view that has one, or until a shard that it could not use is back (its requests are *held*, not
+failed), and connects meanwhile to whatever shards the coordinator offers: without that no such view
+could be committed.
 """
 
 import threading
@@ -15,6 +16,7 @@ from remora.comm.errors import DeadlineError
 from remora.comm.view import View
 
 GREET_S: Final = 60.0  # for a step to end, and for handshakes
+LOOK_EVERY_S: Final = 0.5
 
 
 class ViewInbox:
@@ -22,7 +24,7 @@ class ViewInbox:
 
     Args:
         greet: connects to the shards of a view; in the routing thread.
-        hold_s: longest wait for a view that has what is missing.
+        hold_s: longest wait of a layer for what is missing.
     """
 
     def __init__(self, greet: Callable[[View], None], hold_s: float) -> None:
@@ -91,26 +93,33 @@ class ViewInbox:
             else:
                 done.set_result(None)
 
-    def hold(self, epoch: int) -> View | None:
-        """Wait for a view newer than `epoch`; None when none came in time."""
+    def hold(self, epoch: int, look: Callable[[], bool], held_s: float) -> View | None:
+        """As `remora.comm.routes.Hold`."""
         self.is_holding = True
         try:
-            return self._held(epoch, time.monotonic() + self._hold_s)
+            return self._held(epoch, look, time.monotonic() + self._hold_s - held_s)
         finally:
             self.is_holding = False
 
-    def _held(self, epoch: int, until_s: float) -> View | None:
+    def _held(self, epoch: int, look: Callable[[], bool], until_s: float) -> View | None:
+        look_at_s = time.monotonic() + LOOK_EVERY_S
         while True:
             self.take_offers()
             self._settle_adoptions(epoch)
+            if (newest := self.newest(epoch)).epoch > epoch:
+                return newest
+            now_s = time.monotonic()
+            if now_s >= until_s:
+                return None
+            if now_s >= look_at_s:
+                if look():
+                    return newest
+                look_at_s = time.monotonic() + LOOK_EVERY_S
+                continue
             with self._changed:
-                if self._newest is not None and self._newest.epoch > epoch:
-                    return self._newest
-                left_s = until_s - time.monotonic()
-                if left_s <= 0:
-                    return None
-                if not self._offers and not self._has_adoption(epoch):
-                    self._changed.wait(left_s)
+                is_told = self._newest is not newest
+                if not self._offers and not is_told and not self._has_adoption(epoch):
+                    self._changed.wait(min(until_s, look_at_s) - now_s)
 
     def _has_adoption(self, epoch: int) -> bool:
         return any(told <= epoch and not adopted.done() for told, adopted in self._adoptions)

@@ -6,6 +6,9 @@
       | -- HMAC(token, "client" | hello | challenge) -> |
       | <-- status, HMAC(token, "server" | hello | challenge | client proof) |
 
+The status is *accepted*, *refused* (the proof is wrong), or *fenced* (it is right, and nobody of
+that name is wanted now: the caller may come again).
+
 Every message has one fixed size, so an unauthenticated peer can make us hold 80 bytes and no more.
 The side that dialled proves first: anybody can dial, so nobody who merely dials gets anything keyed
 with the token to work on. Both nonces are under both proofs (no replay), the two proofs have
@@ -17,10 +20,11 @@ sealed: networks that need that get it below us.
 import hmac
 import secrets
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from remora.comm.errors import AuthError
+from remora.comm.errors import AuthError, FencedError
 
 TOKEN_BYTES_MIN: Final = 16
 NONCE_BYTES: Final = 32
@@ -41,6 +45,7 @@ _SERVER_LABEL: Final = b"remora transport v1: server proof\0"
 _WANT_ARENA: Final = 1
 _ACCEPTED: Final = b"\x01"
 _REFUSED: Final = b"\x00"
+_FENCED: Final = b"\x02"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +104,9 @@ class ClientHandshake:
         return self._client_proof
 
     def on_verdict(self, verdict: bytes) -> Grants:
-        """Takes the 33-byte verdict and returns what was granted. Raises AuthError."""
+        """Takes the 33-byte verdict and returns what was granted. Raises AuthError, FencedError."""
+        if verdict[:1] == _FENCED:
+            raise FencedError("peer lets nobody of our name in: it is fenced")
         if verdict[:1] != _ACCEPTED:
             raise AuthError("peer refused our proof: the cluster tokens differ")
         expected = _proof(
@@ -132,7 +139,11 @@ def _read_grants(challenge: bytes) -> Grants:
 
 
 class ServerHandshake:
-    """The side that listens. `needed` says how many bytes the next `feed` takes."""
+    """The side that listens. `needed` says how many bytes the next `feed` takes.
+
+    Args:
+        refuses: whether a peer of this name, which has proved itself, is fenced.
+    """
 
     def __init__(
         self,
@@ -143,8 +154,10 @@ class ServerHandshake:
         region_bytes_max: int,
         frame_bytes_max: int,
         incarnation: int,
+        refuses: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._token = check_token(token)
+        self._refuses = refuses
         self._allow_arena = allow_arena
         self._num_regions_max = num_regions_max
         self._region_bytes_max = region_bytes_max
@@ -154,6 +167,7 @@ class ServerHandshake:
         self._challenge = b""
         self.needed = HELLO_BYTES
         self.accepted = False
+        self.fenced = False
         self.peer_name = "?"
 
     @property
@@ -193,11 +207,14 @@ class ServerHandshake:
         return self._challenge
 
     def _on_proof(self, proof: bytes) -> bytes:
+        self.needed = 0
         expected = _proof(self._token, _CLIENT_LABEL, self._hello, self._challenge)
         if not hmac.compare_digest(bytes(proof), expected):
             return _REFUSED + bytes(PROOF_BYTES)
+        self.fenced = self._refuses(self.peer_name)
+        if self.fenced:
+            return _FENCED + bytes(PROOF_BYTES)
         self.accepted = True
-        self.needed = 0
         return _ACCEPTED + _proof(
             self._token, _SERVER_LABEL, self._hello, self._challenge, bytes(proof)
         )

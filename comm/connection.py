@@ -126,6 +126,8 @@ class Connection:
         self.peer_name = handshake.peer_name
         if handshake.needed:
             return False
+        if handshake.fenced:
+            raise PeerLostError(f"{self.peer_name} is fenced: it did not take the newest view")
         if not handshake.accepted:
             raise AuthError(f"{self.peer_name!r} does not know the cluster token")
         self.grants = handshake.grants

@@ -31,7 +31,7 @@ from remora.comm.native import native_extension
 from remora.comm.native_dispatch import NativeLayers
 from remora.comm.peers import PeerSet
 from remora.comm.python_dispatch import PythonLayers
-from remora.comm.routes import Routes
+from remora.comm.routes import Hold, Routes
 from remora.comm.view import View
 
 Combine = Literal["ordered", "presummed"]
@@ -50,8 +50,8 @@ class Dispatcher:
             it has answered after all, or until the next epoch.
         refresh_view: called with the epoch that disappointed; returns the newest view (it may
             block to fetch it). None keeps the view for good.
-        hold: called when an expert has no live replica; waits for a view newer than the epoch that
-            it is given, or returns None. None: such a layer fails at once.
+        hold: called when an expert has no live replica; waits for what `routes.Hold` says. None:
+            such a layer fails at once.
         rows_per_call_max: larger dispatches go out in slices, so that other ranks' decode goes
             between them.
         native: False keeps to Python where the extension is there, to compare with it.
@@ -68,7 +68,7 @@ class Dispatcher:
         combine: Combine,
         deadline_s: float = 30.0,
         refresh_view: Callable[[int], View] | None = None,
-        hold: Callable[[int], View | None] | None = None,
+        hold: Hold | None = None,
         rows_per_call_max: int = 512,
         native: bool = True,
     ) -> None:

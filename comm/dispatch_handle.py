@@ -46,6 +46,7 @@ class Dispatch:
     spilled: list[Memory] = field(default_factory=list)  # rows copied out to free credits
     failed: list[int] = field(default_factory=list)  # calls whose pairs need another shard
     error: ClusterError | None = None  # why the last of `failed` failed
+    held_s: float = 0.0  # waited for replicas so far
     until_s: float | None = None  # monotonic: a wait for `waiting` that began elsewhere ends there
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ While it waits it reads from every peer and writes what a socket did not take be
 ever blocks on a peer that waits for us.
 """
 
+import logging
 import select
 import time
 from typing import Final
@@ -21,6 +22,8 @@ from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.peer import Peer, PeerLimits
 from remora.comm.view import Member, View
 from remora.comm.wire import Header, Kind
+
+log = logging.getLogger(__name__)
 
 DEADLINE_US_MAX: Final = (1 << 32) - 1
 
@@ -51,6 +54,7 @@ class PeerSet:
         self._peers: dict[str, Peer] = {}
         self._by_fd: dict[int, Peer] = {}
         self._epoll = select.epoll()
+        self._tried = ""  # the last one that `reconnect` dialled
         self.settled = False  # nobody but the native client has used a connection since it looked
 
     # -- members -----------------------------------------------------------------------------
@@ -98,6 +102,20 @@ class PeerSet:
                 except ClusterError as error:
                     failed[uid] = error
         return failed
+
+    def reconnect(self, view: View, within_s: float) -> None:
+        """Dials shards of `view` that are lost, one after the other, as far as the time goes; the
+        next call goes on behind the last one. Who cannot be reached costs a handshake's time."""
+        until_s = time.monotonic() + within_s
+        lost = [m for m in view.members if m.role == "shard" and not self.is_connected(m)]
+        for member in sorted(lost, key=lambda m: (m.uid <= self._tried, m.uid)):
+            if time.monotonic() >= until_s:
+                return
+            self._tried = member.uid
+            try:
+                self.connect(member)
+            except ClusterError as error:
+                log.debug("%s cannot be reached: %s", member.uid, error)
 
     def is_connected(self, member: Member) -> bool:
         """Whether there is an open connection to this life of it."""

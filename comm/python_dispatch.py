@@ -109,7 +109,10 @@ class PythonLayers:
                 break
             assert missing < table_ER.shape[0], f"expert {missing} of {table_ER.shape[0]}"
             attempt += 1
-            if attempt > RETRIES_MAX or not (routes.refresh() or routes.wait_for_newer()):
+            if attempt <= RETRIES_MAX and routes.refresh():
+                continue
+            attempt = 0
+            if not self._hold(sent):
                 raise sent.error or PeerLostError(
                     f"expert {missing} of layer {sent.layer} has no live replica in view "
                     f"{self._routes.view.epoch}; live shards: {self._peers.live_uids}"
@@ -125,6 +128,13 @@ class PythonLayers:
         )  # fmt: skip
         sent.num_calls = num_calls
         sent.epoch = self._routes.view.epoch
+
+    def _hold(self, sent: Dispatch) -> bool:
+        """Waits for replicas, in all dispatches of these rows together as long as allowed."""
+        begun_s = time.monotonic()
+        found = self._routes.wait_for_replicas(sent.held_s)
+        sent.held_s += time.monotonic() - begun_s
+        return found
 
     def _rows_max(self, sent: Dispatch) -> int:
         """Rows of a call: at most `rows_per_call_max`, and request and answer fit a region."""
@@ -203,7 +213,10 @@ class PythonLayers:
             sent.call_TK[np.isin(sent.call_TK, sent.failed)] = choice.PENDING
             sent.failed.clear()
             self._routes.refresh()
+            held_s = sent.held_s
             self._plan(sent)
+            if sent.held_s > held_s:  # that bounds it; each wait may end with a shard that fails
+                attempt = 0
             self._send(sent)
 
     def _wait(self, sent: Dispatch) -> None:

@@ -6,6 +6,7 @@ Shape suffixes: S shards, E experts, R most replicas of one expert.
 import logging
 import math
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,12 @@ from remora.comm.replicas import replica_tables
 from remora.comm.view import View
 
 log = logging.getLogger(__name__)
+
+LOOK_S: Final = 0.5  # for handshakes in one look; the last one may take longer
+
+# A view newer than this epoch, or the newest one when the look has found something; None: neither
+# came in time, of which so many seconds were used before.
+Hold = Callable[[int, Callable[[], bool], float], View | None]
 
 
 class Routes:
@@ -51,7 +58,7 @@ class Routes:
         view: View,
         peers: PeerSet,
         refresh_view: Callable[[int], View] | None,
-        hold: Callable[[int], View | None] | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self._peers = peers
         self._hold = hold
@@ -96,13 +103,34 @@ class Routes:
         self._note_usable()
         return bool((self.usable_S != before).any())
 
-    def wait_for_newer(self) -> bool:
-        """Waits for a newer view, where somebody may bring one; True when it is in force."""
-        view = self._hold(self.view.epoch) if self._hold is not None else None
+    def wait_for_replicas(self, held_s: float) -> bool:
+        """Waits for a newer view, where somebody may bring one, or for a shard of this one that
+        can be used again; True when it is so.
+
+        Args:
+            held_s: waited before for the same rows.
+        """
+        if self._hold is None:
+            return False
+        view = self._hold(self.view.epoch, self.look_again, held_s)
         if view is None:
             return False
-        self.apply(view)
+        if view.epoch > self.view.epoch:
+            self.apply(view)
         return True
+
+    def look_again(self) -> bool:
+        """Takes late answers and dials lost shards; whether one can be used that could not.
+
+        A link that was cut, or a rank that shards refused until it had taken the view, needs no
+        newer view, and none comes.
+        """
+        before_S = self.usable_S.copy()
+        self._peers.drain()
+        self._peers.reconnect(self.view, LOOK_S)
+        self.forgive()
+        self._note_usable()
+        return bool((self.usable_S > before_S).any())
 
     def avoid(self, shard: int, error: ClusterError) -> None:
         """`shard` failed on a call: it is not asked again before a view says so, or, when its

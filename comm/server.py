@@ -59,7 +59,6 @@ class FrameServer:
         on_frame: called in the loop's thread. FrameError from it closes the connection; any other
             exception is logged with its traceback and closes the connection too.
         on_lost: called in the loop's thread for each *authenticated* connection that closed.
-        on_open: called in the loop's thread when a connection is authenticated.
         unix: listen on an abstract Unix socket too, for peers of the same host.
         incarnation: of this process; frames for another one are answered with an ERROR frame
             (code FENCED). 0 accepts any.
@@ -80,7 +79,6 @@ class FrameServer:
         token: bytes,
         on_frame: Callable[[Connection, Frame], None],
         on_lost: Callable[[Connection], None] | None = None,
-        on_open: Callable[[Connection], None] | None = None,
         unix: bool = True,
         incarnation: int = 0,
         pump: NativePump | None = None,
@@ -93,7 +91,6 @@ class FrameServer:
         self._advertise_ip = advertise_ip
         self._on_frame = on_frame
         self._on_lost = on_lost
-        self._on_open = on_open
         self.limits = limits or ServerLimits()
         self.incarnation = incarnation
         self._pump = pump
@@ -113,6 +110,7 @@ class FrameServer:
         self._connections: dict[int, Connection] = {}  # by fd
         self._handshakes: dict[Connection, float] = {}  # -> give up at; in order of time
         self._ready: list[Connection] = []  # with a complete head
+        self._fenced: frozenset[str] = frozenset()  # names of peers
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._running = False
@@ -153,9 +151,11 @@ class FrameServer:
         self._calls.append(function)
         self._wake()
 
-    def close_peers(self, names: frozenset[str]) -> None:
-        """Closes the connections of peers of these names; in the loop's thread."""
-        for connection in self.connections:
+    def fence(self, names: frozenset[str]) -> None:
+        """Closes the connections of peers of these names and shakes no hands with them, until told
+        otherwise; in the loop's thread."""
+        self._fenced = names
+        for connection in list(self._connections.values()):  # in a handshake too
             if connection.peer_name in names:
                 self._close(connection, "fenced")
 
@@ -266,6 +266,7 @@ class FrameServer:
                 region_bytes_max=limits.region_bytes_max,
                 frame_bytes_max=limits.frame_bytes_max,
                 incarnation=self.incarnation,
+                refuses=lambda name: name in self._fenced,
             ),
             checked=not is_unix,
             queue_bytes_max=limits.queue_bytes_max,
@@ -290,8 +291,6 @@ class FrameServer:
             if not connection.opened:
                 if connection.on_handshake_bytes():
                     del self._handshakes[connection]
-                    if self._on_open is not None:
-                        self._on_open(connection)
                 return
             connection.on_readable()
             if connection.head is not None:

@@ -7,6 +7,7 @@ Actors, sockets, handshakes, state machines and kernels are the product's own; o
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,6 +220,13 @@ class DenseClient:
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
         """All of `asks` at once; their answers in order."""
         return asyncio.run(self._ask(asks))
+
+    def wait_until_held(self) -> None:
+        """Until a step waits for an expert that has no replica."""
+        until_s = time.monotonic() + 60.0
+        while not (self.actor._views and self.actor._views.is_holding):
+            assert time.monotonic() < until_s, "no step is held"
+            time.sleep(0.005)
 
     def pong(self) -> Pong:
         """What it answers to a ping."""

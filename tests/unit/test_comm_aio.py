@@ -1,7 +1,6 @@
 """`AsyncConnection`: the ingress's end."""
 
 import asyncio
-import queue
 
 import pytest
 from support.comm_rig import TOKEN, WAIT_S, serving
@@ -84,8 +83,6 @@ def test_connecting_fails_with_the_reason() -> None:
 
 @HOSTS
 def test_a_lost_engine_ends_the_stream_with_an_error(host: str) -> None:
-    opened: queue.Queue[Connection] = queue.Queue()
-
     async def listen(endpoint: Endpoint) -> None:
         stream = await connect_async(endpoint, TOKEN, host)
         await asyncio.to_thread(server.stop)
@@ -94,7 +91,7 @@ def test_a_lost_engine_ends_the_stream_with_an_error(host: str) -> None:
                 raise AssertionError("a payload")
         await stream.close()
 
-    with serving(pong, on_open=opened.put) as (server, _):
+    with serving(pong) as (server, _):
         asyncio.run(listen(server.endpoint("a")))
 
 

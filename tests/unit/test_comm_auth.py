@@ -193,6 +193,27 @@ def test_another_incarnation_is_fenced_at_connect() -> None:
         peers.close()
 
 
+def test_a_fenced_name_is_told_so_in_the_handshake_and_let_in_again() -> None:
+    """It must not believe that it is connected: every frame would be lost."""
+
+    def fence(*names: str) -> None:
+        done = threading.Event()
+        server.call_soon(lambda: (server.fence(frozenset(names)), done.set()))
+        assert done.wait(WAIT_S)
+
+    with serving(refuse) as (server, _):
+        peers = PeerSet(token=TOKEN, self_host="a", name="dense-0")
+        other = PeerSet(token=TOKEN, self_host="a", name="dense-1")
+        fence("dense-0")
+        with pytest.raises(FencedError, match="it is fenced"):
+            peers.connect(member(server.endpoint("a")))
+        other.connect(member(server.endpoint("a")))
+        fence()
+        peers.connect(member(server.endpoint("a")))
+        peers.close()
+        other.close()
+
+
 def test_wildcard_needs_an_address_to_publish() -> None:
     with pytest.raises(ValueError, match="advertise_ip"):
         FrameServer(host_ip="0.0.0.0", token=TOKEN, on_frame=refuse)

@@ -62,6 +62,14 @@ def ask(peers: PeerSet, peer: Peer, num_rows: int = 3, width: int = 8) -> None:
     call.release()
 
 
+def only_connection(server: FrameServer) -> Connection:
+    """The server's end of what `authenticated` returned; asked behind its handshake."""
+    found: queue.Queue[list[Connection]] = queue.Queue()
+    server.call_soon(lambda: found.put(server.connections))
+    [connection] = found.get(timeout=WAIT_S)
+    return connection
+
+
 def authenticated(server: FrameServer, *, unix: bool = True, arena: bool = False) -> socket.socket:
     """A blocking socket past the verdict (the arena is not sent)."""
     sock = raw_socket(server.endpoint("a"), unix=unix)
@@ -118,12 +126,11 @@ def test_oversize_is_refused_before_it_is_stored(host: str) -> None:
 
 
 def test_a_slow_reader_is_closed_and_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
-    opened: queue.Queue[Connection] = queue.Queue()
     limits = ServerLimits(queue_bytes_max=4 << 20)
     caplog.set_level(logging.INFO)
-    with serving(echo, on_open=opened.put, limits=limits) as (server, lost):
+    with serving(echo, limits=limits) as (server, lost):
         with authenticated(server) as sock:  # reads nothing
-            slow = opened.get(timeout=WAIT_S)
+            slow = only_connection(server)
             sent = 0
             while slow.send_control(bytes(1 << 20)):  # never blocks
                 sent += 1
@@ -139,10 +146,9 @@ def test_a_slow_reader_is_closed_and_others_go_on(caplog: pytest.LogCaptureFixtu
 
 @HOSTS
 def test_a_reader_that_catches_up_gets_everything_in_order(host: str) -> None:
-    opened: queue.Queue[Connection] = queue.Queue()
-    with serving(echo, on_open=opened.put) as (server, lost):
+    with serving(echo) as (server, lost):
         with authenticated(server, unix=host == "a") as sock:
-            connection = opened.get(timeout=WAIT_S)
+            connection = only_connection(server)
             payloads = [bytes([i]) * (300_000 + i) for i in range(40)]
             assert all(connection.send_control(p) for p in payloads)
             assert connection.queued_bytes > 0
@@ -153,10 +159,9 @@ def test_a_reader_that_catches_up_gets_everything_in_order(host: str) -> None:
 
 @HOSTS
 def test_sends_from_many_threads_are_whole_and_numbered(host: str) -> None:
-    opened: queue.Queue[Connection] = queue.Queue()
-    with serving(echo, on_open=opened.put) as (server, _):
+    with serving(echo) as (server, _):
         with authenticated(server, unix=host == "a") as sock:
-            connection = opened.get(timeout=WAIT_S)
+            connection = only_connection(server)
 
             def send(thread: int) -> None:
                 for i in range(100):

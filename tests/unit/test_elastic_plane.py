@@ -204,6 +204,23 @@ def test_a_fenced_rank_is_cut_off_and_let_in_again(cluster: LocalCluster) -> Non
         assert tokens(client) == expected
 
 
+def test_a_fenced_rank_holds_its_step_until_shards_let_it_in(cluster: LocalCluster) -> None:
+    """No newer view comes for it: it has the newest one, and shards hear of that later."""
+    _, second = cluster.shards
+    with cluster.dense(hold_s=60.0) as client:
+        expected = tokens(client)
+        second.fence(["dense-0"])
+        newer = msgspec.structs.replace(cluster.view, epoch=2)
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(tokens, client)
+            assert client.actor.adopt_view(newer, or_none=True) == newer.view_hash
+            client.wait_until_held()
+            assert second.status()["peers"] == 0 and not held.done()
+            second.fence([])
+            assert held.result(60) == expected
+        assert client.actor._engine.why_not_serving is None
+
+
 def test_requests_are_held_while_an_expert_is_nowhere(cluster: LocalCluster) -> None:
     """A shard dies without a replica; offers are taken in the hold; the newer view ends it."""
     _, second = cluster.shards

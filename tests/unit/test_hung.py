@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -215,6 +215,25 @@ def tokens(client: DenseClient, count: int = 12) -> list[list[int]]:
     answers = client.ask([Ask((5, 9, 3, 7), params), Ask((11, 2), params)])
     assert [a.finish_reason for a in answers] == ["length"] * 2, answers
     return [a.token_ids for a in answers]
+
+
+def test_a_step_is_held_for_a_shard_that_stops_longer_than_a_call_may_take(
+    tmp_path: Path,
+) -> None:
+    """Nobody else has its experts, and nobody restores it: no view comes that ends the hold."""
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    cluster = LocalCluster(path, num_shards=2, dtype="float32", exact=True)
+    try:
+        with cluster.dense(call_timeout_s=0.2, hold_s=60.0) as client:
+            expected = tokens(client)
+            with ThreadPoolExecutor(1) as pool:
+                with stopped(cluster.shards[1]):
+                    held = pool.submit(tokens, client)
+                    client.wait_until_held()
+                    assert not held.done()
+                assert held.result(60) == expected
+    finally:
+        cluster.close()
 
 
 def test_a_shard_that_stops_is_masked_and_asked_again_once_it_goes_on(
