@@ -1,7 +1,8 @@
 """Who of the members has stopped making progress. Pure: beats and times in, verdicts out.
 
 A beat is an answer that only a member which gets on can give: a shard's comes from the thread that
-XX, or blocked, is found, whatever its sockets and its parent say.
+serves, between two calls; a dense group's tells its steps and what waits for one. So a process that
+is stopped, or blocked, is found, whatever its sockets and its parent say.
 """
 
 from collections.abc import Set as AbstractSet

@@ -27,6 +27,7 @@ from remora.cluster.operation import (
     Task,
 )
 from remora.cluster.operation_plan import FreeMemory, Situation
+from remora.cluster.restore_tries import RestoreTries
 from remora.comm.view import View
 
 HISTORY_MAX: Final = 64  # operations that are remembered by their id
@@ -44,6 +45,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 60.0  # then dense ranks that have not answered are fenced
     free_s: float = 60.0
     retry_s: float = 1.0
+    restore_s: float = 1.0  # after a try to restore members that failed; doubled each time
     replicas: int = 1  # of an expert, where slots allow
     slots_of_joiners: int = 1  # of a layer; at least
     num_copies: int = 0  # second copies of a layer that a shard has room for
@@ -85,7 +87,7 @@ class CoordinatorCalls(ABC):
         self._fenced_again_s: dict[str, float] = {}  # the same for ranks that are fenced
         self._tries: dict[str, int] = {}  # of tasks of this step
         self._stopped: set[str] = set()  # members that this operation has ended
-        self._restores: dict[str, int] = {}  # failed in a row, by member
+        self._restores = RestoreTries(limits.restore_s)
         self._until_s: float | None = None  # of the step
         self._logging: Callable[[], None] | None = None  # what follows the log entry
         self._are_copies_due = False  # to be planned anew, once nothing runs
@@ -117,6 +119,8 @@ class CoordinatorCalls(ABC):
         times = [at for at, _ in self._again] + list(self._fenced_again_s.values())
         if self._until_s is not None:
             times.append(self._until_s)
+        if self._restores.due_s is not None and self.operation is None:
+            times.append(self._restores.due_s)
         return min(times, default=None)
 
     # -- steps and calls ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ first commit is logged an operation that fails is undone, and the old view never
 after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
 
 A member of the view that dies, shard or dense group, is restored by an operation of the machine's
-own. Where living shards have second copies of all that only dead ones served, they take over first,
+own; one that fails is tried again, later each time. Where living shards have second copies of all that only dead ones served, they take over first,
 by another one; the restored shards get it back. Shards are asked for second copies whenever an
 operation is over.
 
@@ -50,7 +50,7 @@ from remora.cluster.operation import (
     Tick,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
-from remora.cluster.operation_steps import RESTORES_MAX, OperationSteps
+from remora.cluster.operation_steps import OperationSteps
 from remora.cluster.second_copies import taken_over
 from remora.comm.errors import (
     OperationIdTakenError,
@@ -291,6 +291,7 @@ class CoordinatorState(OperationSteps):
             if uid in self.lost | self.lost_dense:
                 return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
+            self._restores.lost()
             self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)
@@ -337,11 +338,14 @@ class CoordinatorState(OperationSteps):
             return
         away = self.former.keys() - self.view.placement.slots.keys()
         lost = self.lost | self.lost_dense | away
-        hopeless = {uid for uid in lost if self._restores.get(uid, 0) >= RESTORES_MAX}
+        hopeless = {uid for uid in lost if self._restores.is_hopeless(uid)}
         if hopeless & away:  # they come back together, or not at all
             hopeless |= away
         uids = sorted(lost - hopeless)
-        if uids:
+        due_s = self._restores.due_s
+        if not uids:
+            self._restores.due_s = None  # nothing is to be waited for
+        elif due_s is None or due_s <= self._now_s:
             lives = "-".join(f"{uid}.{self.incarnations[uid] + 1}" for uid in uids)
             self._request(f"restore-{lives}", Restore(tuple(uids)))
 

@@ -45,7 +45,6 @@ from remora.cluster.second_copies import plan_copies
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
-RESTORES_MAX: Final = 3  # tries to bring one member back, before somebody must look
 STEP_SHARE: Final = 0.5  # of the time that an operation has left, for one step
 STEP_S_MIN: Final = 2.0
 QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
@@ -272,12 +271,9 @@ class OperationSteps(CoordinatorCalls):
         self.operation = None
         self._are_copies_due = True
         if isinstance(operation.target, Restore):
-            for uid in operation.target.uids:
-                failed = self._restores.pop(uid, 0) + 1
-                if operation.outcome != "done":
-                    self._restores[uid] = failed
-                if self._restores.get(uid) == RESTORES_MAX:
-                    self._put(Alarm(f"{uid} could not be restored: {operation.reason}"))
+            is_done, uids = operation.outcome == "done", operation.target.uids
+            for uid in self._restores.over(uids, is_done=is_done, now_s=self._now_s):
+                self._put(Alarm(f"{uid} could not be restored: {operation.reason}"))
         self._put(Settled(operation))
 
     # -- second copies ------------------------------------------------------------------------

@@ -59,7 +59,6 @@ def run_sim(options: Namespace) -> int:
         totals["events"] += outcome.num_events
         totals["faults"] += len(outcome.faults)
         totals["operations"] += len(outcome.operations)
-        totals["requests failed by a fault"] += outcome.excused_errors
         if outcome.violation is not None:
             failed.append(outcome)
             if not options.json and len(failed) <= SHOWN_MAX:

@@ -45,6 +45,7 @@ LIMITS: Final = Limits(
     drain_s=2.5,  # below HANG_S: a dense group that does not answer is fenced before it is ended
     free_s=5.0,
     retry_s=0.5,
+    restore_s=0.2,
     replicas=2,
 )
 RESTART_S: Final = (0.5, 1.5)
@@ -145,7 +146,8 @@ class SimCoordinator:
     def is_idle(self) -> bool:
         """Nothing runs, and nothing is about to."""
         state = self._state
-        return self.is_up and state is not None and state.operation is None
+        is_done = state is not None and state.operation is None and state.next_time() is None
+        return self.is_up and is_done
 
     def begin(
         self, view: View, room: dict[str, tuple[int, ...]], manifest: dict[Pair, str]

@@ -18,7 +18,7 @@ from remora.cluster.sim_faults import Fault, Faults
 from remora.cluster.sim_ingress import SimIngress, Violation
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS, digest_of, weights_of
 from remora.cluster.sim_network import Clock, Network, uid_of
-from remora.cluster.sim_rank import CALL_TIMEOUT_S, SimRank
+from remora.cluster.sim_rank import SimRank
 from remora.cluster.sim_shard import Asked, NotMine, Reply, SimShard, member_of
 from remora.comm.view import Placement, View, contiguous_placement
 
@@ -54,7 +54,6 @@ class Deployment:
         self.ranks: dict[str, SimRank] = {}
         self.views: dict[int, View] = {}  # committed, by epoch
         self.faults = Faults(self, faults)
-        self.excused: list[str] = []  # errors that a fault explains
         self.coordinator = SimCoordinator(self)
         self.ingress = SimIngress(self)
         self.view = self._first(num_shards, num_dense, room)
@@ -120,12 +119,16 @@ class Deployment:
         if rank.name in shard.fenced:
             return  # the connection is closed, and the rank knows
         found = shard.compute(layer, asked)
-        if isinstance(found, NotMine) and rank.is_waiting_for(call):
+        if isinstance(found, NotMine) and rank.dispatch.is_waiting_for(call):
             raise Violation(
                 f"5: {process} holds no {found.experts} of layer {layer}, which {rank.process} asks"
                 f" for by epoch {rank.routes.epoch}"
             )
-        self.network.answer(process, rank.process, lambda: rank.answered(call, found))
+        gone = partial(rank.dispatch.lose, shard.member.uid, shard.member.incarnation)
+        lost = partial(self.network.timer, rank.process, 0.0, gone)  # both ends see it
+        self.network.answer(
+            process, rank.process, lambda: rank.dispatch.answered(call, found), lost
+        )
 
     def cut_off(self, shard: SimShard, fenced: frozenset[str]) -> None:
         """A shard closes the connections of dense ranks that it refuses."""
@@ -159,21 +162,7 @@ class Deployment:
                 raise Violation(f"4: epoch {view.epoch}: {member.uid} serves {shard.damaged()}")
 
     def on_error(self, rank: SimRank, number: int, error: str) -> None:
-        """A request failed. Raises Violation: invariant 3, unless a link of the very dense group
-        to a shard has been cut for longer than a call may take: nobody but this group sees that,
-        so no view comes that has another replica, and its step is held until it fails. Or unless a
-        shard was stopped for longer than that: an open finding (seeds 1634 and 1708), since it is
-        restored, and the step ought to be held until then."""
-        uid = uid_of(rank.process)
-        if any(u.startswith("shard") and s > CALL_TIMEOUT_S for u, s in self.faults.stopped):
-            self.excused.append(error)
-            return
-        for a, b, begun_s, until_s in self.faults.cuts:
-            other = b if a == uid else a
-            is_long = until_s - begun_s > CALL_TIMEOUT_S
-            if uid in (a, b) and other.startswith("shard") and is_long:
-                self.excused.append(error)
-                return
+        """A request failed. Raises Violation: invariant 3."""
         raise Violation(f"3: request {number} of {rank.process} fails: {error}")
 
     # -- inside -------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import msgspec
 import yaml
 
-from remora.cluster.sim_network import uid_of
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,8 +108,6 @@ class Faults:
         self.disk_full_until_s = -1.0
         self.log_tears = False
         self.silent: list[tuple[str, float, float]] = []  # uid, from, until
-        self.cuts: list[tuple[str, str, float, float]] = []  # of a link: uids, from, until
-        self.stopped: list[tuple[str, float]] = []  # uid, for how long
         self._world = world
         self._left = list(planned)
         self._armed: dict[str, list[str]] = {}  # kind -> who it will strike
@@ -181,7 +178,6 @@ class Faults:
                     network.kill(process)
             case "stop":
                 network.stop(process)
-                self.stopped.append((uid_of(process), fault.for_s))
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
             case "short memory":
                 if uid not in world.shards_alive():
@@ -198,7 +194,6 @@ class Faults:
                     network.cut(*pair)
                     world.clock.after(fault.for_s, partial(network.heal, *pair))
                 self._note_silence(other, fault.for_s)
-                self.cuts.append((uid, other, world.clock.now_s, world.clock.now_s + fault.for_s))
         self._note_silence(uid, fault.for_s)
         world.trace(f"{fault.kind}: {uid}")
         return True

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from remora.actors.health_state import Beat, HealthState, Life
-from remora.cluster.sim_rank import CALL_TIMEOUT_S
+from remora.cluster.sim_dispatch import CALL_TIMEOUT_S
 from remora.comm.view import View
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class SimHealth:
         if rank is None:
             return Beat(self._world.shards[member].calls_answered, 0)
         stats = rank.state.stats()
-        waiting = 0 if rank.is_holding else stats.num_running + stats.num_waiting
+        waiting = 0 if rank.dispatch.is_holding else stats.num_running + stats.num_waiting
         return Beat(stats.steps_total, waiting)
 
     def _answered(self, life: Life, beat: Beat | None) -> None:

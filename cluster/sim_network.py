@@ -18,6 +18,10 @@ RESET_RATIO: Final = 0.5  # of connections that do not outlive a cut
 DUPLICATE_LATE_S: Final = 2.0  # at most
 
 
+def _nothing() -> None:
+    """Of what has no sender."""
+
+
 class Clock:
     """Virtual time: the next event is always at once."""
 
@@ -61,7 +65,8 @@ class Network:
         self._clock = clock
         self._chance = chance
         self.alive: set[str] = set()
-        self._stopped: dict[str, list[Work]] = {}  # process -> what waits for it
+        # process -> what waits for it; and what its sender hears if it never wakes up
+        self._stopped: dict[str, list[tuple[Work, Work]]] = {}
         self._cuts: dict[tuple[str, str], int] = {}  # (from, to) -> how many cuts
         self._parked: list[tuple[str, str, Work, Work | None]] = []
         self._doubling: set[str] = set()  # uids to which frames come twice
@@ -82,7 +87,8 @@ class Network:
         """SIGKILL; nothing it has begun goes on."""
         if process in self.alive:
             self.alive.discard(process)
-            self._stopped.pop(process, None)
+            for _, lost in self._stopped.pop(process, []):
+                lost()
             for told in self.on_death:
                 told(process)
 
@@ -93,8 +99,8 @@ class Network:
 
     def go_on(self, process: str) -> None:
         """SIGCONT: what came meanwhile is seen to, in order."""
-        for work in self._stopped.pop(process, []):
-            self._clock.after(0.0, partial(self._when_running, process, work))
+        for work, lost in self._stopped.pop(process, []):
+            self._clock.after(0.0, partial(self._when_running, process, work, lost))
 
     def is_up(self, process: str) -> bool:
         """Alive and not stopped."""
@@ -164,17 +170,18 @@ class Network:
         elif self._cuts and (uid_of(source), uid_of(target)) in self._cuts:
             self._parked.append((source, target, deliver, lost))
         else:
-            self._when_running(target, deliver)
+            self._when_running(target, deliver, partial(self._lose, source, target, lost))
 
     def _lose(self, source: str, target: str, lost: Work | None) -> None:
         if lost is not None:
             self._clock.after(self.latency_s(), partial(self._when_running, source, lost))
 
-    def _when_running(self, process: str, work: Work) -> None:
+    def _when_running(self, process: str, work: Work, lost: Work = _nothing) -> None:
         if process not in self.alive:
+            lost()
             return
         waiting = self._stopped.get(process) if self._stopped else None
         if waiting is not None:
-            waiting.append(work)
+            waiting.append((work, lost))
         else:
             work()

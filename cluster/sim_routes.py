@@ -19,13 +19,15 @@ class SimRoutes:
     Attributes:
         view: in use; None: not yet.
         connected: shard -> incarnation.
-        suspects: late; not asked again by this view.
+        suspects: late; not asked again by this view, or before they have answered.
+        late: calls that were given up, and of which shard.
     """
 
     def __init__(self, world: "Deployment", process: str, name: str) -> None:
         self.view: View | None = None
         self.connected: dict[str, int] = {}
         self.suspects: set[str] = set()
+        self.late: dict[int, str] = {}
         self._world = world
         self._process, self._name = process, name
         self._newest: View | None = None
@@ -41,6 +43,10 @@ class SimRoutes:
         if self._newest is None or view.epoch > self._newest.epoch:
             self._newest = view
         return self._newest
+
+    def missing(self, layer: int, experts: list[int]) -> int | None:
+        """One of these that nobody can be asked for."""
+        return next((e for e in experts if not self.usable(layer, e)), None)
 
     def usable(self, layer: int, expert: int) -> list[str]:
         """Shards that may be asked for an expert."""
@@ -72,21 +78,30 @@ class SimRoutes:
         if self._newest is not None and self._newest.epoch > self.epoch:
             self.apply(self._newest)
             return True
-        connected = dict(self.connected)
+        before = self._usable()
         self._connect()
-        return self.connected != connected
+        return self._usable() != before
+
+    def look_again(self) -> bool:
+        """As `Routes.look_again`."""
+        before = self._usable()
+        self._connect()
+        self.forgive()
+        return bool(self._usable() - before)
+
+    def forgive(self) -> None:
+        """Shards that were late and have answered everything by now are asked again."""
+        self.suspects -= self.connected.keys() - set(self.late.values())
 
     def adopt(self, view: View, or_none: bool = False) -> None:
-        """As `DenseEngine.adopt_view`. Raises ClusterError: the old view stays in force, unless
-        `or_none`."""
+        """As `DenseEngine.adopt_view`. Raises ClusterError: the old view stays in force."""
         for uid in self.suspects:
-            self.connected.pop(uid, None)
+            self.lose(uid)
         before = self.view, self._holders, self.suspects
         self.apply(view)
         live = {uid for uid in view.placement.slots if uid in self.connected}
-        if uncovered(view.placement, live):
-            if not or_none:
-                self.view, self._holders, self.suspects = before
+        if not or_none and uncovered(view.placement, live):
+            self.view, self._holders, self.suspects = before
             missing = sorted(set(view.placement.slots) - live)
             raise ClusterError(f"shards {missing} of view {view.epoch} cannot be reached")
         self._world.trace(f"{self._process} uses epoch {view.epoch}")
@@ -100,6 +115,10 @@ class SimRoutes:
     def lose(self, uid: str) -> None:
         """The connection to a shard is gone."""
         self.connected.pop(uid, None)
+        self.late = {call: late for call, late in self.late.items() if late != uid}
+
+    def _usable(self) -> set[str]:
+        return self.connected.keys() - self.suspects
 
     def _connect(self) -> None:
         assert self.view is not None, "before the first view"

@@ -16,4 +16,6 @@ class SimStep:
         self.failed: list[tuple[int, int, int]] = []
         self.attempts = 0
         self.held_since_s: float | None = None
-        self.error = ""
+        self.held_s = 0.0  # in holds of this layer that are over
+        self.error = ""  # of a call, the last one
+        self.failure = ""  # of the step, once it is over

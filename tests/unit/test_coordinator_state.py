@@ -1,5 +1,7 @@
 """The coordinator's machine: operations as they should go, and every fault at every event."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from remora.cluster.operation import (
     Ask,
     Drain,
     Log,
+    LogFailed,
     MemberLost,
     PlaceAs,
     ScaleTo,
@@ -17,7 +20,7 @@ from remora.cluster.operation import (
     Stop,
     Target,
 )
-from remora.cluster.operation_steps import RESTORES_MAX
+from remora.cluster.restore_tries import RESTORES_MAX, RestoreTries
 from remora.comm.errors import ClusterError, ConfigError
 
 EIGHT = tuple(range(8))
@@ -280,6 +283,39 @@ def test_a_shard_that_cannot_be_restored_is_given_up_and_can_be_drained_or_scale
     assert it.run("away", Drain(("shard-1",))).outcome == "done"
     it.check_at_rest()
     assert it.state.view.placement.slots.keys() == {"shard-0"}
+
+
+def test_a_restore_that_fails_is_tried_again_later_each_time_until_the_disk_has_room() -> None:
+    it = World(TWO, num_experts=8, room=8)
+    one = it._one
+    tried_s: list[float] = []
+
+    def full_disk(effect: Log | Ask, here: Fault) -> None:
+        if isinstance(effect, Log) and it.now_s < 30.0:
+            tried_s.append(it.now_s)
+            it._tell(LogFailed("no space left on device"))
+        else:
+            one(effect, here)
+
+    it._one = full_disk  # type: ignore[method-assign]
+    it.kill("shard-1")
+    it.settle()
+    assert [b - a for a, b in pairwise(tried_s)] == [1.0, 2.0, 4.0, 8.0]
+    assert [op.outcome for op in it.settled] == ["failed"] * 5 + ["done"]
+    assert "7" in it.settled[-1].operation_id, "each try has an id of its own"
+    it.check_at_rest()
+
+
+def test_who_dies_meanwhile_does_not_wait_for_the_next_try() -> None:
+    tries = RestoreTries(1.0)
+    assert tries.over(["shard-0"], is_done=False, now_s=10.0) == [] and tries.due_s == 11.0
+    assert tries.over(["shard-0"], is_done=False, now_s=11.0) == [] and tries.due_s == 13.0
+    tries.lost()
+    assert tries.due_s is None
+    assert tries.over(["shard-0", "shard-1"], is_done=False, now_s=12.0) == []
+    assert tries.due_s == 16.0
+    assert tries.over(["shard-0", "shard-1"], is_done=True, now_s=17.0) == []
+    assert tries.over(["shard-0"], is_done=False, now_s=20.0) == [] and tries.due_s == 21.0
 
 
 def test_a_rank_that_hangs_is_fenced_before_its_slots_are_freed_and_let_in_when_it_wakes() -> None:

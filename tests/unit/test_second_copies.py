@@ -5,8 +5,8 @@ from support.coordinator_rig import LAYERS, Fault, World
 
 from remora.cluster.operation import HoldCopies, Pair, PlaceAs, ScaleTo, StartShard
 from remora.cluster.operation_plan import FreeMemory
-from remora.cluster.operation_steps import RESTORES_MAX
 from remora.cluster.placement_steps import pairs_of
+from remora.cluster.restore_tries import RESTORES_MAX
 from remora.cluster.second_copies import plan_copies, taken_over
 
 EIGHT = tuple(range(8))

@@ -13,8 +13,11 @@ from remora.cluster import cli
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation_steps import OperationSteps
 from remora.cluster.sim_coordinator import SimLog
+from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_faults import Fault, read_faults
 from remora.cluster.sim_rank import SimRank
+from remora.cluster.sim_routes import SimRoutes
+from remora.cluster.sim_shard import Found
 from remora.cluster.simulation import run_seed
 from remora.comm.errors import ConfigError
 
@@ -25,6 +28,7 @@ LOST_AND_DAMAGED = (
     Fault(kind="flip", who="joiner", step="over", when="before"),
 )
 HANGS_IN_DRAIN = (Fault(kind="stop", who="dense", step="drain", when="before", for_s=2.9),)
+CUT_IN_DRAIN = (Fault(kind="cut", who="dense", step="drain", when="before", for_s=8.0),)
 FLIPPED_IN_COPY = (Fault(kind="flip", who="shard", step="copy", when="before"),)
 FLIPPED = (Fault(kind="flip", who="joiner", step="plan", when="before"),)
 CRASHES = tuple(
@@ -124,6 +128,11 @@ def held_steps_do_not_answer(patch: Patch) -> None:
     patch.setattr(SimRank, "_acknowledge", lambda *_: None)
 
 
+def hold_for_newer_views_alone(patch: Patch) -> None:
+    """A held step does not see that a shard is back, or lets it in again."""
+    patch.setattr(SimRoutes, "look_again", lambda *_: False)
+
+
 def obey_anybody(patch: Patch) -> None:
     """An order of a coordinator that is over undoes what the next one has decided."""
     patch.setattr(ExpertState, "obey", lambda *_: None)
@@ -165,15 +174,15 @@ def _twice(output: object, position: int) -> object:
 
 def mix_up_answers(patch: Patch) -> None:
     """A late answer counts for the newest call."""
-    answered = SimRank.answered
+    answered = SimDispatch.answered
 
-    def mixed(self: SimRank, call: int, found: list[int]) -> None:
-        step = self._step
+    def mixed(self: SimDispatch, call: int, found: Found) -> None:
+        step = self.step
         if step is not None and call not in step.waiting and step.waiting:
             call = min(step.waiting)
         answered(self, call, found)
 
-    patch.setattr(SimRank, "answered", mixed)
+    patch.setattr(SimDispatch, "answered", mixed)
 
 
 # what is broken, the invariant that says so, and faults instead of those that the seed draws
@@ -190,6 +199,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (emit_twice, "1:", None),
     (mix_up_answers, "", None),
     (no_fences, "5:", HANGS_IN_DRAIN),
+    (hold_for_newer_views_alone, "3:", CUT_IN_DRAIN),
     (obey_anybody, "", CRASHES),
     (second_copies_are_not_verified, "4:", FLIPPED),
     (nobody_looks_for_progress, "8:", STOPPED),
