@@ -7,9 +7,9 @@ first commit is logged an operation that fails is undone, and the old view never
 after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
 
 A member of the view that dies, shard or dense group, is restored by an operation of the machine's
-own; one that fails is tried again, later each time. Where living shards have second copies of all that only dead ones served, they take over first,
-by another one; the restored shards get it back. Shards are asked for second copies whenever an
-operation is over.
+own; one that fails is tried again, later each time. Where living shards have second copies of all
+that only dead ones served, they take over first, by another one; the restored shards get it back.
+Shards are asked for second copies whenever an operation is over.
 
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
