@@ -58,13 +58,14 @@ def extensions() -> list[Extension]:
 
 
 def comm_extension() -> Extension:
-    """The native data plane: plain CPython, no torch, and of the kernels one header of plain C."""
-    hashed = [*sources(COMM, ".cpp", ".h"), os.path.join(KERNELS, "expert_call.h")]
+    """The native data plane: plain CPython, no torch, and of the kernels two headers of plain C."""
+    shared = [os.path.join(KERNELS, name) for name in ("expert_call.h", "step_experts.h")]
+    hashed = [*sources(COMM, ".cpp", ".h"), *shared]
     write_source_hash("source_hash_comm.h", "REMORA_COMM_SOURCE_HASH", hashed)
     return Extension(
         "remora.comm._C",
         sources=sources(COMM, ".cpp"),
-        depends=[*sources(COMM, ".h"), os.path.join(KERNELS, "expert_call.h")],
+        depends=[*sources(COMM, ".h"), *shared],
         include_dirs=[GENERATED, KERNELS],
         extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-ffp-contract=off"],
         language="c++",

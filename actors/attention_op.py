@@ -2,8 +2,9 @@
 
 Attention and experts take tensors and the engine's number; everything else (KV pages, the plan of
 the step, where experts live) comes from the step's context, so one compilation serves every layer
-of one kind. Attention is `remora::step_attention`, C++ that asks no Python, or where the kernels
-are not built `remora_rt::attention`. In eager mode the ops are skipped and their bodies called at
+of one kind. They are `remora::step_attention` and `remora::step_experts`, C++ that asks no Python
+(experts: while nothing is unusual), or where the kernels are not built `remora_rt::attention` and
+`remora_rt::experts`. In eager mode the ops are skipped and their bodies called at
 once. Legend: T token rows of the step, H query heads, J key/value heads, D model width,
 K top-k.
 """
@@ -70,17 +71,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, engine_id: 
 
 
 def experts(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, engine_id: int) -> Tensor:
-    """Routed experts of the layer that runs: [T, D] in the dtype of `hidden_TD`."""
+    """Routed experts of the layer that runs: [T, D] in the dtype of `hidden_TD`.
+
+    What is raised is kept in the step's context: through compiled code only its text would pass.
+    """
     context = steps.current(engine_id)
     if index_TK.dtype is not torch.int64:
         index_TK = index_TK.to(torch.int64)
-    return context.experts(
-        context.layer,
-        hidden_TD.contiguous(),
-        index_TK.contiguous(),
-        weights_TK.contiguous(),
-        context.plan.num_tokens,
-    )
+    try:
+        return context.experts(
+            context.layer,
+            hidden_TD.contiguous(),
+            index_TK.contiguous(),
+            weights_TK.contiguous(),
+            context.plan.num_tokens,
+        )
+    except Exception as failure:
+        context.failure = failure
+        raise
 
 
 def _fake_attention(
@@ -103,10 +111,14 @@ torch.library.register_fake("remora_rt::attention", _fake_attention, lib=_librar
 torch.library.register_fake("remora_rt::experts", _fake_experts, lib=_library)
 if native_available():
     torch.library.register_fake("remora::step_attention", _fake_attention)
+    torch.library.register_fake("remora::step_experts", _fake_experts)
 
 
 _COMPILED_ATTENTION: Any = (
     torch.ops.remora.step_attention if native_available() else torch.ops.remora_rt.attention
+)
+_COMPILED_EXPERTS: Any = (
+    torch.ops.remora.step_experts if native_available() else torch.ops.remora_rt.experts
 )
 
 
@@ -132,7 +144,7 @@ def experts_interface(
     """`transformers`' experts interface."""
     engine_id: int = getattr(module.config, ENGINE_ATTRIBUTE)
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.remora_rt.experts(hidden_TD, index_TK, weights_TK, engine_id)
+        out: Tensor = _COMPILED_EXPERTS(hidden_TD, index_TK, weights_TK, engine_id)
         return out
     return experts(hidden_TD, index_TK, weights_TK, engine_id)
 

@@ -354,6 +354,8 @@ class DenseActor:
         if self._leader is not None and self._shuffle is not None:
             self._shuffle.adopt(view, self._leader.hosts)
             rank.experts = SplitExperts(rank.experts, self._leader.group, self._shuffle)
+        elif self._leader is None and rank.model.device == CPU:
+            rank.direct = self._dispatcher.step_experts
         assert self._tap is not None, "a view before the rank"
         rank.experts = self._tap.watch(rank.experts)
 

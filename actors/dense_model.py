@@ -184,6 +184,10 @@ class DenseModel:
             if self.part is not None:
                 self.part.group.settle()
             return logits_RV
+        except Exception:
+            if context.failure is not None:
+                raise context.failure from None
+            raise
         finally:
             steps.leave(self.engine_id)
 

@@ -124,6 +124,8 @@ class DenseRank:
         self._step = step or (lambda num_tokens, run: run(self.experts))
         self._pages = pages
         self.experts = experts  # replaced when another view is adopted
+        # Of `Dispatcher.step_experts`: asks for rows as `experts` does, without Python.
+        self.direct: Callable[[], int] | None = None
         self._exact = exact
         self._quantum = step_quantum(model, exact=exact)
         self._native = native_available() or model.device != CPU
@@ -165,6 +167,8 @@ class DenseRank:
                 shuffle=self._shuffle,
                 exact=self._exact,
                 device=self.model.device,
+                direct=self.direct() if self.direct else 0,
+                notes=self.tap.notes if self.tap else None,
             )
             return self.model.run(context, inputs.input_ids_T, inputs.rows_R)
 

@@ -1,8 +1,8 @@
 """Takes what a dense rank's gates choose off the hot path: a copy in the step, the rest elsewhere.
 
     experts = tap.watch(dispatcher.moe)
-    with tap.step(plan):                     # engine's thread: one memmove for each MoE layer
-        ... experts(...)
+    with tap.step(plan, num_rows):           # engine's thread: one memmove for each MoE layer
+        ... experts(...)                     # or `remora::step_experts`, which fills `tap.notes`
     tap.take_sketch("host")                  # any thread
 
 Two buffers: the step fills one while a thread counts the other. When both are full the step is not
@@ -31,6 +31,7 @@ from remora.comm.errors import ClusterError
 from remora.comm.routing_counter import RoutingCounter, Run
 from remora.comm.sketch import encode_sketch
 from remora.comm.trace import DECODE, PREFILL
+from remora.kernels.step import RoutingNotes
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,20 @@ class RoutingTap:
         self._buffers = [_Buffer(len(layers), num_rows, top_k) for _ in range(2)]
         self._active = self._buffers[0]
         self._row_bytes = top_k * ID_BYTES
-        self._index = {layer: index for index, layer in enumerate(layers)}
-        self._pitch = num_rows * self._row_bytes
-        self._base = 0  # address of the step's first row in the first layer; 0: not looking
+        self._num_layers = len(layers)
+        self._index_L = np.full(max(layers) + 1, -1, np.int32)  # of decoder layers
+        self._index_L[list(layers)] = np.arange(len(layers))
+        self.notes = RoutingNotes(  # of the step that runs: the one place that says where to write
+            base=0,
+            pitch=num_rows * self._row_bytes,
+            num_bytes=0,
+            index=self._index_L.ctypes.data,
+            num_layers=len(self._index_L),
+            layers_seen=0,
+        )
         self._num_rows = 0  # of the step, that are looked at
         self._step_rows = 0
         self._padded_rows = 0
-        self._layers_seen = 0
         self._runs: list[Run] = []
         self._skipped: list[Run] = []
         self._recorder: TraceRecorder | None = None
@@ -101,7 +109,7 @@ class RoutingTap:
         def watched(
             layer: int, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int
         ) -> Tensor:
-            if self._base:
+            if self.notes.base:
                 self._note(layer, index_TK, num_tokens)
             return experts(layer, hidden_TD, index_TK, weights_TK, num_tokens)
 
@@ -111,19 +119,20 @@ class RoutingTap:
         """A step begins."""
         with_tokens = self._recorder is not None or self._counter.wants_tokens
         self._runs = runs_of(plan, with_tokens=with_tokens)
-        self._step_rows, self._layers_seen = plan.num_tokens, 0
+        self._step_rows, self.notes.layers_seen = plan.num_tokens, 0
         buffer = self._active
         if buffer.room < plan.num_tokens and buffer.num_rows:
             buffer = self._swap()
         self._num_rows = min(plan.num_tokens, buffer.room)
-        self._base = 0
+        self.notes.num_bytes = self._num_rows * self._row_bytes
+        self.notes.base = 0
         if self._num_rows:
-            self._base = buffer.ids_LTK.ctypes.data + buffer.num_rows * self._row_bytes
+            self.notes.base = buffer.ids_LTK.ctypes.data + buffer.num_rows * self._row_bytes
 
     def _end(self) -> None:
         """The step is computed: what was noted counts."""
-        looked = self._base != 0 and self._layers_seen == len(self._index)
-        self._base = 0
+        looked = self.notes.base != 0 and self.notes.layers_seen == self._num_layers
+        self.notes.base = 0
         if not looked:
             self._skip(self._runs)
             return
@@ -147,20 +156,21 @@ class RoutingTap:
         try:
             yield
         except BaseException:
-            self._base = 0  # it is repeated, or nobody waits for it
+            self.notes.base = 0  # it is repeated, or nobody waits for it
             raise
         self._end()
 
     def _note(self, layer: int, index_TK: Tensor, num_tokens: int) -> None:
         is_whole = num_tokens == self._step_rows and index_TK.shape[0] == self._padded_rows
         if not is_whole or not index_TK.is_cpu:
-            self._base = 0  # a slice of the step, or ids that it would have to wait for
+            self.notes.base = 0  # a slice of the step, or ids that it would have to wait for
             return
         if index_TK.dtype is not torch.int64 or not index_TK.is_contiguous():
             index_TK = index_TK.to(torch.int64).contiguous()
-        address = self._base + self._index[layer] * self._pitch
-        _memmove(address, index_TK.data_ptr(), self._num_rows * self._row_bytes)
-        self._layers_seen += 1
+        notes = self.notes
+        address = notes.base + int(self._index_L[layer]) * notes.pitch
+        _memmove(address, index_TK.data_ptr(), notes.num_bytes)
+        notes.layers_seen += 1
 
     def _swap(self) -> _Buffer:
         """Hand the active buffer over if the other one is free; the active one afterwards."""

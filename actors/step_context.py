@@ -20,7 +20,7 @@ from remora.actors.tp_shuffle import TokenShuffle
 from remora.kernels.attention import AttentionPlan, KVPages
 from remora.kernels.device import CPU, plan_on
 from remora.kernels.native import native_available
-from remora.kernels.step import enter_step, leave_step, step_layers
+from remora.kernels.step import RoutingNotes, enter_step, leave_step, step_layers
 
 if TYPE_CHECKING:
     from remora.kernels.gpu_pages import GpuKVPages, GpuPlan
@@ -37,9 +37,14 @@ class StepContext:
     plan: AttentionPlan  # kernels.attention.build_plan: num_tokens, positions_T, slots, tables
     pages: Sequence["KVPages | GpuKVPages"]  # one per decoder layer
     experts: ExpertsFn
+    direct: int = (
+        0  # of `Dispatcher.step_experts`: answers compiled layers in the place of `experts`
+    )
+    notes: RoutingNotes | None = None  # of what it answers
     shuffle: TokenShuffle | None = None  # whose rows are whose, in a tensor-parallel group
     exact: bool = True  # numerics
     device: torch.device = CPU  # where the model computes (`kernels.device`)
+    failure: Exception | None = None  # of `experts`: compiled code forgets what was raised below it
     cursor: ctypes.c_int64 = field(default_factory=lambda: ctypes.c_int64(-1))  # see `layer`
     device_plan: "AttentionPlan | GpuPlan" = field(init=False)  # the same for attention there
 
@@ -87,8 +92,9 @@ class StepRegistry:
             layers = self._layers_of(engine_id, context.pages)
             if layers is not None:
                 enter_step(
-                    engine_id, layers, context.plan, exact=context.exact, cursor=context.cursor
-                )
+                    engine_id, layers, context.plan, exact=context.exact, cursor=context.cursor,
+                    experts=context.direct, notes=context.notes,
+                )  # fmt: skip
 
     def _layers_of(self, engine_id: int, pages: "Sequence[KVPages | GpuKVPages]") -> Any:
         """Of `step_layers`; None where the model computes elsewhere."""

@@ -191,4 +191,4 @@ def attention_bars(rows: list[dict[str, Any]]) -> list[Bar]:
     worst = min(
         (row["of bandwidth"] for row in mine if row["threads"] == most), key=lambda s: s.median
     )
-    return [Bar("attention_decode_bandwidth", worst, "x", ">=", 0.6)]
+    return [Bar(name="attention_decode_bandwidth", value=worst, unit="x", op=">=", target=0.6)]

@@ -24,9 +24,9 @@ class CallDeadline:
         self._most_s = most_s
         self._slowest_s = 0.0
 
-    def note(self, took_s: float) -> None:
-        """A layer was answered in this time, without a retry."""
-        self._slowest_s = max(took_s, DECAY * self._slowest_s)
+    def note(self, took_s: float, layers: int = 1) -> None:
+        """Layers were answered, the slowest of them in this time, without a retry."""
+        self._slowest_s = max(took_s, DECAY**layers * self._slowest_s)
 
     def seconds(self, *, is_redundant: bool) -> float:
         """For the next layer; a power of two of `LEAST_S`, so that it seldom changes.

@@ -134,6 +134,11 @@ class Dispatcher:
             done or self.dispatch(layer, hidden_TD, index_TK, weights_TK, num_tokens)
         )
 
+    def step_experts(self) -> int:
+        """Address of a `RemoraStepExperts` that answers layers of the next step as `moe` does, in
+        the thread that runs it; 0: ask `moe`. Asked anew for every step, between dispatches."""
+        return 0 if self._native is None else self._native.step_experts()
+
     def dispatch(
         self,
         layer: int,

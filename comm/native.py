@@ -45,7 +45,8 @@ def _source_hash() -> str:
     csrc = Path(__file__).parent / "csrc"
     paths = sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".h"))
     digest = hashlib.blake2b(digest_size=6)
-    for path in (*paths, csrc.parents[1] / "kernels" / "csrc" / "expert_call.h"):
+    kernels = csrc.parents[1] / "kernels" / "csrc"
+    for path in (*paths, kernels / "expert_call.h", kernels / "step_experts.h"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

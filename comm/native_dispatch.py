@@ -66,6 +66,8 @@ class NativeLayers:
         Returns:
             `[T, D]`; or a dispatch handed over; or None: nothing was begun.
         """
+        if self._client.is_open and self._open is None:  # begun by way of `step_experts`
+            return self._handed_over(layer, hidden_TD, index_TK, weights_TK, num_tokens)
         if not self._ready():
             return None
         num_rows, width = hidden_TD.shape
@@ -81,11 +83,18 @@ class NativeLayers:
             return out_TD
         if status == _NOT_NATIVE:
             return None
-        sent = Dispatch.of(
-            self._routes.view.epoch, layer, hidden_TD, index_TK, weights_TK, num_tokens
-        )
-        self._hand_over(sent)
-        return sent
+        return self._handed_over(layer, hidden_TD, index_TK, weights_TK, num_tokens)
+
+    def step_experts(self) -> int:
+        """Address of a `RemoraStepExperts` (`kernels/csrc/step_experts.h`) for the layers of the
+        next step, 0 when something stands against it now.
+
+        A layer that it does not answer is to be asked for by `layer`, and so are those behind it.
+        """
+        layers, slowest_s = self._client.take_asked()
+        if layers:
+            self._deadline.note(slowest_s, layers)
+        return int(self._client.step_experts()) if self._ready() else 0
 
     def begin(self, sent: Dispatch) -> bool:
         """Packs and sends; False: nothing was begun."""
@@ -115,6 +124,16 @@ class NativeLayers:
         return None
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _handed_over(
+        self, layer: int, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int
+    ) -> Dispatch:
+        """The layer that the client began and gives up, as Python goes on with it."""
+        sent = Dispatch.of(
+            self._routes.view.epoch, layer, hidden_TD, index_TK, weights_TK, num_tokens
+        )
+        self._hand_over(sent)
+        return sent
 
     def _ready(self) -> bool:
         """Whether the client may begin a layer."""

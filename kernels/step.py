@@ -1,9 +1,10 @@
-"""What compiled layers find under their engine's number, for attention without Python (CPU).
+"""What compiled layers find under their engine's number, without Python: attention, experts (CPU).
 
 layers = step_layers(pages, [(scale, sliding window, soft cap), ...])     # once for an engine
-enter_step(engine_id, layers, plan, exact=..., cursor=cursor)
+enter_step(engine_id, layers, plan, exact=..., cursor=cursor, experts=address, notes=notes)
 cursor.value = 3                                        # layer 3 runs
 torch.ops.remora.step_attention(q, k, v, sinks, engine_id)     # what `attend` computes
+torch.ops.remora.step_experts(rows, index, weights, engine_id)     # [T, D], of who is at `address`
 leave_step(engine_id)
 """
 
@@ -14,6 +15,25 @@ from typing import Any
 import torch
 
 from remora.kernels.attention import AttentionPlan, KVPages, isa_max
+
+
+class RoutingNotes(ctypes.Structure):
+    """`RemoraRoutingNotes` of csrc/step_experts.h: where `step_experts` copies what it is asked."""
+
+    base: int
+    pitch: int
+    num_bytes: int
+    index: int
+    num_layers: int
+    layers_seen: int
+    _fields_ = (
+        ("base", ctypes.c_int64),
+        ("pitch", ctypes.c_int64),
+        ("num_bytes", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        ("layers_seen", ctypes.c_int64),
+    )
 
 
 def step_layers(
@@ -33,16 +53,28 @@ def step_layers(
 
 
 def enter_step(
-    engine_id: int, layers: Any, plan: AttentionPlan, *, exact: bool, cursor: ctypes.c_int64
+    engine_id: int,
+    layers: Any,
+    plan: AttentionPlan,
+    *,
+    exact: bool,
+    cursor: ctypes.c_int64,
+    experts: int = 0,
+    notes: RoutingNotes | None = None,
 ) -> None:
-    """From here on `step_attention` of this engine reads these. From any thread.
+    """From here on `step_attention` and `step_experts` of this engine read these. From any thread.
 
     Args:
         layers: of `step_layers`.
         cursor: index of the layer that runs; stays alive until `leave_step`.
+        experts: address of the `RemoraStepExperts` that answers rows of experts; 0, or a layer that
+            it does not take: `remora_rt::experts` is asked, then and for the rest of the step.
+        notes: where its answers' routing is noted; stays alive until `leave_step`.
     """
-    address = ctypes.addressof(cursor)
-    torch.ops.remora.step_enter(engine_id, layers, plan.packed, isa_max(exact=exact), address)
+    torch.ops.remora.step_enter(
+        engine_id, layers, plan.packed, isa_max(exact=exact), ctypes.addressof(cursor),
+        plan.num_tokens, experts, ctypes.addressof(notes) if notes is not None else 0,
+    )  # fmt: skip
 
 
 def leave_step(engine_id: int) -> None:

@@ -1,10 +1,13 @@
 // `remora.comm._C.Client`: see `comm/native_dispatch.py`, its only user.
 #include "python.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "client.h"
+#include "step_experts.h"
 
 namespace remora {
 namespace {
@@ -13,15 +16,21 @@ struct ClientObject {
   PyObject_HEAD
   Client client;
   std::vector<PyObject*> free_lists;  // `Peer._free` of each shard, or null
+  RemoraStepExperts step_experts;     // layers of a step, asked without Python
+  int64_t asked_layers, asked_ns_max;  // of those, since `take_asked`
 };
 
 Client& client_of(PyObject* self) { return reinterpret_cast<ClientObject*>(self)->client; }
+
+int answer(void* object, const RemoraLayerRows* rows);
 
 PyObject* client_new(PyTypeObject* type, PyObject*, PyObject*) {
   auto* self = reinterpret_cast<ClientObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   new (&self->client) Client();
   new (&self->free_lists) std::vector<PyObject*>();
+  self->step_experts = {self, answer};
+  self->asked_layers = self->asked_ns_max = 0;
   return reinterpret_cast<PyObject*>(self);
 }
 
@@ -135,6 +144,11 @@ bool read_free_regions(ClientObject* self) {
   return !PyErr_Occurred();
 }
 
+bool in_range(const LayerInput& input) {
+  return input.num_tokens >= 0 && input.num_tokens <= input.num_rows && input.top_k <= kTopKMax &&
+         item_bytes(input.dtype);
+}
+
 // (layer, num_tokens, num_rows, top_k, width, dtype, weight_bfloat16, hidden, index, weight)
 bool read_input(const Arguments& arguments, LayerInput& input) {
   input.layer = static_cast<int32_t>(arguments.integer(0));
@@ -148,8 +162,7 @@ bool read_input(const Arguments& arguments, LayerInput& input) {
   input.index_TK = arguments.address<const int64_t>(8);
   input.weight_TK = arguments.address<const void>(9);
   if (PyErr_Occurred()) return false;
-  if (input.num_tokens < 0 || input.num_tokens > input.num_rows || input.top_k > kTopKMax ||
-      !item_bytes(input.dtype)) {
+  if (!in_range(input)) {
     PyErr_SetString(PyExc_ValueError, "tokens, top-k or dtype out of range");
     return false;
   }
@@ -194,6 +207,47 @@ PyObject* layer(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   status = self->client.finish(out);
   Py_END_ALLOW_THREADS;
   return as_int(status);
+}
+
+// A layer of a step whose thread may hold the interpreter or not. Where a layer is handed over, it stays
+// open: `NativeLayers.layer` is asked next, with the same rows, and finds it.
+int answer(void* object, const RemoraLayerRows* rows) {
+  auto* self = static_cast<ClientObject*>(object);
+  const LayerInput input{rows->layer, rows->num_tokens, rows->num_rows, rows->top_k, rows->width,
+                         static_cast<uint8_t>(rows->is_bfloat16 ? kBfloat16 : kFloat32),
+                         rows->weight_bfloat16 != 0, static_cast<const char*>(rows->hidden),
+                         rows->index, rows->weights};
+  if (!in_range(input)) return static_cast<int>(Status::kNotNative);
+  const PyGILState_STATE held = PyGILState_Ensure();
+  const int64_t begun_ns = now_ns();
+  Status status = Status::kNotNative;
+  if (!read_free_regions(self)) {
+    PyErr_Clear();  // Python reads them next, and raises it there
+  } else {
+    status = self->client.begin(input);
+  }
+  if (status == Status::kDone) {
+    Py_BEGIN_ALLOW_THREADS;
+    status = self->client.finish(static_cast<char*>(rows->out));
+    Py_END_ALLOW_THREADS;
+  }
+  if (status == Status::kDone) {
+    self->asked_layers += 1;
+    self->asked_ns_max = std::max(self->asked_ns_max, now_ns() - begun_ns);
+  }
+  PyGILState_Release(held);
+  return static_cast<int>(status);
+}
+
+PyObject* step_experts(PyObject* object, PyObject*) {
+  return PyLong_FromVoidPtr(&reinterpret_cast<ClientObject*>(object)->step_experts);
+}
+
+PyObject* take_asked(PyObject* object, PyObject*) {
+  auto* self = reinterpret_cast<ClientObject*>(object);
+  const auto layers = std::exchange(self->asked_layers, 0);
+  const auto slowest_ns = std::exchange(self->asked_ns_max, 0);
+  return Py_BuildValue("(Ld)", static_cast<long long>(layers), slowest_ns * 1e-9);
 }
 
 // (call_TK, row_TK, pos_TK): copies the layout of the real tokens there
@@ -270,6 +324,8 @@ PyObject* until_s(PyObject* object, void*) {
   return PyFloat_FromDouble(static_cast<double>(client_of(object).until_ns()) * 1e-9);
 }
 
+PyObject* is_open(PyObject* object, void*) { return PyBool_FromLong(client_of(object).is_open()); }
+
 PyMethodDef methods[] = {
     {"configure", fastcall(configure), METH_FASTCALL, "what stays the same for a view"},
     {"link", fastcall(link), METH_FASTCALL, "describes the connection to a shard"},
@@ -277,6 +333,8 @@ PyMethodDef methods[] = {
     {"begin", fastcall(begin), METH_FASTCALL, "chooses, packs and sends; a Status"},
     {"finish", finish, METH_O, "waits and sums; a Status"},
     {"layer", fastcall(layer), METH_FASTCALL, "begin and finish; a Status"},
+    {"step_experts", step_experts, METH_NOARGS, "address of a RemoraStepExperts, of this client's life"},
+    {"take_asked", take_asked, METH_NOARGS, "layers answered through it since, and the slowest's seconds"},
     {"plan", fastcall(plan), METH_FASTCALL, "copies the layout of the layer"},
     {"calls", calls, METH_NOARGS, "how far each call of the layer came"},
     {"head", head, METH_O, "header of the answer of a call"},
@@ -288,6 +346,7 @@ PyMethodDef methods[] = {
 PyGetSetDef properties[] = {
     {"until_s", until_s, nullptr, "when the layer's deadline ends, on the monotonic clock",
      nullptr},
+    {"is_open", is_open, nullptr, "a layer was begun that is neither done nor Python's", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(client_new)},

@@ -1,17 +1,13 @@
 // The operators of paged attention; see kernels/attention.py for the contract and the page layout,
 // attention.h for the parts.
 #include <ATen/ATen.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
-#include <vector>
 
+#include "attend.h"
 #include "attention.h"
 #include "attention_write.h"
 #include "isa.h"
@@ -145,6 +141,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   return out;
 }
 
+}  // namespace
+
 at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor k_pages,
                   at::Tensor v_pages, const at::Tensor& plan, double scale, int64_t window,
                   int64_t chunk, double soft_cap, std::optional<at::Tensor> sinks, int64_t isa_max) {
@@ -172,60 +170,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return q.scalar_type() == dtype ? out : out.to(q.scalar_type());
 }
 
-// An engine's layers, in all of its steps: listing them anew for each takes a tenth of a millisecond.
-struct StepLayers : torch::CustomClassHolder {
-  std::vector<at::Tensor> k_pages, v_pages;  // of each layer
-  std::vector<double> rules;                 // scale, window (0: none), soft cap (0: none); of each layer
-
-  StepLayers(std::vector<at::Tensor> k, std::vector<at::Tensor> v, std::vector<double> numbers)
-      : k_pages(std::move(k)), v_pages(std::move(v)), rules(std::move(numbers)) {
-    TORCH_CHECK_VALUE(k_pages.size() == v_pages.size() && rules.size() == 3 * k_pages.size(),
-                      "pages of ", k_pages.size(), " and ", v_pages.size(), " layers, ", rules.size(),
-                      " numbers: 3 a layer");
-  }
-};
-
-// What attention reads beside its rows in the step that an engine runs; see `actors/step_context.py`.
-struct Step {
-  c10::intrusive_ptr<StepLayers> layers;
-  at::Tensor plan;
-  int64_t isa_max;
-  const int64_t* layer;  // the one that runs now: whoever runs the layers moves it
-};
-
-std::mutex steps_mutex;
-std::unordered_map<int64_t, std::shared_ptr<const Step>> steps;
-
-void step_enter(int64_t engine, const c10::intrusive_ptr<StepLayers>& layers, const at::Tensor& plan,
-                int64_t isa_max, int64_t layer) {
-  auto step = std::make_shared<const Step>(
-      Step{layers, plan, isa_max, reinterpret_cast<const int64_t*>(layer)});
-  const std::lock_guard<std::mutex> lock(steps_mutex);
-  steps[engine] = std::move(step);
-}
-
-void step_leave(int64_t engine) {
-  const std::lock_guard<std::mutex> lock(steps_mutex);
-  steps.erase(engine);
-}
-
-at::Tensor step_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                          const std::optional<at::Tensor>& sinks, int64_t engine) {
-  std::shared_ptr<const Step> step;
-  {
-    const std::lock_guard<std::mutex> lock(steps_mutex);
-    const auto found = steps.find(engine);
-    TORCH_CHECK(found != steps.end(), "engine ", engine, " is in no step");
-    step = found->second;
-  }
-  const int64_t layer = *step->layer;
-  const StepLayers& layers = *step->layers;
-  TORCH_CHECK(layer >= 0 && layer < static_cast<int64_t>(layers.k_pages.size()), "layer ", layer, " of ",
-              layers.k_pages.size());
-  const double* rules = layers.rules.data() + 3 * layer;
-  return attend(q, k, v, layers.k_pages[layer], layers.v_pages[layer], step->plan, rules[0],
-                static_cast<int64_t>(rules[1]), 0, rules[2], sinks, step->isa_max);
-}
+namespace {
 
 void write_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor k_pages, at::Tensor v_pages,
               const at::Tensor& slots) {
@@ -264,19 +209,10 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
       "float scale, int window, int chunk, float soft_cap, Tensor? sinks, int isa_max) -> Tensor");
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
-  m.class_<remora_attention::StepLayers>("StepLayers")
-      .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<double>>());
-  m.def(
-      "step_enter(int engine, __torch__.torch.classes.remora.StepLayers layers, Tensor plan, "
-      "int isa_max, int layer_address) -> ()");
-  m.def("step_leave(int engine) -> ()", &remora_attention::step_leave);
-  m.def("step_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, int engine) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(remora, CPU, m) {
   m.impl("paged_attention", &remora_attention::paged_attention);
   m.impl("attend", &remora_attention::attend);
   m.impl("write_kv", &remora_attention::write_kv);
-  m.impl("step_enter", &remora_attention::step_enter);
-  m.impl("step_attention", &remora_attention::step_attention);
 }

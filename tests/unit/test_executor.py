@@ -5,6 +5,7 @@ import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.checkpoints import VOCAB, make_checkpoint
 from support.local_cluster import Ask, LocalCluster
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from remora.actors import dense_engine
 from remora.actors import executor as executor_module
 from remora.actors.dense_model import build_dense
 from remora.actors.executor import Executor
@@ -64,6 +66,29 @@ def test_exact_holds_for_compiled_layers_too(model: Path) -> None:
     finally:
         cluster.close()
     assert [a.token_ids for a in answers] == expected
+
+
+def test_a_shard_that_does_not_answer_is_named_through_compiled_layers(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code knows texts only; what the engine makes of an error hangs on its class."""
+    monkeypatch.setattr(dense_engine, "RECONNECT_EVERY_S", 0.0)
+    cluster, hung = LocalCluster(model, num_shards=2, dtype="bfloat16", exact=True), Event()
+    try:
+        with cluster.dense(executor="compiled", call_timeout_s=0.2) as client:
+            server = cluster.shards[1]._server
+            assert server is not None
+            server.call_soon(lambda: [hung.wait(60)])
+            try:
+                [lost] = client.ask(asks()[:1])
+                assert "shard-1" in str(lost.outputs[-1].error)
+                assert "Error" not in str(lost.outputs[-1].error), "a fault of ours, it says"
+                assert not client.pong().serving
+            finally:
+                hung.set()
+            assert client.ask(asks()[:1])[0].finish_reason == "length"
+    finally:
+        cluster.close()
 
 
 def test_equal_layers_share_a_compilation_and_no_step_compiles_again(model: Path) -> None:
