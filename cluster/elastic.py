@@ -28,7 +28,7 @@ from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_de
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
-from remora.comm.errors import ConfigError, UnknownOperationError
+from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -234,9 +234,10 @@ class Elastic:
         )
         self.nodes = NodeWatch(
             draining=RayNodes().draining,
-            homes=self._homes,
+            homes=tasks.homes,
+            members=self._members,
+            history=self._runner().history,
             request=self.request,
-            is_known=self._is_known,
             leave=self._leave,
         )
         self.runner.start(effects)
@@ -253,17 +254,9 @@ class Elastic:
         self.standbys.fill()
         self.warm_dense.fill()
 
-    def _homes(self) -> dict[Life, set[str]]:
-        assert self._tasks is not None and self._view is not None, "begun"
-        lives = {(m.uid, m.incarnation) for m in self._view.members}
-        return {life: nodes for life, nodes in self._tasks.homes().items() if life in lives}
-
-    def _is_known(self, operation_id: str) -> bool:
-        try:
-            self._runner().operation(operation_id)
-        except UnknownOperationError:
-            return False
-        return True
+    def _members(self) -> set[Life]:
+        assert self._view is not None, "begun"
+        return {(m.uid, m.incarnation) for m in self._view.members}
 
     def _hung(self, uid: str, incarnation: int) -> None:
         assert self._tasks is not None, "who hangs was asked"

@@ -1,19 +1,22 @@
-"""What is to leave hosts that are going away, and how often that is tried. Pure.
+"""What is to leave hosts that are going away, and what is brought back afterwards. Pure.
 
 Ray tells that a node is being drained, and until when (a spot instance that is taken back, a pod
-that ends, `ray drain-node`). Members on such nodes retire by an operation of our own: at first
-with as many new ones elsewhere; where those find no place in time, with as few as are needed. What
-is left then dies with its node, and is restored as anything that dies.
+that ends, `ray drain-node`). Members on such nodes retire by an operation of our own, which has all
+the time that there is and starts as few new members as will do: others take what is there. What
+is left at the end dies with its node, and is restored as anything that dies. Once the node is left,
+and nothing hurries any more, a second operation brings back as many members as there were.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
 from remora.actors.health_state import Life
-from remora.cluster.operation import Drain
+from remora.cluster.operation import Drain, Operation, Restore, ScaleTo, TakeOver, is_dense
 
-PREFIX: Final = "evacuate-"
+EVACUATE: Final = "evacuate-"
+REPLACE: Final = "replace-"
+TRIES: Final = 2  # a new member that dies while it starts is no reason to stay
 WITHIN_S_MIN: Final = 1.0
 
 
@@ -35,12 +38,42 @@ def next_evacuation(
     nodes = {node for life in lives for node in homes[life]} & draining.keys()
     left_s = [each for node in nodes if (each := draining[node]) is not None]
     within_s = max(WITHIN_S_MIN, min(left_s)) if left_s else None
-    uids = tuple(uid for uid, _ in lives)
-    name = PREFIX + "-".join(f"{uid}.{incarnation}" for uid, incarnation in lives)
-    if not is_tried(f"{name}:1"):
-        # the second try needs half of it, should new members find no place
-        within_s = within_s / 2 if within_s is not None else None
-        return f"{name}:1", Drain(uids, "all", within_s)
-    if not is_tried(f"{name}:2"):
-        return f"{name}:2", Drain(uids, "needed", within_s)
-    return None
+    target = Drain(tuple(uid for uid, _ in lives), "needed", within_s)
+    name = EVACUATE + "-".join(f"{uid}.{incarnation}" for uid, incarnation in lives)
+    tries = (f"{name}:{number + 1}" for number in range(TRIES))
+    return next(((each, target) for each in tries if not is_tried(each)), None)
+
+
+def next_replacement(
+    history: Sequence[Operation],
+    uids: Collection[str],
+    is_tried: Callable[[str], bool],
+) -> tuple[str, ScaleTo] | None:
+    """The operation that brings back what an evacuation has not replaced; None: nothing is due.
+
+    It is due while that was the last thing that anybody asked for: who scales afterwards knows how
+    many there are to be.
+
+    Args:
+        history: operations, the newest last.
+        uids: members of the view.
+        is_tried: as above.
+    """
+    asked = [each for each in history if not isinstance(each.target, Restore | TakeOver)]
+    if not asked or not asked[-1].operation_id.startswith(EVACUATE) or asked[-1].outcome != "done":
+        return None
+    last = asked[-1]
+    name = REPLACE + last.operation_id.removeprefix(EVACUATE)
+    shards, groups = (
+        _num(kind, last.retirees) - _num(kind, last.joiners) for kind in (False, True)
+    )
+    if not (shards or groups) or is_tried(name):
+        return None
+    return name, ScaleTo(
+        _num(False, uids) + shards if shards else None,
+        dense_groups=_num(True, uids) + groups if groups else None,
+    )
+
+
+def _num(of_dense: bool, uids: Collection[str]) -> int:
+    return sum(is_dense(uid) == of_dense for uid in uids)

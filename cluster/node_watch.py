@@ -3,15 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import ray
+from ray.core.generated import autoscaler_pb2
 
 from remora.actors.health_state import Life
-from remora.cluster.evacuation import next_evacuation
-from remora.cluster.operation import Drain
+from remora.cluster.evacuation import next_evacuation, next_replacement
+from remora.cluster.operation import Operation, Target
 from remora.comm.errors import ClusterError, OperationRunsError, RemoraError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ class NodeWatch:
     Args:
         draining: nodes that go away, and when in Unix seconds; None: no deadline. Raises
             ClusterError: Ray does not tell.
-        homes: nodes of each member of the view.
+        homes: nodes of everything that lives, members or not any more.
+        members: those of the view.
+        history: operations, the newest last.
         request: begins an operation. Raises RemoraError: it cannot be, or not now.
-        is_known: whether there is, or was, an operation of this id.
         leave: told of nodes on which nothing more is to be begun.
     """
 
@@ -38,14 +40,16 @@ class NodeWatch:
         *,
         draining: Callable[[], Mapping[str, float | None]],
         homes: Callable[[], Mapping[Life, AbstractSet[str]]],
-        request: Callable[[str, Drain], object],
-        is_known: Callable[[str], bool],
+        members: Callable[[], AbstractSet[Life]],
+        history: Callable[[], Sequence[Operation]],
+        request: Callable[[str, Target], object],
         leave: Callable[[AbstractSet[str]], None],
     ) -> None:
-        self._draining, self._homes = draining, homes
-        self._request, self._is_known, self._leave = request, is_known, leave
+        self._draining, self._homes, self._members = draining, homes, members
+        self._history, self._request, self._leave = history, request, leave
         self._refused: dict[str, str] = {}  # why, by operation id
-        self._nodes: frozenset[str] = frozenset()
+        self._there: dict[str, list[str]] = {}  # uids, by node that goes away
+        self._stay: list[str] = []
         self._is_blind = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="remora-nodes", daemon=True)
@@ -57,11 +61,13 @@ class NodeWatch:
     @property
     def nodes(self) -> frozenset[str]:
         """Nodes that were going away when it last looked."""
-        return self._nodes
+        return frozenset(self._there)
 
     def status(self) -> dict[str, Any]:
-        """For `remora status --json`."""
-        return {"draining": sorted(self._nodes), "refused": dict(self._refused)}
+        """For `remora status --json`: who is on nodes that go away, who of them will stay (all has
+        been tried), and what was refused."""
+        there = {node: list(uids) for node, uids in self._there.items()}
+        return {"draining": there, "stay": list(self._stay), "refused": dict(self._refused)}
 
     def close(self) -> None:
         """Stop. Idempotent."""
@@ -79,15 +85,30 @@ class NodeWatch:
             self._is_blind = True
             return
         self._is_blind = False
-        self._nodes = frozenset(draining)
-        if not draining:
-            return
-        self._leave(self._nodes)
-        left = {n: at if at is None else at - now_unix_s for n, at in draining.items()}
-        found = next_evacuation(left, self._homes(), self._is_tried)
-        if found is None:
-            return
-        operation_id, target = found
+        history, members = self._history(), self._members()  # before who lives: nobody is missed
+        homes = self._homes() if draining else {}
+        there = {
+            node: sorted(uid for (uid, _), nodes in homes.items() if node in nodes)
+            for node in draining
+        }
+        if draining:
+            self._leave(draining.keys())
+        left_s = {n: at if at is None else at - now_unix_s for n, at in draining.items()}
+        ours = {life: nodes for life, nodes in homes.items() if life in members}
+        known = self._refused.keys() | {operation.operation_id for operation in history}
+        uids = [uid for uid, _ in members]
+        found: tuple[str, Target] | None = next_evacuation(left_s, ours, known.__contains__)
+        is_free = all(operation.outcome != "running" for operation in history)
+        if found is None and is_free:
+            self._stay = sorted(u for (u, _), nodes in ours.items() if nodes & draining.keys())
+            found = next_replacement(history, uids, known.__contains__)
+        elif found is not None:
+            self._stay = []
+        self._there = there
+        if found is not None:
+            self._begin(*found)
+
+    def _begin(self, operation_id: str, target: Target) -> None:
         try:
             self._request(operation_id, target)
         except OperationRunsError as busy:
@@ -97,9 +118,6 @@ class NodeWatch:
             self._refused[operation_id] = str(refused)
             while len(self._refused) > REFUSED_MAX:
                 del self._refused[next(iter(self._refused))]
-
-    def _is_tried(self, operation_id: str) -> bool:
-        return operation_id in self._refused or self._is_known(operation_id)
 
     def _run(self) -> None:
         while not self._closed.wait(EVERY_S):
@@ -122,13 +140,34 @@ class RayNodes:
             ClusterError: the GCS does not tell.
         """
         try:
-            if self._gcs is None:
-                raylet: Any = ray._raylet
-                self._gcs = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-            found: dict[str, int] = self._gcs.get_draining_nodes(timeout=GCS_S)
+            found: dict[str, int] = self._client().get_draining_nodes(timeout=GCS_S)
         except ray.exceptions.RayError as silent:
             raise ClusterError(f"Ray's GCS does not answer: {silent}") from silent
         return {node: at_ms / 1e3 if at_ms else None for node, at_ms in found.items()}
+
+    def drain(self, node: str, why: str, deadline_unix_s: float) -> None:
+        """Tell Ray that a node goes away, as `ray drain-node` does: it places nothing there any
+        more, and ends the node's raylet once nothing is there, or at the deadline.
+
+        Raises:
+            ClusterError: the GCS does not answer, or refuses.
+        """
+        messages: Any = autoscaler_pb2
+        preempted = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        try:
+            is_accepted, why_not = self._client().drain_node(
+                node, preempted, why, int(deadline_unix_s * 1e3)
+            )
+        except ray.exceptions.RayError as silent:
+            raise ClusterError(f"Ray's GCS does not answer: {silent}") from silent
+        if not is_accepted:
+            raise ClusterError(f"Ray does not drain node {node}: {why_not}")
+
+    def _client(self) -> Any:
+        if self._gcs is None:
+            raylet: Any = ray._raylet
+            self._gcs = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+        return self._gcs
 
 
 def node_of(handle: Any) -> str | None:

@@ -38,13 +38,13 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     groups.
 
     Attributes:
-        joiners: who joins instead: nobody; as few as are needed for every expert to have a slot,
-            and for one dense group to be there; or as many as retire.
+        joiners: who joins instead: nobody; or as few as are needed for every expert to have a
+            slot, and for one dense group to be there.
         within_s: the time that there is for it; None: as for other operations.
     """
 
     uids: tuple[str, ...]
-    joiners: Literal["none", "needed", "all"] = "none"
+    joiners: Literal["none", "needed"] = "none"
     within_s: float | None = None
 
 

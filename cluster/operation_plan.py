@@ -121,15 +121,13 @@ def _drain(target: Drain, now: Situation) -> Planned:
             f" (scale to {len(dense) + 1} dense groups)"
         )
     planned = _drained(shards, target, now)
-    num_groups = len(groups) if target.joiners == "all" else int(is_last)
-    return _with_groups(planned, groups, num_groups, now)
+    return _with_groups(planned, groups, int(is_last), now)
 
 
 def _drained(shards: list[str], target: Drain, now: Situation) -> Planned:
     """Of shards; with the smallest number of joiners that will do, where that is asked for."""
-    least = len(shards) if target.joiners == "all" else 0
     most = 0 if target.joiners == "none" else len(shards)
-    for num_joiners in range(least, most):
+    for num_joiners in range(most):
         try:
             return _scaled(now, shards, num_joiners)
         except ConfigError:  # experts without a slot

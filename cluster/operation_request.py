@@ -15,7 +15,7 @@ from remora.comm.view import Placement, View
 
 ID_CHARS_MAX = 128
 UIDS_MAX = 4096
-OWN_PREFIXES = ("restore-", "take-over-", "evacuate-")  # ids of the coordinator's own operations
+OWN_PREFIXES = ("restore-", "take-over-", "evacuate-", "replace-")  # the coordinator's own
 
 
 def _not_ours(value: str) -> str:

@@ -150,6 +150,11 @@ class OperationRunner:
                 raise UnknownOperationError(f"no operation {operation_id!r} is known")
             return found.public()
 
+    def history(self) -> list[Operation]:
+        """The last operations, the newest last; also the one that runs."""
+        with self._changed:
+            return list(self._state.history.values())
+
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
         """As `operation`, once it is over or the time is."""
         with self._changed:

@@ -45,7 +45,6 @@ from remora.cluster.second_copies import plan_copies
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
-STEP_SHARE: Final = 0.5  # of the time that an operation has left, for one step
 STEP_S_MIN: Final = 2.0
 QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
 
@@ -316,14 +315,13 @@ class OperationSteps(CoordinatorCalls):
         self._go_on()
 
     def _within(self, limit_s: float) -> float:
-        """How long a step may take: where the operation has a deadline, not more than a share of
-        what is left of it, so that there is something for the next one."""
+        """How long a step may take: where the operation has a deadline, not beyond it."""
         operation = self._running()
         target = operation.target
         if not isinstance(target, Drain) or target.within_s is None:
             return limit_s
         left_s = operation.begun_s + target.within_s - self._now_s
-        return min(limit_s, max(STEP_S_MIN, STEP_SHARE * left_s))
+        return min(limit_s, max(STEP_S_MIN, left_s))
 
     def _leaving(self) -> list[str]:
         """Dense groups that retire by this operation and are not in the view any more."""

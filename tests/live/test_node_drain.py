@@ -1,4 +1,4 @@
-"""What a pod with expert shards runs before it ends, on a deployment over two Ray nodes."""
+"""What a pod runs before it ends, on a deployment over two Ray nodes."""
 
 import os
 import subprocess
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from support.ray_actors import living_actors
 from support.serving import DEMO_MODEL
 
-from remora.actors.launch import RAY_NAMESPACE
+from remora.actors.launch import RAY_NAMESPACE, host_label
 from remora.cluster.bootstrap import (
     ClusterHandle,
     ensure_cluster,
@@ -20,20 +19,17 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import parse_config
-from remora.cluster.node_drain import shard_uids
 
 pytestmark = pytest.mark.live
 NAME = "drained"
+ROOM = {"shard": 1, "group": 1}
 
 
 @pytest.fixture
 def hosts() -> Iterator[Cluster]:
-    """Two nodes that have room for a shard each."""
-    room = {"shard": 1}
-    # Ray lists actors through its dashboard; None: on any port, others may run one here
-    head = {"num_cpus": 4, "resources": room, "include_dashboard": True, "dashboard_port": None}
+    """A node that has room for a dense group and a shard; tests add another one."""
+    head = {"num_cpus": 2, "resources": ROOM, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=2, resources=room)
     ray.init(address=cluster.address, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield cluster
     ray.shutdown()
@@ -48,8 +44,8 @@ def handle(hosts: Cluster, tmp_path: Path) -> Iterator[ClusterHandle]:
             "name": NAME,
             "model": str(DEMO_MODEL),
             "executor": "eager",
-            "dense": {**small, "max_model_len": 256},
-            "experts": {**small, "shards": 2, "slots": 32, "resources": {"shard": 1}},
+            "dense": {**small, "max_model_len": 256, "resources": {"group": 1}},
+            "experts": {**small, "shards": 1, "resources": {"shard": 1}},
             "elastic": {"log_dir": str(tmp_path)},
         }
     )
@@ -57,27 +53,22 @@ def handle(hosts: Cluster, tmp_path: Path) -> Iterator[ClusterHandle]:
     stop_cluster(NAME)
 
 
-def shards_of(node_id: str) -> list[str]:
-    """Uids of the shards that Ray says live on a node."""
-    actors = living_actors(("node_id", "=", node_id))
-    return shard_uids((actor.name for actor in actors if actor.name), NAME)
+def members(handle: ClusterHandle) -> dict[str, str]:
+    """Their Ray nodes."""
+    return {member.uid: member.endpoint.host for member in handle.view().members}
 
 
-def test_a_node_is_drained_and_only_then_safe(hosts: Cluster, handle: ClusterHandle) -> None:
-    here = shards_of(ray.get_runtime_context().get_node_id())
-    assert len(here) == 1, "a shard a node"
-
+def test_a_pod_waits_until_its_members_have_left(hosts: Cluster, handle: ClusterHandle) -> None:
+    assert members(handle) == {"dense-0": host_label(), "shard-0": host_label()}
+    other = hosts.add_node(num_cpus=2, resources=ROOM)
     first = run_hook(hosts.address)
     assert first.returncode == 0, first.stderr
-    assert f"preStop: safe to delete: {here[0]}" in first.stderr
-    view = handle.view()
-    left = [member.uid for member in view.members if member.role == "shard"]
-    assert len(left) == 1 and left != here
-    assert set(view.placement.slots) == set(left)
+    assert "preStop: dense-0, shard-0 left this node" in first.stderr
+    assert members(handle) == {"dense-1": other.node_id, "shard-1": other.node_id}
 
     second = run_hook(hosts.address)
     assert second.returncode == 0, second.stderr
-    assert "there was nothing to drain" in second.stderr
+    assert "preStop: nothing left this node" in second.stderr
 
 
 def run_hook(address: str) -> subprocess.CompletedProcess[str]:
@@ -89,11 +80,11 @@ def run_hook(address: str) -> subprocess.CompletedProcess[str]:
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
     }
     return subprocess.run(
-        [sys.executable, "-m", "remora.cluster.node_drain", NAME, "--within-s", "120"],
+        [sys.executable, "-m", "remora.cluster.node_drain", NAME, "--within-s", "280"],
         env=environment,
         cwd="/",
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=400,
     )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 from support.programs import benchmarks_on_path, program
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -21,6 +20,7 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
+from remora.cluster.node_watch import RayNodes
 
 pytestmark = pytest.mark.long
 
@@ -73,32 +73,26 @@ def started_on_one_node(hosts: Cluster, config: RemoraConfig) -> tuple[Any, Clus
 async def drained(
     live: Any, config: RemoraConfig, handle: ClusterHandle, first: str, second: str
 ) -> None:
-    address = ray.get_runtime_context().gcs_address
+    deadline_s = time.time() + DEADLINE_S
     async with live.flowing(config, handle) as streams:
-        await asyncio.to_thread(drain, address, first)
+        await asyncio.to_thread(RayNodes().drain, first, "a test takes it back", deadline_s)
         operation = await live.over(handle, "evacuate-dense-0.1-shard-0.1-shard-1.1:1")
         assert operation["outcome"] == "done", operation["reason"]
         assert set(operation["safe_to_delete"]) == {"dense-0", "shard-0", "shard-1"}
-        assert operation["joiners"] == {"dense-1": 1, "shard-2": 1, "shard-3": 1}
+        assert operation["joiners"] == {"dense-1": 1, "shard-2": 1}, "it holds all experts"
+        operation = await live.over(handle, "replace-dense-0.1-shard-0.1-shard-1.1:1")
+        assert operation["outcome"] == "done", operation["reason"]
+        assert operation["joiners"] == {"shard-0": 2}, "there were two; the name is free again"
         await streams.one_more()
         members = handle.view().members
         assert {member.endpoint.host for member in members} == {second}
-        assert {member.uid for member in members} == {"dense-1", "shard-2", "shard-3"}
+        assert {member.uid for member in members} == {"dense-1", "shard-0", "shard-2"}
         await live.until(lambda: is_gone(first))  # idle and drained: its raylet ends
         await streams.one_more()
         status = await asyncio.to_thread(cluster_status, NAME)
         assert status["health"]["nodes"]["refused"] == {}
         assert status["operations"]["lost"] == []
     assert streams.failed == [] and streams.num_different == 0 and streams.num_done > 0
-
-
-def drain(address: str, node_id: str) -> None:
-    """As the provider of a spot instance has it done, or `ray drain-node`."""
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = int((time.time() + DEADLINE_S) * 1e3)
-    gcs = ray._raylet.GcsClient(address=address)
-    is_accepted, why_not = gcs.drain_node(node_id, reason, "a test takes it back", deadline_ms)
-    assert is_accepted, why_not
 
 
 async def is_gone(node_id: str) -> bool:

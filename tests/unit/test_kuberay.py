@@ -12,18 +12,15 @@ import pytest
 import yaml
 from support.crd_schema import ROOT, crds_dir, faults, strict
 
-from remora.actors.launch import actor_name
-from remora.cluster.cli import parser
 from remora.cluster.config import RemoraConfig, preset_names
-from remora.cluster.node_drain import drain_command, drain_here, shard_uids
-from remora.cluster.operation import Drain
-from remora.cluster.operation_command import body_of
+from remora.cluster.node_drain import wait_until_left
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError
 
 # Ray Serve, as it is imported, uses what pydantic has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 KUBERAY = ROOT / "manifests" / "kuberay"
 OVERLAYS = ("cpu-dev", "gpu-autoscaling")
+HOLDERS = ["dense", "expert"]  # groups of pods with members
 Resource = dict[str, Any]
 
 
@@ -232,12 +229,13 @@ def test_probes_and_drain(rendered: dict[str, list[Resource]], overlay: str) -> 
             ports = {port["name"]: port["containerPort"] for port in container["ports"]}
             assert ready["httpGet"]["path"] == "/ready"
             assert ports[ready["httpGet"]["port"]] == 8000
-    assert [name for name, pod in pods.items() if "lifecycle" in pod["containers"][0]] == ["expert"]
-    hook = pods["expert"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1].split()
-    start = hook.index("remora.cluster.node_drain")
-    assert hook[start + 1] == config_of(rendered[overlay]).name
-    assert hook[start + 2] == "--within-s"
-    assert float(hook[start + 3]) < pods["expert"]["terminationGracePeriodSeconds"]
+    assert [name for name, pod in pods.items() if "lifecycle" in pod["containers"][0]] == HOLDERS
+    for name in HOLDERS:
+        hook = pods[name]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1].split()
+        start = hook.index("remora.cluster.node_drain")
+        assert hook[start + 1] == config_of(rendered[overlay]).name
+        assert hook[start + 2] == "--within-s"
+        assert float(hook[start + 3]) < pods[name]["terminationGracePeriodSeconds"]
 
 
 def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> None:
@@ -278,14 +276,6 @@ def test_manifests_are_no_presets() -> None:
     assert preset_names() == ["tiny_cpu"]
 
 
-def test_shards_are_told_by_their_actors_names() -> None:
-    names = [actor_name("a", uid, 3) for uid in ("shard-10", "shard-2", "dense-0")]
-    assert shard_uids([*names, actor_name("b", "shard-4", 0), "other"], "a") == [
-        "shard-10",
-        "shard-2",
-    ]
-
-
 class Clock:
     """Time that passes only while somebody sleeps."""
 
@@ -299,24 +289,30 @@ class Clock:
         self.now_s += seconds
 
 
-def drained(answers: Mapping[int, tuple[int, str]], here: Sequence[str]) -> list[str]:
-    """`drain_here` over 10 s, attempts answered by number, later ones as the last."""
-    attempts: list[float] = []
-
-    def drain(uids: Sequence[str], left_s: float) -> tuple[int, str]:
-        assert list(uids) == list(here)
-        attempts.append(left_s)
-        return answers[min(len(attempts) - 1, max(answers))]
-
-    return drain_here(lambda: here, drain, within_s=10, clock=Clock())
+Told = Mapping[str, Any] | ClusterError | None
 
 
-def test_the_command_line_of_a_drain_is_one_of_ours() -> None:
-    """Options are those of `remora drain`, whose answer has `safe_to_delete` with --json."""
-    program, *arguments = drain_command("a", ["shard-0", "shard-2"], "pre-stop-1")
-    options = parser().parse_args(arguments)
-    assert program == "remora" and body_of(options).target == Drain(("shard-0", "shard-2"))
-    assert (options.name, options.operation_id, options.json) == ("a", "pre-stop-1", True)
+def waited(*told: Told) -> list[str]:
+    """`wait_until_left` over 10 s, told these in turn, and then the last for ever."""
+    answers = iter(told)
+    last: list[Told] = []
+
+    def look() -> Mapping[str, Any] | None:
+        last[:] = [next(answers, *last)]
+        if isinstance(last[0], ClusterError):
+            raise last[0]
+        return last[0]
+
+    return wait_until_left("a", look, within_s=10, clock=Clock())
+
+
+def known(*here: str, stay: Sequence[str] = (), refused: Sequence[str] = ()) -> Told:
+    """Of node a, beside another one."""
+    why = dict(zip("12", refused, strict=False))
+    return {"draining": {"a": [*here], "b": ["shard-9"]}, "stay": [*stay], "refused": why}
+
+
+NOT_YET: Told = {"draining": {"b": ["shard-9"]}, "stay": ["shard-9"], "refused": {}}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -330,19 +326,24 @@ def test_one_shard_fewer_still_holds_the_model(
     assert (config.experts.shards - 1) * config.experts.slots >= num_experts
 
 
-def test_a_pod_waits_until_its_shards_are_safe_to_delete() -> None:
-    done = (0, '{"safe_to_delete": ["shard-0", "shard-1"]}')
-    assert drained({0: done}, ["shard-0"]) == ["shard-0"]
-    busy = (1, "another operation runs")
-    assert drained({0: busy, 1: busy, 2: done}, ["shard-0", "shard-1"]) == ["shard-0", "shard-1"]
-    assert drained({0: (3, "no deployment")}, ["shard-0"]) == []
-    assert drained({}, []) == []
+def test_a_pod_waits_until_its_members_have_left() -> None:
+    away = ClusterError("it died")
+    assert waited(NOT_YET, known("dense-0", "shard-0"), away, known("dense-0"), known()) == [
+        "dense-0",
+        "shard-0",
+    ]
+    assert waited(known("shard-0"), NOT_YET) == ["shard-0"], "Ray has ended the node: it was idle"
+    assert waited(known()) == []
+    assert waited(known("shard-0"), None) == ["shard-0"], "the deployment was stopped"
 
 
-def test_a_pod_says_why_its_shards_are_not_drained() -> None:
-    with pytest.raises(ConfigError, match="shard-0 cannot be drained: no slot"):
-        drained({0: (2, "no slot")}, ["shard-0"])
-    with pytest.raises(DeadlineError, match="within 10 s: another operation"):
-        drained({0: (1, "another operation runs")}, ["shard-0"])
-    with pytest.raises(ClusterError, match="not safe to delete: shard-0"):
-        drained({0: (0, '{"safe_to_delete": []}')}, ["shard-0"])
+def test_a_pod_says_why_its_members_are_still_there() -> None:
+    refused = known("shard-0", stay=["shard-0", "shard-9"], refused=["no memory"])
+    with pytest.raises(ClusterError, match=r"^shard-0 cannot leave: no memory"):
+        waited(known("shard-0"), refused)
+    with pytest.raises(DeadlineError, match="within 10 s: dense-0, shard-0 are there"):
+        waited(known("dense-0", "shard-0"))
+    with pytest.raises(DeadlineError, match="within 10 s: it died"):
+        waited(ClusterError("it died"))
+    with pytest.raises(DeadlineError, match="did not look"):
+        waited(NOT_YET)
