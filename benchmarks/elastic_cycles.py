@@ -7,6 +7,7 @@ memory, ports, shared memory and placement groups of the deployment after the la
 those after the first: that one makes what is made once (buffers, connections, code).
 """
 
+import sys
 import time
 from argparse import Namespace
 from typing import Any
@@ -50,6 +51,7 @@ def cycles(handle: ClusterHandle, count: int) -> list[dict[str, Any]]:
                 "occupied": occupied,
             }
         )
+        print(f"{number + 1}/{count} {rows[-1]['seconds']} s", file=sys.stderr, flush=True)
     return rows
 
 
