@@ -4,6 +4,7 @@ The coordinator watches members and the router for signs of progress; who watche
 wherever something is served, so the dense groups do. Each asks for a beat, which the coordinator
 gives once its thread of operations has come round. After `hang_s` without one the first group of
 the view (by uid) ends it; the second waits `TURN_S` longer, as the first may hang too, and so on.
+Before there is a dense group whoever waits for the deployment to come up does it.
 The call that waits fails when somebody else was faster: its next life is not blamed.
 """
 
@@ -30,10 +31,10 @@ COORDINATOR: Final[Life] = ("coordinator", 0)
 
 
 class CoordinatorWatch:
-    """Of one dense group, from its first view to `close`.
+    """Of one dense group, from its first view to `close`; or of who waits for a start.
 
     Args:
-        uid: the group's.
+        uid: the group's; "" of who waits.
         hang_s: longest wait for a beat of who is first in line.
         start_s: longest time that a new life may take before it answers.
         ask: begins to ask for a beat. Raises ClusterError: there is nobody.
@@ -56,9 +57,16 @@ class CoordinatorWatch:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="remora-coordinator", daemon=True)
 
+    def begin(self) -> None:
+        """Be the first in line: there is no view yet."""
+        self._take_turn(0)
+
     def adopt_view(self, view: View) -> None:
         """Take this group's place in line. Any thread."""
-        hang_s = self._hang_s + TURN_S * turn_of(self._uid, view)
+        self._take_turn(turn_of(self._uid, view))
+
+    def _take_turn(self, turn: int) -> None:
+        hang_s = self._hang_s + TURN_S * turn
         with self._lock:
             is_first = self._state is None
             self._state = HealthState(hang_s=hang_s, stall_s=hang_s + self._start_s)
@@ -76,7 +84,7 @@ class CoordinatorWatch:
         while not self._closing.wait(self._hang_s / LOOKS):
             now_s = time.monotonic()
             with self._lock:
-                assert self._state is not None, "started with the first view"
+                assert self._state is not None, "started with the first turn"
                 found, state = self._state.look(now_s), self._state
                 state.also({COORDINATOR}, now_s)  # its next life
                 is_due = bool(state.to_ask(now_s))

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from remora.actors.coordinator_watch import HEARTBEATS
+from remora.actors.coordinator_watch import HEARTBEATS, watch_coordinator
 from remora.actors.launch import NORMAL_PRIORITY, RAY_NAMESPACE, Progress, coordinator_name
 from remora.actors.router_actor import router_address
 from remora.autoscale.ingress_load import IngressLoad
@@ -29,6 +29,7 @@ BEGIN_S = 30.0  # for the coordinator to take an operation, or to tell how one i
 OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
 NEUTRAL_DIR = "/proc/sys/vm"  # on every Linux host; nobody can put a module there
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
+LIVES_MAX = 3  # of a coordinator that is asked how it is
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
     "dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts", "router",
@@ -120,12 +121,17 @@ def ensure_cluster(
 
     Raises:
         ConfigError: the one that runs serves something else, or the token file is unusable.
-        RemoraError: the model, a weight file or an actor failed, or it took longer than
-            `start_timeout_s`; nothing is left behind.
+        RemoraError: the model, a weight file or an actor failed, it took longer than
+            `start_timeout_s`, or the coordinator hung and was ended; nothing is left behind.
     """
     actor = _coordinator(config)
     _check_same(RemoraConfig.model_validate(_call(actor.config.remote())), config)
     pending = actor.deploy.options(concurrency_group=DEPLOY).remote()
+    # dense groups look after a coordinator that serves; nobody else does while it starts
+    watch = watch_coordinator(
+        config.name, "", hang_s=config.elastic.hang_s, start_s=config.start_timeout_s
+    )
+    watch.begin()
     try:
         while True:
             done, _ = ray.wait([pending], timeout=PROGRESS_EVERY_S if on_progress else None)
@@ -137,6 +143,8 @@ def ensure_cluster(
     except RemoraError:
         _remove_if_over(actor)
         raise
+    finally:
+        watch.close()
     return _handle(config.name, actor)
 
 
@@ -162,19 +170,27 @@ def _coordinator(config: RemoraConfig) -> Any:
     token = _token_of(config) or secrets.token_bytes(32)
     for _ in range(ADOPTIONS_MAX):
         actor: Any = make.remote(config.model_dump(mode="json"), token)
-        if not _remove_if_over(actor):
+        if not _remove_if_over(actor, config.start_timeout_s):
             return actor
     raise ClusterError(f"deployment {config.name!r} is being stopped; try again")
 
 
-def _remove_if_over(actor: Any) -> bool:
+def _remove_if_over(actor: Any, within_s: float | None = None) -> bool:
     """Remove a coordinator that has nothing up and will not; True when it is gone.
 
     Only such a one may go: what it had up would outlive it.
+
+    Raises:
+        DeadlineError: it has not answered; it is ended, and started again by Ray.
     """
     try:
-        if ray.get(actor.phase.remote()) not in OVER:
+        # one that Ray is starting again answers in its next life
+        pending = actor.phase.options(max_task_retries=LIVES_MAX).remote()
+        if ray.get(pending, timeout=within_s) not in OVER:
             return False
+    except ray.exceptions.GetTimeoutError as late:
+        ray.kill(actor, no_restart=False)
+        raise DeadlineError(f"the coordinator did not answer within {within_s:g} s") from late
     except ray.exceptions.RayActorError:  # somebody else was faster
         return True
     ray.kill(actor, no_restart=True)

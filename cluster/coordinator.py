@@ -14,7 +14,7 @@ import functools
 import logging
 import threading
 import time
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import ray
 
@@ -53,6 +53,7 @@ from remora.cluster.members import (
 )
 from remora.cluster.operation import Target
 from remora.cluster.router_process import kill_router, start_router, stop_router
+from remora.cluster.standbys import end_all
 from remora.cluster.wal import Wal
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Placement, View
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 Phase = Literal["new", "starting", "serving", "failed", "stopped"]
 OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
+STARTING: Final = {"t": "starting"}  # in the log until there is a view: what is up then is nobody's
 
 
 class Coordinator:
@@ -259,6 +261,9 @@ class Coordinator:
 
     def _bring_up(self, until_s: float) -> View:
         config = self._config
+        wal, _ = Wal.open(log_folder(config))
+        wal.append(STARTING)
+        self._elastic = self._new_elastic(wal)
         self._beside.listen()  # a port that is taken is found before anything loads
         spec = inspect_model(config.model)
         placement = placement_of(config, spec)
@@ -313,8 +318,7 @@ class Coordinator:
         if self._router is not None:
             adopted["router"] = self._router.adopt_view.remote(view)
         all_answers(adopted, until_s)
-        wal, _ = Wal.open(log_folder(self._config))
-        self._elastic = self._new_elastic(wal)
+        assert self._elastic is not None, "made before anything was started"
         self._elastic.begin(view, spec, facts, manifest, handles, self._router)
         return view
 
@@ -335,14 +339,19 @@ class Coordinator:
                 self._handles[uid], self._asked[uid] = handle, asked
 
     def _adopt(self) -> None:
-        """Take over what a coordinator left that died; nothing of it: this one is new.
+        """Take over what a coordinator left that died; nothing of it: this one is new. What one
+        left that died in its first start is ended, and this one is over.
 
         Raises:
             RemoraError: its log cannot be read.
         """
         wal, records = Wal.open(log_folder(self._config))
         router = find_actor(router_name(self._config.name)) if self._config.router.enabled else None
-        if not records:
+        if records == [STARTING]:
+            end_all(self._config.name)
+            remove_placement_groups(self._config)
+            self._over("failed", ClusterError("the coordinator died in its first start"))
+        if records in ([], [STARTING]):
             wal.remove()
             return
         self._elastic = self._new_elastic(wal)

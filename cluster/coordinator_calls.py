@@ -85,6 +85,8 @@ class CoordinatorCalls(ABC):
         self._aside: dict[int, Task] = {}  # nothing waits for these
         self._again: list[tuple[float, Task]] = []  # to be asked again, and when
         self._fenced_again_s: dict[str, float] = {}  # the same for ranks that are fenced
+        # ranks that shards may refuse by order of a coordinator that died before it could log that
+        self._unsure: set[str] = set()
         self._tries: dict[str, int] = {}  # of tasks of this step
         self._stopped: set[str] = set()  # members that this operation has ended
         self._restores = RestoreTries(limits.restore_s)

@@ -48,6 +48,7 @@ from remora.cluster.operation import (
     Target,
     Task,
     Tick,
+    is_dense,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.cluster.operation_steps import OperationSteps
@@ -149,6 +150,8 @@ class CoordinatorState(OperationSteps):
         self._put(Publish(self.view))
         if self.fenced:  # who is let in again meanwhile is not in the log
             self._aside_all(self._fences())
+        leaving = operation.retirees if operation is not None else ()
+        self._unsure = {*self._living_dense(), *filter(is_dense, leaving)} - self.fenced
         if operation is None or operation.round == 0:
             living = self._living_dense()
             self._ask_fenced(uid for uid in living if uid in self.fenced)
@@ -224,9 +227,10 @@ class CoordinatorState(OperationSteps):
             case ((Offer() | Adopt()), str()):
                 if answer != task.view.view_hash:
                     fault = f"{task.uid} knows another view of epoch {task.view.epoch}: {answer}"
-                elif isinstance(task, Adopt) and task.uid in self.fenced:
-                    if task.view.epoch == self.view.epoch:
+                elif isinstance(task, Adopt) and task.view.epoch == self.view.epoch:
+                    if task.uid in self.fenced:
                         self._let_in(task.uid)
+                    self._has_left_older_views(task.uid)
             case Keep(uid=uid), tuple():
                 if uid in self.room:
                     self.room[uid] = answer
@@ -246,7 +250,7 @@ class CoordinatorState(OperationSteps):
     def _call_failed(self, call: int, reason: str) -> None:
         aside = self._aside.pop(call, None)
         if aside is not None:  # a router takes the view from the coordinator when it starts
-            if isinstance(aside, Adopt) and aside.uid in self.fenced:
+            if isinstance(aside, Adopt) and aside.uid in self.fenced | self._unsure:
                 self._fenced_again_s[aside.uid] = self._now_s + self._limits.retry_s
             return
         task = self._waiting.pop(call, None)
@@ -295,6 +299,7 @@ class CoordinatorState(OperationSteps):
             self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)
+            self._has_left_older_views(uid)
             # what is left of a process that serves no more, or of the group's other ranks
             self._aside_all([Stop(uid=uid, incarnation=incarnation)])
         elif not joins and (self.operation is None or uid not in self.operation.retirees):
@@ -310,6 +315,13 @@ class CoordinatorState(OperationSteps):
         else:
             self._go_on()
 
+    def _has_left_older_views(self, uid: str) -> None:
+        """When all have, after a restart, shards hear whom they are to refuse."""
+        if uid in self._unsure:
+            self._unsure.discard(uid)
+            if not self._unsure:
+                self._aside_all(self._fences())
+
     def _tick(self) -> None:
         due = [task for at, task in self._again if at <= self._now_s]
         self._again = [(at, task) for at, task in self._again if at > self._now_s]
@@ -318,7 +330,7 @@ class CoordinatorState(OperationSteps):
         again = [uid for uid, at in self._fenced_again_s.items() if at <= self._now_s]
         for uid in again:
             del self._fenced_again_s[uid]
-        self._ask_fenced(uid for uid in again if uid in self.fenced)
+        self._ask_fenced(uid for uid in again if uid in self.fenced | self._unsure)
         if self._until_s is None or self._now_s < self._until_s:
             return
         step = self._running().step

@@ -308,6 +308,7 @@ class OperationSteps(CoordinatorCalls):
             self._go_on()
             return
         self.fenced |= {task.uid for task in late}
+        self._unsure.clear()  # shards are told all of it
         self._odd(f"{', '.join(sorted(self.fenced))} fenced: no answer to epoch {self.view.epoch}")
         self._ask_fenced(task.uid for task in late)  # whoever wakes up is let in again
         for task in self._fences():

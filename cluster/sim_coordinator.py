@@ -6,12 +6,12 @@ log, as `elastic.py` does, and takes over what lives.
 
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from remora.cluster.coordinator_calls import ROUTER, Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.evacuation import PREFIX
 from remora.cluster.operation import (
     Adopt,
     Answer,
@@ -20,6 +20,7 @@ from remora.cluster.operation import (
     Offer,
     Operation,
     Pair,
+    Quiesce,
     StartDense,
     StartShard,
     Stop,
@@ -29,8 +30,8 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.sim_health import SimHealth
+from remora.cluster.sim_log import SimCrash, SimLog
 from remora.cluster.sim_network import Work, uid_of
-from remora.cluster.wal import WalError, decode_records, encode_record
 from remora.comm.errors import ClusterError
 from remora.comm.view import View
 
@@ -52,54 +53,6 @@ RESTART_S: Final = (0.5, 1.5)
 DEATH_TOLD_S: Final = 0.3  # at most
 LATE_S: Final = 6.0  # at most, for an order of a coordinator that died
 EFFECTS_BEFORE_CRASH: Final = 4
-
-
-class SimCrash(BaseException):
-    """The coordinator's process is gone at this point; no handler of its code sees that."""
-
-
-class SimLog:
-    """The log on a disk that may be full, or lose the end of a write with the process."""
-
-    def __init__(self, world: "Deployment") -> None:
-        self._world = world
-        self._data = b""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are durable."""
-        return len(self._data)
-
-    @num_bytes.setter
-    def num_bytes(self, _: int) -> None:
-        raise AssertionError("the log's size is what was written")
-
-    def append(self, record: dict[str, Any]) -> None:
-        """As `Wal.append`."""
-        world = self._world
-        world.coordinator.before_effect()
-        frame = encode_record(record)
-        if world.faults.log_tears:
-            world.faults.log_tears = False
-            self._data += frame[: world.chance.randrange(len(frame))]
-            world.trace(f"the coordinator dies while it writes {record['t']}")
-            raise SimCrash
-        if world.clock.now_s < world.faults.disk_full_until_s:
-            world.trace(f"disk full: {record['t']} is not written")
-            raise WalError("log: no space left on device")
-        self._data += frame
-        world.trace(f"log {record['t']}")
-        world.coordinator.after_effect()
-
-    def replace(self, record: dict[str, Any]) -> None:
-        """As `Wal.replace`."""
-        self._data = encode_record(record)
-
-    def read(self) -> list[dict[str, Any]]:
-        """As `Wal.open`: a torn end goes."""
-        records, end = decode_records(self._data, Path("log"))
-        self._data = self._data[:end]
-        return records
 
 
 class SimCoordinator:
@@ -165,7 +118,8 @@ class SimCoordinator:
         """As a client's call. Raises ClusterError, ConfigError."""
         if self._runner is None or not self.is_up:
             raise ClusterError("the coordinator does not answer")
-        self._numbers.setdefault(operation_id, len(self._numbers) + 1)
+        if not operation_id.startswith(PREFIX):  # of its own
+            self._numbers.setdefault(operation_id, len(self._numbers) + 1)
         try:
             self._runner.request(operation_id, target)
         except SimCrash:
@@ -227,7 +181,8 @@ class SimCoordinator:
     def _send(self, task: Any, settle: Any, lost: Any) -> None:
         world = self._world
         process = f"{task.uid}#{self._newest.get(task.uid, 0)}"
-        member = world.ranks.get(process) if isinstance(task, Offer | Adopt) else None
+        is_of_rank = isinstance(task, Offer | Adopt | Quiesce)
+        member = world.ranks.get(process) if is_of_rank else None
         target = member or world.shards.get(process)
         if target is None:
             world.clock.after(0.0, lost)
@@ -239,7 +194,7 @@ class SimCoordinator:
             deliver = partial(perform, task, reply, self.state.term)
             self._last_order = (process, partial(perform, task, lambda _: None, self.state.term))
         world.network.send(self.process, process, deliver, lost)
-        if isinstance(task, Copy):
+        if isinstance(task, Copy | Quiesce):
             self._watch_start(process, lost)
 
     def _answer_to(self, process: str, settle: Any) -> Any:

@@ -3,7 +3,8 @@
 The numbers are those of the design's list: 1 identical output, 2 no position lost or twice, 3 no
 error of a planned operation, 4 every expert has a verified replica and an epoch one view, 5 no slot
 is freed while a frame by a view that names it can arrive, 6 what is held is back at the baseline,
-7 every operation ends and the next one succeeds, 8 no stream waits longer than a bound.
+7 every operation ends and the next one succeeds, 8 no stream waits longer than a bound. To those
+comes 9: second copies take no slot that a view may fill.
 """
 
 import random
@@ -15,9 +16,10 @@ import msgspec
 from remora.cluster.operation import StartDense, StartShard
 from remora.cluster.sim_coordinator import LIMITS, SimCoordinator
 from remora.cluster.sim_faults import Fault, Faults
-from remora.cluster.sim_ingress import SimIngress, Violation
+from remora.cluster.sim_ingress import SimIngress
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS, digest_of, weights_of
-from remora.cluster.sim_network import Clock, Network, uid_of
+from remora.cluster.sim_network import Clock, Network, Violation, uid_of
+from remora.cluster.sim_nodes import SimNodes
 from remora.cluster.sim_rank import SimRank
 from remora.cluster.sim_shard import Asked, NotMine, Reply, SimShard, member_of
 from remora.comm.view import Placement, View, contiguous_placement
@@ -54,6 +56,7 @@ class Deployment:
         self.ranks: dict[str, SimRank] = {}
         self.views: dict[int, View] = {}  # committed, by epoch
         self.faults = Faults(self, faults)
+        self.nodes = SimNodes(self)
         self.coordinator = SimCoordinator(self)
         self.ingress = SimIngress(self)
         self.view = self._first(num_shards, num_dense, room)
@@ -77,9 +80,9 @@ class Deployment:
         return sorted(uid_of(p) for p in self.ranks if p in self.network.alive)
 
     def ranks_by_load(self) -> list[SimRank]:
-        """Living dense groups, the least loaded first."""
-        alive = [rank for p, rank in self.ranks.items() if p in self.network.alive]
-        ranks = [rank for rank in alive if rank.routes.view is not None]
+        """Living dense groups that requests may go to, the least loaded first."""
+        members = {m.actor_name for m in self.view.members} & self.network.alive
+        ranks = [r for p, r in self.ranks.items() if p in members and not r.retires]
         return sorted(ranks, key=lambda r: (r.state.stats().num_running, r.process))
 
     def uids(self) -> list[str]:
@@ -92,6 +95,11 @@ class Deployment:
             return self.coordinator.process
         every = [*self.shards, *self.ranks]
         return [p for p in every if uid_of(p) == uid and p in self.network.alive][-1]
+
+    def host_of(self, process: str) -> str:
+        """Where a process of a shard or a dense group is."""
+        found = self.shards.get(process) or self.ranks[process]
+        return found.member.endpoint.host
 
     # -- what they do to each other -----------------------------------------------------------
 
@@ -173,7 +181,8 @@ class Deployment:
             num_experts=NUM_EXPERTS, moe_layers=LAYERS, shard_uids=uids, slots=room
         )
         dense = [f"dense-{i}" for i in range(num_dense)]
-        members = tuple(member_of(uid, 1) for uid in (*dense, *uids))
+        place = self.nodes.place
+        members = tuple(member_of(uid, 1, place(uid)) for uid in (*dense, *uids))
         view = View(epoch=1, members=members, placement=placement)
         for uid in uids:
             experts = placement.slots[uid]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Kind = Literal[
     "kill", "stop", "cut", "cut one way", "flip", "twice", "out of memory", "short memory",
-    "full disk", "torn log",
+    "full disk", "torn log", "drain node",
 ]  # fmt: skip
 Who = Literal["shard", "joiner", "retiree", "dense", "coordinator"]
 SimStep = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
@@ -40,7 +40,8 @@ SILENT_S: Final = ((0.1, 1.5), (4.0, 12.0))
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fault. `operation` counts from 1; 0: the first that comes to the step. `for_s` is how
-    long a process is stopped, a link cut, frames come twice, or the disk is full."""
+    long a process is stopped, a link cut, frames come twice, or the disk is full; and how long
+    members may take to leave a host before it goes."""
 
     kind: Kind
     who: Who = "shard"
@@ -179,6 +180,10 @@ class Faults:
             case "stop":
                 network.stop(process)
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
+            case "drain node":
+                if uid == "coordinator":
+                    return False
+                world.nodes.drain(world.host_of(process), fault.for_s)
             case "short memory":
                 if uid not in world.shards_alive():
                     return False

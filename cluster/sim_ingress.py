@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from remora.cluster.sim_model import NOTHING, VOCABULARY, Cell, advanced, token_of
+from remora.cluster.sim_network import Violation
 from remora.cluster.sim_rank import SimRank
 from remora.comm.messages import SamplingParams, SequenceOutput, Submit
 
@@ -19,10 +20,6 @@ PROMPT_TOKENS: Final = (2, 6)
 NEW_TOKENS: Final = (2, 14)
 RETRY_S: Final = 0.2
 PROCESS: Final = "ingress#1"
-
-
-class Violation(AssertionError):
-    """Something that must hold does not."""
 
 
 class _Request:

@@ -13,6 +13,11 @@ from typing import Final
 
 Work = Callable[[], None]
 
+
+class Violation(AssertionError):
+    """Something that must hold does not."""
+
+
 LATENCY_S: Final = (0.001, 0.004)  # one way
 RESET_RATIO: Final = 0.5  # of connections that do not outlive a cut
 DUPLICATE_LATE_S: Final = 2.0  # at most

@@ -19,7 +19,7 @@ from remora.actors.dense_events import (
     StepPlan,
 )
 from remora.actors.dense_state import DenseState
-from remora.cluster.operation import Adopt, Offer, Started
+from remora.cluster.operation import Adopt, Offer, Quiesce, Started
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_model import NOTHING, VOCABULARY, Cell, first_row, next_cell, token_of
 from remora.cluster.sim_routes import SimRoutes
@@ -44,7 +44,7 @@ class SimRank:
     """One life of one dense group."""
 
     def __init__(self, world: "Deployment", uid: str, incarnation: int) -> None:
-        self.member = member_of(uid, incarnation)
+        self.member = member_of(uid, incarnation, world.nodes.place(uid))
         self.process = self.member.actor_name
         self.name = rank_name(self.process)
         self.state = DenseState(LIMITS)
@@ -57,6 +57,8 @@ class SimRank:
         self.dispatch = SimDispatch(world, self, over=self._ended, held=self._in_hold)
         self._is_awake = False
         self._why_not: str | None = None
+        self.retires = False
+        self._quiet: Reply | None = None  # to be told when the last request has ended
         self._reconnect_at_s = 0.0
 
     # -- what it is asked ---------------------------------------------------------------------
@@ -72,9 +74,12 @@ class SimRank:
         self._handle(RequestArrived(submit, source))
         self._wake()
 
-    def perform(self, task: Offer | Adopt, reply: Reply) -> None:
+    def perform(self, task: Offer | Adopt | Quiesce, reply: Reply) -> None:
         """A task of the coordinator."""
-        if isinstance(task, Offer):
+        if isinstance(task, Quiesce):
+            self.retires, self._quiet = True, reply
+            self._later(task.within_s, self._is_quiet)
+        elif isinstance(task, Offer):
             self._offers.append((task, reply))
             if self.dispatch.is_holding:
                 self._take_offers()
@@ -116,9 +121,16 @@ class SimRank:
         self._take_offers()
         plan = self.state.next_step()
         if plan is None:
+            self._is_quiet()
             return
         self._is_awake = True
         self._later(STEP_S, partial(self._begin, plan))
+
+    def _is_quiet(self) -> None:
+        """No request is left, or the time for that is over."""
+        quiet, self._quiet = self._quiet, None
+        if quiet is not None:
+            quiet(None)
 
     def _take_offers(self) -> None:
         offers, self._offers = self._offers, []

@@ -26,7 +26,7 @@ from remora.cluster.operation import (
 )
 from remora.cluster.placement_steps import pairs_of
 from remora.cluster.sim_model import LAYERS, digest_of, expert_output, weights_of
-from remora.cluster.sim_network import uid_of
+from remora.cluster.sim_network import Violation, uid_of
 from remora.comm.errors import ClusterError, RemoraError
 from remora.comm.view import Endpoint, Member
 
@@ -49,13 +49,11 @@ Found = list[tuple[int, int]] | NotMine  # row number, output
 PROCESS_S: Final = (0.5, 1.5)  # to start a process
 EXPERT_S: Final = 0.04  # to read, write and read back one expert
 CANARY_S: Final = 0.02
-NUM_HOSTS: Final = 3
 
 
-def member_of(uid: str, incarnation: int) -> Member:
+def member_of(uid: str, incarnation: int, host: str) -> Member:
     """A member as an actor says that it is."""
     role: str = "shard" if uid.startswith("shard") else "dense"
-    host = f"host-{int(uid.rpartition('-')[2]) % NUM_HOSTS}"
     name = f"{uid}#{incarnation}"
     endpoint = Endpoint(host=host, tcp_address=name)
     return Member(
@@ -71,7 +69,7 @@ class SimShard:
     """One life of one shard; `start` brings it up."""
 
     def __init__(self, world: "Deployment", task: StartShard) -> None:
-        self.member = member_of(task.uid, task.incarnation)
+        self.member = member_of(task.uid, task.incarnation, world.nodes.place(task.uid))
         self.process = self.member.actor_name
         num_copies = world.limits.num_copies
         self.state = ExpertState(dict.fromkeys(LAYERS, task.num_slots), num_copies)
@@ -125,6 +123,7 @@ class SimShard:
                     slot = self.state.drop(*pair)
                     what = "frees" if slot is not None else "keeps a second copy of"
                     self._world.trace(f"{self.process} {what} {pair}")
+                self._check_room()
                 reply(tuple(self.state.room(layer) for layer in LAYERS))
 
     def compute(self, layer: int, asked: Asked) -> Found:
@@ -214,7 +213,20 @@ class SimShard:
         is_good = settle(slot, found, digest if wanted is None else wanted)
         for beyond in self.state.copies_beyond(layer):
             self.state.give_up_copy(*beyond)
+        self._check_room()
         return is_good
+
+    def _check_room(self) -> None:
+        """Raises Violation: invariant 9."""
+        state = self.state
+        for layer in LAYERS:
+            room, held = state.room(layer), len(state.experts_of(layer))
+            if held + len(state.free_slots(layer)) < room:
+                copies = sorted(expert for at, expert in state.copies if at == layer)
+                raise Violation(
+                    f"9: {self.process} says that a view may fill {room} slots of layer {layer};"
+                    f" {held} are filled, and second copies of {copies} take what was free"
+                )
 
     def _next_copy(self) -> None:
         if self._copies:

@@ -20,9 +20,8 @@ from remora.cluster.sim_deployment import Deployment
 from remora.cluster.sim_dispatch import CALL_TIMEOUT_S, HOLD_S
 from remora.cluster.sim_faults import Fault, draw_faults
 from remora.cluster.sim_health import EVERY_S, HANG_S, SILENT
-from remora.cluster.sim_ingress import Violation
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS
-from remora.cluster.sim_network import uid_of
+from remora.cluster.sim_network import Violation, uid_of
 from remora.cluster.sim_rank import STEP_S
 from remora.cluster.sim_shard import EXPERT_S, PROCESS_S
 from remora.comm.errors import ClusterError, ConfigError
@@ -155,12 +154,17 @@ class History:
     def _draw_target(self, shards: int) -> Target:
         chance, view = self._chance, self.world.view
         slots = view.placement.slots
-        kind = chance.random()
-        if kind < 0.6:
-            retire = chance.sample(sorted(slots), 1) if chance.random() < 0.3 else []
+        dense = sorted(m.uid for m in view.members if m.role == "dense")
+        kind, names_one = chance.random(), chance.random() < 0.3
+        if kind < 0.5:
+            retire = chance.sample(sorted(slots), 1) if names_one else []
             return ScaleTo(chance.choice((shards, shards, 3, 5)), retire=tuple(retire))
-        if kind < 0.75:
-            return Drain(tuple(chance.sample(sorted(slots), 1)))
+        if kind < 0.62:
+            retire = chance.sample(dense, 1) if names_one else []
+            return ScaleTo(dense_groups=chance.choice((1, 2, 3)), retire=tuple(retire))
+        if kind < 0.78:
+            uid = chance.choice([*slots, *dense, *dense])
+            return Drain((uid,), chance.choice(("none", "needed", "all")))
         room = {uid: tuple(max(map(len, s)) for _ in LAYERS) for uid, s in slots.items()}
         experts = list(range(NUM_EXPERTS))
         chance.shuffle(experts)
@@ -252,9 +256,11 @@ class History:
         world, view = self.world, self.world.coordinator.state.view
         members = {m.actor_name for m in view.members if m.role == "shard"}
         alive = {p for p in world.shards if p in world.network.alive}
-        if alive != members:
-            raise Violation(f"6: {sorted(alive)} live, {sorted(members)} are members")
-        for process in sorted(alive):
+        groups = {p for p in world.ranks if p in world.network.alive}
+        everybody = {m.actor_name for m in view.members}
+        if alive | groups != everybody:
+            raise Violation(f"6: {sorted(alive | groups)} live, {sorted(everybody)} are members")
+        for process in sorted(alive & members):
             shard = world.shards[process]
             held = shard.state
             if shard.damaged() or held.copies.keys() & held.digests.keys():

@@ -18,7 +18,7 @@ import ray
 from ray.util import list_named_actors
 
 from remora.actors.dense_process import DenseProcess
-from remora.actors.launch import RAY_NAMESPACE, STANDBY, actor_name
+from remora.actors.launch import RAY_NAMESPACE, STANDBY, actor_name, coordinator_name
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import FIRST_INCARNATION, dense_options, shard_options
@@ -139,11 +139,19 @@ def end_strays(deployment: str, in_use: set[str]) -> None:
     Args:
         in_use: Ray's names of the members of the view.
     """
-    prefix = f"remora/{deployment}/{STANDBY}"
+    _end_named(f"remora/{deployment}/{STANDBY}", in_use)
+
+
+def end_all(deployment: str) -> None:
+    """End what a coordinator had started that died in the middle of its first start."""
+    _end_named(f"remora/{deployment}/", {coordinator_name(deployment)})
+
+
+def _end_named(prefix: str, kept: set[str]) -> None:
     for found in list_named_actors(all_namespaces=True):
         name = found["name"]
-        if found["namespace"] == RAY_NAMESPACE and name.startswith(prefix) and name not in in_use:
+        if found["namespace"] == RAY_NAMESPACE and name.startswith(prefix) and name not in kept:
             try:
                 ray.kill(ray.get_actor(name, namespace=RAY_NAMESPACE), no_restart=True)
             except ValueError:  # it has ended meanwhile
-                logger.info("standby %s is gone", name)
+                logger.info("%s is gone", name)

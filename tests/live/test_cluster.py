@@ -1,7 +1,9 @@
 """The data plane over real Ray: raylets with labels and fake GPUs, failures, no leftovers."""
 
 import asyncio
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,9 @@ from ray.cluster_utils import Cluster
 from support.checkpoints import make_checkpoint
 from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
-from support.ray_actors import living_names
+from support.ray_actors import living_names, process_of
 
-from remora.actors.launch import RAY_NAMESPACE
+from remora.actors.launch import RAY_NAMESPACE, Progress, actor_name, coordinator_name
 from remora.actors.model_spec import inspect_model
 from remora.cluster import bootstrap
 from remora.cluster.bootstrap import (
@@ -232,6 +234,35 @@ def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
                 start.result(timeout=60)
     assert find_cluster("halted") is None
     assert living_names("halted") == []
+
+
+def test_a_coordinator_that_hangs_in_its_first_start_is_ended_and_leaves_nothing(
+    raylets: Cluster, model: Path
+) -> None:
+    """Nobody serves yet who would look after it but those that wait for it."""
+    name = "frozen"
+    asked = config(model, name, experts={"num_gpus": 3})  # its shards find no place
+    asked = asked.model_copy(update={"elastic": ElasticConfig(hang_s=5.0)})
+    loading = threading.Event()
+
+    def look(progress: dict[str, Progress]) -> None:
+        if progress.keys() >= {"dense-0"} and actor_name(name, "dense-0", 1) in living_names(name):
+            loading.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(ensure_cluster, asked, look) for _ in range(2)]
+        assert loading.wait(120)
+        os.kill(process_of(coordinator_name(name)), signal.SIGSTOP)
+        for start in starts:
+            with pytest.raises(ClusterError, match="coordinator died"):
+                start.result(timeout=300)
+    assert find_cluster(name) is None
+    assert living_names(name) == []
+    handle = ensure_cluster(config(model, name))
+    try:
+        assert generate(handle).finish_reason == "length"
+    finally:
+        stop_cluster(name)
 
 
 def test_two_callers_share_a_failure_and_the_name_is_free_again(

@@ -19,6 +19,7 @@ from remora.cluster.operation import (
     StartShard,
     Stop,
     Target,
+    Tick,
 )
 from remora.cluster.restore_tries import RESTORES_MAX, RestoreTries
 from remora.comm.errors import ClusterError, ConfigError
@@ -283,6 +284,34 @@ def test_a_shard_that_cannot_be_restored_is_given_up_and_can_be_drained_or_scale
     assert it.run("away", Drain(("shard-1",))).outcome == "done"
     it.check_at_rest()
     assert it.state.view.placement.slots.keys() == {"shard-0"}
+
+
+def test_a_rank_that_was_fenced_by_a_coordinator_that_died_is_let_in_again() -> None:
+    """Whom it had fenced last is not in its log."""
+    it = World(TWO, num_experts=8, room=8)
+    answer, one = it._on_view, it._one
+    it._on_view = lambda task: (  # type: ignore[method-assign]
+        it.hung.add("dense-1") if task.uid == "dense-1" and task.view.epoch == 2 else None,
+        answer(task),
+    )[1]
+
+    def dies(effect: Log | Ask, here: Fault) -> None:
+        if isinstance(effect, Log) and effect.record["t"] == "ended" and it.state.fenced:
+            it._one = one  # type: ignore[method-assign]
+            it.restart()
+        else:
+            one(effect, here)
+
+    it._one = dies  # type: ignore[method-assign]
+    it._carry_out(it.state.request("one", ScaleTo(3), it.now_s))
+    while it._one is dies:
+        it._tell(it.queue.pop(0) if it.queue else Tick())
+        it.now_s = max(it.now_s, it.state.next_time() or 0.0) if not it.queue else it.now_s
+    assert it.refused["shard-0"] == ("dense-1",) and it.state.fenced == set()
+    it._on_view = answer  # type: ignore[method-assign]
+    it.wake()
+    assert set(it.refused.values()) == {()}
+    it.check_at_rest()
 
 
 def test_a_restore_that_fails_is_tried_again_later_each_time_until_the_disk_has_room() -> None:

@@ -12,9 +12,9 @@ from remora.actors.health_state import HealthState
 from remora.cluster import cli
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation_steps import OperationSteps
-from remora.cluster.sim_coordinator import SimLog
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_faults import Fault, read_faults
+from remora.cluster.sim_log import SimLog
 from remora.cluster.sim_rank import SimRank
 from remora.cluster.sim_routes import SimRoutes
 from remora.cluster.sim_shard import Found
@@ -203,7 +203,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (obey_anybody, "", CRASHES),
     (second_copies_are_not_verified, "4:", FLIPPED),
     (nobody_looks_for_progress, "8:", STOPPED),
-    (share_slots_with_second_copies, "", None),
+    (share_slots_with_second_copies, "9:", 2 * FLIPPED_IN_COPY),
 ]
 
 
