@@ -169,7 +169,7 @@ class SimCoordinator:
                 self._watch_start(start(task, reply), lost)
             case Stop(uid=uid, incarnation=incarnation):
                 self._watched.discard((uid, incarnation))
-                world.network.kill(f"{uid}#{incarnation}")
+                world.end(f"{uid}#{incarnation}")
                 answered.set_result(None)
             case Adopt(uid=uid) if uid == ROUTER:
                 answered.set_result(task.view.view_hash)

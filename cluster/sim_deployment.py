@@ -4,7 +4,8 @@ The numbers are those of the design's list: 1 identical output, 2 no position lo
 error of a planned operation, 4 every expert has a verified replica and an epoch one view, 5 no slot
 is freed while a frame by a view that names it can arrive, 6 what is held is back at the baseline,
 7 every operation ends and the next one succeeds, 8 no stream waits longer than a bound. To those
-comes 9: second copies take no slot that a view may fill.
+come 9: second copies take no slot that a view may fill, 10: a dense group that retires is not ended
+while it has requests and time for them.
 """
 
 import random
@@ -121,6 +122,16 @@ class Deployment:
         rank.start(reply)
         return rank.process
 
+    def end(self, process: str) -> None:
+        """The coordinator ends a process; invariant 10."""
+        rank = self.ranks.get(process)
+        if rank is not None and process in self.network.alive and not self.faults.struck:
+            time_left = not rank.retires or self.clock.now_s < rank.quiet_until_s
+            if rank.state.has_work and time_left:
+                text = f"10: {process} is ended with requests, and there was time for them"
+                self.clock.after(0.0, partial(self._violated, text))  # the runner would log it
+        self.network.kill(process)
+
     def on_call(self, process: str, rank: SimRank, call: int, layer: int, asked: Asked) -> None:
         """A frame of a dense rank arrives at a shard. Raises Violation: invariant 5."""
         shard = self.shards[process]
@@ -174,6 +185,9 @@ class Deployment:
         raise Violation(f"3: request {number} of {rank.process} fails: {error}")
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _violated(self, text: str) -> None:
+        raise Violation(text)
 
     def _first(self, num_shards: int, num_dense: int, room: int) -> View:
         uids = tuple(f"shard-{i}" for i in range(num_shards))

@@ -58,6 +58,7 @@ class SimRank:
         self._is_awake = False
         self._why_not: str | None = None
         self.retires = False
+        self.quiet_until_s = 0.0  # time for the last requests of one that retires
         self._quiet: Reply | None = None  # to be told when the last request has ended
         self._reconnect_at_s = 0.0
 
@@ -78,6 +79,7 @@ class SimRank:
         """A task of the coordinator."""
         if isinstance(task, Quiesce):
             self.retires, self._quiet = True, reply
+            self.quiet_until_s = self._world.clock.now_s + task.within_s
             self._later(task.within_s, self._is_quiet)
         elif isinstance(task, Offer):
             self._offers.append((task, reply))

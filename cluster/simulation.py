@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
+from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_steps import spread
 from remora.cluster.sim_coordinator import DEATH_TOLD_S, LIMITS
 from remora.cluster.sim_deployment import Deployment
@@ -202,6 +203,8 @@ class History:
             found = world.coordinator.outcome(operation_id)
             if found is not None and found.outcome != "running":
                 self.ended.append(f"{type(target).__name__} {found.outcome}")
+                if found.outcome == "done" and not world.faults.struck:
+                    self._check_done(target)
                 world.trace(f"{operation_id} {found.outcome} {found.reason}")
                 return found.outcome
             world.clock.run(lambda: False, world.clock.now_s + ASK_AGAIN_S)
@@ -209,6 +212,21 @@ class History:
                 raise Violation(f"7: {EVENTS_MAX} events")
         found = world.coordinator.outcome(operation_id)
         raise Violation(f"7: {operation_id} does not end within {OPERATION_S:g} s: {found}")
+
+    def _check_done(self, target: Target) -> None:
+        """Invariant 7, where nothing went wrong: what is said to be done is so."""
+        view = self.world.view
+        shards, dense = list(view.placement.slots), [m for m in view.members if m.role == "dense"]
+        gone: tuple[str, ...] = ()
+        match target:
+            case ScaleTo(shards=wanted, retire=gone, dense_groups=groups):
+                is_so = wanted in (None, len(shards)) and groups in (None, len(dense))
+            case Drain(uids=gone):
+                is_so = True
+            case PlaceAs(slots=slots):
+                is_so = same_slots(slots, view.placement.slots)
+        if not is_so or {m.uid for m in view.members} & set(gone):
+            raise Violation(f"7: {target} is done, and there are {view.members}")
 
     def _ask_for_another(self) -> None:
         """One operation at a time: the second one is refused while the first one runs."""

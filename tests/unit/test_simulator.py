@@ -9,8 +9,9 @@ import pytest
 from remora.actors.dense_state import DenseState
 from remora.actors.expert_state import ExpertState
 from remora.actors.health_state import HealthState
-from remora.cluster import cli
+from remora.cluster import cli, operation_plan
 from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.operation import Quiesce
 from remora.cluster.operation_steps import OperationSteps
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_faults import Fault, read_faults
@@ -28,6 +29,10 @@ LOST_AND_DAMAGED = (
     Fault(kind="flip", who="joiner", step="over", when="before"),
 )
 HANGS_IN_DRAIN = (Fault(kind="stop", who="dense", step="drain", when="before", for_s=2.9),)
+FENCED_AND_CRASHED = (
+    Fault(kind="stop", who="dense", step="drain", when="before", for_s=2.9),
+    Fault(kind="torn log", who="coordinator", step="over", when="before"),
+)
 CUT_IN_DRAIN = (Fault(kind="cut", who="dense", step="drain", when="before", for_s=8.0),)
 FLIPPED_IN_COPY = (Fault(kind="flip", who="shard", step="copy", when="before"),)
 FLIPPED = (Fault(kind="flip", who="joiner", step="plan", when="before"),)
@@ -45,6 +50,16 @@ def test_seeds_hold_and_happen_again_in_the_same_way() -> None:
     assert [run_seed(seed) for seed in SEEDS] == first
     assert sum(o.num_tokens for o in first) > 40 * len(SEEDS)
     assert {fault.split()[0] for o in first for fault in o.faults} >= {"kill", "stop", "cut"}
+
+
+def test_hosts_that_go_away_are_left_in_time_or_die_with_what_is_there() -> None:
+    for left_s, ended in ((9.0, False), (0.4, True)):
+        gone = Fault(kind="drain node", who="shard", step="over", when="before", for_s=left_s)
+        outcomes = [run_seed(seed, (gone,), traced=True) for seed in SEEDS[:10]]
+        assert not [(o.seed, o.violation) for o in outcomes if o.violation is not None]
+        lines = [line for o in outcomes for line in o.trace]
+        assert any("operation evacuate-" in line for line in lines)
+        assert any("dies with host-" in line for line in lines) == ended
 
 
 def test_faults_of_a_file(tmp_path: Path) -> None:
@@ -158,6 +173,31 @@ def share_slots_with_second_copies(patch: Patch) -> None:
     patch.setattr(ExpertState, "may_copy", lambda *_: True)
 
 
+def end_groups_that_have_requests(patch: Patch) -> None:
+    """A dense group that retires is not asked to finish what it has."""
+    begin = OperationSteps._begin
+    patch.setattr(
+        OperationSteps,
+        "_begin",
+        lambda self, step, limit_s, tasks: begin(
+            self, step, limit_s, [task for task in tasks if not isinstance(task, Quiesce)]
+        ),
+    )
+
+
+def nobody_joins_instead(patch: Patch) -> None:
+    """Dense groups retire, and the number that was asked for is not there."""
+    planned = operation_plan._with_groups
+    patch.setattr(
+        operation_plan, "_with_groups", lambda plan, leave, _, now: planned(plan, leave, 0, now)
+    )
+
+
+def forget_whom_the_last_one_fenced(patch: Patch) -> None:
+    """A new coordinator lets nobody in again whose fence is not in the log."""
+    patch.setattr(CoordinatorState, "_has_left_older_views", lambda *_: None)
+
+
 def emit_twice(patch: Patch) -> None:
     absorb = DenseState._absorb
     patch.setattr(
@@ -199,6 +239,9 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (emit_twice, "1:", None),
     (mix_up_answers, "", None),
     (no_fences, "5:", HANGS_IN_DRAIN),
+    (end_groups_that_have_requests, "10:", ()),
+    (nobody_joins_instead, "7:", ()),
+    (forget_whom_the_last_one_fenced, "7:", FENCED_AND_CRASHED),
     (hold_for_newer_views_alone, "3:", CUT_IN_DRAIN),
     (obey_anybody, "", CRASHES),
     (second_copies_are_not_verified, "4:", FLIPPED),
