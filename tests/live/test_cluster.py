@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import list_named_actors
 from support.checkpoints import make_checkpoint
 from support.dense_client import NUM_TOKENS, PROMPT, ask_member
 from support.local_engine import reference_model
-from support.ray_actors import living_names, process_of
+from support.ray_actors import living_names
 
 from remora.actors.launch import RAY_NAMESPACE, Progress, actor_name, coordinator_name
 from remora.actors.model_spec import inspect_model
@@ -246,18 +247,25 @@ def test_a_coordinator_that_hangs_in_its_first_start_is_ended_and_leaves_nothing
     loading = threading.Event()
 
     def look(progress: dict[str, Progress]) -> None:
-        if progress.keys() >= {"dense-0"} and actor_name(name, "dense-0", 1) in living_names(name):
+        if "dense-0" in progress and progress["dense-0"].phase == "ready":
             loading.set()
+
+    def names() -> list[str]:
+        every = [each["name"] for each in list_named_actors(all_namespaces=True)]
+        return [each for each in every if each.startswith(f"remora/{name}/")]
 
     with ThreadPoolExecutor(2) as pool:
         starts = [pool.submit(ensure_cluster, asked, look) for _ in range(2)]
         assert loading.wait(120)
-        os.kill(process_of(coordinator_name(name)), signal.SIGSTOP)
+        assert actor_name(name, "dense-0", 1) in names()
+        actor: Any = ray.get_actor(coordinator_name(name), namespace=RAY_NAMESPACE)
+        pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGSTOP)
         for start in starts:
             with pytest.raises(ClusterError, match="coordinator died"):
                 start.result(timeout=300)
     assert find_cluster(name) is None
-    assert living_names(name) == []
+    assert names() == []
     handle = ensure_cluster(config(model, name))
     try:
         assert generate(handle).finish_reason == "length"

@@ -198,7 +198,8 @@ def test_a_fenced_name_is_told_so_in_the_handshake_and_let_in_again() -> None:
 
     def fence(*names: str) -> None:
         done = threading.Event()
-        server.call_soon(lambda: (server.fence(frozenset(names)), done.set()))
+        server.call_soon(lambda: server.fence(frozenset(names)))
+        server.call_soon(done.set)
         assert done.wait(WAIT_S)
 
     with serving(refuse) as (server, _):
