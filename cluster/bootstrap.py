@@ -29,7 +29,6 @@ BEGIN_S = 30.0  # for the coordinator to take an operation, or to tell how one i
 OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
 NEUTRAL_DIR = "/proc/sys/vm"  # on every Linux host; nobody can put a module there
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
-LIVES_MAX = 3  # of a coordinator that is asked how it is
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
     "dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts", "router",
@@ -141,7 +140,7 @@ def ensure_cluster(
                 on_progress(_call(actor.progress.remote()))
         _call(pending)
     except RemoraError:
-        _remove_if_over(actor)
+        _remove_if_over(actor, config.start_timeout_s)
         raise
     finally:
         watch.close()
@@ -175,7 +174,7 @@ def _coordinator(config: RemoraConfig) -> Any:
     raise ClusterError(f"deployment {config.name!r} is being stopped; try again")
 
 
-def _remove_if_over(actor: Any, within_s: float | None = None) -> bool:
+def _remove_if_over(actor: Any, within_s: float) -> bool:
     """Remove a coordinator that has nothing up and will not; True when it is gone.
 
     Only such a one may go: what it had up would outlive it.
@@ -184,8 +183,8 @@ def _remove_if_over(actor: Any, within_s: float | None = None) -> bool:
         DeadlineError: it has not answered; it is ended, and started again by Ray.
     """
     try:
-        # one that Ray is starting again answers in its next life
-        pending = actor.phase.options(max_task_retries=LIVES_MAX).remote()
+        # one that Ray is starting again answers in its next life, however often that takes a try
+        pending = actor.phase.options(max_task_retries=-1).remote()
         if ray.get(pending, timeout=within_s) not in OVER:
             return False
     except ray.exceptions.GetTimeoutError as late:
