@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from remora.cluster.coordinator_calls import ROUTER, Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.coordinator_state import CoordinatorState
-from remora.cluster.evacuation import PREFIX
+from remora.cluster.evacuation import EVACUATE
 from remora.cluster.operation import (
     Adopt,
     Answer,
@@ -118,7 +118,7 @@ class SimCoordinator:
         """As a client's call. Raises ClusterError, ConfigError."""
         if self._runner is None or not self.is_up:
             raise ClusterError("the coordinator does not answer")
-        if not operation_id.startswith(PREFIX):  # of its own
+        if not operation_id.startswith(EVACUATE):  # of its own
             self._numbers.setdefault(operation_id, len(self._numbers) + 1)
         try:
             self._runner.request(operation_id, target)

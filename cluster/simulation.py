@@ -165,7 +165,7 @@ class History:
             return ScaleTo(dense_groups=chance.choice((1, 2, 3)), retire=tuple(retire))
         if kind < 0.78:
             uid = chance.choice([*slots, *dense, *dense])
-            return Drain((uid,), chance.choice(("none", "needed", "all")))
+            return Drain((uid,), chance.choice(("none", "needed")))
         room = {uid: tuple(max(map(len, s)) for _ in LAYERS) for uid, s in slots.items()}
         experts = list(range(NUM_EXPERTS))
         chance.shuffle(experts)
