@@ -41,7 +41,7 @@ def wait_until_left(
     Args:
         node: its id.
         look: what the coordinator knows of such nodes (`NodeWatch.status`); None: there is no such
-            deployment (any more). Raises ClusterError: it does not tell just now.
+            deployment, or no such node, any more. Raises ClusterError: it does not tell just now.
         within_s: the longest wait.
         clock: `time`.
 
@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with connected(None) as found:
             if not found:
                 raise ClusterError("no Ray cluster is to be found from here (RAY_ADDRESS)")
-            node = host_label()
-            RayNodes().drain(node, WHY, time.time() + options.within_s)
+            node, nodes = host_label(), RayNodes()
+            nodes.drain(node, WHY, time.time() + options.within_s)
             left = wait_until_left(
-                node,
-                lambda: _known_of_nodes(options.deployment),
+                node,  # Ray ends it once nothing is there, which may be at once
+                lambda: _known_of_nodes(options.deployment) if nodes.is_alive(node) else None,
                 within_s=options.within_s,
                 clock=time,
             )

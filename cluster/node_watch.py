@@ -163,6 +163,10 @@ class RayNodes:
         if not is_accepted:
             raise ClusterError(f"Ray does not drain node {node}: {why_not}")
 
+    def is_alive(self, node: str) -> bool:
+        """Whether Ray has not ended a node, nor lost it."""
+        return any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
+
     def _client(self) -> Any:
         if self._gcs is None:
             raylet: Any = ray._raylet

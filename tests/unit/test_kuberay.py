@@ -335,6 +335,7 @@ def test_a_pod_waits_until_its_members_have_left() -> None:
     assert waited(known("shard-0"), NOT_YET) == ["shard-0"], "Ray has ended the node: it was idle"
     assert waited(known()) == []
     assert waited(known("shard-0"), None) == ["shard-0"], "the deployment was stopped"
+    assert waited(NOT_YET, None) == [], "an idle node, ended before the coordinator looked"
 
 
 def test_a_pod_says_why_its_members_are_still_there() -> None:
