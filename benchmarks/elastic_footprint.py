@@ -18,7 +18,8 @@ def footprint(name: str) -> dict[str, Any]:
     Returns:
         actors: names of ours. memory_bytes: proportional set sizes of its processes together.
         listeners: TCP ports that they listen on. segments: shared memory with or without a name
-        that they map. named_segments: entries of /dev/shm. placement_groups: not removed.
+        that they map. named_segments: entries of /dev/shm but for semaphores of multiprocessing,
+        which we have none of and other programs of the machine make. placement_groups: not removed.
     """
     prefix = f"remora/{name}/"
     names = [a["name"] for a in list_named_actors(all_namespaces=True)]
@@ -28,7 +29,9 @@ def footprint(name: str) -> dict[str, Any]:
         "memory_bytes": sum(_pss(pid) for pid in pids),
         "listeners": sum(_listeners(pid) for pid in pids),
         "segments": sum(_segments(pid) for pid in pids),
-        "named_segments": len(list(Path("/dev/shm").iterdir())),
+        "named_segments": sum(
+            not path.name.startswith("sem.mp-") for path in Path("/dev/shm").iterdir()
+        ),
         "placement_groups": sum(
             group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()
         ),

@@ -12,6 +12,8 @@ from remora.comm.errors import OperationRunsError, RemoraError
 
 if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
+    from remora.cluster.sim_rank import SimRank
+    from remora.cluster.sim_shard import SimShard
 
 NUM_HOSTS: Final = 3
 EVERY_S: Final = 1.0  # as node_watch.EVERY_S, which imports Ray
@@ -69,7 +71,7 @@ class SimNodes:
     def _gone(self, host: str) -> None:
         world = self._world
         del self.draining[host]
-        members = [*world.shards.values(), *world.ranks.values()]
+        members: list[SimShard | SimRank] = [*world.shards.values(), *world.ranks.values()]
         for each in members:
             if each.member.endpoint.host == host and each.process in world.network.alive:
                 world.trace(f"{each.process} dies with {host}")
