@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from remora.comm.expert_protocol import ExpertCall, ExpertService
 from remora.comm.native_pump import NativeCompute
 from remora.comm.server import FrameServer
 from remora.comm.view import Endpoint, Member, Placement, View, contiguous_placement
-from remora.comm.wire import Dtype, dispatch_bytes
+from remora.comm.wire import Dtype, Flag, Kind, dispatch_bytes, encode_frame
 
 TOKEN = b"a token of the tests, 32 bytes.."
 WAIT_S = 20.0  # until a test gives up; nothing waits this long when it works
@@ -247,3 +248,14 @@ def close_enough(got: Tensor, expected: Tensor, mode: Combine) -> bool:
         return torch.equal(got, expected)
     step = 2.0**-7 if got.dtype is torch.bfloat16 else 2.0**-22
     return torch.allclose(got.float(), expected.float(), rtol=step, atol=step * 4)
+
+
+def answer(frame: Frame, **changes: Any) -> bytes:
+    """COMBINED with ones, to a presummed call of 64 float32 a row."""
+    header = frame.header
+    body = np.ones((header.num_rows, header.width), np.float32).tobytes()
+    fields: dict[str, Any] = {
+        "kind": int(Kind.COMBINED), "num_rows": header.num_rows, "incarnation": 1,
+        "sequence": header.sequence, "checked": bool(header.flags & Flag.CHECKED),
+    }  # fmt: skip
+    return encode_frame(changes.pop("body", body), **(fields | changes))

@@ -5,7 +5,6 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from support.comm_rig import (
     TOKEN,
     WAIT_S,
     Shards,
+    answer,
     at_home,
     everywhere,
     member,
@@ -29,7 +29,7 @@ from remora.comm.errors import DeadlineError, PeerLostError
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
 from remora.comm.view import Placement, View, contiguous_placement
-from remora.comm.wire import HEADER_BYTES, Flag, Kind, encode_frame
+from remora.comm.wire import HEADER_BYTES, Kind
 
 pytestmark = pytest.mark.skipif(native.native_extension() is None, reason="not built")
 MODES = pytest.mark.parametrize("mode", ["ordered", "presummed"])
@@ -168,17 +168,6 @@ def test_two_phases_are_native_and_two_at_once_are_handed_over(
         assert torch.equal(dispatcher.moe(0, *batch, 30), at_home(*batch, 30, 0))
     assert all(len(peers.peer(u).free_regions) == 4 for u in peers.live_uids)
     peers.close()
-
-
-def answer(frame: Frame, **changes: Any) -> bytes:
-    """COMBINED with ones, to a presummed call of 64 float32 a row."""
-    header = frame.header
-    body = np.ones((header.num_rows, header.width), np.float32).tobytes()
-    fields: dict[str, Any] = {
-        "kind": int(Kind.COMBINED), "num_rows": header.num_rows, "incarnation": 1,
-        "sequence": header.sequence, "checked": bool(header.flags & Flag.CHECKED),
-    }  # fmt: skip
-    return encode_frame(changes.pop("body", body), **(fields | changes))
 
 
 class Shard:

@@ -12,6 +12,7 @@ from support.comm_rig import (
     TOKEN,
     WAIT_S,
     Shards,
+    answer,
     everywhere,
     member,
     random_batch,
@@ -27,7 +28,6 @@ from remora.comm.dispatch import Combine, Dispatcher
 from remora.comm.errors import PeerLostError
 from remora.comm.peers import PeerSet
 from remora.comm.view import View
-from remora.comm.wire import Flag, Kind, encode_frame
 from remora.kernels.attention import KVPages, build_plan
 from remora.kernels.native import native_available
 from remora.kernels.step import RoutingNotes, enter_step, leave_step, step_layers
@@ -141,16 +141,6 @@ def test_what_the_client_does_not_read_goes_to_python(
     peers.close()
 
 
-def _answer(frame: Frame, **changes: Any) -> bytes:
-    header = frame.header
-    body = np.ones((header.num_rows, header.width), np.float32).tobytes()
-    fields: dict[str, Any] = {
-        "kind": int(Kind.COMBINED), "num_rows": header.num_rows, "incarnation": 1,
-        "sequence": header.sequence, "checked": bool(header.flags & Flag.CHECKED),
-    }  # fmt: skip
-    return encode_frame(body, **(fields | changes))
-
-
 @pytest.mark.parametrize("case", ["stale first", "lost"])
 def test_a_layer_under_way_that_turns_out_unusual_is_finished_in_python(
     case: str, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +158,7 @@ def test_a_layer_under_way_that_turns_out_unusual_is_finished_in_python(
             assert connection.transmit(part, 0, 0)
 
     def plain(frame: Frame) -> list[bytes]:
-        return [_answer(frame)]
+        return [answer(frame)]
 
     with serving(on_frame) as (server, _):
         peers = PeerSet(token=TOKEN, self_host="b")
@@ -181,7 +171,7 @@ def test_a_layer_under_way_that_turns_out_unusual_is_finished_in_python(
         dispatcher.moe(0, *batch, 3)
         with Asked(monkeypatch, dispatcher, 3, 3) as asked:
             if case == "stale first":
-                answers.put(lambda f: [_answer(f, sequence=10**9), _answer(f)])
+                answers.put(lambda f: [answer(f, sequence=10**9), answer(f)])
                 assert torch.equal(asked.ask(0, batch), torch.ones(3, 64))
                 assert peers.counters.link("shard-0").stale_replies == 1
             else:
