@@ -27,7 +27,7 @@ from remora.actors.launch import Progress, advertised_ip, host_label, member_of,
 from remora.actors.load_sharing import LoadSharing
 from remora.actors.nccl_node import NcclNode
 from remora.actors.routing_tap import RoutingTap, tap_of
-from remora.actors.shard_links import connect_shards, greet_shards, peer_limits, traffic_of
+from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import gather_ranks
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
@@ -252,7 +252,7 @@ class DenseActor:
             name=launch.uid,
             limits=peer_limits(model, launch),
         )
-        self._views = ViewInbox(functools.partial(greet_shards, self._peers), launch.hold_s)
+        self._views = ViewInbox(self._peers.greet, launch.hold_s)
         if launch.nccl is not None:
             self._node = NcclNode(launch, self._hardware, model, self._wake)
         rank = self._rank = self._make_rank(model, self._executor)

@@ -47,17 +47,6 @@ def connect_shards(
     return dispatcher
 
 
-def greet_shards(peers: PeerSet, view: View) -> None:
-    """Connect to shards of a view to come, beside those in use.
-
-    Raises:
-        ClusterError: one cannot be reached.
-    """
-    for member in view.members:
-        if member.role == "shard" and not peers.is_connected(member):
-            peers.connect(member)
-
-
 def peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
     """Regions that hold the largest call and its answer; pages are touched on use only."""
     row_bytes = model.spec.hidden_size * model.dtype.itemsize

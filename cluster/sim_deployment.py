@@ -22,6 +22,7 @@ from remora.cluster.sim_model import LAYERS, NUM_EXPERTS, digest_of, weights_of
 from remora.cluster.sim_network import Clock, Network, Violation, uid_of
 from remora.cluster.sim_nodes import SimNodes
 from remora.cluster.sim_rank import SimRank
+from remora.cluster.sim_routes import SimLink
 from remora.cluster.sim_shard import Asked, NotMine, Reply, SimShard, member_of
 from remora.comm.view import Placement, View, contiguous_placement
 
@@ -132,7 +133,9 @@ class Deployment:
                 self.clock.after(0.0, partial(self._violated, text))  # the runner would log it
         self.network.kill(process)
 
-    def on_call(self, process: str, rank: SimRank, call: int, layer: int, asked: Asked) -> None:
+    def on_call(
+        self, process: str, rank: SimRank, link: SimLink, call: int, layer: int, asked: Asked
+    ) -> None:
         """A frame of a dense rank arrives at a shard. Raises Violation: invariant 5."""
         shard = self.shards[process]
         if rank.name in shard.fenced:
@@ -143,7 +146,7 @@ class Deployment:
                 f"5: {process} holds no {found.experts} of layer {layer}, which {rank.process} asks"
                 f" for by epoch {rank.routes.epoch}"
             )
-        gone = partial(rank.dispatch.lose, shard.member.uid, shard.member.incarnation)
+        gone = partial(rank.dispatch.lose, shard.member.uid, link)
         lost = partial(self.network.timer, rank.process, 0.0, gone)  # both ends see it
         self.network.answer(
             process, rank.process, lambda: rank.dispatch.answered(call, found), lost
@@ -153,7 +156,8 @@ class Deployment:
         """A shard closes the connections of dense ranks that it refuses."""
         for rank in self.ranks.values():
             if rank.name in fenced and rank.process in self.network.alive:
-                self.network.send(shard.process, rank.process, partial(rank.cut_off, shard))
+                told = partial(rank.cut_off, shard, rank.routes.link_to(shard.member))
+                self.network.send(shard.process, rank.process, told)
 
     def published(self, view: View) -> None:
         """A view is committed. Raises Violation: invariant 4."""

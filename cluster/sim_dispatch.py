@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from remora.cluster.sim_model import LAYERS, next_row, picks
+from remora.cluster.sim_routes import SimLink
 from remora.cluster.sim_shard import Asked, Found, NotMine
 from remora.cluster.sim_step import SimStep
 
@@ -83,12 +84,11 @@ class SimDispatch:
         """Whether the answer would count."""
         return self.step is not None and call in self.step.waiting
 
-    def lose(self, uid: str, incarnation: int) -> None:
-        """The connection to a life of a shard is gone, and with it what was asked of it."""
-        step, routes = self.step, self._rank.routes
-        if routes.connected.get(uid) != incarnation:
-            return
-        routes.lose(uid)
+    def lose(self, uid: str, link: SimLink) -> None:
+        """A connection to a shard is gone, and with it what was asked over it."""
+        step = self.step
+        if not self._rank.routes.lose(uid, link):
+            return  # nobody sends over it: there is none, or a later one
         calls = [c for c, (at, _) in step.waiting.items() if at == uid] if step is not None else []
         for call in calls:
             assert step is not None
@@ -138,10 +138,10 @@ class SimDispatch:
             self._calls += 1
             calls.append(self._calls)
             step.waiting[self._calls] = (uid, pairs)
-            incarnation = routes.connected[uid]
-            process = f"{uid}#{incarnation}"
-            deliver = partial(self._world.on_call, process, rank, self._calls, layer, pairs)
-            lost = partial(self.lose, uid, incarnation)
+            link = routes.connected[uid]
+            process = f"{uid}#{link.incarnation}"
+            deliver = partial(self._world.on_call, process, rank, link, self._calls, layer, pairs)
+            lost = partial(self.lose, uid, link)
             self._world.network.send_frame(rank.process, process, deliver, lost)
         if self._world.faults.planned:  # else nothing can be late
             self._later(CALL_TIMEOUT_S, partial(self._late, calls))

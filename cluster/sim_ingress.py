@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from remora.cluster.sim_model import NOTHING, VOCABULARY, Cell, advanced, token_of
 from remora.cluster.sim_network import Violation
-from remora.cluster.sim_rank import SimRank
+from remora.cluster.sim_rank import STEP_S, SimRank
 from remora.comm.messages import SamplingParams, SequenceOutput, Submit
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ EVERY_S: Final = 1.2  # on average
 PROMPT_TOKENS: Final = (2, 6)
 NEW_TOKENS: Final = (2, 14)
 RETRY_S: Final = 0.2
+# What a stream waits that goes on elsewhere because its dense group has retired, beyond what any
+# request waits for its first token: the step that its group had begun (and does not end), and the
+# time until it is asked again. Then it is a request like another, with a longer prompt.
+MOVED_S: Final = STEP_S + RETRY_S
 PROCESS: Final = "ingress#1"
 
 
@@ -34,6 +38,8 @@ class _Request:
         self.owner = ""  # process
         self.last_s = now_s
         self.longest_gap_s = 0.0
+        self.longest_wait_s = 0.0  # as that, without MOVED_S where it was moved
+        self.is_moved = False  # since the last token
         self.finished: str | None = None
         self.cell: Cell = NOTHING
         for token_id in prompt:
@@ -66,6 +72,11 @@ class SimIngress:
     def longest_gap_s(self) -> float:
         """Longest time without a token of any request that ran."""
         return max((r.longest_gap_s for r in self.requests), default=0.0)
+
+    @property
+    def longest_wait_s(self) -> float:
+        """As `longest_gap_s`, without what it takes to leave a dense group that retires."""
+        return max((r.longest_wait_s for r in self.requests), default=0.0)
 
     def begin(self) -> None:
         """Requests come from now on."""
@@ -126,7 +137,11 @@ class SimIngress:
                 f" {expected} ({rank.process}, epoch {rank.routes.epoch})"
             )
         now_s = self._world.clock.now_s
-        request.longest_gap_s = max(request.longest_gap_s, now_s - request.last_s)
+        gap_s = now_s - request.last_s
+        request.longest_gap_s = max(request.longest_gap_s, gap_s)
+        wait_s = gap_s - MOVED_S if request.is_moved else gap_s
+        request.longest_wait_s = max(request.longest_wait_s, wait_s)
+        request.is_moved = False
         request.last_s = now_s
         request.tokens.append(token_id)
         request.cell = advanced(request.cell, token_id)
@@ -145,7 +160,10 @@ class SimIngress:
             )
 
     def _on_death(self, process: str) -> None:
+        rank = self._world.ranks.get(process)
+        is_planned = rank is not None and rank.retires
         for name, request in list(self._running.items()):
             if request.owner == process:
                 del self._running[name]
+                request.is_moved = is_planned and not self._world.faults.struck
                 self._world.clock.after(RETRY_S, partial(self._submit, request))

@@ -22,7 +22,7 @@ from remora.actors.dense_state import DenseState
 from remora.cluster.operation import Adopt, Offer, Quiesce, Started
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_model import NOTHING, VOCABULARY, Cell, first_row, next_cell, token_of
-from remora.cluster.sim_routes import SimRoutes
+from remora.cluster.sim_routes import SimLink, SimRoutes
 from remora.cluster.sim_shard import PROCESS_S, Reply, SimShard, member_of, rank_name
 from remora.cluster.sim_step import SimStep
 from remora.comm.errors import ClusterError
@@ -97,9 +97,10 @@ class SimRank:
                     self._acknowledge()
         self._wake()
 
-    def cut_off(self, shard: SimShard) -> None:
-        """A shard that fences this rank has closed the connection."""
-        self.dispatch.lose(shard.member.uid, shard.member.incarnation)
+    def cut_off(self, shard: SimShard, link: SimLink | None) -> None:
+        """A shard that fences this rank has closed the connection that there was."""
+        if link is not None:
+            self.dispatch.lose(shard.member.uid, link)
 
     def adopt_now(self, view: View) -> None:
         """The first view, long ago."""

@@ -13,19 +13,28 @@ if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
 
 
+class SimLink:
+    """One connection to a life of a shard; what is said of it is said of no later one."""
+
+    def __init__(self, incarnation: int) -> None:
+        self.incarnation = incarnation
+
+
 class SimRoutes:
     """Of one rank.
 
     Attributes:
         view: in use; None: not yet.
-        connected: shard -> incarnation.
+        connected: shard -> connection to a life that the view names.
+        ahead: shard -> connection to a life that a view to come names.
         suspects: late; not asked again by this view, or before they have answered.
         late: calls that were given up, and of which shard.
     """
 
     def __init__(self, world: "Deployment", process: str, name: str) -> None:
         self.view: View | None = None
-        self.connected: dict[str, int] = {}
+        self.connected: dict[str, SimLink] = {}
+        self.ahead: dict[str, SimLink] = {}
         self.suspects: set[str] = set()
         self.late: dict[int, str] = {}
         self._world = world
@@ -96,7 +105,7 @@ class SimRoutes:
     def adopt(self, view: View, or_none: bool = False) -> None:
         """As `DenseEngine.adopt_view`. Raises ClusterError: the old view stays in force."""
         for uid in self.suspects:
-            self.lose(uid)
+            self._disconnect(uid)
         before = self.view, self._holders, self.suspects
         self.apply(view)
         live = {uid for uid in view.placement.slots if uid in self.connected}
@@ -107,13 +116,42 @@ class SimRoutes:
         self._world.trace(f"{self._process} uses epoch {view.epoch}")
 
     def greet(self, view: View) -> None:
-        """Connect to shards of a view to come. Raises ClusterError: one cannot be reached."""
-        lost = [m.uid for m in view.members if m.role == "shard" and not self._greet(m)]
+        """As `PeerSet.greet`. Raises ClusterError: one cannot be reached."""
+        coming = {m.uid: m for m in view.members if m.role == "shard"}
+        self.ahead = {
+            uid: link
+            for uid, link in self.ahead.items()
+            if uid in coming and link.incarnation == coming[uid].incarnation
+        }
+        lost = []
+        for member in coming.values():
+            if self.link_to(member) is None:
+                link = self._open(member)
+                if link is None:
+                    lost.append(member.uid)
+                else:
+                    self.ahead[member.uid] = link
         if lost:
             raise ClusterError(f"{lost} cannot be reached by {self._process}")
 
-    def lose(self, uid: str) -> None:
-        """The connection to a shard is gone."""
+    def link_to(self, member: Member) -> SimLink | None:
+        """The connection to this life, in use or not yet."""
+        for links in (self.connected, self.ahead):
+            link = links.get(member.uid)
+            if link is not None and link.incarnation == member.incarnation:
+                return link
+        return None
+
+    def lose(self, uid: str, link: SimLink) -> bool:
+        """A connection to a shard is gone; whether it was in use."""
+        if self.ahead.get(uid) is link:
+            del self.ahead[uid]
+        if self.connected.get(uid) is not link:
+            return False
+        self._disconnect(uid)
+        return True
+
+    def _disconnect(self, uid: str) -> None:
         self.connected.pop(uid, None)
         self.late = {call: late for call, late in self.late.items() if late != uid}
 
@@ -121,21 +159,24 @@ class SimRoutes:
         return self.connected.keys() - self.suspects
 
     def _connect(self) -> None:
+        """As `PeerSet.apply_view`."""
         assert self.view is not None, "before the first view"
         members = {m.uid: m for m in self.view.members if m.role == "shard"}
-        for uid in self.connected.keys() - members.keys():
-            del self.connected[uid]
-        for member in members.values():
-            self._greet(member)
+        for uid, link in list(self.connected.items()):
+            if uid not in members or link.incarnation != members[uid].incarnation:
+                self._disconnect(uid)
+        for uid, member in members.items():
+            if uid not in self.connected:
+                found = self.link_to(member)
+                if found is not None:
+                    del self.ahead[uid]
+                else:
+                    found = self._open(member)
+                if found is not None:
+                    self.connected[uid] = found
 
-    def _greet(self, member: Member) -> bool:
-        """Connected, or connected now."""
-        if self.connected.get(member.uid) == member.incarnation:
-            return True
+    def _open(self, member: Member) -> SimLink | None:
         shard = self._world.shards.get(member.actor_name)
         if shard is None or not self._world.network.reaches(self._process, shard.process):
-            return False
-        if self._name in shard.fenced:
-            return False
-        self.connected[member.uid] = member.incarnation
-        return True
+            return None
+        return None if self._name in shard.fenced else SimLink(member.incarnation)

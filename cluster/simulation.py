@@ -265,9 +265,9 @@ class History:
             if used is None or used.view_hash != view.view_hash:
                 raise Violation(f"4: {process} is at epoch {rank.routes.epoch}, not {view.epoch}")
             rank.state.check_integrity()
-        gap_s, bound_s = world.ingress.longest_gap_s, gap_bound_s(world.faults.struck)
-        if gap_s > bound_s:
-            raise Violation(f"8: a stream waited {gap_s:.2f} s; {bound_s:.2f} s are allowed")
+        wait_s, bound_s = world.ingress.longest_wait_s, gap_bound_s(world.faults.struck)
+        if wait_s > bound_s:
+            raise Violation(f"8: a stream waited {wait_s:.2f} s; {bound_s:.2f} s are allowed")
 
     def _check_slots(self) -> None:
         """Invariants 4 and 6: who lives is a member, and holds what the view says."""

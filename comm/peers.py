@@ -52,6 +52,7 @@ class PeerSet:
         self.limits = limits or PeerLimits()
         self.counters = TrafficCounters()
         self._peers: dict[str, Peer] = {}
+        self._ahead: dict[str, Peer] = {}  # of a view to come: used by nobody yet
         self._by_fd: dict[int, Peer] = {}
         self._epoll = select.epoll()
         self._tried = ""  # the last one that `reconnect` dialled
@@ -60,11 +61,45 @@ class PeerSet:
     # -- members -----------------------------------------------------------------------------
 
     def connect(self, member: Member) -> Peer:
-        """Connects to `member`, replacing an older connection of that uid.
+        """Connects to `member`, replacing an older connection of that uid; one that `greet` has
+        made is taken into use.
 
         Raises PeerLostError, AuthError, FencedError.
         """
         self.disconnect(member.uid)
+        peer = self._greeted(member)
+        if peer is None:
+            peer = self._open(member)
+        else:
+            del self._ahead[member.uid]
+        self._peers[member.uid] = peer
+        self.settled = False
+        return peer
+
+    def greet(self, view: View) -> None:
+        """Connects to shards of a view to come, beside those in use.
+
+        Nothing is sent over these connections before the view is applied. A shard may be there in
+        a new life that holds other experts than its old one, of which the view in force speaks.
+        What was greeted for another view is closed.
+
+        Raises:
+            PeerLostError, AuthError, FencedError: one cannot be reached.
+        """
+        coming = {m.uid: m for m in view.members if m.role == "shard"}
+        for uid, peer in list(self._ahead.items()):
+            if peer.error is not None or coming.get(uid) != peer.member:
+                self._drop(self._ahead.pop(uid), "not needed any more")
+        for uid, member in coming.items():
+            if not self.is_connected(member) and self._greeted(member) is None:
+                self._ahead[uid] = self._open(member)
+
+    def _greeted(self, member: Member) -> Peer | None:
+        """The open connection to this life that waits for its view."""
+        peer = self._ahead.get(member.uid)
+        return peer if peer is not None and (peer.error, peer.member) == (None, member) else None
+
+    def _open(self, member: Member) -> Peer:
         peer = Peer(
             member,
             token=self._token,
@@ -73,10 +108,8 @@ class PeerSet:
             limits=self.limits,
             counters=self.counters.link(member.uid),
         )
-        self._peers[member.uid] = peer
         self._by_fd[peer.fd] = peer
         self._epoll.register(peer.fd, select.EPOLLIN)
-        self.settled = False
         return peer
 
     def disconnect(self, uid: str) -> None:
@@ -144,6 +177,8 @@ class PeerSet:
         """Closes every connection and frees every arena. Idempotent."""
         for uid in list(self._peers):
             self.disconnect(uid)
+        for uid in list(self._ahead):
+            self._drop(self._ahead.pop(uid), "closed by us")
         if not self._epoll.closed:
             self._epoll.close()
 

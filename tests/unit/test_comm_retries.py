@@ -7,21 +7,25 @@ import pytest
 import torch
 from support.comm_rig import (
     TOKEN,
+    WAIT_S,
     at_home,
     close_enough,
     everywhere,
+    member,
     random_batch,
+    serving,
     shards,
     toy_compute,
 )
 from torch import Tensor
 
 from remora.comm.dispatch import Combine, Dispatcher
-from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
+from remora.comm.errors import ClusterError, DeadlineError, FencedError, PeerLostError
 from remora.comm.expert_protocol import ExpertCall, NotMineError
 from remora.comm.faulty import Faults, FaultyLink
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
+from remora.comm.routes import Routes
 from remora.comm.view import Member, Placement, View
 
 pytestmark = pytest.mark.usefixtures("plane")
@@ -223,6 +227,44 @@ def test_a_peer_found_lost_between_two_dispatches(peers: PeerSet) -> None:
         assert torch.equal(dispatcher.moe(0, *batch, 40), at_home(*batch, 40, 0))
         peers.peer("shard-1").lose("cut by the test")
         assert torch.equal(dispatcher.moe(0, *batch, 40), at_home(*batch, 40, 0))
+
+
+def test_a_greeted_life_takes_no_calls_before_its_view() -> None:
+    """A shard that died is to join again and hold other experts; the view in force is older."""
+    placement = Placement(num_experts=1, moe_layers=(0,), slots={"x": ((0,),)})
+    with (
+        serving(lambda *_: None, incarnation=1) as (old, _),
+        serving(lambda *_: None, incarnation=2) as (new, lost),
+    ):
+        before, after, never = (
+            View(
+                epoch=epoch, members=(member(server.endpoint("a"), "x", life),), placement=placement
+            )
+            for epoch, server, life in ((1, old, 1), (2, new, 2), (2, new, 3))
+        )
+        peers = PeerSet(token=TOKEN, self_host="a")
+        routes = Routes(before, peers, None)
+        serves = peers.peer("x")
+        peers.greet(after)
+        assert peers.peer("x") is serves and serves.error is None
+
+        old.close()
+        serves.lose("killed by the test")
+        peers.greet(after)
+        routes.refresh()  # dials the old life in vain
+        routes.look_again()
+        assert peers.live_uids == [] and not routes.usable_S.any()
+
+        with pytest.raises(FencedError):  # another offer, of a life that is not there
+            peers.greet(never)
+        lost.get(timeout=WAIT_S)  # of the offer before
+        peers.greet(after)
+        [greeted] = peers._ahead.values()
+        routes.apply(after)
+        assert peers.peer("x") is greeted and routes.usable_S.all()
+        peers.greet(after)
+        assert not peers._ahead, "it is in use"
+        peers.close()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -21,6 +21,7 @@ from remora.cluster.sim_routes import SimRoutes
 from remora.cluster.sim_shard import Found
 from remora.cluster.simulation import run_seed
 from remora.comm.errors import ConfigError
+from remora.comm.view import View
 
 SEEDS = range(40)
 MUTANT_SEEDS = range(800)  # within so many seeds each mutant is found
@@ -38,6 +39,10 @@ FLIPPED_IN_COPY = (Fault(kind="flip", who="shard", step="copy", when="before"),)
 FLIPPED = (Fault(kind="flip", who="joiner", step="plan", when="before"),)
 CRASHES = tuple(
     Fault(kind="kill", who="coordinator", step="over", when="before", operation=n) for n in (1, 2)
+)
+LOST_AND_NOT_RESTORED = (
+    Fault(kind="kill", who="shard", step="over", when="before", operation=1),
+    Fault(kind="out of memory", who="joiner", step="over", when="before", operation=1),
 )
 STOPPED = (Fault(kind="stop", who="shard", step="over", when="before", for_s=60.0),)
 KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
@@ -148,6 +153,17 @@ def hold_for_newer_views_alone(patch: Patch) -> None:
     patch.setattr(SimRoutes, "look_again", lambda *_: False)
 
 
+def ask_lives_of_a_view_to_come(patch: Patch) -> None:
+    """A shard that joins again takes the place of its old life before its view is in force."""
+    greet = SimRoutes.greet
+
+    def greeted(self: SimRoutes, view: View) -> None:
+        greet(self, view)
+        self.connected |= self.ahead
+
+    patch.setattr(SimRoutes, "greet", greeted)
+
+
 def obey_anybody(patch: Patch) -> None:
     """An order of a coordinator that is over undoes what the next one has decided."""
     patch.setattr(ExpertState, "obey", lambda *_: None)
@@ -243,6 +259,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (nobody_joins_instead, "7:", ()),
     (forget_whom_the_last_one_fenced, "7:", FENCED_AND_CRASHED),
     (hold_for_newer_views_alone, "3:", CUT_IN_DRAIN),
+    (ask_lives_of_a_view_to_come, "5:", LOST_AND_NOT_RESTORED),
     (obey_anybody, "", CRASHES),
     (second_copies_are_not_verified, "4:", FLIPPED),
     (nobody_looks_for_progress, "8:", STOPPED),
