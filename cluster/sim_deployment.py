@@ -138,16 +138,18 @@ class Deployment:
     ) -> None:
         """A frame of a dense rank arrives at a shard. Raises Violation: invariant 5."""
         shard = self.shards[process]
-        if rank.name in shard.fenced:
-            return  # the connection is closed, and the rank knows
+        gone = partial(rank.dispatch.lose, shard.member.uid, link)
+        lost = partial(self.network.timer, rank.process, 0.0, gone)  # both ends see it
+        if link.is_closed:
+            self.network.send(process, rank.process, gone, lost)
+            return
         found = shard.compute(layer, asked)
-        if isinstance(found, NotMine) and rank.dispatch.is_waiting_for(call):
+        counts = rank.process in self.network.alive and rank.dispatch.is_waiting_for(call)
+        if isinstance(found, NotMine) and counts:
             raise Violation(
                 f"5: {process} holds no {found.experts} of layer {layer}, which {rank.process} asks"
                 f" for by epoch {rank.routes.epoch}"
             )
-        gone = partial(rank.dispatch.lose, shard.member.uid, link)
-        lost = partial(self.network.timer, rank.process, 0.0, gone)  # both ends see it
         self.network.answer(
             process, rank.process, lambda: rank.dispatch.answered(call, found), lost
         )
@@ -156,7 +158,10 @@ class Deployment:
         """A shard closes the connections of dense ranks that it refuses."""
         for rank in self.ranks.values():
             if rank.name in fenced and rank.process in self.network.alive:
-                told = partial(rank.cut_off, shard, rank.routes.link_to(shard.member))
+                link = rank.routes.link_to(shard.member)
+                if link is not None:
+                    link.is_closed = True
+                told = partial(rank.cut_off, shard, link)
                 self.network.send(shard.process, rank.process, told)
 
     def published(self, view: View) -> None:

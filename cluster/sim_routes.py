@@ -18,6 +18,7 @@ class SimLink:
 
     def __init__(self, incarnation: int) -> None:
         self.incarnation = incarnation
+        self.is_closed = False  # by the shard, which fences us; what comes over it is not read
 
 
 class SimRoutes:

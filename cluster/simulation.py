@@ -242,13 +242,18 @@ class History:
         return found.reason if found is not None else "nobody knows it"
 
     def _rest(self, when: str) -> None:
-        """Until the coordinator is up and has nothing to do, everybody that is silent is back."""
+        """Until the coordinator is up and has nothing to do, everybody that is silent is back, and
+        no step waits for an expert."""
         world = self.world
         silent_s = max((until for _, _, until in world.faults.silent), default=0.0)
 
         def is_calm() -> bool:
             state = world.coordinator
-            return world.clock.now_s > silent_s + 1.0 and state.is_idle and not state.state.fenced
+            if world.clock.now_s <= silent_s + 1.0 or not state.is_idle or state.state.fenced:
+                return False
+            # the view of one more operation would end a hold that must end by itself
+            alive = world.network.alive
+            return not any(r.dispatch.is_holding for p, r in world.ranks.items() if p in alive)
 
         if not world.clock.run(is_calm, world.clock.now_s + REST_S):
             operation = world.coordinator.operation

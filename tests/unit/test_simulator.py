@@ -257,7 +257,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (no_fences, "5:", HANGS_IN_DRAIN),
     (end_groups_that_have_requests, "10:", ()),
     (nobody_joins_instead, "7:", ()),
-    (forget_whom_the_last_one_fenced, "7:", FENCED_AND_CRASHED),
+    (forget_whom_the_last_one_fenced, "3:", FENCED_AND_CRASHED),
     (hold_for_newer_views_alone, "3:", CUT_IN_DRAIN),
     (ask_lives_of_a_view_to_come, "5:", LOST_AND_NOT_RESTORED),
     (obey_anybody, "", CRASHES),
