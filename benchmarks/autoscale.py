@@ -65,17 +65,6 @@ def ours(rate: float, *, is_predictive: bool, tuned: dict[str, float]) -> Autosc
     )
 
 
-TUNED = {
-    "utilisation": 0.85,
-    "quantile": 0.8,
-    "step_s": 60.0,
-    "queue": 4.0,
-    "down_window_s": 120.0,
-    "down_below": 0.95,
-    "down_s": 60.0,
-}
-
-
 def driven(policy: AutoscalePolicy) -> model.Policy:
     """Our decision as a policy of the model."""
     state = AutoscaleState()
@@ -196,8 +185,8 @@ def measure(path: Path, rounds: int) -> list[dict[str, str | float]]:
         "fixed, 1 point less": next(o for o in fleets if o.attainment >= wanted),
         "Ray Serve's default": outcome(serves_default(rate)),
         "utilisation target": outcome(utilisation_target(rate)),
-        "remora reactive": outcome(driven(ours(rate, is_predictive=False, tuned=TUNED))),
-        "remora predictive": outcome(driven(ours(rate, is_predictive=True, tuned=TUNED))),
+        "remora reactive": outcome(driven(ours(rate, is_predictive=False, tuned=model.TUNED))),
+        "remora predictive": outcome(driven(ours(rate, is_predictive=True, tuned=model.TUNED))),
     }
     options = {"attainment": wanted, "rounds": rounds, "units": begin}
     bound = model.clairvoyant(intervals[half:], rate, start_s=START_S, **options)

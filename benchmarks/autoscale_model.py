@@ -26,6 +26,17 @@ PROMPT_PER_OUTPUT = 10.0  # prompt tokens that cost as much as one output token;
 UNITS_MAX = 80
 FRONTIER_MAX = 48  # plans that the clairvoyant goes on with from an interval to the next
 
+# Settings of our policy, tuned on the first halves of the traces, one set for all; seconds.
+TUNED = {
+    "utilisation": 0.85,
+    "quantile": 0.8,
+    "step_s": 60.0,
+    "queue": 4.0,
+    "down_window_s": 120.0,
+    "down_below": 0.95,
+    "down_s": 60.0,
+}
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -54,8 +65,9 @@ class Outcome:
     unit_hours: float
 
 
-def read_trace(path: Path) -> list[Interval]:
-    """Intervals of one of the files of ../shared/data/requests."""
+def read_requests(path: Path) -> Floats:
+    """Requests of one of the files of ../shared/data/requests, [R, 3] in order of arrival:
+    seconds since the first, prompt tokens, output tokens."""
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         found = [(r["timestamp"] / 1e3, r["input_length"], r["output_length"]) for r in rows]
@@ -65,7 +77,14 @@ def read_trace(path: Path) -> list[Interval]:
             at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
             found.append((at, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
     table = np.array(sorted(found), dtype=np.float64)
-    at_R, work_R = table[:, 0] - table[0, 0], table[:, 2] + table[:, 1] / PROMPT_PER_OUTPUT
+    table[:, 0] -= table[0, 0]
+    return table
+
+
+def read_trace(path: Path) -> list[Interval]:
+    """Intervals of one of the files of ../shared/data/requests."""
+    table = read_requests(path)
+    at_R, work_R = table[:, 0], table[:, 2] + table[:, 1] / PROMPT_PER_OUTPUT
     step_R = (at_R // STEP_S).astype(int)
     return [
         Interval(at_R[step_R == step] - step * STEP_S, work_R[step_R == step])
