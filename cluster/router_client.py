@@ -91,12 +91,19 @@ class RouterClient:
             unreachable=sorted(unreachable),
             num_alone=num_alone,
         )
+        route = self._route
         try:
-            answer = await self._route(request, timeout=self._timeout_s, metadata=self._credentials)
-        except grpc.aio.AioRpcError as error:
-            logger.warning("the router does not answer (%s): routing alone", error.code().name)
-            await self._disconnect()
-            self._look_for_it()
+            answer = await route(request, timeout=self._timeout_s, metadata=self._credentials)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            # else another call closed the channel under this one, which grpc tells in that way
+            if self._route is route:
+                why = error.code().name if isinstance(error, grpc.aio.AioRpcError) else "closed"
+                logger.warning("the router does not answer (%s): routing alone", why)
+                await self._disconnect()
+                self._look_for_it()
             self.num_alone += len(submits)
             self._told_alone -= num_alone
             return nothing

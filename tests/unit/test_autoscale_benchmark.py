@@ -1,6 +1,7 @@
 """The pool of benchmarks/autoscale.py against a dumb version of it, and its clairvoyant."""
 
 import itertools
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -115,3 +116,32 @@ def test_serves_own_policy_waits_out_its_delays() -> None:
         return int(policy(now))
 
     assert [asked(at_s, 48.0) for at_s in (10.0, 20.0, 30.0, 40.0)] == [2, 2, 2, 6]
+
+
+def test_the_window_to_replay_is_the_one_with_the_highest_minute() -> None:
+    even_R = np.arange(0.0, 2000.0, 0.5)
+    at_R = np.sort(np.concatenate([even_R, np.arange(1200.0, 1260.0, 0.5)]))  # one minute doubled
+    table_R3 = np.stack([at_R, np.full_like(at_R, 300.0), np.full_like(at_R, 7.0)], axis=1)
+    window = module("autoscale_replay").chosen_window(table_R3, arm_s=100.0, rate=8.0)
+    trace_s = 100.0 * window.compression
+    assert len(window.requests) == pytest.approx(800, rel=0.05)
+    assert window.peak_ratio == pytest.approx(4 / (2 + 120 / trace_s), rel=0.05)
+    assert window.begin_s <= 1200 and window.begin_s + trace_s >= 1260
+    assert all(0 <= request.at_s < 100 for request in window.requests)
+    assert {len(r.prompt_ids) for r in window.requests} == {32}  # clipped
+    assert {r.num_new for r in window.requests} == {7}
+
+
+def test_a_unit_is_paid_from_its_decision_to_the_end_of_what_takes_it_away() -> None:
+    def line(at_s: float, units: int, target: int, operation: str | None = None) -> str:
+        verdict = "wait" if operation else "keep" if units == target else "scale"
+        decision = {"verdict": verdict, "target_units": target}
+        sample = {"at_s": at_s, "units": units, "operation": operation}
+        return json.dumps({"kind": "autoscale_decision", "sample": sample, "decision": decision})
+
+    lines = [
+        line(90, 1, 1), line(110, 1, 2), line(120, 1, 1, "up"), line(130, 2, 2),
+        line(150, 2, 1), line(160, 1, 1, "down"), line(170, 1, 1),
+    ]  # fmt: skip
+    hours = module("autoscale_live").paid_hours(lines, 100.0, 200.0)
+    assert hours * 3600 == pytest.approx(10 * 1 + (170 - 110) * 2 + 30 * 1)

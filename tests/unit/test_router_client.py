@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from support.fake_engine import HOST, TOKEN, FakeEngine
@@ -182,6 +183,38 @@ def test_a_router_that_hangs_costs_one_deadline() -> None:
 
         asyncio.run(run())
         assert asked.is_set()
+
+
+def test_a_call_that_fails_takes_no_other_request_with_it() -> None:
+    """The channel is closed under the second call, which grpc tells as a cancellation."""
+
+    class Failing(RouterServer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.calls, self.second = 0, asyncio.Event()
+
+        async def _route(self, request: object) -> object:
+            self.calls += 1
+            if self.calls == 1:
+                await self.second.wait()
+                raise RuntimeError("the first call fails while the second waits")
+            self.second.set()
+            return await asyncio.Future()
+
+    with make_engine(uid="dense-0") as one, make_engine(uid="dense-1") as two:
+
+        async def run() -> None:
+            statistics = RouterStatistics(slots=None, path=None)
+            failing = Failing(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
+            failing.start()
+            try:
+                async with client_over((one, two), [failing.address], timeout_s=SOON_S) as client:
+                    await asyncio.gather(*(finished(client, submit(name)) for name in "ab"))
+                    assert client.routed() == {"router": 0, "alone": 2}
+            finally:
+                await asyncio.to_thread(failing.stop)
+
+        asyncio.run(run())
 
 
 def test_a_group_that_the_ingress_cannot_reach_is_not_chosen(router: RouterServer) -> None:
