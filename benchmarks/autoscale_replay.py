@@ -104,7 +104,7 @@ def request_of(number: int, at_s: float, prompt: float, output: float) -> Reques
     """With lengths as in the trace, clipped, and a prompt that depends on the number alone."""
     drawn = np.random.default_rng(number)
     ids = drawn.integers(10, 8000, int(np.clip(prompt, 1, PROMPT_MAX))).tolist()
-    return Request(at_s=at_s, prompt_ids=ids, num_new=int(np.clip(output, 2, OUTPUT_MAX)))
+    return Request(at_s=float(at_s), prompt_ids=ids, num_new=int(np.clip(output, 2, OUTPUT_MAX)))
 
 
 async def answered(service: Service, request: Request, late_s: float = 0.0) -> Answer:
