@@ -237,6 +237,7 @@ def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
     assert living_names("halted") == []
 
 
+@pytest.mark.long
 def test_a_coordinator_that_hangs_in_its_first_start_is_ended_and_leaves_nothing(
     raylets: Cluster, model: Path
 ) -> None:
