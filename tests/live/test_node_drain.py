@@ -58,6 +58,7 @@ def members(handle: ClusterHandle) -> dict[str, str]:
     return {member.uid: member.endpoint.host for member in handle.view().members}
 
 
+@pytest.mark.long
 def test_a_pod_waits_until_its_members_have_left(hosts: Cluster, handle: ClusterHandle) -> None:
     assert members(handle) == {"dense-0": host_label(), "shard-0": host_label()}
     other = hosts.add_node(num_cpus=2, resources=ROOM)
