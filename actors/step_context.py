@@ -37,9 +37,8 @@ class StepContext:
     plan: AttentionPlan  # kernels.attention.build_plan: num_tokens, positions_T, slots, tables
     pages: Sequence["KVPages | GpuKVPages"]  # one per decoder layer
     experts: ExpertsFn
-    direct: int = (
-        0  # of `Dispatcher.step_experts`: answers compiled layers in the place of `experts`
-    )
+    # Of `Dispatcher.step_experts`: answers compiled layers in the place of `experts`; 0: nobody.
+    direct: int = 0
     notes: RoutingNotes | None = None  # of what it answers
     shuffle: TokenShuffle | None = None  # whose rows are whose, in a tensor-parallel group
     exact: bool = True  # numerics

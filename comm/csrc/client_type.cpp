@@ -192,6 +192,16 @@ PyObject* finish(PyObject* object, PyObject* argument) {
   return as_int(status);
 }
 
+// `begin` and `finish`, which waits without the interpreter. Holds it before and after.
+Status whole_layer(Client& client, const LayerInput& input, char* out) {
+  Status status = client.begin(input);
+  if (status != Status::kDone) return status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = client.finish(out);
+  Py_END_ALLOW_THREADS;
+  return status;
+}
+
 // `begin` and `finish`: as begin, and the address of the output
 PyObject* layer(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   const Arguments arguments(items, count);
@@ -201,12 +211,7 @@ PyObject* layer(PyObject* object, PyObject* const* items, Py_ssize_t count) {
     return nullptr;
   char* out = arguments.address<char>(10);
   if (PyErr_Occurred()) return nullptr;
-  Status status = self->client.begin(input);
-  if (status != Status::kDone) return as_int(status);
-  Py_BEGIN_ALLOW_THREADS;
-  status = self->client.finish(out);
-  Py_END_ALLOW_THREADS;
-  return as_int(status);
+  return as_int(whole_layer(self->client, input, out));
 }
 
 // A layer of a step whose thread may hold the interpreter or not. Where a layer is handed over, it stays
@@ -224,12 +229,7 @@ int answer(void* object, const RemoraLayerRows* rows) {
   if (!read_free_regions(self)) {
     PyErr_Clear();  // Python reads them next, and raises it there
   } else {
-    status = self->client.begin(input);
-  }
-  if (status == Status::kDone) {
-    Py_BEGIN_ALLOW_THREADS;
-    status = self->client.finish(static_cast<char*>(rows->out));
-    Py_END_ALLOW_THREADS;
+    status = whole_layer(self->client, input, static_cast<char*>(rows->out));
   }
   if (status == Status::kDone) {
     self->asked_layers += 1;
