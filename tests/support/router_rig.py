@@ -45,10 +45,12 @@ def view_of(
 
 
 @contextmanager
-def running_router(view: View | None = None, **options: Any) -> Iterator[RouterServer]:
+def running_router(
+    view: View | None = None, kind: type[RouterServer] = RouterServer, **options: Any
+) -> Iterator[RouterServer]:
     """A server that listens."""
     statistics = RouterStatistics(slots=None, path=None)
-    server = RouterServer(
+    server = kind(
         bind_ip="127.0.0.1", **{"token": TOKEN, "port": 0, "statistics": statistics, **options}
     )
     server.start()

@@ -16,7 +16,6 @@ from remora.actors.launch import Launch
 from remora.actors.load_sharing import NOTHING, LoadSharing, Sent
 from remora.actors.router_reporter import RouterReporter
 from remora.actors.router_service import RouterServer
-from remora.actors.router_statistics import RouterStatistics
 from remora.cluster.engine_client import EngineClient
 from remora.cluster.inbox import Inbox
 from remora.cluster.router_client import RouterClient
@@ -96,11 +95,8 @@ def counts(*engines: FakeEngine) -> list[int]:
 
 @pytest.fixture
 def router() -> Iterator[RouterServer]:
-    statistics = RouterStatistics(slots=None, path=None)
-    server = RouterServer(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
-    server.start()
-    yield server
-    server.stop()
+    with running_router(token=TOKEN) as server:
+        yield server
 
 
 def test_requests_of_one_prefix_go_to_one_group(router: RouterServer) -> None:
@@ -168,18 +164,16 @@ def test_a_router_that_hangs_costs_one_deadline() -> None:
             asked.set()
             return await asyncio.Future()
 
-    with make_engine(uid="dense-0") as one, make_engine(uid="dense-1") as two:
+    with (
+        make_engine(uid="dense-0") as one,
+        make_engine(uid="dense-1") as two,
+        running_router(kind=Hung, token=TOKEN) as hung,
+    ):
 
         async def run() -> None:
-            statistics = RouterStatistics(slots=None, path=None)
-            hung = Hung(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
-            hung.start()
-            try:
-                async with client_over((one, two), [hung.address], timeout_s=0.2) as client:
-                    await finished(client, submit("a"))
-                    assert client.routed() == {"router": 0, "alone": 1}
-            finally:
-                await asyncio.to_thread(hung.stop)
+            async with client_over((one, two), [hung.address], timeout_s=0.2) as client:
+                await finished(client, submit("a"))
+                assert client.routed() == {"router": 0, "alone": 1}
 
         asyncio.run(run())
         assert asked.is_set()
@@ -201,18 +195,16 @@ def test_a_call_that_fails_takes_no_other_request_with_it() -> None:
             self.second.set()
             return await asyncio.Future()
 
-    with make_engine(uid="dense-0") as one, make_engine(uid="dense-1") as two:
+    with (
+        make_engine(uid="dense-0") as one,
+        make_engine(uid="dense-1") as two,
+        running_router(kind=Failing, token=TOKEN) as failing,
+    ):
 
         async def run() -> None:
-            statistics = RouterStatistics(slots=None, path=None)
-            failing = Failing(token=TOKEN, bind_ip="127.0.0.1", port=0, statistics=statistics)
-            failing.start()
-            try:
-                async with client_over((one, two), [failing.address], timeout_s=SOON_S) as client:
-                    await asyncio.gather(*(finished(client, submit(name)) for name in "ab"))
-                    assert client.routed() == {"router": 0, "alone": 2}
-            finally:
-                await asyncio.to_thread(failing.stop)
+            async with client_over((one, two), [failing.address], timeout_s=SOON_S) as client:
+                await asyncio.gather(*(finished(client, submit(name)) for name in "ab"))
+                assert client.routed() == {"router": 0, "alone": 2}
 
         asyncio.run(run())
 
