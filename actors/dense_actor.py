@@ -4,7 +4,6 @@ Ray's threads only start, ask, hand over views and stop. The frame server has a 
 and queues; the engine's thread owns torch, the KV pages and the connections to the shards.
 """
 
-import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import gather_ranks
+from remora.actors.tp_hold import GroupHold
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
 from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
 from remora.actors.tp_surgery import whole_text
@@ -98,9 +98,8 @@ class DenseActor:
         with objects_that_stay():
             self._thread.start()
         assert self._server and self._state and self._engine and self._rank
-        top_k, num_ranks = self._rank.model.spec.top_k, self._launch.num_ranks
-        tell_ranks = self._leader.note_others if self._leader is not None else None
-        loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, num_ranks, tell_ranks)
+        top_k = self._rank.model.spec.top_k
+        loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, self._leader)
         self._errands = Errands(self._launch, self._state.stats, self.take_sketch, loads)
         return member_of(self._launch, "dense", self._server.endpoint(host_label()))
 
@@ -255,7 +254,7 @@ class DenseActor:
         self._views = ViewInbox(self._peers.greet, launch.hold_s)
         if launch.nccl is not None:
             self._node = NcclNode(launch, self._hardware, model, self._wake)
-        rank = self._rank = self._make_rank(model, self._executor)
+        rank = self._rank = self._make_rank(model, self._executor, self._views)
         self._tap = rank.tap = tap_of(spec)
         self._meter = TrafficMeter(spec.top_k)
         self._state = DenseState(limits_of(model, launch))
@@ -263,7 +262,7 @@ class DenseActor:
             state=self._state,
             rank=rank,
             executor=self._executor,
-            connect=functools.partial(self._connect, rank),
+            connect=self._connect,
             traffic=self._traffic,
         )
         self._server = FrameServer(
@@ -308,7 +307,7 @@ class DenseActor:
             timeout_s=launch.start_timeout_s,
         )
 
-    def _make_rank(self, model: DenseModel, executor: Executor) -> DenseRank:
+    def _make_rank(self, model: DenseModel, executor: Executor, views: ViewInbox) -> DenseRank:
         pages = allocate_pages(model, self._launch.num_kv_blocks)
         exact = self._launch.exact
         if self._leader is None or self._shuffle is None:
@@ -322,6 +321,7 @@ class DenseActor:
             experts=_no_view,
             exact=exact,
             shuffle=self._shuffle,
+            hold=GroupHold(views, self._leader, lambda: self._dispatcher, self._connect).wait,
         )
 
     def _serve(self) -> None:
@@ -340,15 +340,17 @@ class DenseActor:
             if self._leader is not None:
                 self._leader.close()
 
-    def _connect(self, rank: DenseRank, view: View, or_none: bool) -> None:
-        assert self._peers is not None
+    def _connect(self, view: View, or_none: bool) -> None:
+        rank, views = self._rank, self._views
+        assert self._peers and rank and self._tap is not None, "a view before the rank"
         if self._node is not None:
             self._node.adopt(view)
             return
         if self._leader is not None:
-            self._leader.adopt(view)
+            self._leader.adopt(view, or_none)
+            views = None  # a group takes another one, and waits for it, between two steps
         self._dispatcher = connect_shards(
-            self._peers, view, self._launch, self._dispatcher, self._views, or_none
+            self._peers, view, self._launch, self._dispatcher, views, or_none
         )
         rank.experts = on_host(self._dispatcher.moe, rank.model)
         if self._leader is not None and self._shuffle is not None:
@@ -356,7 +358,6 @@ class DenseActor:
             rank.experts = SplitExperts(rank.experts, self._leader.group, self._shuffle)
         elif self._leader is None and rank.model.device == CPU:
             rank.direct = self._dispatcher.step_experts
-        assert self._tap is not None, "a view before the rank"
         rank.experts = self._tap.watch(rank.experts)
 
     def _traffic(self) -> Traffic | None:  # in the engine's thread

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from remora.actors.actor_thread import ActorThread
@@ -39,9 +38,13 @@ from remora.comm.rank_link import (
     Done,
     Link,
     Loads,
+    Look,
     Order,
+    Pairs,
     Recover,
+    Sent,
     Shuffle,
+    TakeSent,
     UseEager,
 )
 from remora.comm.view import Endpoint, View
@@ -63,8 +66,8 @@ class Follower:
         pages: list["KVPages | GpuKVPages"],
         group: SharedGroup | GlooGroup | NcclGroup,
         link: Link,
-        connect: Callable[[View], ExpertsFn],
-        note_others: Callable[[Loads], None],
+        connect: Callable[[View, bool], ExpertsFn],
+        dispatcher: Callable[[], Dispatcher | None],
         exact: bool,
         shuffle: TokenShuffle,
     ) -> None:
@@ -74,7 +77,7 @@ class Follower:
         self._group = group
         self._link = link
         self._connect = connect
-        self._note_others = note_others
+        self._dispatcher = dispatcher
         self._exact = exact
         self._epoch = 0
         self._experts: ExpertsFn | None = None
@@ -95,6 +98,10 @@ class Follower:
                     self._step(message)
                 case Adopt():
                     self._answer(functools.partial(self._adopt, message))
+                case Look():
+                    self._link.send(Done(lacks_experts=self._lacks_experts(look_again=True)))
+                case TakeSent():
+                    self._link.send(self._sent())
                 case Loads():
                     self._note_others(message)
                 case Compile():
@@ -112,7 +119,28 @@ class Follower:
             self._group.connect(order.generation)
         elif isinstance(self._group, NcclGroup):
             self._group.connect(order.unique_id)
-        self._link.send(Done(error=error))
+        self._link.send(Done(error=error, lacks_experts=self._lacks_experts()))
+
+    def _lacks_experts(self, *, look_again: bool = False) -> bool:
+        dispatcher = self._dispatcher()
+        if dispatcher is None:
+            return True
+        return not (dispatcher.look_again() if look_again else dispatcher.is_complete)
+
+    def _sent(self) -> Sent:
+        dispatcher = self._dispatcher()
+        if dispatcher is None:
+            return Sent(epoch=0)
+        return Sent(epoch=dispatcher.view.epoch, pairs=Pairs.of(dispatcher.take_sent()))
+
+    def _note_others(self, loads: Loads) -> None:
+        """Others' pairs count as load, where they are of the view in force."""
+        dispatcher = self._dispatcher()
+        if dispatcher is None or loads.epoch != dispatcher.view.epoch:
+            return
+        groups_LS = loads.groups.array() if loads.groups is not None else None
+        ranks_LS = loads.ranks.array() if loads.ranks is not None else None
+        dispatcher.note_others(groups_LS, loads.top_k, ranks_LS)
 
     def _answer(self, action: Callable[[], None]) -> None:
         error = None
@@ -160,7 +188,7 @@ class Follower:
         self._model.run(context, token_ids_T, torch.tensor(order.logit_rows, dtype=torch.int64))
 
     def _adopt(self, message: Adopt) -> None:
-        self._experts = self._connect(message.view)
+        self._experts = self._connect(message.view, message.or_none)
         self._shuffle.adopt(message.view, message.rank_hosts)
         self._epoch = message.view.epoch
 
@@ -268,8 +296,10 @@ class RankActor:
             pages=allocate_pages(model, launch.num_kv_blocks),
             group=group,
             link=self._link,
-            note_others=self._note_others,
-            connect=lambda view: SplitExperts(on_host(self._connect(view), model), group, shuffle),
+            connect=lambda view, or_none: SplitExperts(
+                on_host(self._connect(view, or_none), model), group, shuffle
+            ),
+            dispatcher=lambda: self._dispatcher,
             exact=launch.exact,
             shuffle=shuffle,
         )
@@ -285,19 +315,11 @@ class RankActor:
             self._peers.close()
             self._link.close()
 
-    def _note_others(self, loads: Loads) -> None:
-        """Other dense groups' pairs, of the view in force, count as load."""
-        dispatcher = self._dispatcher
-        if dispatcher is None or (loads.pairs is not None and loads.epoch != dispatcher.view.epoch):
-            return
-        pairs_LS = None
-        if loads.pairs is not None:
-            pairs_LS = np.frombuffer(loads.pairs, np.int64).reshape(loads.shape)
-        dispatcher.note_others(pairs_LS, loads.top_k)
-
-    def _connect(self, view: View) -> ExpertsFn:
+    def _connect(self, view: View, or_none: bool) -> ExpertsFn:
         assert self._peers is not None
-        self._dispatcher = connect_shards(self._peers, view, self._launch, self._dispatcher)
+        self._dispatcher = connect_shards(
+            self._peers, view, self._launch, self._dispatcher, or_none=or_none
+        )
         return self._dispatcher.moe
 
     def _note_progress(self, done: int, total: int) -> None:

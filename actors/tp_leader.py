@@ -4,13 +4,15 @@
 
 A step that fails anywhere fails everywhere: whoever fails aborts the group's exchanges, rank 0
 has every rank leave the step (`Recover`), and the requests of the step end with an error that names
-the rank. A rank that is gone, or does not answer, ends the group for good (`GroupLostError`): its
-requests go on elsewhere, and all ranks are started anew.
+the rank. Where an expert has no replica that some rank can use they do not end: the step is held
+(`tp_hold.py`) and run again from its beginning. A rank that is gone, or does not answer, ends the
+group for good (`GroupLostError`): its requests go on elsewhere, and all ranks are started anew.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -34,11 +36,16 @@ from remora.comm.rank_link import (
     Broke,
     Compile,
     Done,
+    Link,
     Loads,
+    Look,
     Message,
     Order,
+    Pairs,
     Recover,
+    Sent,
     Shuffle,
+    TakeSent,
     UseEager,
 )
 from remora.comm.shuffle import Form
@@ -61,12 +68,18 @@ class Leader:
         uid: of the dense group, for errors.
         ranks: the group.
         timeout_s: for an answer.
+
+    Attributes:
+        epoch: of the view that all ranks have adopted.
+        lacks_experts: some expert has no replica that another rank can use, as the last step that
+            failed has found, or the last look.
     """
 
     def __init__(self, uid: str, ranks: Ranks, timeout_s: float) -> None:
         self.group = ranks.group
         self.hosts = ranks.hosts
         self.epoch = 0
+        self.lacks_experts = False
         self._uid = uid
         self._links = ranks.links
         self._timeout_s = timeout_s
@@ -81,9 +94,20 @@ class Leader:
         """
         self._check()
         self._tell(message)
-        errors = self._answers(self._timeout_s if timeout_s is None else timeout_s)
+        errors = self._errors(self._answers(self._timeout_s if timeout_s is None else timeout_s))
         if errors:
             raise ClusterError("; ".join(errors))
+
+    def look(self) -> bool:
+        """Have every other rank look for what it lacks; whether they have all experts again.
+
+        Raises:
+            GroupLostError: a rank is gone.
+        """
+        self._check()
+        self._tell(Look())
+        self._note_lacks(self._answers(self._timeout_s))
+        return not self.lacks_experts
 
     def settle_form(self, launch: RankLaunch, spec: ModelSpec, dtype: torch.dtype) -> Form:
         """How rows are shuffled, told to every rank before any of them loads.
@@ -95,22 +119,52 @@ class Leader:
         self._tell(Shuffle(form=form))
         return form
 
-    def adopt(self, view: View) -> None:
-        """Every rank connects to the shards of `view`. Raises ClusterError."""
-        self.ask(Adopt(view=view, rank_hosts=self.hosts))
+    def adopt(self, view: View, or_none: bool) -> None:
+        """Every rank connects to the shards of `view`. Raises ClusterError.
+
+        Args:
+            or_none: as `connect_shards`.
+        """
+        self.ask(Adopt(view=view, rank_hosts=self.hosts, or_none=or_none))
         self.epoch = view.epoch
 
-    def note_others(self, epoch: int, pairs_LS: NDArray[np.int64] | None, top_k: int) -> None:
-        """Every other rank prices shards by what other dense groups sent; between steps.
+    def take_sent(self, epoch: int) -> list[NDArray[np.int64]] | None:
+        """int64 `[L, S]` of every other rank: pairs that it sent since the last call, under the
+        view of `epoch`; between steps. None: they do not tell.
 
         That a rank is gone is the next step's to tell.
         """
+        found: list[NDArray[np.int64]] = []
+        with contextlib.suppress(GroupLostError):  # logged, and kept in `_broken`
+            self._check()
+            self._tell(TakeSent())
+            for rank, link in self._links.items():
+                answer = self._receive(rank, link, self._timeout_s)
+                assert isinstance(answer, Sent), f"rank {rank} answered {type(answer).__name__}"
+                if answer.epoch == epoch and answer.pairs is not None:
+                    found.append(answer.pairs.array())
+        return found if len(found) == len(self._links) else None
+
+    def note_others(
+        self,
+        epoch: int,
+        groups_LS: NDArray[np.int64] | None,
+        ranks_LS: Sequence[NDArray[np.int64]] | None,
+        top_k: int,
+    ) -> None:
+        """Every other rank prices shards by what others sent; between steps.
+
+        Args:
+            groups_LS: of other dense groups; None: nobody can tell.
+            ranks_LS: for each other rank, what the ranks beside it sent; None: nobody has told.
+        """
         if self._broken is not None:
             return
-        shape = (0, 0) if pairs_LS is None else (pairs_LS.shape[0], pairs_LS.shape[1])
-        pairs = None if pairs_LS is None else pairs_LS.astype(np.int64).tobytes()
-        with contextlib.suppress(GroupLostError):  # logged, and kept in `_broken`
-            self._tell(Loads(epoch=epoch, shape=shape, pairs=pairs, top_k=top_k))
+        groups = None if groups_LS is None else Pairs.of(groups_LS)
+        with contextlib.suppress(GroupLostError):
+            for index, (rank, link) in enumerate(self._links.items()):
+                ranks = None if ranks_LS is None else Pairs.of(ranks_LS[index])
+                self._send(rank, link, Loads(epoch=epoch, groups=groups, ranks=ranks, top_k=top_k))
 
     def step(self, order: Callable[[int, int], Order], run: Callable[[], T]) -> T:
         """Have every rank run the step of `order(epoch, sequence)`, this one by `run`.
@@ -141,25 +195,39 @@ class Leader:
 
     def _tell(self, message: Message) -> None:
         for rank, link in self._links.items():
-            try:
-                link.send(message)
-            except ClusterError as error:
-                raise self._break(rank, error) from error
+            self._send(rank, link, message)
 
-    def _answers(self, timeout_s: float) -> list[str]:
-        """What went wrong on the other ranks. Raises ClusterError when one is gone."""
-        errors = []
-        for rank, link in self._links.items():
-            try:
+    def _send(self, rank: int, link: Link, message: Message) -> None:
+        try:
+            link.send(message)
+        except ClusterError as error:
+            raise self._break(rank, error) from error
+
+    def _receive(self, rank: int, link: Link, timeout_s: float) -> Message:
+        """Raises GroupLostError."""
+        try:
+            answer = link.receive(timeout_s)
+            while isinstance(answer, Broke):  # of a step that all have left by now
                 answer = link.receive(timeout_s)
-                while isinstance(answer, Broke):  # of a step that all have left by now
-                    answer = link.receive(timeout_s)
-            except ClusterError as error:
-                raise self._break(rank, error) from error
+        except ClusterError as error:
+            raise self._break(rank, error) from error
+        return answer
+
+    def _answers(self, timeout_s: float) -> dict[int, Done]:
+        """Of the other ranks. Raises GroupLostError: one is gone."""
+        answers = {}
+        for rank, link in self._links.items():
+            answer = self._receive(rank, link, timeout_s)
             assert isinstance(answer, Done), f"rank {rank} answered {type(answer).__name__}"
-            if answer.error is not None:
-                errors.append(f"{self._name(rank)}: {answer.error}")
-        return errors
+            answers[rank] = answer
+        return answers
+
+    def _errors(self, answers: dict[int, Done]) -> list[str]:
+        """What went wrong on them."""
+        return [f"{self._name(rank)}: {a.error}" for rank, a in answers.items() if a.error]
+
+    def _note_lacks(self, answers: dict[int, Done]) -> None:
+        self.lacks_experts = any(answer.lacks_experts for answer in answers.values())
 
     def _leave_step(self, failure: Exception) -> str | None:
         """Every rank out of the step; why it failed, None where that is this rank's `failure`.
@@ -178,7 +246,9 @@ class Leader:
             self.group.connect(self._generation)
         elif isinstance(self.group, NcclGroup):
             self.group.connect(unique_id)
-        errors = self._answers(self._timeout_s)
+        answers = self._answers(self._timeout_s)
+        self._note_lacks(answers)
+        errors = self._errors(answers)
         if isinstance(self.group, SharedGroup):
             self.group.restart((self.group.sequence + SEQUENCE_STEP) % (1 << 31))
         if own:
@@ -198,7 +268,12 @@ class Leader:
 
 
 class LeaderRank(DenseRank):
-    """Runs steps together with the other ranks."""
+    """Runs steps together with the other ranks.
+
+    Args:
+        hold: waits until a step that failed may be run again (`GroupHold.wait`), of which so many
+            seconds were used before for the same step; False: it may not.
+    """
 
     def __init__(
         self,
@@ -210,10 +285,12 @@ class LeaderRank(DenseRank):
         experts: ExpertsFn,
         exact: bool,
         shuffle: TokenShuffle,
+        hold: Callable[[float], bool],
     ) -> None:
         super().__init__(model=model, pages=pages, experts=experts, exact=exact, shuffle=shuffle)
         self._leader = leader
         self._recover = shuffle.recover
+        self._hold = hold
         self._executor = executor
 
     def run(self, plan: StepPlan) -> list[SliceResult]:
@@ -234,11 +311,21 @@ class LeaderRank(DenseRank):
                 logit_rows=inputs.rows_R.tolist(),
             )
 
-        try:
-            return self._leader.step(order, lambda: super(LeaderRank, self).run(plan))
-        except Exception:
-            self._recover()
-            raise
+        held_s = 0.0
+        while True:
+            try:
+                return self._leader.step(order, lambda: super(LeaderRank, self).run(plan))
+            except GroupLostError:
+                raise
+            except (ClusterError, RuntimeError):  # RuntimeError: of an exchange
+                self._recover()
+                begun_s = time.monotonic()
+                if not self._hold(held_s):
+                    raise
+                held_s += time.monotonic() - begun_s
+            except Exception:
+                self._recover()
+                raise
 
 
 class LeaderExecutor(Executor):

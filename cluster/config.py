@@ -151,9 +151,9 @@ class ElasticConfig(Section):
     copy_mib_per_s: Annotated[float, Field(ge=1, le=1 << 20, allow_inf_nan=False)] = 1024.0
     drain_timeout_s: Seconds = 60.0  # then a dense rank that keeps an old view is fenced
     hang_s: Seconds = 20.0  # without a sign of progress a member is ended and started again
-    hold_s: Annotated[float, Field(ge=0, le=1e7)] = (
-        120.0  # requests wait for a lost shard's experts
-    )
+    hold_s: Annotated[float, Field(ge=0, le=1e7)] = 120.0  # requests wait for lost experts
+    # for members that find no place; None: where an autoscaler of Ray's runs, as far as it tells
+    nodes_may_come: bool | None = None
 
 
 class HttpConfig(Section):

@@ -21,10 +21,12 @@ from remora.cluster.operation import (
     Log,
     Operation,
     Pair,
+    Quiesce,
     Started,
     Step,
     Stop,
     Task,
+    gives_way,
 )
 from remora.cluster.operation_plan import FreeMemory, Situation
 from remora.cluster.restore_tries import RestoreTries
@@ -68,6 +70,8 @@ class CoordinatorCalls(ABC):
         self.room = dict(room)
         self.incarnations = {m.uid: m.incarnation for m in view.members} | dict(incarnations)
         self.operation: Operation | None = None
+        # begins when the one that runs has given way; with the memory that it was planned with
+        self._queued: tuple[Operation, FreeMemory | None] | None = None
         self.memory: FreeMemory | None = None  # for the next request
         self.history: dict[str, Operation] = {}
         self.fenced: set[str] = set()
@@ -115,6 +119,14 @@ class CoordinatorCalls(ABC):
             former=self.former,
             copies=self.copies,
         )
+
+    def snapshot(self) -> dict[str, object]:
+        """The record that makes all earlier ones unnecessary; between operations."""
+        assert self.operation is None, f"operation {self.operation} runs"
+        over = [msgspec.to_builtins(operation) for operation in self.history.values()]
+        manifest = [[*pair, digest] for pair, digest in self.manifest.items()]
+        view = msgspec.to_builtins(self.view)
+        return self._record("base", view=view, manifest=manifest, history=over)
 
     def next_time(self) -> float | None:
         """When a `Tick` is due; None: never, as it stands."""
@@ -165,6 +177,19 @@ class CoordinatorCalls(ABC):
             return
         self._odd(f"{name}: {reason}; given up after {RETRIES_MAX} tries")
         self._go_on()
+
+    def _is_past_commit(self, task: Task) -> bool:
+        """Whether there is no way back from where this was asked: it must be done in the end."""
+        if isinstance(task, Adopt):
+            return task.view.epoch <= self.view.epoch
+        return isinstance(task, Keep | Stop | Fence | Quiesce)
+
+    def _may_give_way(self) -> bool:
+        """Whether the operation that runs is undone when another one is asked for."""
+        return self._is_preparing() and gives_way(self._running().target)
+
+    def _is_preparing(self) -> bool:
+        return self._running().step == "prepare" and self._logging is None
 
     def _silent(self) -> str:
         """Who is still to answer."""

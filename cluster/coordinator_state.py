@@ -11,6 +11,9 @@ own; one that fails is tried again, later each time. Where living shards have se
 that only dead ones served, they take over first, by another one; the restored shards get it back.
 Shards are asked for second copies whenever an operation is over.
 
+An operation that nobody asked for (`ScaleTo.gives_way`) is undone while it waits for who joins when
+another one is asked for, which begins then.
+
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
 
@@ -46,17 +49,14 @@ from remora.cluster.operation import (
     Stop,
     TakeOver,
     Target,
-    Task,
     Tick,
+    gives_way,
     is_dense,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.cluster.operation_steps import OperationSteps
 from remora.cluster.second_copies import taken_over
-from remora.comm.errors import (
-    OperationIdTakenError,
-    OperationRunsError,
-)
+from remora.comm.errors import ConfigError, OperationIdTakenError, OperationRunsError
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
@@ -101,6 +101,14 @@ class CoordinatorState(OperationSteps):
         self._request(operation_id, target)
         return self._taken()
 
+    def give_up(self, operation_id: str, reason: str, now_s: float) -> list[Effect]:
+        """Undo an operation that waits for who joins; any other is left as it is."""
+        self._now_s = now_s
+        running = self.operation.operation_id if self.operation is not None else None
+        if running == operation_id and self._is_preparing():
+            self._abort(reason)
+        return self._taken()
+
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """What follows from an event."""
         self._now_s = now_s
@@ -122,15 +130,9 @@ class CoordinatorState(OperationSteps):
         self._restore_lost()
         if self._are_copies_due and self.operation is None and self._logging is None:
             self._ask_copies()
+        if self._logging is None:
+            self.memory = None  # it gets old
         return self._taken()
-
-    def snapshot(self) -> dict[str, object]:
-        """The record that makes all earlier ones unnecessary; between operations."""
-        assert self.operation is None, f"operation {self.operation} runs"
-        over = [msgspec.to_builtins(operation) for operation in self.history.values()]
-        manifest = [[*pair, digest] for pair, digest in self.manifest.items()]
-        view = msgspec.to_builtins(self.view)
-        return self._record("base", view=view, manifest=manifest, history=over)
 
     def resume(self, operation: Operation | None, now_s: float) -> list[Effect]:
         """After a restart, with the view of the log: everybody is told it again, and an operation
@@ -164,6 +166,7 @@ class CoordinatorState(OperationSteps):
         self._remember(operation)
         self.incarnations |= operation.joiners
         if operation.round == 0:
+            operation.gave_way = gives_way(operation.target)
             self._abort("the coordinator was started again before the first commit")
         else:
             self._drain()
@@ -177,7 +180,7 @@ class CoordinatorState(OperationSteps):
                     f" {known.outcome}; choose a new id"
                 )
             return
-        if self.operation is not None:
+        if self.operation is not None and not self._may_give_way():
             raise OperationRunsError(
                 f"operation {self.operation.operation_id!r} runs (step {self.operation.step}):"
                 " one at a time"
@@ -191,6 +194,16 @@ class CoordinatorState(OperationSteps):
             retirees=planned.retirees,
             begun_s=self._now_s,
         )
+        if self.operation is None:
+            self._start(operation)
+            return
+        self._queued = operation, self.memory
+        self._remember(operation)
+        self.operation.gave_way = True
+        self._abort(f"it gives way to {operation_id!r}")
+
+    def _start(self, operation: Operation) -> None:
+        """Raises ConfigError: full shards wait for each other."""
         self._joined.clear()
         self._stopped.clear()
         # full shards that wait for each other are found before anything is started
@@ -205,6 +218,17 @@ class CoordinatorState(OperationSteps):
             return
         self.incarnations |= operation.joiners
         self._log("begin", self._prepare, operation=msgspec.to_builtins(operation))
+
+    def _over(self) -> None:
+        super()._over()
+        if self._queued is None:
+            return
+        (operation, self.memory), self._queued = self._queued, None
+        try:
+            self._start(operation)
+        except ConfigError as stuck:
+            self.operation = operation
+            self._end("failed", str(stuck))
 
     def _answered(self, call: int, answer: Answer) -> None:
         task = self._waiting.pop(call, None) or self._aside.pop(call, None)
@@ -281,12 +305,6 @@ class CoordinatorState(OperationSteps):
         else:
             self._abort(text)
 
-    def _is_past_commit(self, task: Task) -> bool:
-        """Whether there is no way back from where this was asked: it must be done in the end."""
-        if isinstance(task, Adopt):
-            return task.view.epoch <= self.view.epoch
-        return isinstance(task, Keep | Stop | Fence | Quiesce)
-
     def _member_lost(self, uid: str, incarnation: int) -> None:
         member = next((m for m in self.view.members if m.uid == uid), None)
         joiners = self.operation.joiners if self.operation is not None else {}
@@ -309,8 +327,10 @@ class CoordinatorState(OperationSteps):
         self._again = [(at, task) for at, task in self._again if task.uid != uid]
         for call in [c for c, task in self._waiting.items() if task.uid == uid]:
             del self._waiting[call]
-        matters = joins or uid in self.lost
+        yields = not joins and self._may_give_way()  # to the restore
+        matters = joins or uid in self.lost or (uid in self.lost_dense and yields)
         if self.operation.step in BEFORE_COMMIT and matters and self._logging is None:
+            self.operation.gave_way = yields
             self._abort(f"{uid} died")
         else:
             self._go_on()

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
 from remora.cluster.node_watch import NodeWatch, RayNodes
 from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_dense
 from remora.cluster.operation_runner import OperationRunner
+from remora.cluster.places import why_placeless
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal
 from remora.comm.errors import ConfigError
@@ -232,13 +234,16 @@ class Elastic:
             hung=self._hung,
             others={ROUTER_LIFE} if router is not None else set(),
         )
+        ray_nodes = RayNodes()
         self.nodes = NodeWatch(
-            draining=RayNodes().draining,
+            draining=ray_nodes.draining,
             homes=tasks.homes,
             members=self._members,
             history=self._runner().history,
             request=self.request,
             leave=self._leave,
+            why_placeless=partial(why_placeless, self._config, ray_nodes),
+            give_up=self._runner().give_up,
         )
         self.runner.start(effects)
         self.health.start(state.view)

@@ -68,7 +68,8 @@ def wait_until_left(
                 is_known, last = True, f"{', '.join(here)} are there"
                 seen.update(here)
                 if stay := sorted(set(here) & set(told["stay"])):
-                    why = "; ".join(told["refused"].values()) or "see `remora status --json`"
+                    whys = dict.fromkeys(told["refused"].values())  # once for all tries
+                    why = "; ".join(whys) or "see `remora status --json`"
                     raise ClusterError(f"{', '.join(stay)} cannot leave: {why}")
         if clock.monotonic() + LOOK_S >= until:
             raise DeadlineError(f"not left within {within_s:g} s: {last}")

@@ -1,5 +1,10 @@
-"""The thread that asks Ray which nodes are being drained, and begins to move what is there."""
+"""The thread that asks Ray which nodes are being drained, and begins to move what is there.
 
+Where what is to join finds no place, and nobody adds nodes, an evacuation is given up: all that it
+would wait for is the end of the node, and whoever waits for it to be left hears so at once.
+"""
+
+import json
 import logging
 import threading
 import time
@@ -8,10 +13,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.core.generated import autoscaler_pb2
 
 from remora.actors.health_state import Life
-from remora.cluster.evacuation import next_evacuation, next_replacement
+from remora.cluster.evacuation import EVACUATE, next_evacuation, next_replacement, tries_of
 from remora.cluster.operation import Operation, Target
 from remora.comm.errors import ClusterError, OperationRunsError, RemoraError
 
@@ -20,6 +26,8 @@ logger = logging.getLogger(__name__)
 EVERY_S: Final = 1.0
 GCS_S: Final = 5.0
 REFUSED_MAX: Final = 256
+PLACELESS_LOOKS: Final = 3  # in a row: Ray's account of what waits is a moment old
+READ_ONLY: Final = "node_"  # begins the names of node types where Ray's monitor adds no nodes
 
 
 class NodeWatch:
@@ -33,6 +41,9 @@ class NodeWatch:
         history: operations, the newest last.
         request: begins an operation. Raises RemoraError: it cannot be, or not now.
         leave: told of nodes on which nothing more is to be begun.
+        why_placeless: why who joins by an operation, and is not among those that live, will find no
+            place; None: it may get one. Raises ClusterError: Ray does not tell.
+        give_up: undoes an operation that waits for who joins, for a reason.
     """
 
     def __init__(
@@ -44,9 +55,13 @@ class NodeWatch:
         history: Callable[[], Sequence[Operation]],
         request: Callable[[str, Target], object],
         leave: Callable[[AbstractSet[str]], None],
+        why_placeless: Callable[[Operation, AbstractSet[Life]], str | None],
+        give_up: Callable[[str, str], None],
     ) -> None:
         self._draining, self._homes, self._members = draining, homes, members
         self._history, self._request, self._leave = history, request, leave
+        self._why_placeless, self._give_up = why_placeless, give_up
+        self._num_placeless = 0  # looks in a row that found no place for who joins
         self._refused: dict[str, str] = {}  # why, by operation id
         self._there: dict[str, list[str]] = {}  # uids, by node that goes away
         self._stay: list[str] = []
@@ -105,8 +120,26 @@ class NodeWatch:
         elif found is not None:
             self._stay = []
         self._there = there
+        self._look_for_places(history, homes.keys())
         if found is not None:
             self._begin(*found)
+
+    def _look_for_places(self, history: Sequence[Operation], living: AbstractSet[Life]) -> None:
+        """Whether the evacuation that runs has somewhere to go."""
+        running = next((each for each in history if each.outcome == "running"), None)
+        why: str | None = None
+        if running is not None and running.operation_id.startswith(EVACUATE):
+            try:
+                if running.step == "prepare":
+                    why = self._why_placeless(running, living)
+            except ClusterError as silent:
+                logger.warning("whether there is a place is not known: %s", silent)
+        self._num_placeless = self._num_placeless + 1 if why is not None else 0
+        if running is None or why is None or self._num_placeless < PLACELESS_LOOKS:
+            return
+        for operation_id in tries_of(running.operation_id):
+            self._refuse(operation_id, why)
+        self._give_up(running.operation_id, why)
 
     def _begin(self, operation_id: str, target: Target) -> None:
         try:
@@ -114,10 +147,13 @@ class NodeWatch:
         except OperationRunsError as busy:
             logger.info("%s waits: %s", operation_id, busy)
         except RemoraError as refused:
-            logger.error("%s cannot be: %s", operation_id, refused)
-            self._refused[operation_id] = str(refused)
-            while len(self._refused) > REFUSED_MAX:
-                del self._refused[next(iter(self._refused))]
+            self._refuse(operation_id, str(refused))
+
+    def _refuse(self, operation_id: str, why: str) -> None:
+        logger.error("%s cannot be: %s", operation_id, why)
+        self._refused[operation_id] = why
+        while len(self._refused) > REFUSED_MAX:
+            del self._refused[next(iter(self._refused))]
 
     def _run(self) -> None:
         while not self._closed.wait(EVERY_S):
@@ -166,6 +202,45 @@ class RayNodes:
     def is_alive(self, node: str) -> bool:
         """Whether Ray has not ended a node, nor lost it."""
         return any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
+
+    def unplaced(self) -> list[dict[str, float]]:
+        """What actors and bundles of placement groups ask for that have no place yet.
+
+        Raises:
+            ClusterError: the GCS does not tell.
+        """
+        state = self._status().cluster_resource_state
+        asked = [each.request for each in state.pending_resource_requests]
+        for gang in state.pending_gang_resource_requests:
+            told = [each for chosen in gang.bundle_selectors for each in chosen.resource_requests]
+            asked += told or list(gang.requests)
+        return [dict(each.resources_bundle) for each in asked]
+
+    def may_come(self) -> bool:
+        """Whether an autoscaler of Ray's adds nodes, as far as it tells: its monitor, which runs in
+        any cluster, makes up a type for each node where there is none.
+
+        Raises:
+            ClusterError: the GCS does not tell.
+        """
+        status = self._status()
+        if status.autoscaling_state.autoscaler_state_version:  # version 2
+            return any(n.ray_node_type_name for n in status.cluster_resource_state.node_states)
+        try:
+            told = self._client().internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, GCS_S)
+        except ray.exceptions.RayError as silent:
+            raise ClusterError(f"Ray's GCS does not answer: {silent}") from silent
+        report = (json.loads(told) if told else {}).get("autoscaler_report") or {}
+        types = (report.get("active_nodes") or {}).keys()
+        return any(not name.startswith(READ_ONLY) for name in types)
+
+    def _status(self) -> Any:
+        messages: Any = autoscaler_pb2
+        try:
+            told = self._client().get_cluster_status(timeout_s=GCS_S)
+        except ray.exceptions.RayError as silent:
+            raise ClusterError(f"Ray's GCS does not answer: {silent}") from silent
+        return messages.GetClusterStatusReply.FromString(told)
 
     def _client(self) -> Any:
         if self._gcs is None:

@@ -20,11 +20,17 @@ Held = dict[str, tuple[tuple[int, ...], ...]]  # as `Placement.slots`
 
 class ScaleTo(msgspec.Struct, frozen=True, tag="scale"):
     """So many shards, so many dense groups (None: as many as there are); `retire` names some that
-    are not to be among them."""
+    are not to be among them.
+
+    Attributes:
+        gives_way: nobody asked for it: as long as it waits for who joins it is undone when another
+            operation is asked for, or a member dies.
+    """
 
     shards: int | None = None
     retire: tuple[str, ...] = ()
     dense_groups: int | None = None
+    gives_way: bool = False
 
 
 class PlaceAs(msgspec.Struct, frozen=True, tag="place"):
@@ -64,6 +70,11 @@ class TakeOver(msgspec.Struct, frozen=True, tag="take-over"):
 Target = ScaleTo | PlaceAs | Drain | Restore | TakeOver
 
 
+def gives_way(target: Target) -> bool:
+    """Whether it is undone for another one as long as it waits for who joins."""
+    return isinstance(target, ScaleTo) and target.gives_way
+
+
 def is_dense(uid: str) -> bool:
     """Whether a member is a dense group, not a shard."""
     return uid.startswith("dense-")
@@ -77,6 +88,7 @@ class Operation(msgspec.Struct, kw_only=True):
     outcome: Outcome = "running"
     step: Step = "plan"
     reason: str = ""  # why it failed, or what was odd about it
+    gave_way: bool = False  # it failed for another one's sake, and may be asked for again
     slots: Held = {}  # what it leads to
     joiners: dict[str, int] = {}  # uid -> incarnation
     retirees: tuple[str, ...] = ()
@@ -92,7 +104,7 @@ class Operation(msgspec.Struct, kw_only=True):
         """Plain data for people and programs, without the placement."""
         fields: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
         fields["kind"] = type(self.target).__struct_config__.tag
-        del fields["slots"], fields["begun_s"]
+        del fields["slots"], fields["begun_s"], fields["gave_way"]
         if isinstance(self.target, PlaceAs):
             del fields["target"]
         return fields

@@ -138,9 +138,15 @@ class OperationRunner:
                 raise ClusterError("this deployment is being stopped")
             self._state.memory = memory
             self._carry_out(self._state.request(operation_id, target, self._clock()))
-            self._state.memory = None  # it gets old
         self._events.put(Tick())  # the loop looks when the next deadline is
         return self.operation(operation_id)
+
+    def give_up(self, operation_id: str, reason: str) -> None:
+        """Undo an operation that still waits for who joins."""
+        with self._changed:
+            if not self._closed:
+                self._carry_out(self._state.give_up(operation_id, reason, self._clock()))
+        self._events.put(Tick())
 
     def operation(self, operation_id: str) -> dict[str, Any]:
         """How an operation is. Raises UnknownOperationError."""

@@ -98,6 +98,16 @@ class Dispatcher:
         """Shards that were late or of another life, under the view in force."""
         return self._routes.suspects
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert of the view has a replica that can be used, as far as is known."""
+        return self._routes.is_complete
+
+    def look_again(self) -> bool:
+        """Takes late answers and dials lost shards; `is_complete` then. Between dispatches only."""
+        self._routes.look_again()
+        return self.is_complete
+
     def phases(self) -> dict[str, int]:
         """Where the layers' time went so far: `layers`, and nanoseconds of `pack_ns` (choice,
         layout, packing, sending), `wait_ns`, `combine_ns`, and `experts_compute_ns`: how long the
@@ -111,9 +121,15 @@ class Dispatcher:
         """`[L, S]` pairs sent since the last call (`Routes.take_sent`); between dispatches only."""
         return self._routes.take_sent()
 
-    def note_others(self, pairs_LS: NDArray[np.integer] | None, top_k: int) -> None:
-        """Pairs that other dense groups sent (`Routes.note_others`); between dispatches only."""
-        self._routes.note_others(pairs_LS, top_k)
+    def note_others(
+        self,
+        pairs_LS: NDArray[np.integer] | None,
+        top_k: int,
+        ranks_LS: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Pairs that other dense groups sent, and other ranks of this one (`Routes.note_others`);
+        between dispatches only."""
+        self._routes.note_others(pairs_LS, top_k, ranks_LS)
 
     def moe(
         self,

@@ -13,6 +13,8 @@ import time
 from typing import Final, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from remora.comm.auth import (
     CHALLENGE_BYTES,
@@ -74,14 +76,49 @@ class Adopt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     view: View
     rank_hosts: list[str]  # host of each rank: which shards it is near
+    or_none: bool = False  # also where an expert has no replica that this rank can reach
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Take late answers of shards, and dial lost ones. Answered."""
+
+
+class TakeSent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Say what you sent to each shard since the last one. Answered with `Sent`."""
+
+
+class Pairs(msgspec.Struct, frozen=True, kw_only=True):
+    """(token, expert) pairs by layer and shard."""
+
+    shape: tuple[int, int]  # L, S
+    data: bytes  # int64 [L, S]
+
+    @classmethod
+    def of(cls, pairs_LS: NDArray[np.int64]) -> "Pairs":
+        """Of an array `[L, S]`."""
+        data = np.ascontiguousarray(pairs_LS, np.int64).tobytes()
+        return cls(shape=(pairs_LS.shape[0], pairs_LS.shape[1]), data=data)
+
+    def array(self) -> NDArray[np.int64]:
+        """int64 `[L, S]`. Raises FrameError: it is of another size."""
+        if len(self.data) != 8 * self.shape[0] * self.shape[1]:
+            raise FrameError(f"pairs of shape {self.shape} in {len(self.data)} bytes")
+        return np.frombuffer(self.data, np.int64).reshape(self.shape)
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a rank sent since the last one (`Dispatcher.take_sent`)."""
+
+    epoch: int  # of the view whose layers and shards these are; 0: of none
+    pairs: Pairs | None = None
 
 
 class Loads(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What other dense groups sent to each shard since the last one (`Dispatcher.note_others`)."""
+    """What others sent to each shard since the last one (`Dispatcher.note_others`)."""
 
     epoch: int  # of the view whose layers and shards these are
-    shape: tuple[int, int]  # L, S
-    pairs: bytes | None  # int64 [L, S]; None: nobody can tell
+    groups: Pairs | None  # of other dense groups; None: nobody can tell
+    ranks: Pairs | None  # of the ranks beside this one; None: nobody has told
     top_k: int
 
 
@@ -107,14 +144,16 @@ class Broke(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer of a rank; `error` says what went wrong with it."""
+    """The answer of a rank."""
 
-    error: str | None = None
+    error: str | None = None  # what went wrong with it
+    lacks_experts: bool = False  # some have no replica that it can use; of `Recover` and `Look`
 
 
 Message = (
-    Hello | Setup | Shuffle | Order | Adopt | Loads | Compile | UseEager | Recover | Broke | Done
-)
+    Hello | Setup | Shuffle | Order | Adopt | Look | TakeSent | Sent | Loads | Compile | UseEager
+    | Recover | Broke | Done
+)  # fmt: skip
 _decoder: Final = msgspec.msgpack.Decoder(Message)
 _encoder: Final = msgspec.msgpack.Encoder()
 

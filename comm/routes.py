@@ -132,6 +132,11 @@ class Routes:
         self._note_usable()
         return bool((self.usable_S > before_S).any())
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert has a replica that can be used, as far as is known."""
+        return self._num_usable_min() > 0
+
     def avoid(self, shard: int, error: ClusterError) -> None:
         """`shard` failed on a call: it is not asked again before a view says so, or, when its
         connection was lost, before there is a new one."""
@@ -162,7 +167,12 @@ class Routes:
         self._told = {layer: sent_S.copy() for layer, sent_S in self.sent.items()}
         return fresh_LS
 
-    def note_others(self, pairs_LS: NDArray[np.integer] | None, top_k: int) -> None:
+    def note_others(
+        self,
+        pairs_LS: NDArray[np.integer] | None,
+        top_k: int,
+        ranks_LS: NDArray[np.integer] | None = None,
+    ) -> None:
         """What all other dense groups sent since the last note; None: nobody can tell.
 
         Load of before fades by their tokens as it does by ours, so that all groups together forget
@@ -172,6 +182,7 @@ class Routes:
         Args:
             pairs_LS: as of `take_sent`.
             top_k: experts of a token.
+            ranks_LS: the same of the other ranks of our own dense group.
         """
         gain = gain_for(len(self.uids))
         self.gain[0] = max(1, gain // self._num_dense) if pairs_LS is None else gain
@@ -179,11 +190,13 @@ class Routes:
             load_S = self.load[layer]
             own_S = np.minimum(PAIR * (sent_S - self._noted[layer]), load_S)
             self._noted[layer] = sent_S.copy()
-            if pairs_LS is None or not pairs_LS[index].any():
+            others = [each[index] for each in (pairs_LS, ranks_LS) if each is not None]
+            others_S = np.sum(others, axis=0, dtype=np.int64) if others else np.zeros(1, np.int64)
+            if not others_S.any():
                 continue
-            faded = math.exp(-float(pairs_LS[index].sum()) / top_k / (1 << DECAY_SHIFT))
+            faded = math.exp(-float(others_S.sum()) / top_k / (1 << DECAY_SHIFT))
             old_S = np.rint(faded * (load_S - own_S)).astype(np.int64)
-            load_S[:] = old_S + own_S + PAIR * pairs_LS[index].astype(np.int64)
+            load_S[:] = old_S + own_S + PAIR * others_S
 
     def _note_usable(self) -> None:
         live = set(self._peers.live_uids) - self.suspects
@@ -192,7 +205,9 @@ class Routes:
 
     def note_redundant(self) -> None:
         """The tables or what can be used has changed."""
+        self.is_redundant = self._num_usable_min() > 1
+
+    def _num_usable_min(self) -> int:
+        """Replicas that can be used, of the expert that has fewest."""
         usable = np.append(self.usable_S, 0)  # the tables' -1, for nothing
-        self.is_redundant = all(
-            bool((usable[table_ER].sum(axis=1) > 1).all()) for table_ER in self.tables.values()
-        )
+        return min(int(usable[table_ER].sum(axis=1).min()) for table_ER in self.tables.values())

@@ -121,8 +121,7 @@ class FrameServer:
     def endpoint(self, host_label: str) -> Endpoint:
         """What to publish; `host_label` is this process's Ray node."""
         address = self._tcp_address
-        if self._advertise_ip is not None:
-            ip = self._advertise_ip
+        if (ip := self._advertise_ip) is not None:
             port = address.rpartition(":")[2]
             address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
         return Endpoint(host=host_label, tcp_address=address, unix_path=self._unix_path)
@@ -152,12 +151,15 @@ class FrameServer:
         self._wake()
 
     def fence(self, names: frozenset[str]) -> None:
-        """Closes the connections of peers of these names and shakes no hands with them, until told
-        otherwise; in the loop's thread."""
+        """Closes the connections of peers of these names (a dense group's: of all its ranks) and
+        shakes no hands with them, until told otherwise; in the loop's thread."""
         self._fenced = names
         for connection in list(self._connections.values()):  # in a handshake too
-            if connection.peer_name in names:
+            if self._is_fenced(connection.peer_name):
                 self._close(connection, "fenced")
+
+    def _is_fenced(self, name: str) -> bool:
+        return not self._fenced.isdisjoint((name, name.partition(".")[0]))
 
     @property
     def connections(self) -> list[Connection]:
@@ -266,7 +268,7 @@ class FrameServer:
                 region_bytes_max=limits.region_bytes_max,
                 frame_bytes_max=limits.frame_bytes_max,
                 incarnation=self.incarnation,
-                refuses=lambda name: name in self._fenced,
+                refuses=self._is_fenced,
             ),
             checked=not is_unix,
             queue_bytes_max=limits.queue_bytes_max,

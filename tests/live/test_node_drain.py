@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support.dense_client import ask_member
 from support.serving import DEMO_MODEL
 
 from remora.actors.launch import RAY_NAMESPACE, host_label
@@ -70,6 +71,18 @@ def test_a_pod_waits_until_its_members_have_left(hosts: Cluster, handle: Cluster
     second = run_hook(hosts.address)
     assert second.returncode == 0, second.stderr
     assert "preStop: nothing left this node" in second.stderr
+
+
+def test_a_pod_with_nowhere_to_go_says_so_at_once(hosts: Cluster, handle: ClusterHandle) -> None:
+    """The only node has the only dense group, and nobody adds nodes."""
+    hook = run_hook(hosts.address)
+    assert hook.returncode == 1, hook.stderr
+    assert "preStop: dense-0, shard-0 cannot leave: no place for dense-1" in hook.stderr
+    assert "on any other node, and none is added" in hook.stderr
+    operation = handle.wait("evacuate-dense-0.1-shard-0.1:1")
+    assert operation["outcome"] == "failed"
+    assert operation["reason"].startswith("no place for dense-1"), "else its time was over"
+    assert ask_member(handle, handle.dense_members()[0]).finish_reason == "length", "it serves on"
 
 
 def run_hook(address: str) -> subprocess.CompletedProcess[str]:

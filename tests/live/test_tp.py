@@ -18,12 +18,13 @@ from support.ray_actors import living_names, process_of
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
+    ClusterHandle,
     cluster_status,
     ensure_cluster,
     neutral_runtime_env,
     stop_cluster,
 )
-from remora.cluster.config import parse_config
+from remora.cluster.config import RemoraConfig, parse_config
 from remora.comm.errors import ConfigError
 
 
@@ -85,6 +86,40 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
         stop_cluster("tp")
     assert not living_names("tp")
     assert all(g["state"] == "REMOVED" for g in ray.util.placement_group_table().values())
+
+
+@pytest.mark.long
+def test_requests_are_held_while_a_shard_without_replicas_is_restored(
+    own_ray: None, tmp_path: Path
+) -> None:
+    """Its experts are nowhere else: streams wait, no token differs, no request fails."""
+    with benchmarks_on_path():
+        live: Any = program("live_streams")
+    small = {"num_cpus": 0.5, "threads": 1}
+    config = live.deployment(
+        "tp",
+        dense={**small, "tensor_parallel": 2},
+        experts={**small, "slots": None, "call_timeout_s": 10},
+        elastic={"log_dir": str(tmp_path)},
+    )
+    handle = ensure_cluster(config)
+    try:
+        asyncio.run(a_shard_dies(live, config, handle))
+    finally:
+        stop_cluster("tp")
+    assert not living_names("tp")
+
+
+async def a_shard_dies(live: Any, config: RemoraConfig, handle: ClusterHandle) -> None:
+    async with live.flowing(config, handle) as streams:
+        slots = handle.view().placement.slots
+        assert not {*slots["shard-0"][0]} & {*slots["shard-1"][0]}, "there are no replicas"
+        await live.strike("remora/tp/shard-1#1", signal.SIGKILL)
+        assert (await live.over(handle, "restore-shard-1.2"))["outcome"] == "done"
+        await streams.one_more()
+        members = await asyncio.to_thread(cluster_status, "tp")
+        assert members["members"]["dense-0.1"]["incarnation"] == 1, "no rank has failed"
+    assert streams.failed == [] and streams.num_different == 0 and streams.num_done > 0
 
 
 def test_heads_that_do_not_divide_fail_the_start(own_ray: None, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ class World:
         self.published = [self.view]
         self.queue: list[Event] = []
         self.hung: set[str] = set()
+        self.placeless: set[str] = set()  # Ray finds no place for these when they start
         self.late: list[Callable[[], None]] = []  # what hung ranks do when they wake up
         self.manifest = {(n, e): digest((n, e)) for n in LAYERS for e in range(num_experts)}
         self.state = self._machine(
@@ -116,9 +117,22 @@ class World:
         self.log: list[dict[str, Any]] = [self.state.snapshot()]
         self._carry_out(self.state.begin(self.now_s))
 
+    def ask(self, operation_id: str, target: Target) -> None:
+        """Ask for an operation."""
+        self._carry_out(self.state.request(operation_id, target, self.now_s))
+
+    def give_up(self, operation_id: str, why: str) -> None:
+        """Have an operation that waits for who joins undone."""
+        self._carry_out(self.state.give_up(operation_id, why, self.now_s))
+
+    def answer_all(self) -> None:
+        """Let the world go on until nothing happens at this time any more."""
+        while self.queue:
+            self._tell(self.queue.pop(0))
+
     def run(self, operation_id: str, target: Target) -> Operation:
         """Ask for an operation, and let the world go on until nothing happens any more."""
-        self._carry_out(self.state.request(operation_id, target, self.now_s))
+        self.ask(operation_id, target)
         self.settle()
         if operation_id not in self.state.history:  # the coordinator died before its first entry
             return self.run(operation_id, target)
@@ -268,6 +282,8 @@ class World:
         """What came of it; None: nobody answers, since it is dead."""
         living = next((key for key in self.shards if key[0] == task.uid), None)
         match task:
+            case StartShard(uid=uid) | StartDense(uid=uid) if uid in self.placeless:
+                return None
             case StartShard(uid=uid, incarnation=incarnation, experts=experts):
                 key = (uid, incarnation)
                 pairs = pairs_of(experts, LAYERS)

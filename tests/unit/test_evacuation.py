@@ -1,16 +1,19 @@
 """Nodes that go away: what leaves them, how often it is tried, and what takes its place."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import pytest
 from support.coordinator_rig import LAYERS, World
 
 from remora.actors.health_state import Life
+from remora.cluster.config import parse_config
 from remora.cluster.evacuation import WITHIN_S_MIN, next_evacuation, next_replacement
-from remora.cluster.node_watch import NodeWatch
-from remora.cluster.operation import Drain, Operation, Restore, ScaleTo, Target
+from remora.cluster.node_watch import PLACELESS_LOOKS, NodeWatch
+from remora.cluster.operation import Drain, Operation, PlaceAs, Restore, ScaleTo, Target
 from remora.cluster.operation_steps import STEP_S_MIN
+from remora.cluster.places import why_placeless
 from remora.comm.errors import ClusterError, ConfigError, OperationRunsError
 
 EIGHT = tuple(range(8))
@@ -59,6 +62,11 @@ def over(operation_id: str, target: Target, joiners: Sequence[str] = (), **other
     return Operation(operation_id=operation_id, target=target, **fields)
 
 
+def wanted(shards: int | None = None, dense_groups: int | None = None) -> ScaleTo:
+    """So many, once there is room and nobody asks for something else."""
+    return ScaleTo(shards, dense_groups=dense_groups, gives_way=True)
+
+
 LEFT = Drain(("dense-0", "shard-0", "shard-1"), "needed", 60.0)
 NOW = ("dense-1", "shard-2")  # members
 
@@ -67,16 +75,22 @@ NOW = ("dense-1", "shard-2")  # members
     ("history", "expected"),
     [
         ([], None),
-        ([over("evacuate-x:1", LEFT)], ScaleTo(3, dense_groups=2)),
-        ([over("evacuate-x:1", LEFT, ["shard-2"])], ScaleTo(2, dense_groups=2)),
-        ([over("evacuate-x:1", LEFT, ["shard-2", "dense-1"])], ScaleTo(2)),
-        ([over("evacuate-x:1", LEFT, ["shard-2", "shard-3"])], ScaleTo(None, dense_groups=2)),
+        ([over("evacuate-x:1", LEFT)], wanted(3, 2)),
+        ([over("evacuate-x:1", LEFT, ["shard-2"])], wanted(2, 2)),
+        ([over("evacuate-x:1", LEFT, ["shard-2", "dense-1"])], wanted(2)),
+        ([over("evacuate-x:1", LEFT, ["shard-2", "shard-3"])], wanted(None, 2)),
         ([over("evacuate-x:1", Drain(("shard-0",)), ["shard-2"])], None),  # all are there again
         ([over("evacuate-x:1", LEFT, outcome="running")], None),
         ([over("evacuate-x:1", LEFT, outcome="failed")], None),  # they are restored
         ([over("evacuate-x:1", LEFT), over("restore-shard-2.2", Restore(("shard-2",)))],
-         ScaleTo(3, dense_groups=2)),
-        ([over("evacuate-x:1", LEFT), over("less", ScaleTo(1))], None),  # somebody decided
+         wanted(3, 2)),
+        ([over("evacuate-y:1", LEFT), over("evacuate-x:1", Drain(("shard-3",)))], wanted(4, 2)),
+        ([over("evacuate-x:1", LEFT), over("less", ScaleTo(1))], wanted(None, 2)),
+        ([over("evacuate-x:1", LEFT), over("less", ScaleTo(1, dense_groups=1))], None),
+        ([over("evacuate-x:1", LEFT), over("replace-x:1", wanted(3, 2))], None),
+        ([over("evacuate-x:1", LEFT), over("replace-x:1", wanted(3, 2), outcome="failed")], None),
+        ([over("evacuate-x:1", LEFT), over("moved", PlaceAs({}))], wanted(3, 2)),
+        ([over("evacuate-x:1", LEFT), over("drained", Drain(("shard-9",)))], wanted(3, 2)),
         ([over("drained", LEFT)], None),
     ],
 )  # fmt: skip
@@ -88,6 +102,20 @@ def test_what_was_not_replaced_is_brought_back(
     assert next_replacement(history, NOW, tried("replace-x:1").__contains__) is None
 
 
+def test_a_replacement_that_gave_way_is_due_again_unless_somebody_has_scaled() -> None:
+    first = over("replace-x:1", wanted(3, 2), outcome="failed", gave_way=True)
+    history = [over("evacuate-x:1", LEFT), first, over("moved", PlaceAs({}))]
+    assert next_replacement(history, NOW, tried("replace-x:1").__contains__) == (
+        "replace-x:1:2",
+        wanted(3, 2),
+    )
+    second = over("replace-x:1:2", wanted(3, 2), outcome="failed", gave_way=True)
+    history += [second, over("more", ScaleTo(4))]
+    assert next_replacement(history, NOW, lambda _: False) == ("replace-x:1:3", wanted(None, 2))
+    history += [over("more", ScaleTo(dense_groups=1))]
+    assert next_replacement(history, NOW, lambda _: False) is None
+
+
 class Deployment:
     """What `NodeWatch` asks and is asked."""
 
@@ -97,7 +125,10 @@ class Deployment:
         self.history: list[Operation] = []
         self.left: list[set[str]] = []
         self.fails: Exception | None = None
+        self.why: str | None = None  # who joins finds no place
+        self.given_up: list[tuple[str, str]] = []
         self.is_silent = False
+        self.places_are_silent = False
         self.watch = NodeWatch(
             draining=self.look,
             homes=lambda: self.homes,
@@ -105,12 +136,20 @@ class Deployment:
             history=lambda: self.history,
             request=self.request,
             leave=lambda nodes: self.left.append(set(nodes)),
+            why_placeless=self.why_placeless,
+            give_up=lambda operation_id, why: self.given_up.append((operation_id, why)),
         )
 
     def look(self) -> dict[str, float | None]:
         if self.is_silent:
             raise ClusterError("no GCS")
         return self.draining
+
+    def why_placeless(self, operation: Operation, living: AbstractSet[Life]) -> str | None:
+        assert operation is self.history[-1] and living == self.homes.keys()
+        if self.places_are_silent:
+            raise ClusterError("no GCS")
+        return self.why
 
     def request(self, operation_id: str, target: Target) -> None:
         if self.fails is not None:
@@ -167,10 +206,117 @@ def test_who_retires_is_there_until_it_has_ended_and_then_others_are_brought_bac
     operation.outcome = "done"
     it.watch.look(102.0)
     assert it.history[1].operation_id == "replace-dense-0.2-shard-0.1:1"
-    assert it.history[1].target == ScaleTo(2, dense_groups=2), "one of each is left"
+    assert it.history[1].target == wanted(2, 2), "one of each is left"
     it.history[1].outcome = "failed"
     it.watch.look(103.0)
     assert len(it.history) == 2, "somebody must look"
+
+
+def leaving() -> tuple[Deployment, Operation]:
+    """An evacuation has begun, and waits for who joins."""
+    it = Deployment()
+    it.draining = {"a": 640.0}
+    it.watch.look(100.0)
+    [operation] = it.history
+    operation.step = "prepare"
+    it.fails = OperationRunsError("one at a time")
+    return it, operation
+
+
+def test_an_evacuation_that_has_nowhere_to_go_is_given_up_and_not_tried_again() -> None:
+    it, operation = leaving()
+    it.why = "no place"
+    for now_s in range(PLACELESS_LOOKS - 1):
+        it.watch.look(101.0 + now_s)
+    it.why = None  # it was about to be placed
+    it.watch.look(110.0)
+    it.why = "no place"
+    for now_s in range(PLACELESS_LOOKS - 1):
+        it.watch.look(111.0 + now_s)
+    assert it.given_up == []
+    it.watch.look(120.0)
+    assert it.given_up == [(operation.operation_id, "no place")]
+    operation.outcome, operation.step, it.fails = "failed", "over", None
+    it.watch.look(121.0)
+    assert it.history == [operation], "it would wait in vain again"
+    status = it.watch.status()
+    assert status["stay"] == ["dense-0", "shard-0"]
+    assert set(status["refused"].values()) == {"no place"}
+
+
+@pytest.mark.parametrize("case", ["copying", "an operator's", "nobody tells"])
+def test_what_is_under_way_or_not_ours_is_not_given_up(case: str) -> None:
+    it, operation = leaving()
+    it.why = "no place"
+    if case == "copying":
+        operation.step = "copy"
+    elif case == "an operator's":
+        operation.operation_id = "drain-a"
+    else:
+        it.places_are_silent = True
+    for now_s in range(2 * PLACELESS_LOOKS):
+        it.watch.look(101.0 + now_s)
+    assert it.given_up == []
+
+
+class Nodes:
+    """A Ray cluster with one thing that waits for a place."""
+
+    def __init__(self, unplaced: dict[str, float], may_come: bool = False) -> None:
+        self._unplaced, self._may_come = unplaced, may_come
+
+    def unplaced(self) -> list[dict[str, float]]:
+        return [{"CPU": 7.0}, self._unplaced]
+
+    def may_come(self) -> bool:
+        return self._may_come
+
+
+@pytest.mark.parametrize(
+    ("unplaced", "may_come", "key", "is_placeless"),
+    [
+        ({"CPU": 0.3, "group": 1.0}, False, None, True),
+        ({"group": 1.0, "CPU": 0.30000000001}, False, None, True),
+        ({"CPU": 0.3}, False, None, False),  # somebody else's
+        ({"CPU": 0.3, "group": 1.0}, True, None, False),  # Ray's autoscaler may add a node
+        ({"CPU": 0.3, "group": 1.0}, True, False, True),  # it may not: we know better
+        ({"CPU": 0.3, "group": 1.0}, False, True, False),  # whoever adds nodes here, Ray does not
+    ],
+)
+def test_who_finds_no_place(
+    unplaced: dict[str, float], may_come: bool, key: bool | None, is_placeless: bool
+) -> None:
+    config = parse_config(
+        {
+            "model": "m",
+            "dense": {"num_cpus": 0.3, "resources": {"group": 1}, "threads": 1},
+            "elastic": {"nodes_may_come": key},
+        }
+    )
+    operation = over("evacuate-dense-0.1:1", LEFT, ["dense-1"], outcome="running", step="prepare")
+    nodes = Nodes(unplaced, may_come)
+    why = why_placeless(config, nodes, operation, {("shard-2", 1)})
+    assert (why is not None) == is_placeless
+    assert why is None or "dense-1 (0.3 CPU, 1 group each)" in why
+    assert why_placeless(config, nodes, operation, {("dense-1", 1)}) is None, "it has a place"
+    nobody_joins = over("evacuate-dense-0.1:1", LEFT, outcome="running", step="prepare")
+    assert why_placeless(config, nodes, nobody_joins, set()) is None
+
+
+def test_what_is_given_up_is_undone() -> None:
+    it = World(TWO, num_experts=8, room=4)
+    it.placeless.add("shard-2")
+    it.ask("evacuate-shard-0.1:1", Drain(("shard-0",), "needed", 540.0))
+    it.answer_all()
+    it.give_up("another", "why")
+    it.answer_all()
+    operation = it.state.history["evacuate-shard-0.1:1"]
+    assert operation.outcome == "running"
+    it.give_up("evacuate-shard-0.1:1", "no place for shard-2")
+    it.answer_all()
+    assert (operation.outcome, operation.reason) == ("failed", "no place for shard-2")
+    assert operation.ended_s == 0.0
+    it.check_at_rest()
 
 
 @pytest.mark.parametrize(

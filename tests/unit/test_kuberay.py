@@ -242,6 +242,9 @@ def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> Non
     small, large = (cluster_of(rendered[overlay]) for overlay in OVERLAYS)
     assert large["enableInTreeAutoscaling"] and large["autoscalerOptions"]["version"] == "v2"
     assert not small["enableInTreeAutoscaling"] and "autoscalerOptions" not in small
+    for overlay, cluster in (("cpu-dev", small), ("gpu-autoscaling", large)):
+        told = config_of(rendered[overlay]).elastic.nodes_may_come
+        assert told is cluster["enableInTreeAutoscaling"], overlay
     redis = large["gcsFaultToleranceOptions"]
     assert redis["redisPassword"]["valueFrom"]["secretKeyRef"] == {
         "name": "remora-redis",

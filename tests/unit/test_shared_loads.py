@@ -157,6 +157,42 @@ def test_every_rank_of_a_group_hears_of_the_others(cluster: LocalCluster) -> Non
         _until(lambda: int(routes.gain[0]) == int(_dispatcher(group)._routes.gain[0]) <= whole)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_of_a_group_hear_of_each_other(cluster: LocalCluster, num_ranks: int) -> None:
+    """What is reported is what all ranks sent, and each prices what those beside it sent."""
+    layers = len(cluster.spec.moe_layers)
+    with cluster.dense(num_ranks=num_ranks) as group:
+        sharing = _sharing(group)
+        greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+        group.ask([Ask(tuple(range(3, 14)), greedy)])
+        dispatchers = [_dispatcher(group), *(other._dispatcher for other in group.others)]
+        sent = [np.stack(list(d._routes.sent.values())) for d in dispatchers if d is not None]
+        assert len(sent) == num_ranks and all(each.any() for each in sent)
+        assert not all(np.array_equal(each, sent[0]) for each in sent), "rows of their own"
+        epoch, told_LS = sharing.take()
+        assert (epoch, told_LS.tolist()) == (1, sum(sent).tolist())
+        assert told_LS.sum() == 18 * cluster.spec.top_k * layers
+        assert sharing.take()[1].sum() == 0, "told once"
+        sharing.note(epoch, None)
+
+        def all_know() -> bool:
+            loads = [np.stack(list(d._routes.load.values())) for d in dispatchers if d is not None]
+            return all(np.allclose(each / PAIR, told_LS, rtol=0.02) for each in loads)
+
+        _until(all_know)
+        sharing.note(epoch, np.ones((layers, 2), np.int64))
+        told_LS = told_LS + 1
+        _until(all_know)
+
+
+def test_what_a_rank_that_is_gone_has_sent_is_not_waited_for(cluster: LocalCluster) -> None:
+    with cluster.dense(num_ranks=2) as group:
+        sharing = _sharing(group)
+        group.others[0].stop()
+        epoch, told_LS = sharing.take()
+        assert epoch == 1 and not told_LS.any()
+
+
 def test_an_engine_that_has_stopped_has_nothing_to_tell(cluster: LocalCluster) -> None:
     with cluster.dense(uid="dense-0") as group:
         loads = _sharing(group)
@@ -181,14 +217,8 @@ def _loads(group: DenseClient) -> np.ndarray:
 def _sharing(group: DenseClient) -> LoadSharing:
     actor = group.actor
     assert actor._engine is not None and actor._rank is not None
-    leader = actor._leader
-    return LoadSharing(
-        actor._engine,
-        lambda: actor._dispatcher,
-        actor._rank.model.spec.top_k,
-        num_ranks=1 + len(group.others),
-        tell_ranks=leader.note_others if leader else None,
-    )
+    top_k = actor._rank.model.spec.top_k
+    return LoadSharing(actor._engine, lambda: actor._dispatcher, top_k, actor._leader)
 
 
 def _reporter(group: DenseClient, address: str) -> RouterReporter:

@@ -5,14 +5,17 @@ holds the interpreter's lock, which threads that wait for each other cannot shar
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support.checkpoints import VOCAB, make_checkpoint
 from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
+from remora.actors.expert_actor import ExpertActor
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
 
@@ -173,6 +176,92 @@ def test_a_rank_that_goes_ends_the_group_and_no_request(
             dense.ask(asks(1))
         dense.actor.until_end()
         assert "dense-0.1 is gone" in caplog.text
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[LocalCluster]:
+    """Shards that a test may end."""
+    path = make_checkpoint(tmp_path, "qwen3_moe")
+    cluster = LocalCluster(path, num_shards=2, dtype="float32", exact=True)
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.parametrize(
+    ("form", "num_ranks", "use_unix"),
+    [("none", 2, True), ("none", 4, True), ("speculative", 2, True), ("none", 2, False)],
+)
+def test_a_step_is_held_while_an_expert_is_nowhere(
+    own: LocalCluster, expected: list[list[int]], form: str, num_ranks: int, use_unix: bool
+) -> None:
+    """A shard dies without a replica: every rank lacks it, and all take the view that has it."""
+    options: dict[str, Any] = dict(num_ranks=num_ranks, token_shuffle=form, use_unix=use_unix)
+    with own.dense(**options, hold_s=60.0, max_tokens_per_step=64) as dense:
+        assert tokens(dense) == expected
+        own.shards[1].stop()
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(tokens, dense)
+            dense.wait_until_held()
+            launch = own.shard_launch("shard-1", own.view.placement, incarnation=2)
+            own.shards[1] = ExpertActor(launch)
+            members = (own.view.members[0], own.shards[1].join().member)
+            view = msgspec.structs.replace(own.view, epoch=2, members=members)
+            dense.actor.offer_view(view)
+            # nobody need wait for the step to know that no rank goes by an older view
+            assert dense.actor.adopt_view(own.view) == own.view.view_hash
+            assert not held.done()
+            dense.actor.adopt_view(view)
+            assert held.result(60) == expected
+        assert dense.actor._leader is not None and dense.actor._leader.epoch == 2
+        ranks = [dense.actor, *dense.others]
+        assert {r._dispatcher.view.epoch for r in ranks if r._dispatcher is not None} == {2}
+        assert dense.actor._engine is not None and dense.actor._engine.why_not_serving is None
+
+
+@pytest.mark.parametrize("fenced", ["dense-0", "dense-0.1"])
+def test_a_step_is_held_until_every_rank_reaches_what_it_lacks(
+    own: LocalCluster, expected: list[list[int]], fenced: str
+) -> None:
+    """No newer view comes: ranks that a shard refuses look again. A group's name is all of it."""
+    with own.dense(num_ranks=2, hold_s=60.0) as dense:
+        assert tokens(dense) == expected
+        own.shards[1].fence([fenced])
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(tokens, dense)
+            dense.wait_until_held()
+            assert own.shards[1].status()["peers"] == (0 if fenced == "dense-0" else 1)
+            assert not held.done()
+            own.shards[1].fence([])
+            assert held.result(60) == expected
+
+
+def test_a_rank_that_goes_while_a_step_is_held_ends_the_group(own: LocalCluster) -> None:
+    with own.dense(num_ranks=2, hold_s=60.0) as dense, ThreadPoolExecutor(1) as pool:
+        own.shards[1].stop()
+        held = pool.submit(dense.ask, asks(1))
+        dense.wait_until_held()
+        dense.others[0].stop()
+        with pytest.raises(PeerLostError):
+            held.result(60)
+        dense.actor.until_end()
+
+
+def test_a_step_that_fails_otherwise_is_not_held(
+    cluster: LocalCluster, expected: list[list[int]]
+) -> None:
+    with cluster.dense(num_ranks=2, hold_s=3600.0) as dense:
+        assert tokens(dense) == expected
+        follower = dense.others[0]._follower
+        assert follower is not None
+        experts = follower._experts
+
+        def fails(*_: Any) -> Any:
+            raise ClusterError("the shard failed on a call")
+
+        follower._experts = fails
+        assert "the shard failed on a call" in str(dense.ask(asks(1))[0].outputs[-1].error)
+        follower._experts = experts
+        assert tokens(dense) == expected
 
 
 def test_a_shard_that_is_lost_is_named_whichever_rank_asked_it(
