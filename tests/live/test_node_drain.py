@@ -27,10 +27,14 @@ ROOM = {"shard": 1, "group": 1}
 
 
 @pytest.fixture
-def hosts() -> Iterator[Cluster]:
-    """A node that has room for a dense group and a shard; tests add another one."""
-    head = {"num_cpus": 2, "resources": ROOM, "include_dashboard": False}
+def hosts(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A node that has room for a dense group and a shard; tests add another one, or say what each
+    node has room for."""
+    room, *others = getattr(request, "param", [ROOM])
+    head = {"num_cpus": 2, "resources": room, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
+    for each in others:
+        cluster.add_node(num_cpus=2, resources=each)
     ray.init(address=cluster.address, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield cluster
     ray.shutdown()
@@ -73,13 +77,15 @@ def test_a_pod_waits_until_its_members_have_left(hosts: Cluster, handle: Cluster
     assert "preStop: nothing left this node" in second.stderr
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("hosts", [[{"group": 1}, {"shard": 1}]], indirect=True)
 def test_a_pod_with_nowhere_to_go_says_so_at_once(hosts: Cluster, handle: ClusterHandle) -> None:
-    """The only node has the only dense group, and nobody adds nodes."""
+    """The other node has no room for a dense group, and nobody adds nodes."""
     hook = run_hook(hosts.address)
     assert hook.returncode == 1, hook.stderr
-    assert "preStop: dense-0, shard-0 cannot leave: no place for dense-1" in hook.stderr
+    assert "preStop: dense-0 cannot leave: no place for dense-1" in hook.stderr
     assert "on any other node, and none is added" in hook.stderr
-    operation = handle.wait("evacuate-dense-0.1-shard-0.1:1")
+    operation = handle.wait("evacuate-dense-0.1:1")
     assert operation["outcome"] == "failed"
     assert operation["reason"].startswith("no place for dense-1"), "else its time was over"
     assert ask_member(handle, handle.dense_members()[0]).finish_reason == "length", "it serves on"

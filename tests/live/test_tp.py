@@ -95,13 +95,10 @@ def test_requests_are_held_while_a_shard_without_replicas_is_restored(
     """Its experts are nowhere else: streams wait, no token differs, no request fails."""
     with benchmarks_on_path():
         live: Any = program("live_streams")
-    small = {"num_cpus": 0.5, "threads": 1}
-    config = live.deployment(
-        "tp",
-        dense={**small, "tensor_parallel": 2},
-        experts={**small, "slots": None, "call_timeout_s": 10},
-        elastic={"log_dir": str(tmp_path)},
-    )
+    once = {"slots": None, "call_timeout_s": 10}
+    config = live.deployment("tp", experts=once, elastic={"log_dir": str(tmp_path)})
+    dense = config.dense.model_copy(update={"tensor_parallel": 2})
+    config = config.model_copy(update={"dense": dense})
     handle = ensure_cluster(config)
     try:
         asyncio.run(a_shard_dies(live, config, handle))

@@ -303,22 +303,6 @@ def test_who_finds_no_place(
     assert why_placeless(config, nodes, nobody_joins, set()) is None
 
 
-def test_what_is_given_up_is_undone() -> None:
-    it = World(TWO, num_experts=8, room=4)
-    it.placeless.add("shard-2")
-    it.ask("evacuate-shard-0.1:1", Drain(("shard-0",), "needed", 540.0))
-    it.answer_all()
-    it.give_up("another", "why")
-    it.answer_all()
-    operation = it.state.history["evacuate-shard-0.1:1"]
-    assert operation.outcome == "running"
-    it.give_up("evacuate-shard-0.1:1", "no place for shard-2")
-    it.answer_all()
-    assert (operation.outcome, operation.reason) == ("failed", "no place for shard-2")
-    assert operation.ended_s == 0.0
-    it.check_at_rest()
-
-
 @pytest.mark.parametrize(
     ("room", "target", "joiners"),
     [

@@ -1,0 +1,95 @@
+"""Operations that wait for room: what they give way to, and how they are given up."""
+
+import pytest
+from support.coordinator_rig import LAYERS, World
+
+from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
+from remora.comm.errors import ConfigError, OperationRunsError
+
+EIGHT = tuple(range(8))
+LOW, HIGH = EIGHT[:4], EIGHT[4:]
+TWO = {"shard-0": (LOW,) * len(LAYERS), "shard-1": (HIGH,) * len(LAYERS)}
+SWAPPED = {"shard-0": (HIGH,) * len(LAYERS), "shard-1": (LOW,) * len(LAYERS)}
+
+
+def waiting_for_room() -> World:
+    """A replacement that nobody asked for finds no place."""
+    it = World(TWO, num_experts=8, room=8)
+    it.placeless.add("shard-2")
+    it.ask("replace-x:1", ScaleTo(3, gives_way=True))
+    it.answer_all()
+    running = it.state.operation
+    assert running is not None and running.step == "prepare"
+    return it
+
+
+@pytest.mark.parametrize(
+    "target",
+    [ScaleTo(1), ScaleTo(dense_groups=3), Drain(("dense-1",)), PlaceAs(SWAPPED)],
+)
+def test_what_waits_for_room_gives_way_to_what_is_asked_for(target: Target) -> None:
+    it = waiting_for_room()
+    it.ask("mine", target)
+    mine, waited = it.state.history["mine"], it.state.history["replace-x:1"]
+    assert mine.outcome == "running", "it is known at once"
+    assert waited.step == "undo", "who was to join is ended first"
+    with pytest.raises(OperationRunsError, match="'replace-x:1' runs"):
+        it.state.request("third", ScaleTo(4), it.now_s)
+    it.settle()
+    assert (mine.outcome, mine.reason) == ("done", "")
+    assert (waited.outcome, waited.gave_way) == ("failed", True)
+    assert waited.reason == "it gives way to 'mine'"
+    assert [each.operation_id for each in it.settled] == ["replace-x:1", "mine"]
+    it.check_at_rest()
+
+
+def test_a_request_that_cannot_be_leaves_what_waits_alone() -> None:
+    it = waiting_for_room()
+    with pytest.raises(ConfigError, match="no such members: shard-9"):
+        it.state.request("mine", Drain(("shard-9",)), it.now_s)
+    running = it.state.operation
+    assert running is not None and (running.step, running.gave_way) == ("prepare", False)
+
+
+def test_what_an_operator_asked_for_gives_way_to_nobody() -> None:
+    it = World(TWO, num_experts=8, room=8)
+    it.placeless.add("shard-2")
+    it.ask("up", ScaleTo(3))
+    it.answer_all()
+    with pytest.raises(OperationRunsError, match=r"'up' runs \(step prepare\)"):
+        it.state.request("mine", ScaleTo(1), it.now_s)
+
+
+def test_a_dead_member_is_restored_before_what_waits_for_room() -> None:
+    it = waiting_for_room()
+    it.kill("dense-1")
+    it.settle()
+    waited = it.state.history["replace-x:1"]
+    assert (waited.gave_way, waited.reason) == (True, "dense-1 died")
+    assert it.state.history["restore-dense-1.2"].outcome == "done"
+    it.check_at_rest()
+
+
+def test_a_replacement_that_a_coordinator_left_behind_may_be_asked_for_again() -> None:
+    it = waiting_for_room()
+    it.restart()
+    it.settle()
+    waited = it.state.history["replace-x:1"]
+    assert (waited.outcome, waited.gave_way) == ("failed", True)
+    it.check_at_rest()
+
+
+def test_what_is_given_up_is_undone() -> None:
+    it = World(TWO, num_experts=8, room=4)
+    it.placeless.add("shard-2")
+    it.ask("evacuate-shard-0.1:1", Drain(("shard-0",), "needed", 540.0))
+    it.answer_all()
+    it.give_up("another", "why")
+    it.answer_all()
+    operation = it.state.history["evacuate-shard-0.1:1"]
+    assert operation.outcome == "running"
+    it.give_up("evacuate-shard-0.1:1", "no place for shard-2")
+    it.answer_all()
+    assert (operation.outcome, operation.reason) == ("failed", "no place for shard-2")
+    assert operation.ended_s == 0.0
+    it.check_at_rest()
