@@ -118,10 +118,10 @@ class ExpertActor:
         """As `ShardSlots.hold_copies`."""
         return self._changing().hold_copies(order)
 
-    def set_copy_rate(self, bytes_per_s: float | None) -> None:
-        """At which experts are taken in, from now on; None: any. Nothing before it serves."""
+    def set_copy_share(self, share: float) -> None:
+        """Of the machine that taking experts in may take, from now on. Nothing before it serves."""
         if self._slots is not None:
-            self._slots.pace.set_rate(bytes_per_s)
+            self._slots.pace.set_share(share)
 
     def canary(self, pairs: Sequence[tuple[int, int]]) -> tuple[str, dict[tuple[int, int], str]]:
         """What the last bits depend on, and `ShardSlots.canary`."""

@@ -9,13 +9,11 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
-
 from remora.actors.copy_pace import Pace
 from remora.actors.launch import Launch, ReplicaSource, advertised_ip, host_label
 from remora.actors.shard_model import ShardExperts
 from remora.actors.thread_policy import go_idle
-from remora.comm.copies import CopyRefusedError, CopyService, CopySource, Part
+from remora.comm.copies import CopyRefusedError, CopyService, CopySource, Part, pieces
 from remora.comm.errors import ClusterError
 from remora.comm.server import FrameServer, ServerLimits
 from remora.comm.view import Endpoint
@@ -59,23 +57,17 @@ class CopyGiver:
         go_idle(self._name)
         self._server.run()
 
-    def _read(self, part: Part) -> bytes:
+    def _read(self, part: Part) -> list[memoryview]:
         found = self._shard.held_memory(part.layer, part.expert)
         if found is None:
             raise CopyRefusedError(f"layer {part.layer} expert {part.expert} is not held")
         layout, memory = found
         if layout != part.layout:
             raise CopyRefusedError(f"held as {layout}, not as {part.layout}")
-        for piece in memory:
-            if part.offset < len(piece):
-                data = piece[part.offset : part.offset + part.size_bytes]
-                break
-            part = msgspec.structs.replace(part, offset=part.offset - len(piece))
-        else:
-            data = memoryview(b"")
-        if len(data) != part.size_bytes:
+        found = pieces(memory, part.offset, part.size_bytes)
+        if sum(map(len, found)) != part.size_bytes:
             raise CopyRefusedError(f"{part} is beyond what is held")
-        return bytes(data)
+        return found
 
 
 class CopyTaker:

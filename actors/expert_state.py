@@ -9,7 +9,7 @@ on which whoever serves them is lost, and that nobody is served from. Any slot m
 number is what is bounded: so one that is to be served is where it is already.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -106,9 +106,16 @@ class ExpertState:
         from those for second copies first."""
         return min(self._num_slots.get(layer, 0), self._num_sound(layer))
 
-    def slot_for(self, layer: int, expert: int) -> int:
-        """The free slot to be filled with an expert. Raises ClusterError: there is none."""
-        free = self.free_slots(layer)
+    def slot_for(self, layer: int, expert: int, filled: Container[tuple[int, int]] = ()) -> int:
+        """The free slot to be filled with an expert.
+
+        Args:
+            filled: (layer, slot) of free ones that are filled, and not settled yet.
+
+        Raises:
+            ClusterError: there is none.
+        """
+        free = [slot for slot in self.free_slots(layer) if (layer, slot) not in filled]
         if not free:
             raise ClusterError(f"layer {layer}: no slot is free for expert {expert}")
         return free[0]

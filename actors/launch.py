@@ -65,7 +65,7 @@ class ShardLaunch(Launch, frozen=True, kw_only=True):
     num_slots: int | None = None  # of one layer; None: as many as it is given experts
     num_copies: int = 0  # slots of each layer beside them, for second copies
     experts_dtype: ExpertsDtype = "auto"  # what weights are held in
-    copy_bytes_per_s: float | None = None  # at which experts are taken in later; None: any rate
+    copy_bytes_per_s: float | None = None  # at most, of experts that come later; None: any rate
     load_idle: bool = False  # load in time that nobody else wants: others serve beside it
 
 
@@ -89,6 +89,7 @@ class CopyOrder(msgspec.Struct, frozen=True, kw_only=True):
     replicas: dict[tuple[int, int], tuple[str, ...]] = {}  # uids to copy from, best first
     sources: tuple[ReplicaSource, ...] = ()  # of those uids; the checkpoint is the last resort
     term: int = 0  # of the coordinator that orders
+    share: float | None = None  # of the machine, to begin with (`CopyRate`); None: all, to the end
     is_urgent: bool = False  # requests wait for it: not at idle priority
 
 

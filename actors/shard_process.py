@@ -46,10 +46,10 @@ class ShardProcess(LightProcess["ExpertActor", ShardLaunch]):
         """As `ExpertActor.hold_copies`."""
         return self._made().hold_copies(order)
 
-    def set_copy_rate(self, bytes_per_s: float | None) -> None:
-        """As `ExpertActor.set_copy_rate`; nothing while it is imported."""
+    def set_copy_share(self, share: float) -> None:
+        """As `ExpertActor.set_copy_share`; nothing while it is imported."""
         if self._actor is not None:
-            self._actor.set_copy_rate(bytes_per_s)
+            self._actor.set_copy_share(share)
 
     def canary(self, pairs: Sequence[Pair]) -> tuple[str, dict[Pair, str]]:
         """As `ExpertActor.canary`."""

@@ -8,7 +8,7 @@ two calls.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Final, TypeVar
@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import torch
 from blake3 import blake3
 
-from remora.actors.copy_pace import Pace
+from remora.actors.copy_pace import Effort, Pace
 from remora.actors.expert_copies import CopyTaker
 from remora.actors.expert_state import SLOTS_TRIED_MAX, ExpertDigest, Pair, unusable
 from remora.actors.host_memory import free_memory
@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 Settle = Callable[[int, ExpertDigest, str], bool]
 
+SETTLED_TOGETHER: Final = 32  # copies: the serving thread is asked once for so many
+CANARY_BYTES: Final = 4 << 20  # of weights that canaries read between two calls, or one expert's
 COPIES_FREE_BYTES: Final = 1 << 30  # that a host keeps free when second copies are made
 COPIES_LEAST_BYTES: Final = 512 << 20  # with less than that they are given up
 BETWEEN_CALLS_S: Final = 60.0  # for the serving thread to come to what it is asked
@@ -46,7 +48,7 @@ class ShardSlots:
         launch: of the shard.
 
     Attributes:
-        pace: how fast experts are taken in.
+        pace: how fast experts are taken in, but by orders that yield to nobody.
         num_copied, num_loaded: experts taken from replicas, and from the checkpoint.
         num_adopted: experts that were here already, as second copies.
     """
@@ -81,11 +83,12 @@ class ShardSlots:
         """
         self.between_calls(lambda: self._shard.state.obey(order.term))
         turn = self._shard.state.turn
+        pace = self._pace_of(order)
         with self._first, self._loading:
             self._turn = turn
             if order.is_urgent:
-                return self._load(order)
-            return run_idle("remora-slots", lambda: self._load(order))
+                return self._load(order, pace)
+            return run_idle("remora-slots", lambda: self._load(order, pace))
 
     def hold_copies(self, order: CopyOrder) -> dict[Pair, str]:
         """Have second copies of these experts, and no others, as far as there is room and the host
@@ -97,7 +100,8 @@ class ShardSlots:
             ClusterError: another coordinator has taken over, or others are wanted by now.
         """
         turn = self.between_calls(partial(self._want_copies, order))
-        run_idle("remora-copies", lambda: self._copy_all(order, turn))
+        pace = self._pace_of(order)
+        run_idle("remora-copies", lambda: self._copy_all(order, turn, pace))
         return {pair: each.digest for pair, each in list(self._shard.state.copies.items())}
 
     def mind_memory(self) -> None:
@@ -113,7 +117,10 @@ class ShardSlots:
         Raises:
             ClusterError: an expert is not held.
         """
-        return {pair: self.between_calls(partial(self._canary, pair)) for pair in pairs}
+        found: dict[Pair, str] = {}
+        for layer, experts in self._canary_batches(pairs):
+            found |= self.between_calls(partial(self._canary, layer, experts))
+        return found
 
     def keep(self, experts: Mapping[int, Sequence[int]], term: int = 0) -> None:
         """Serve no other expert than those of `experts` (by decoder layer); second copies stay.
@@ -147,18 +154,24 @@ class ShardSlots:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _load(self, order: CopyOrder) -> dict[Pair, str]:
+    def _load(self, order: CopyOrder, pace: Pace) -> dict[Pair, str]:
         take_threads(self._launch.num_threads)
-        taker = CopyTaker(order.sources, self._launch)
+        taker, effort = CopyTaker(order.sources, self._launch), Effort(pace)
+        state, copied = self._shard.state, Filled(self._settle_all)
         found: dict[Pair, str] = {}
         try:
             for pair, wanted in order.digests.items():
-                held = self._shard.state.digest_of(*pair)  # asked before, the answer got lost
-                found[pair] = held or (
-                    self._adopted(pair)
-                    or self._copied(taker, pair, order, self._settle)
-                    or self._loaded(pair, wanted, self._settle)
-                )
+                effort.pause()
+                held = state.digest_of(*pair)  # asked before, the answer got lost
+                if held is None and pair in state.copies:
+                    held = self._adopted(pair)
+                if held is None and self._copied(taker, pair, order, pace, copied):
+                    held = wanted
+                if held is None:
+                    copied.settle()
+                    held = self._loaded(pair, wanted, pace, self._settle)
+                found[pair] = held
+            copied.settle()
             return found
         finally:
             taker.close()
@@ -171,10 +184,18 @@ class ShardSlots:
             self._shard.give_up_copy(*pair)
         return state.copies_turn
 
-    def _copy_all(self, order: CopyOrder, turn: int) -> None:
+    def _pace_of(self, order: CopyOrder) -> Pace:
+        """That which others change, from the order's share on; or one of its own."""
+        if order.share is None:
+            return Pace(self._launch.copy_bytes_per_s)
+        self.pace.set_share(order.share)
+        return self.pace
+
+    def _copy_all(self, order: CopyOrder, turn: int, pace: Pace) -> None:
         """One expert after the other, as long as nobody wants anything else."""
         take_threads(self._launch.num_threads)
         shard, taker = self._shard, CopyTaker(order.sources, self._launch)
+        effort = Effort(pace)
 
         def settle(slot: int, digest: ExpertDigest, wanted: str) -> bool:
             shard.state.check_copies_turn(turn)
@@ -182,6 +203,7 @@ class ShardSlots:
 
         try:
             for pair, wanted in order.digests.items():
+                effort.pause()
                 with self._first:  # whoever waits for it goes before the next expert
                     pass
                 with self._loading:
@@ -192,8 +214,11 @@ class ShardSlots:
                     if free_memory() < COPIES_FREE_BYTES + shard.nbytes_of(pair[0]):
                         logger.warning("no more second copies: memory is short")
                         return
-                    if not self._copied(taker, pair, order, settle):
-                        self._loaded(pair, wanted, settle)
+                    one = Filled(lambda filled: self._settle_each(settle, filled))
+                    if self._copied(taker, pair, order, pace, one):
+                        one.settle()
+                    else:
+                        self._loaded(pair, wanted, pace, settle)
         except WeightsError:  # nothing serves from it; who needs it loads it, and says so
             logger.exception("no more second copies")
         finally:
@@ -206,7 +231,7 @@ class ShardSlots:
             self._shard.give_up_copy(*pair)
 
     def _adopted(self, pair: Pair) -> str | None:
-        """From a second copy in this shard; None: there is none."""
+        """From a second copy in this shard; None: there is none any more."""
         digest = self.between_calls(partial(self._adopt, pair))
         self.num_adopted += digest is not None
         return digest
@@ -215,28 +240,29 @@ class ShardSlots:
         self._shard.state.check_turn(self._turn)
         return self._shard.adopt_copy(*pair)
 
-    def _copied(self, taker: CopyTaker, pair: Pair, order: CopyOrder, settle: Settle) -> str | None:
-        """From the first replica that has it; None: none has."""
+    def _copied(
+        self, taker: CopyTaker, pair: Pair, order: CopyOrder, pace: Pace, filled: "Filled"
+    ) -> bool:
+        """From the first replica that has it, for `filled` to settle; False: none has."""
         shard, (layer, expert) = self._shard, pair
-        wanted = order.digests[pair]
         for uid in order.replicas.get(pair, ()):
-            slot = shard.state.slot_for(layer, expert)
-            write = partial(taker.take, uid, pair, self.pace)
+            slot = shard.state.slot_for(layer, expert, filled)
+            write = partial(taker.take, uid, pair, pace)
             digest = shard.copy_slot(layer, expert, slot, write)
             if digest is None:
                 continue
-            if digest.digest != wanted:  # the slot may be sound: the checkpoint will tell
+            if digest.digest != order.digests[pair]:  # the slot may be sound: the checkpoint tells
                 logger.error("layer %d expert %d: the copy from %s is another one", *pair, uid)
                 continue
-            self.between_calls(partial(settle, slot, digest, wanted))
+            filled.add(slot, digest)
             self.num_copied += 1
-            return wanted
-        return None
+            return True
+        return False
 
-    def _loaded(self, pair: Pair, wanted: str, settle: Settle) -> str:
+    def _loaded(self, pair: Pair, wanted: str, pace: Pace, settle: Settle) -> str:
         """From the checkpoint."""
         shard, (layer, expert) = self._shard, pair
-        self.pace.take(shard.nbytes_of(layer))
+        pace.take(shard.nbytes_of(layer))
         tensors = shard.reader.read(layer, expert)
         is_plain = shard.experts_dtype == "auto"
         found = digest_expert(layer, expert, tensors).digest if is_plain else wanted
@@ -261,20 +287,80 @@ class ShardSlots:
         self._shard.state.check_turn(self._turn)
         return self._shard.settle(slot, digest, wanted)
 
-    def _canary(self, pair: Pair) -> str:
-        shard, (layer, expert) = self._shard, pair
-        if shard.state.digest_of(layer, expert) is None:
-            raise ClusterError(f"layer {layer} expert {expert} is not held")
+    def _settle_all(self, filled: Sequence[tuple[int, ExpertDigest]]) -> None:
+        self._settle_each(self._settle, filled)
+
+    def _settle_each(self, settle: Settle, filled: Sequence[tuple[int, ExpertDigest]]) -> None:
+        """Copies that hold what was wanted, in one go."""
+
+        def work() -> None:
+            for slot, digest in filled:
+                settle(slot, digest, digest.digest)
+
+        self.between_calls(work)
+
+    def _canary_batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[int]]]:
+        """What is computed in one go: of one layer, where rows do not depend on each other."""
+        shard = self._shard
+        by_layer: dict[int, list[int]] = {}
+        for layer, expert in pairs:
+            if shard.state.digest_of(layer, expert) is None:
+                raise ClusterError(f"layer {layer} expert {expert} is not held")
+            by_layer.setdefault(layer, []).append(expert)
+        for layer, experts in by_layer.items():
+            is_native = shard.native is not None and layer in shard.native
+            size = max(1, CANARY_BYTES // shard.nbytes_of(layer)) if is_native else 1
+            for start in range(0, len(experts), size):
+                yield layer, experts[start : start + size]
+
+    def _canary(self, layer: int, experts: list[int]) -> dict[Pair, str]:
+        shard = self._shard
+        missing = shard.state.not_mine(layer, experts)
+        if missing:
+            raise ClusterError(f"layer {layer}: experts {missing} are not held")
         count = CANARY_ROWS * shard.spec.hidden_size
         # multiples of 1/64 below 2: exact in bfloat16
         values = (torch.arange(count) * 7919 % 251 - 125).to(torch.float32) / 64
         rows_MD = values.view(CANARY_ROWS, -1).to(shard.dtype)
-        row_N = torch.arange(CANARY_ROWS)
-        expert_N = torch.full((CANARY_ROWS,), expert)
-        out_ND = shard.forward(layer, rows_MD, row_N, expert_N, torch.ones(CANARY_ROWS), "ordered")
-        return blake3(out_ND.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        row_N = torch.arange(CANARY_ROWS).repeat(len(experts))
+        expert_N = torch.tensor(experts).repeat_interleave(CANARY_ROWS)
+        one_N = torch.ones(len(row_N))
+        out_ND = shard.forward(layer, rows_MD, row_N, expert_N, one_N, "ordered").contiguous()
+        outputs = out_ND.view(len(experts), -1).view(torch.uint8).numpy()
+        return {
+            (layer, expert): blake3(output.tobytes()).hexdigest()
+            for expert, output in zip(experts, outputs, strict=True)
+        }
 
     def _keep(self, experts: Mapping[int, Sequence[int]], term: int) -> None:
         self._shard.state.obey(term)
         for pair in self._shard.state.keep(experts):
             self._shard.drop_expert(*pair)
+
+
+class Filled(Container[tuple[int, int]]):
+    """Slots that hold copies which nobody is served from yet, to be settled together.
+
+    Args:
+        settle: called with (slot, digest of what it holds) of each.
+    """
+
+    def __init__(self, settle: Callable[[Sequence[tuple[int, ExpertDigest]]], None]) -> None:
+        self._settle = settle
+        self._slots: dict[tuple[int, int], ExpertDigest] = {}
+
+    def __contains__(self, place: object) -> bool:
+        """Whether a (layer, slot) is one of them."""
+        return place in self._slots
+
+    def add(self, slot: int, digest: ExpertDigest) -> None:
+        """One more; after `SETTLED_TOGETHER` they are settled."""
+        self._slots[digest.layer, slot] = digest
+        if len(self._slots) >= SETTLED_TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Those that there are."""
+        if self._slots:
+            self._settle([(slot, digest) for (_, slot), digest in self._slots.items()])
+            self._slots.clear()

@@ -1,4 +1,4 @@
-"""Sees to it that copies do not slow decoding down: looks at steps of dense ranks, and sets rates.
+"""Sees to it that copies do not slow decoding down: looks at dense ranks, and tells who copies.
 
 A thread that sleeps until something is copied. What it decides by is pure
 (`autoscale/copy_rate.py`).
@@ -22,12 +22,11 @@ class CopyWatch:
     """Used by any thread.
 
     Args:
-        ceiling: bytes/s of one shard that takes experts.
         members: handles of living members by uid, asked anew at each look.
     """
 
-    def __init__(self, ceiling: float, members: Callable[[], Mapping[str, Any]]) -> None:
-        self._rate = CopyRate(ceiling)
+    def __init__(self, members: Callable[[], Mapping[str, Any]]) -> None:
+        self._rate = CopyRate()
         self._members = members
         self._changed = threading.Condition()
         self._takers: dict[str, int] = {}  # uid -> its copies under way
@@ -36,9 +35,9 @@ class CopyWatch:
         self._thread.start()
 
     @property
-    def bytes_per_s(self) -> float:
-        """The rate for now."""
-        return self._rate.rate
+    def share(self) -> float:
+        """That an order is to begin with."""
+        return self._rate.share
 
     def begun(self, uid: str) -> None:
         """A shard begins to take experts."""
@@ -69,7 +68,7 @@ class CopyWatch:
                 self._changed.wait_for(lambda: self._takers or self._closed)
                 if self._closed:
                     return
-            self._rate.begin(self._totals())
+            self._tell(self._rate.begin(self._totals()))
             while self._copying():
                 self._tell(self._rate.observe(self._totals()))
             self._rate.end(self._totals())
@@ -85,14 +84,14 @@ class CopyWatch:
         dense = {u: h for u, h in self._members().items() if u.startswith("dense-")}
         answers = answers_within({u: h.status.remote() for u, h in dense.items()}, ANSWER_S)
         return {
-            uid: StepTotals(told["steps_total"], told["step_s"])
+            uid: StepTotals(told["steps_total"], told["step_s"], told["num_running"])
             for uid, told in answers.items()
             if isinstance(told, dict) and "step_s" in told
         }
 
-    def _tell(self, rate: float) -> None:
+    def _tell(self, share: float) -> None:
         with self._changed:
             takers = set(self._takers)
         for uid, handle in self._members().items():
             if uid in takers:
-                handle.set_copy_rate.remote(rate)
+                handle.set_copy_share.remote(share)

@@ -57,6 +57,8 @@ from remora.comm.view import Endpoint, Member, Placement
 
 logger = logging.getLogger(__name__)
 
+Taking = StartShard | Copy | HoldCopies  # a shard that takes experts in
+
 ROUTER_LIFE: Final[Life] = (ROUTER, 0)  # Ray starts it again by itself: no lives are told apart
 MEMORY_S: Final = 2.0  # for shards to tell what their hosts have left
 
@@ -104,7 +106,7 @@ class MemberTasks:
         self._slot_bytes = 0
         self._router: Any = None
         self._closed = False
-        self._copying = CopyWatch(config.elastic.copy_mib_per_s * (1 << 20), self._living)
+        self._copying = CopyWatch(self._living)
 
     def add(self, uid: str, incarnation: int, handle: Any) -> None:
         """A member that lives, or one rank of a dense group that does; its death is told, that of
@@ -207,12 +209,12 @@ class MemberTasks:
                 return answer_of(self._handle(uid).offer_view.remote(view))
             case Fence(uid=uid, fenced=fenced):
                 return answer_of(self._handle(uid).fence.remote(fenced, self._term))
-            case Copy(uid=uid, pairs=pairs, replicas=replicas):
-                order = self._order(pairs, replicas, is_urgent=task.is_urgent)
-                return self._taking(uid, answer_of(self._handle(uid).load_experts.remote(order)))
-            case HoldCopies(uid=uid, pairs=pairs, replicas=replicas):
-                order = self._order(pairs, replicas)
-                return self._taking(uid, answer_of(self._handle(uid).hold_copies.remote(order)))
+            case Copy(uid=uid):
+                order = self._order(task, task.pairs)
+                return self._taking(task, answer_of(self._handle(uid).load_experts.remote(order)))
+            case HoldCopies(uid=uid):
+                order = self._order(task, task.pairs)
+                return self._taking(task, answer_of(self._handle(uid).hold_copies.remote(order)))
             case Canary(uid=uid, pairs=pairs):
                 return answer_of(self._handle(uid).canary.remote(pairs), _canary_result)
             case Keep(uid=uid, experts=experts):
@@ -237,7 +239,6 @@ class MemberTasks:
             shard_launch(config, uid, empty, self._token, num_copies=self._num_copies),
             incarnation=task.incarnation,
             num_slots=task.num_slots,
-            copy_bytes_per_s=self._copying.bytes_per_s,
             load_idle=not task.is_urgent,
         )
         options = shard_options(config)
@@ -253,13 +254,14 @@ class MemberTasks:
         self.add(uid, task.incarnation, handle)
         self._changed(uid, handle, asked_of_ray(options))
         pairs = task.replicas or pairs_of(task.experts, layers)
-        order = self._order(tuple(pairs), task.replicas, is_urgent=task.is_urgent)
-        return self._taking(uid, answer_of(handle.join.remote(launch, order), self._started))
+        order = self._order(task, tuple(pairs))
+        return self._taking(task, answer_of(handle.join.remote(launch, order), self._started))
 
-    def _taking(self, uid: str, answer: "Future[Answer]") -> "Future[Answer]":
-        """Somebody sees to the rate until it is over."""
-        self._copying.begun(uid)
-        answer.add_done_callback(lambda _: self._copying.ended(uid))
+    def _taking(self, task: Taking, answer: "Future[Answer]") -> "Future[Answer]":
+        """Where it yields, somebody sees to its share until it is over."""
+        if _yields(task):
+            self._copying.begun(task.uid)
+            answer.add_done_callback(lambda _: self._copying.ended(task.uid))
         return answer
 
     def _living(self) -> dict[str, Any]:
@@ -267,15 +269,9 @@ class MemberTasks:
             newest = self._newest.items()
             return {u: h for u, n in newest if (h := self._lives.get((u, n))) is not None}
 
-    def _order(
-        self,
-        pairs: Sequence[Pair],
-        replicas: Mapping[Pair, tuple[str, ...]],
-        *,
-        is_urgent: bool = False,
-    ) -> CopyOrder:
+    def _order(self, task: Taking, pairs: Sequence[Pair]) -> CopyOrder:
         """What a shard is told to take in; sources are those whose address is known."""
-        uids = {uid for each in replicas.values() for uid in each}
+        uids = {uid for each in task.replicas.values() for uid in each}
         with self._lock:
             sources = tuple(
                 ReplicaSource(uid=uid, incarnation=life, endpoint=self._copies[uid, life])
@@ -283,7 +279,14 @@ class MemberTasks:
                 if (uid, life := self._newest.get(uid, 0)) in self._copies
             )
         digests = {pair: self._manifest[pair] for pair in pairs}
-        return CopyOrder(digests=digests, replicas=dict(replicas), sources=sources, term=self._term)
+        return CopyOrder(
+            digests=digests,
+            replicas=dict(task.replicas),
+            sources=sources,
+            term=self._term,
+            share=self._copying.share if _yields(task) else None,
+            is_urgent=not isinstance(task, HoldCopies) and task.is_urgent,
+        )
 
     def _start_dense(self, task: StartDense) -> "Future[Answer]":
         uid, incarnation = task.uid, task.incarnation
@@ -349,6 +352,10 @@ class MemberTasks:
             self._lost(uid.partition(".")[0], incarnation)
 
         handle.until_end.remote().future().add_done_callback(ended)
+
+
+def _yields(task: Taking) -> bool:
+    return isinstance(task, HoldCopies) or task.yields
 
 
 def find_actor(name: str) -> Any:

@@ -122,6 +122,7 @@ class StartShard(msgspec.Struct, frozen=True, kw_only=True):
     num_slots: int  # of a layer
     replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
     is_urgent: bool = False  # requests wait for it: not at idle priority
+    yields: bool = True  # it takes no more of the machine than streams beside it can spare
 
 
 class StartDense(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +148,7 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
     pairs: tuple[Pair, ...]
     replicas: dict[Pair, tuple[str, ...]] = {}  # shards to copy from, best first
     is_urgent: bool = False  # requests wait for it: not at idle priority
+    yields: bool = True  # it takes no more of the machine than streams beside it can spare
 
 
 class HoldCopies(msgspec.Struct, frozen=True, kw_only=True):

@@ -82,6 +82,7 @@ class OperationSteps(CoordinatorCalls):
             self._aside_all(HoldCopies(uid=uid, pairs=()) for uid in self._held)
         copies = copy_sources(joining, self._held, layers, self.copies)
         served = {pair for held in self._held.values() for pair in pairs_of(held, layers)}
+        urgent = {uid for uid, pairs in joining.items() if not served.issuperset(pairs)}
         tasks: list[Task] = [
             StartDense(uid=uid, incarnation=incarnation, is_urgent=not self._living_dense())
             if is_dense(uid)
@@ -91,7 +92,8 @@ class OperationSteps(CoordinatorCalls):
                 experts=operation.slots[uid],
                 num_slots=max(slots, *map(len, operation.slots[uid])),
                 replicas=copies.get(uid, {}),
-                is_urgent=not served.issuperset(joining[uid]),
+                is_urgent=uid in urgent,
+                yields=self._deadline_s() is None and uid not in urgent,
             )
             for uid, incarnation in operation.joiners.items()
         ]
@@ -117,14 +119,15 @@ class OperationSteps(CoordinatorCalls):
         wanted = additions(self._held, self._rounds[0], layers)
         copies = copy_sources(wanted, self._held, layers, self.copies)
         urgent = isinstance(operation.target, TakeOver)
+        yields = self._deadline_s() is None and not urgent
         tasks = [
-            Copy(uid=uid, pairs=tuple(each), replicas=each, is_urgent=urgent)
+            Copy(uid=uid, pairs=tuple(each), replicas=each, is_urgent=urgent, yields=yields)
             for uid, each in copies.items()
         ]
         self._begin("copy", self._within(self._limits.copy_s), tasks)
 
     def _verify(self) -> None:
-        """One forward of every new copy, and of a replica that serves."""
+        """One forward of every new copy, and of a replica that serves (whoever is asked least)."""
         placement = self.view.placement
         new = additions(self._held, self._rounds[0], placement.moe_layers)
         if self._running().round == 0:
@@ -136,7 +139,8 @@ class OperationSteps(CoordinatorCalls):
             index = placement.moe_layers.index(pair[0])
             holders = [uid for uid in serving if pair[1] in placement.slots[uid][index]]
             if holders:
-                asked.setdefault(holders[0], set()).add(pair)
+                least = min(holders, key=lambda uid: (len(asked.get(uid, ())), uid))
+                asked.setdefault(least, set()).add(pair)
         self._canaries.clear()
         tasks = [Canary(uid=uid, pairs=tuple(sorted(pairs))) for uid, pairs in asked.items()]
         self._begin("verify", self._within(self._limits.verify_s), tasks)
@@ -317,12 +321,14 @@ class OperationSteps(CoordinatorCalls):
 
     def _within(self, limit_s: float) -> float:
         """How long a step may take: where the operation has a deadline, not beyond it."""
-        operation = self._running()
-        target = operation.target
-        if not isinstance(target, Drain) or target.within_s is None:
+        operation, within_s = self._running(), self._deadline_s()
+        if within_s is None:
             return limit_s
-        left_s = operation.begun_s + target.within_s - self._now_s
-        return min(limit_s, max(STEP_S_MIN, left_s))
+        return min(limit_s, max(STEP_S_MIN, operation.begun_s + within_s - self._now_s))
+
+    def _deadline_s(self) -> float | None:
+        target = self._running().target
+        return target.within_s if isinstance(target, Drain) else None
 
     def _leaving(self) -> list[str]:
         """Dense groups that retire by this operation and are not in the view any more."""

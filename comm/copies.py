@@ -50,10 +50,10 @@ class CopyService:
     """Handler of a `FrameServer` that gives parts of experts.
 
     Args:
-        read: gives the bytes of a part. Raises CopyRefusedError.
+        read: gives the bytes of a part, in pieces as they lie. Raises CopyRefusedError.
     """
 
-    def __init__(self, read: Callable[[Part], bytes]) -> None:
+    def __init__(self, read: Callable[[Part], Sequence[memoryview]]) -> None:
         self._read = read
         self.bytes_sent = 0
 
@@ -68,7 +68,7 @@ class CopyService:
         if not (0 < part.size_bytes <= PART_BYTES_MAX and part.offset >= 0):
             raise FrameError(f"{part}: allowed are 1 to {PART_BYTES_MAX} bytes from 0 on")
         try:
-            answer = bytes((_GIVEN,)) + self._read(part)
+            answer = b"".join((bytes((_GIVEN,)), *self._read(part)))
         except CopyRefusedError as refused:
             answer = bytes((_REFUSED,)) + str(refused).encode()[:REASON_BYTES_MAX]
         else:
@@ -114,19 +114,17 @@ class CopySource:
             CopyRefusedError: not there, or another layout.
             PeerLostError, FrameError: the connection is of no more use.
         """
-        offset = 0
-        for memory in parts:
-            for start in range(0, len(memory), PART_BYTES_MAX):
-                target = memory[start : start + PART_BYTES_MAX]
-                before(len(target))
-                self._one(Part(layer, expert, layout, offset, len(target)), target)
-                offset += len(target)
+        total = sum(map(len, parts))
+        for offset in range(0, total, PART_BYTES_MAX):
+            size = min(PART_BYTES_MAX, total - offset)
+            before(size)
+            self._one(Part(layer, expert, layout, offset, size), pieces(parts, offset, size))
 
     def close(self) -> None:
         """Close the connection."""
         self._sock.close()
 
-    def _one(self, part: Part, target: memoryview) -> None:
+    def _one(self, part: Part, targets: Sequence[memoryview]) -> None:
         self._sequence += 1
         frame = encode_frame(
             msgspec.msgpack.encode(part),
@@ -138,11 +136,11 @@ class CopySource:
         try:
             self._sock.sendall(frame)
             header = decode_header(memoryview(receive_exactly(self._sock, HEADER_BYTES)))
-            self._answer(header, part, target)
+            self._answer(header, part, targets)
         except OSError as error:  # also a time-out
             raise PeerLostError(f"no copy of {part}: {error}") from error
 
-    def _answer(self, header: Header, part: Part, target: memoryview) -> None:
+    def _answer(self, header: Header, part: Part, targets: Sequence[memoryview]) -> None:
         if header.kind == Kind.ERROR:
             text = receive_exactly(self._sock, header.length)
             raise PeerLostError(f"no copy of {part}: {text.decode(errors='replace')}")
@@ -153,13 +151,30 @@ class CopySource:
         if verdict != _GIVEN:
             reason = receive_exactly(self._sock, length)
             raise CopyRefusedError(reason.decode(errors="replace"))
-        if length != len(target):
+        if length != part.size_bytes:
             raise FrameError(f"{length} bytes answer {part}")
-        received = 0
-        while received < length:
-            count = self._sock.recv_into(target[received:])
-            if not count:
-                raise PeerLostError(f"closed after {received} of {length} bytes of {part}")
-            received += count
-        if header.flags & Flag.CHECKED and crc32(target, crc32(status)) != header.body_crc:
+        crc = crc32(status)
+        for target in targets:
+            received = 0
+            while received < len(target):
+                count = self._sock.recv_into(target[received:])
+                if not count:
+                    raise PeerLostError(f"closed in the middle of {part}")
+                received += count
+            if header.flags & Flag.CHECKED:
+                crc = crc32(target, crc)
+        if header.flags & Flag.CHECKED and crc != header.body_crc:
             raise FrameError(f"checksum of {part} does not hold")
+
+
+def pieces(memory: Sequence[memoryview], offset: int, size_bytes: int) -> list[memoryview]:
+    """Where `size_bytes` lie from `offset` on, if `memory` is read one after the other; fewer bytes
+    where it ends before that."""
+    found = []
+    for piece in memory:
+        part = piece[offset : offset + size_bytes]
+        offset = max(0, offset - len(piece))
+        size_bytes -= len(part)
+        if len(part):
+            found.append(part)
+    return found
