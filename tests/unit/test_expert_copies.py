@@ -1,7 +1,8 @@
 """Experts copied from a replica's memory: real shards and sockets, sources that lie and vanish."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,9 +10,11 @@ from support.checkpoints import make_checkpoint
 from support.copy_orders import held, order
 from support.local_cluster import TOKEN, LocalCluster
 
+from remora.actors import shard_slots
+from remora.actors.copy_pace import Pace
 from remora.actors.expert_actor import ExpertActor
 from remora.comm.copies import PART_BYTES_MAX, CopyRefusedError, CopyService, CopySource, Part
-from remora.comm.errors import AuthError, PeerLostError
+from remora.comm.errors import AuthError, ClusterError, PeerLostError
 from remora.comm.server import FrameServer
 from remora.kernels.experts_dtype import ExpertsDtype
 
@@ -48,6 +51,57 @@ def test_a_copy_is_the_replica_bit_for_bit(cluster: LocalCluster) -> None:
     assert given == sum(held(giver).nbytes_of(layer) for layer, _ in wanted.digests)
     kernels, here_out = taker.canary(list(wanted.digests))
     assert giver.canary(list(wanted.digests)) == (kernels, here_out)
+
+
+def test_canaries_of_a_layer_are_those_of_each_expert(cluster: LocalCluster) -> None:
+    shard = cluster.shards[0]
+    pairs = list(order(cluster, 0, (0, 1, 2, 3)).digests)
+    _, together = shard.canary(pairs)
+    apart: dict[Pair, str] = {}
+    for pair in pairs:
+        apart |= shard.canary([pair])[1]
+    assert together == apart and len(set(apart.values())) == len(pairs)
+    with pytest.raises(ClusterError, match="not held"):
+        shard.canary([*pairs, (0, 4)])
+
+
+def test_the_serving_thread_is_asked_once_for_many_copies(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taker, wanted = cluster.shards[0], order(cluster, 1, (4, 5, 6, 7))
+    slots = taker._slots
+    assert slots is not None
+    asked: list[object] = []
+    between_calls = slots.between_calls
+
+    def counted(work: Callable[[], Any]) -> Any:
+        asked.append(work)
+        return between_calls(work)
+
+    monkeypatch.setattr(slots, "between_calls", counted)
+    monkeypatch.setattr(shard_slots, "SETTLED_TOGETHER", 3)
+    assert taker.load_experts(wanted) == wanted.digests
+    assert counts(taker) == (8, 0)
+    assert len(asked) == 1 + 3, "whether the coordinator is obeyed; 3 copies, 3, 2"
+
+
+def test_who_yields_rests_after_its_work(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taker = cluster.shards[0]
+    rests: list[tuple[float, float]] = []
+    monkeypatch.setattr(Pace, "rest", lambda pace, s: rests.append((s, pace.share)))
+    first, rest = order(cluster, 1, (5,)), order(cluster, 1, (6, 7))
+    taker.load_experts(first)
+    assert rests == [], "it takes all there is"
+    taker.load_experts(msgspec.structs.replace(rest, share=1e-6))
+    assert len(rests) >= len(rest.digests) - 1
+    assert all(worked_s > 0 and share == 1e-6 for worked_s, share in rests)
+    taker.set_copy_share(1.0)
+    taker.keep_experts({}, 1)
+    rests.clear()
+    taker.load_experts(msgspec.structs.replace(rest, share=1.0))
+    assert rests == []
 
 
 def test_a_joiner_takes_what_it_is_to_hold_from_replicas(cluster: LocalCluster) -> None:

@@ -3,7 +3,15 @@
 import pytest
 from support.coordinator_rig import LAYERS, Fault, World
 
-from remora.cluster.operation import HoldCopies, Pair, PlaceAs, ScaleTo, StartShard
+from remora.cluster.operation import (
+    Canary,
+    Drain,
+    HoldCopies,
+    Pair,
+    PlaceAs,
+    ScaleTo,
+    StartShard,
+)
 from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.placement_steps import pairs_of
 from remora.cluster.restore_tries import RESTORES_MAX
@@ -174,22 +182,57 @@ def test_a_coordinator_of_an_earlier_term_is_known_by_its_number() -> None:
     assert it.run("one", PlaceAs(TWO)).outcome == "done"
 
 
-def test_what_requests_wait_for_is_not_loaded_at_idle_priority() -> None:
-    def urgent(it: World) -> dict[str, bool]:
-        """Of the tasks that load something, by their names and members."""
-        asked: dict[str, bool] = {}
-        do = it._do
+def noted(it: World, field: str) -> dict[str, bool]:
+    """A field of each task that has it from now on, by the names of task and member."""
+    asked: dict[str, bool] = {}
+    do = it._do
 
-        def seen(task: object, here: Fault) -> object:
-            if hasattr(task, "is_urgent"):
-                asked[f"{type(task).__name__} {task.uid}"] = task.is_urgent  # type: ignore[attr-defined]
-            return do(task, here)  # type: ignore[arg-type]
+    def seen(task: object, here: Fault) -> object:
+        if hasattr(task, field):
+            asked[f"{type(task).__name__} {task.uid}"] = getattr(task, field)  # type: ignore[attr-defined]
+        return do(task, here)  # type: ignore[arg-type]
 
-        it._do = seen  # type: ignore[method-assign,assignment]
-        return asked
+    it._do = seen  # type: ignore[method-assign,assignment]
+    return asked
 
+
+def test_what_has_time_yields_to_streams() -> None:
     it = two()
-    asked = urgent(it)
+    asked = noted(it, "yields")
+    it.run("more", ScaleTo(3))
+    it.run("back", PlaceAs(TWO | {"shard-2": ((), ())}))
+    assert {"StartShard shard-2", "Copy shard-0"} <= asked.keys() and all(asked.values())
+    asked.clear()
+    it.run("away", Drain(("shard-0",), "needed", within_s=60.0))
+    assert asked and not any(asked.values()), "the node goes away"
+    it = two()
+    asked = noted(it, "yields")
+    it.kill("shard-0")
+    it.settle()
+    waited_for = {name: yields for name, yields in asked.items() if name.startswith("Copy")}
+    assert not all(waited_for.values()), "requests wait for what is taken over"
+
+
+def test_canaries_are_computed_by_whoever_is_asked_least() -> None:
+    slots = {f"shard-{i}": (LOW, LOW) for i in range(3)} | {"shard-3": (HIGH, HIGH)}
+    it = World(slots, num_experts=8, room=8)
+    it.settle()
+    asked: dict[str, int] = {}
+    do = it._do
+
+    def seen(task: object, here: Fault) -> object:
+        if isinstance(task, Canary):
+            asked[task.uid] = len(task.pairs)
+        return do(task, here)  # type: ignore[arg-type]
+
+    it._do = seen  # type: ignore[method-assign,assignment]
+    assert it.run("one", PlaceAs(slots | {"shard-3": (EIGHT, EIGHT)})).outcome == "done"
+    assert asked == {"shard-3": 8, "shard-0": 3, "shard-1": 3, "shard-2": 2}
+
+
+def test_what_requests_wait_for_is_not_loaded_at_idle_priority() -> None:
+    it = two()
+    asked = noted(it, "is_urgent")
     it.run("more", ScaleTo(3, dense_groups=3))
     assert asked and not any(asked.values()), "others serve"
     asked.clear()
@@ -198,7 +241,7 @@ def test_what_requests_wait_for_is_not_loaded_at_idle_priority() -> None:
     took_over = {name for name, is_urgent in asked.items() if name.startswith("Copy") and is_urgent}
     assert took_over and not asked["StartShard shard-0"], "what it served is served"
     alone = World(TWO, num_experts=8, room=4)
-    asked = urgent(alone)
+    asked = noted(alone, "is_urgent")
     for uid in ("dense-0", "dense-1", "shard-0"):
         alone.kill(uid)
     alone.settle()
