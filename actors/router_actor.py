@@ -2,7 +2,7 @@
 
 No token goes through it, so Ray may start it again by itself: its constructor restores what was
 saved, listens, and takes the view from the coordinator. Who talks to it asks for its address again
-(`router_address`).
+(`router_lookup.py`).
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 import ray
 
-from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name, router_name
+from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name
 from remora.actors.router_service import RouterServer
 from remora.actors.router_statistics import PlacementCost, PlanOutcome, RouterStatistics
 from remora.comm.errors import ClusterError
@@ -20,7 +20,7 @@ from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
 
-ASK_S: Final = 5.0  # for the address, or for a view
+ASK_S: Final = 5.0  # for a view
 
 
 class RouterLaunch(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,16 +112,6 @@ class RouterActor:
         if self._view is None:
             raise ClusterError("the router has no view yet")
         return self._view
-
-
-def router_address(deployment: str) -> str | None:
-    """Where the router of a deployment listens; None when there is none that answers now."""
-    try:
-        actor = ray.get_actor(router_name(deployment), namespace=RAY_NAMESPACE)
-        address: Any = ray.get(actor.address.remote(), timeout=ASK_S)
-    except (ValueError, ray.exceptions.RayError):  # none of that name; gone, or just starting
-        return None
-    return str(address)
 
 
 def _view_of(deployment: str) -> View | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import remora.comm.router_pb2 as router_pb2
 from remora.actors.launch import Launch
 from remora.actors.load_sharing import NOTHING, LoadSharing
-from remora.actors.router_actor import router_address
+from remora.actors.router_lookup import router_address
 from remora.comm.grpc_base import channel_options, unary_call
 from remora.comm.messages import EngineStats
 from remora.comm.router_grpc import REPORT, credentials_of

@@ -37,7 +37,7 @@ from live_streams import (
 )
 
 from remora.actors.launch import coordinator_name, router_name
-from remora.actors.router_actor import router_address
+from remora.actors.router_lookup import router_address
 from remora.cluster.bootstrap import ClusterHandle, cluster_status, ensure_cluster, stop_cluster
 from remora.cluster.config import RemoraConfig
 from remora.comm.errors import ClusterError

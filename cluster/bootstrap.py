@@ -14,10 +14,9 @@ import ray
 
 from remora.actors.coordinator_watch import HEARTBEATS, watch_coordinator
 from remora.actors.launch import NORMAL_PRIORITY, RAY_NAMESPACE, Progress, coordinator_name
-from remora.actors.router_actor import router_address
+from remora.actors.router_lookup import router_address
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
-from remora.cluster.coordinator import OVER, Coordinator
 from remora.cluster.operation import Target
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError
 from remora.comm.view import Member, View
@@ -149,6 +148,8 @@ def ensure_cluster(
 
 def _coordinator(config: RemoraConfig) -> Any:
     """The deployment's coordinator, made if there is none that may yet serve."""
+    from remora.cluster.coordinator import Coordinator  # torch: nothing for who only looks
+
     remote: Any = ray.remote  # its overloads know no groups of a class given later
     make = remote(concurrency_groups={DEPLOY: 1, HEARTBEATS: 1})(Coordinator).options(
         name=coordinator_name(config.name),
@@ -182,6 +183,8 @@ def _remove_if_over(actor: Any, within_s: float) -> bool:
     Raises:
         DeadlineError: it has not answered; it is ended, and started again by Ray.
     """
+    from remora.cluster.coordinator import OVER
+
     try:
         # one that Ray is starting again answers in its next life, however often that takes a try
         pending = actor.phase.options(max_task_retries=-1).remote()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.actors.launch import actor_name, coordinator_name, router_name
-from remora.actors.router_actor import router_address
+from remora.actors.router_lookup import router_address
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
