@@ -45,7 +45,7 @@ def one_node(num_cpus: int = 16) -> Iterator[None]:
         num_cpus=num_cpus,
         namespace=RAY_NAMESPACE,
         runtime_env=neutral_runtime_env(),
-        include_dashboard=True,  # the list of actors comes from it
+        include_dashboard=False,  # a dozen processes
     )
     try:
         yield

@@ -1,26 +1,25 @@
 """Living actors of the Ray cluster that this process is connected to, whatever else runs here."""
 
-from typing import Any
-
 import ray
-from ray.util.state import list_actors
 
 
-def living_actors(*filters: tuple[str, str, str]) -> list[Any]:
-    """What Ray says of them, process ids included."""
-    address = ray.get_runtime_context().gcs_address  # else Ray looks for a cluster by itself
-    alive = ("state", "=", "ALIVE")
-    return list(list_actors(address=address, filters=[*filters, alive], detail=True))
+def living_actors() -> dict[str, int]:
+    """Process of each living actor, by its name ("" of one without).
+
+    As Ray's GCS has it: the public list (`ray.util.state`) comes from a dashboard, whose nine
+    processes take as long to start as a deployment.
+    """
+    actors = ray._private.state.actors(actor_state_name="ALIVE").values()
+    return {actor["Name"]: actor["Pid"] for actor in actors}
 
 
 def living_names(deployment: str) -> list[str]:
     """Full names of those of a deployment: `remora/<deployment>/<uid>#<incarnation>`."""
-    names = [actor.name or "" for actor in living_actors()]
-    return [name for name in names if name.startswith(f"remora/{deployment}/")]
+    return [name for name in living_actors() if name.startswith(f"remora/{deployment}/")]
 
 
 def process_of(actor_name: str) -> int:
     """Process of a living actor."""
-    [actor] = living_actors(("name", "=", actor_name))
-    assert isinstance(actor.pid, int) and actor.pid > 0
-    return actor.pid
+    pid = living_actors()[actor_name]
+    assert pid > 0
+    return pid

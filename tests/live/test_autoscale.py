@@ -11,17 +11,14 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-import ray
 from support.ray_actors import living_names
 from support.serving import DEMO_MODEL
 
-from remora.actors.launch import RAY_NAMESPACE
 from remora.autoscale.decision_lines import replay
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
     ensure_cluster,
-    neutral_runtime_env,
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig, parse_config
@@ -68,19 +65,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RemoraConfig:
 
 
 @pytest.fixture(scope="module")
-def handle(config: RemoraConfig) -> Iterator[ClusterHandle]:
+def handle(one_ray: None, config: RemoraConfig) -> Iterator[ClusterHandle]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADMIN_KEYS_ENV, ADMIN_KEY)
-        yield from running(config)
-
-
-def running(config: RemoraConfig) -> Iterator[ClusterHandle]:
-    ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
-    yield ensure_cluster(config)
+        yield ensure_cluster(config)
     stop_cluster(config.name)
-    alive = living_names(config.name)
-    ray.shutdown()
-    assert not alive
+    assert living_names(config.name) == []
 
 
 async def complete(service: Service, number: int) -> str:

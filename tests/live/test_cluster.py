@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from remora.cluster.bootstrap import (
 from remora.cluster.config import ElasticConfig, RemoraConfig, parse_config
 from remora.cluster.placement_file import write_placement
 from remora.comm.aio import connect_async
-from remora.comm.errors import ClusterError, ConfigError, UnsupportedModelError, WeightsError
+from remora.comm.errors import ClusterError, ConfigError, RemoraError, WeightsError
 from remora.comm.messages import (
     Ping,
     Pong,
@@ -41,13 +43,14 @@ from remora.comm.messages import (
     decode_to_ingress,
     encode,
 )
-from remora.comm.view import Placement, contiguous_placement
+from remora.comm.view import Placement
 
 
 @pytest.fixture(scope="module")
 def raylets() -> Iterator[Cluster]:
     """A head and two workers; each worker has one (fake) GPU and a role label."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6})
+    head = {"num_cpus": 6, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=2, num_gpus=1, labels={"remora/role": "expert"})
     ray.init(address=cluster.address, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
@@ -97,7 +100,9 @@ def pong(handle: ClusterHandle) -> Pong:
     return asyncio.run(ask())
 
 
-def reference_tokens(model: Path) -> list[int]:
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[int]:
+    """What transformers answers to `PROMPT`."""
     import torch
 
     found = reference_model(model, torch.float32).generate(
@@ -107,53 +112,54 @@ def reference_tokens(model: Path) -> list[int]:
     return tokens
 
 
-def test_shards_go_where_gpus_and_labels_are(raylets: Cluster, model: Path) -> None:
-    settings = config(
-        model,
-        "placed",
-        experts={"num_gpus": 1, "device": "cpu", "labels": {"remora/role": "expert"}},
-    )
-    handle = ensure_cluster(settings)
-    try:
-        view = handle.view()
-        node_of = {m.uid: m.endpoint.host for m in view.members}
-        workers = {n["NodeID"] for n in ray.nodes() if n["Labels"].get("remora/role") == "expert"}
-        assert {node_of["shard-0"], node_of["shard-1"]} == workers, (node_of, workers)
-        assert node_of["dense-0"] not in workers, "the dense rank asked for no GPU and no label"
-        assert generate(handle).token_ids == reference_tokens(model)
-    finally:
-        stop_cluster("placed")
-    assert living_names("placed") == []
+def of_placed(model: Path) -> RemoraConfig:
+    asked = {"num_gpus": 1, "device": "cpu", "labels": {"remora/role": "expert"}}
+    return config(model, "placed", experts=asked)
 
 
-def test_ensure_adopts_what_runs_and_refuses_another_model(raylets: Cluster, model: Path) -> None:
-    first = ensure_cluster(config(model, "adopted"))
-    try:
-        second = ensure_cluster(config(model, "adopted"))
-        assert second.view().view_hash == first.view().view_hash
-        manifest = ray.get(second.coordinator.manifest.remote())
-        spec = inspect_model(model)
-        assert set(manifest.by_expert()) == {
-            (layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)
-        }
-        assert second.token == first.token
-        with pytest.raises(ConfigError, match="already serves"):
-            ensure_cluster(config(model.parent, "adopted"))
-        fast = config(model, "adopted").model_copy(update={"numerics": "fast"})
-        with pytest.raises(ConfigError, match="already runs with numerics exact, not fast"):
-            ensure_cluster(fast)
-        with pytest.raises(ConfigError, match=r"with experts \{'shards': 2\}, not \{'shards': 1"):
-            ensure_cluster(config(model, "adopted", experts={"shards": 1}))
-        assert generate(second).token_ids == reference_tokens(model), "it still serves"
-    finally:
-        stop_cluster("adopted")
-    assert find_cluster("adopted") is None
+@pytest.fixture(scope="module")
+def placed(raylets: Cluster, model: Path) -> Iterator[ClusterHandle]:
+    """A deployment that several tests use; each leaves it serving."""
+    yield ensure_cluster(of_placed(model))
+    stop_cluster("placed")
+    assert find_cluster("placed") is None and living_names("placed") == []
 
 
-def test_tokens_do_not_depend_on_the_placement(
-    raylets: Cluster, model: Path, tmp_path: Path
+def test_shards_go_where_gpus_and_labels_are(placed: ClusterHandle, expected: list[int]) -> None:
+    node_of = {m.uid: m.endpoint.host for m in placed.view().members}
+    workers = {n["NodeID"] for n in ray.nodes() if n["Labels"].get("remora/role") == "expert"}
+    assert {node_of["shard-0"], node_of["shard-1"]} == workers, (node_of, workers)
+    assert node_of["dense-0"] not in workers, "the dense rank asked for no GPU and no label"
+    assert generate(placed).token_ids == expected
+
+
+def test_ensure_adopts_what_runs_and_refuses_another_model(
+    placed: ClusterHandle, model: Path, expected: list[int]
 ) -> None:
-    """Replicas, no two layers alike, and a shard that holds nothing of one layer."""
+    asked = of_placed(model)
+    second = ensure_cluster(asked)
+    assert second.view().view_hash == placed.view().view_hash
+    manifest = ray.get(second.coordinator.manifest.remote())
+    spec = inspect_model(model)
+    assert set(manifest.by_expert()) == {
+        (layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)
+    }
+    assert second.token == placed.token
+    with pytest.raises(ConfigError, match="already serves"):
+        ensure_cluster(of_placed(model.parent))
+    with pytest.raises(ConfigError, match="already runs with numerics exact, not fast"):
+        ensure_cluster(asked.model_copy(update={"numerics": "fast"}))
+    fewer = asked.experts.model_copy(update={"shards": 1})
+    with pytest.raises(ConfigError, match=r"with experts \{'shards': 2\}, not \{'shards': 1"):
+        ensure_cluster(asked.model_copy(update={"experts": fewer}))
+    assert generate(second).token_ids == expected, "it still serves"
+
+
+def test_tokens_depend_neither_on_the_placement_nor_on_who_stands_beside(
+    placed: ClusterHandle, model: Path, expected: list[int], tmp_path: Path
+) -> None:
+    """Replicas, no two layers alike, and a shard that holds nothing of one layer; another
+    deployment is there before, and after."""
     spec = inspect_model(model)
     experts = range(spec.num_experts)
     layers = range(len(spec.moe_layers))
@@ -169,54 +175,98 @@ def test_tokens_do_not_depend_on_the_placement(
     handle = ensure_cluster(config(model, "scattered", experts=asked))
     try:
         assert handle.view().placement == placement
-        assert generate(handle).token_ids == reference_tokens(model)
+        assert generate(handle).token_ids == expected
         shards = cluster_status("scattered")["members"]
         assert shards["shard-2"]["experts_per_layer"][0] == 0
         assert all(shards[uid]["calls_served"] for uid in ("shard-0", "shard-1", "shard-2"))
-        write_placement(
-            path, contiguous_placement(num_experts=2, moe_layers=(0,), shard_uids=("shard-0",))
-        )
-        with pytest.raises(ConfigError, match="num_experts = 2: the model has"):
-            ensure_cluster(config(model, "misfit", experts=asked))
+        assert handle.token != placed.token
     finally:
         stop_cluster("scattered")
-    assert living_names("scattered") == living_names("misfit") == []
+    assert find_cluster("scattered") is None and living_names("scattered") == []
+    assert generate(placed).token_ids == expected, "it does not end with the other"
 
 
-def test_two_deployments_stand_beside_each_other(raylets: Cluster, model: Path) -> None:
-    one, other = ensure_cluster(config(model, "one")), ensure_cluster(config(model, "other"))
-    try:
-        stop_cluster("one")
-        assert generate(other).token_ids == reference_tokens(model)
-    finally:
-        stop_cluster("other")
-    assert one.token != other.token
-
-
-def test_bad_weights_fail_the_start_by_name_and_leave_nothing(
-    raylets: Cluster, model: Path, tmp_path: Path
+def test_requests_of_a_killed_shard_are_held_until_it_is_restored(
+    placed: ClusterHandle, expected: list[int]
 ) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    victim = sorted(broken.glob("*.safetensors"))[3]
-    victim.write_bytes(victim.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=victim.name):
-        ensure_cluster(config(broken, "broken"))
-    assert living_names("broken") == []
+    assert pong(placed).serving
+    before = placed.view()
+    [victim] = [m for m in before.members if m.uid == "shard-1"]
+    ray.kill(ray.get_actor(victim.actor_name, namespace=RAY_NAMESPACE))
+    held = generate(placed)
+    assert (held.finish_reason, held.token_ids) == ("length", expected)
+    assert pong(placed).serving
+    [again] = [m for m in placed.view().members if m.uid == "shard-1"]
+    assert again.incarnation == victim.incarnation + 1
+    assert again.endpoint.host == victim.endpoint.host, "the one node that has a GPU left"
+    status = cluster_status("placed")
+    assert status["members"]["shard-1"]["incarnation"] == again.incarnation
+    assert status["epoch"] == before.epoch + 1 and status["operations"]["lost"] == []
 
 
-def test_what_finds_no_place_fails_in_time_and_says_what_it_asked_for(
-    raylets: Cluster, model: Path
-) -> None:
-    asked = config(model, "placeless", experts={"num_gpus": 3, "labels": {"remora/role": "x"}})
-    with pytest.raises(ClusterError) as caught:
-        ensure_cluster(asked.model_copy(update={"start_timeout_s": 15.0}))
-    message = str(caught.value)
-    assert "start_timeout_s = 15" in message
-    assert "shard-0, shard-1 found no place (each asks for 0.5 CPU, 3 GPU" in message
-    assert "remora/role=x" in message and "2 node(s) of 2 CPU, 1 GPU" in message
-    assert find_cluster("placeless") is None
-    assert living_names("placeless") == []
+@dataclass(frozen=True)
+class Failed:
+    """A start that failed, and what there was of it then."""
+
+    error: RemoraError
+    living: list[str]
+    is_found: bool
+
+
+def failed(asked: RemoraConfig) -> Failed:
+    with pytest.raises(RemoraError) as caught:
+        ensure_cluster(asked)
+    is_found = find_cluster(asked.name) is not None
+    return Failed(caught.value, living_names(asked.name), is_found)
+
+
+Failures = dict[str, "Future[Failed]"]
+
+
+@pytest.fixture(scope="module")
+def failures(
+    raylets: Cluster, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Failures]:
+    """Starts that must fail, begun at once: one of them takes its time."""
+    folder = tmp_path_factory.mktemp("failures")
+    (folder / "file").write_text("")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    odd = make_checkpoint(folder / "odd", "mixtral", **heads)
+    placeless = config(model, "placeless", experts={"num_gpus": 3, "labels": {"remora/role": "x"}})
+    no_log = ElasticConfig(log_dir=folder / "file")
+    asked = [
+        placeless.model_copy(update={"start_timeout_s": 30.0}),
+        config(model, "unbound").model_copy(update={"bind_address": "192.0.2.1"}),
+        config(model, "unlogged").model_copy(update={"elastic": no_log}),
+        config(odd, "indivisible", dense={"tensor_parallel": 4}),
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        yield {each.name: pool.submit(failed, each) for each in asked}
+
+
+def failure_of(failures: Failures, name: str) -> RemoraError:
+    """What a start failed with, having left nothing."""
+    found = failures[name].result(timeout=120)
+    assert (found.living, found.is_found) == ([], False), name
+    return found.error
+
+
+def test_an_address_that_cannot_be_bound_is_told_with_who_wants_it(failures: Failures) -> None:
+    error = failure_of(failures, "unbound")
+    assert isinstance(error, ClusterError)
+    assert re.search(r"the coordinator.* cannot listen on 192\.0\.2\.1", str(error))
+
+
+def test_a_log_that_cannot_be_written_is_told(failures: Failures) -> None:
+    error = failure_of(failures, "unlogged")
+    assert isinstance(error, ClusterError) and "coordinator.wal: Not a directory" in str(error)
+
+
+def test_heads_that_do_not_divide_fail_a_start_that_has_begun(failures: Failures) -> None:
+    """Shards are there already when the ranks are planned."""
+    error = failure_of(failures, "indivisible")
+    assert isinstance(error, ConfigError)
+    assert re.search(r"2 query heads and 1 key/value heads.* 1, 2 ranks", str(error))
 
 
 def test_a_start_can_be_stopped(raylets: Cluster, model: Path) -> None:
@@ -275,8 +325,10 @@ def test_a_coordinator_that_hangs_in_its_first_start_is_ended_and_leaves_nothing
 
 
 def test_two_callers_share_a_failure_and_the_name_is_free_again(
-    raylets: Cluster, model: Path, tmp_path: Path
+    raylets: Cluster, model: Path, expected: list[int], tmp_path: Path
 ) -> None:
+    """Also where a coordinator that failed is still there: its maker may die before it could
+    remove it."""
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     victim = sorted(broken.glob("*.safetensors"))[3]
@@ -284,84 +336,29 @@ def test_two_callers_share_a_failure_and_the_name_is_free_again(
     victim.write_bytes(whole[:-100])
     asked = config(broken, "shared")
     with ThreadPoolExecutor(2) as pool:
-        failures = [pool.submit(ensure_cluster, asked).exception(timeout=120) for _ in range(2)]
-    assert all(isinstance(f, WeightsError | ClusterError) for f in failures), failures
+        starts = [pool.submit(ensure_cluster, asked) for _ in range(2)]
+        errors = [start.exception(timeout=120) for start in starts]
+    assert all(isinstance(error, WeightsError | ClusterError) for error in errors), errors
+    named = [str(error) for error in errors if isinstance(error, WeightsError)]
+    assert named and all(victim.name in text for text in named), errors
     assert living_names("shared") == []
+
     victim.write_bytes(whole)
-    handle = ensure_cluster(asked)
-    try:
-        assert generate(handle).finish_reason == "length"
-    finally:
-        stop_cluster("shared")
-
-
-def test_a_failed_coordinator_that_was_left_behind_is_replaced(
-    raylets: Cluster, model: Path, tmp_path: Path
-) -> None:
-    """Its maker may die before it could remove it."""
-    asked = config(model, "left")
-    bad = asked.model_copy(update={"model": str(tmp_path)})
-    left = bootstrap._coordinator(bad)
+    left = bootstrap._coordinator(asked.model_copy(update={"model": str(tmp_path)}))
     with pytest.raises(ray.exceptions.RayTaskError):
         ray.get(left.deploy.remote())
     assert ray.get(left.status.remote())["phase"] == "failed"
     handle = ensure_cluster(asked)
     try:
-        assert generate(handle).finish_reason == "length"
+        assert generate(handle).token_ids == expected
     finally:
-        stop_cluster("left")
+        stop_cluster("shared")
 
 
-def test_an_address_that_cannot_be_bound_is_told_with_who_wants_it(
-    raylets: Cluster, model: Path
-) -> None:
-    asked = config(model, "unbound").model_copy(update={"bind_address": "192.0.2.1"})
-    with pytest.raises(ClusterError, match=r"the coordinator.* cannot listen on 192\.0\.2\.1"):
-        ensure_cluster(asked)
-    assert living_names("unbound") == []
-
-
-def test_a_log_that_cannot_be_written_is_told_and_leaves_nothing(
-    raylets: Cluster, model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    asked = config(model, "unlogged")
-    asked = asked.model_copy(update={"elastic": ElasticConfig(log_dir=tmp_path / "file")})
-    with pytest.raises(ClusterError, match=r"coordinator\.wal: Not a directory"):
-        ensure_cluster(asked)
-    assert find_cluster("unlogged") is None and living_names("unlogged") == []
-
-
-def test_more_shards_than_experts_are_refused(raylets: Cluster, model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"experts\.shards = 100: the model has"):
-        ensure_cluster(config(model, "many", experts={"shards": 100}))
-    assert living_names("many") == []
-
-
-def test_an_unservable_architecture_is_refused_at_start(raylets: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UnsupportedModelError, match="mamba"):
-        ensure_cluster(config(tmp_path, "mamba"))
-    assert living_names("mamba") == []
-
-
-def test_requests_of_a_killed_shard_are_held_until_it_is_restored(
-    raylets: Cluster, model: Path
-) -> None:
-    handle = ensure_cluster(config(model, "killed"))
-    try:
-        expected = generate(handle)
-        assert expected.finish_reason == "length" and pong(handle).serving
-        victim = next(m for m in handle.view().members if m.uid == "shard-1")
-        ray.kill(ray.get_actor(victim.actor_name, namespace=RAY_NAMESPACE))
-        held = generate(handle)
-        assert (held.finish_reason, held.token_ids) == ("length", expected.token_ids)
-        assert pong(handle).serving
-        again = next(m for m in handle.view().members if m.uid == "shard-1")
-        assert again.incarnation == 2
-        status = cluster_status("killed")
-        assert status["members"]["shard-1"]["incarnation"] == 2
-        assert status["epoch"] == 2 and status["operations"]["lost"] == []
-    finally:
-        stop_cluster("killed")
-    assert living_names("killed") == []
+def test_what_finds_no_place_fails_in_time_and_says_what_it_asked_for(failures: Failures) -> None:
+    error = failure_of(failures, "placeless")
+    assert isinstance(error, ClusterError)
+    message = str(error)
+    assert "start_timeout_s = 30" in message
+    assert "shard-0, shard-1 found no place (each asks for 0.5 CPU, 3 GPU" in message
+    assert "remora/role=x" in message and "2 node(s) of 2 CPU, 1 GPU" in message

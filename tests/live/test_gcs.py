@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from support.programs import benchmarks_on_path, program
+from support.ray_actors import living_actors
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
@@ -103,6 +104,5 @@ async def answers(handle: ClusterHandle) -> bool:
 def processes() -> dict[str, int]:
     """Process of each living actor of the deployment, by its name there."""
     prefix = f"remora/{NAME}/"
-    actors = ray._private.state.actors().values()  # the public list needs the dashboard
-    living = [a for a in actors if a["State"] == "ALIVE" and a["Name"].startswith(prefix)]
-    return {actor["Name"].removeprefix(prefix): actor["Pid"] for actor in living}
+    living = living_actors().items()
+    return {name.removeprefix(prefix): pid for name, pid in living if name.startswith(prefix)}

@@ -41,7 +41,8 @@ TEXTS = [
 def hosts() -> Iterator[Cluster]:
     """Two nodes that have room for a shard each."""
     room = {"shard": 1}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": room})
+    head = {"num_cpus": 4, "resources": room, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2, resources=room)
     ray.init(address=cluster.address, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
     yield cluster

@@ -4,22 +4,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import ray
 from support.ray_actors import living_names, process_of
 from support.serving import DEMO_MODEL
 
-from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
     ensure_cluster,
     find_cluster,
-    neutral_runtime_env,
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig, parse_config
@@ -58,13 +54,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RemoraConfig:
 
 
 @pytest.fixture(scope="module")
-def handle(config: RemoraConfig) -> Iterator[ClusterHandle]:
-    ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
+def handle(one_ray: None, config: RemoraConfig) -> Iterator[ClusterHandle]:
     yield ensure_cluster(config)
     stop_cluster(config.name)
-    alive = living_names(config.name)
-    ray.shutdown()
-    assert not alive
+    assert living_names(config.name) == []
+
+
+def smallest(config: RemoraConfig, name: str, **router: Any) -> RemoraConfig:
+    """One dense group and one shard beside `config`, with another router."""
+    return config.model_copy(
+        update={
+            "name": name,
+            "dense": config.dense.model_copy(update={"groups": 1}),
+            "experts": config.experts.model_copy(update={"shards": 1}),
+            "router": config.router.model_copy(update=router),
+        }
+    )
 
 
 def router_pid() -> int:
@@ -157,20 +162,15 @@ def test_a_port_that_is_taken_fails_the_start_by_name(
     address = handle.router_address()
     assert address is not None
     port = int(address.rpartition(":")[2])
-    taken = config.model_copy(
-        update={"name": "taken", "router": config.router.model_copy(update={"port": port})}
-    )
     with pytest.raises(ClusterError, match=f"router.*cannot listen on 127.0.0.1:{port}"):
-        ensure_cluster(taken)
+        ensure_cluster(smallest(config, "taken", port=port))
     assert find_cluster("taken") is None
 
 
 def test_without_a_router_ingresses_choose_alone(
-    config: RemoraConfig, handle: ClusterHandle, tmp_path: Path
+    config: RemoraConfig, handle: ClusterHandle
 ) -> None:
-    off = config.model_copy(
-        update={"name": "alone", "router": config.router.model_copy(update={"enabled": False})}
-    )
+    off = smallest(config, "alone", enabled=False)
     alone = ensure_cluster(off)
     try:
         assert alone.router_address() is None

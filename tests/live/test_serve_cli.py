@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ def run(cwd: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(lines[-1])
 
 
+def run_all(cwd: Path, *commands: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Commands that do not depend on each other, at once."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(lambda arguments: run(cwd, *arguments), commands))
+
+
 def descendants(pid: int) -> set[int]:
     """Processes below `pid`, by /proc."""
     parents: dict[int, int] = {}
@@ -117,6 +123,21 @@ def held(pids: set[int]) -> set[Path]:
     return found
 
 
+def end_leaving_nothing(process: subprocess.Popen[str], number: signal.Signals, cwd: Path) -> None:
+    """Signal a `remora serve`; its processes end, and shared memory, session and record with it."""
+    below = descendants(process.pid)
+    assert below
+    theirs = held(below)
+    assert any(path.name.startswith("rm-") for path in theirs), theirs
+    end(process, number)
+    deadline_s = time.monotonic() + 20
+    while any(alive(pid) for pid in below) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not [pid for pid in below if alive(pid)]
+    assert not [path for path in theirs if path.exists()]
+    assert list(cwd.glob("remora-*/*.json")) == []
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
@@ -126,7 +147,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(home: Path) -> Iterator[dict[str, Any]]:
     process, fields = start(NAME, home)
     yield {**fields, "pid": process.pid}
-    end(process, signal.SIGINT)
+    end_leaving_nothing(process, signal.SIGINT, home)
 
 
 @pytest.fixture(scope="module")
@@ -230,52 +251,44 @@ def test_a_cancelled_stream_frees_its_pages(client: OpenAI, served: dict[str, An
 
 
 def test_status_and_a_second_instance_of_the_name(home: Path, served: dict[str, Any]) -> None:
-    status, fields = run(home, "status")
+    port = served["url"].split(":")[2].split("/")[0]
+    serve = ("serve", str(DEMO_MODEL), "--name")
+    (status, fields), (same, of_name), (taken, of_port), (gone, _) = run_all(
+        home,
+        ("status",),
+        (*serve, NAME, "--port", "0"),
+        (*serve, "other", "--port", port),
+        ("stop", "nobody", "--ray-address", "127.0.0.1:1"),
+    )
     assert status == 0 and fields["phase"] == "serving" and fields["name"] == NAME
     assert set(fields["members"]) == {"dense-0", "shard-0", "shard-1"}
-    status, fields = run(home, "serve", str(DEMO_MODEL), "--name", NAME, "--port", "0")
-    assert status == 2 and NAME in fields["error"]["message"]
-    port = served["url"].split(":")[2].split("/")[0]
-    status, fields = run(home, "serve", str(DEMO_MODEL), "--name", "other", "--port", port)
-    assert status == 2 and port in fields["error"]["message"]
-    status, _ = run(home, "stop", "nobody", "--ray-address", "127.0.0.1:1")
-    assert status == 1
+    assert same == 2 and NAME in of_name["error"]["message"]
+    assert taken == 2 and port in of_port["error"]["message"]
+    assert gone == 1
 
 
 def test_its_placement_can_be_exported(home: Path, served: dict[str, Any]) -> None:
     path = home / "placement.yaml"
-    status, facts = run(home, "placement", "export", str(path))
+    export = ("placement", "export", str(path))
+    (status, facts), (nobody, _) = run_all(home, export, (*export, "--deployment", "nobody"))
     assert (status, facts["deployment"], facts["epoch"]) == (0, NAME, 1)
+    assert nobody == 3
     status, again = run(home, "placement", "check", str(path), "--model", str(DEMO_MODEL))
     assert status == 0 and again["replicas"] == facts["replicas"]
-    assert run(home, "placement", "export", str(path), "--deployment", "nobody")[0] == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_instance_beside_it_leaves_nothing(
-    tmp_path: Path, served: dict[str, Any], number: signal.Signals
-) -> None:
+def test_a_second_instance_beside_it_leaves_nothing(tmp_path: Path, served: dict[str, Any]) -> None:
     process, fields = start(f"{NAME}-b", tmp_path)
     assert fields["url"] != served["url"]
     with httpx.Client(timeout=120) as http:
         for url in (fields["url"], served["url"]):  # both answer
             answer = http.post(f"{url}/completions", json={"prompt": "x", "max_tokens": 2})
             assert answer.status_code == 200
-    below = descendants(process.pid)
-    assert below
-    theirs = held(below)
-    assert any(path.name.startswith("rm-") for path in theirs), theirs
-    end(process, number)
-    deadline_s = time.monotonic() + 20
-    while any(alive(pid) for pid in below) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert not [pid for pid in below if alive(pid)]
-    assert not [path for path in theirs if path.exists()]
-    assert list(tmp_path.glob("remora-*/*.json")) == []
+    end_leaving_nothing(process, signal.SIGTERM, tmp_path)
 
 
 def test_a_model_that_is_none_is_told_before_anything_starts(home: Path) -> None:
-    status, fields = run(home, "serve", "/nowhere/model")
-    assert status == 2 and "/nowhere/model" in fields["error"]["message"]
-    status, fields = run(home, "plan", str(DEMO_MODEL), "--shards", "4")
-    assert status == 0 and len(fields["shards"]) == 4
+    plan = ("plan", str(DEMO_MODEL), "--shards", "4")
+    (none, fields), (status, planned) = run_all(home, ("serve", "/nowhere/model"), plan)
+    assert none == 2 and "/nowhere/model" in fields["error"]["message"]
+    assert status == 0 and len(planned["shards"]) == 4

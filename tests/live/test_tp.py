@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,13 @@ from support.local_engine import reference_model
 from support.programs import benchmarks_on_path, program
 from support.ray_actors import living_names, process_of
 
-from remora.actors.launch import RAY_NAMESPACE
 from remora.cluster.bootstrap import (
     ClusterHandle,
     cluster_status,
     ensure_cluster,
-    neutral_runtime_env,
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig, parse_config
-from remora.comm.errors import ConfigError
-
-
-@pytest.fixture(scope="module")
-def own_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, namespace=RAY_NAMESPACE, runtime_env=neutral_runtime_env())
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +29,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "olmoe")
 
 
-def data(model: Path, **dense: Any) -> dict[str, Any]:
+def data(model: Path) -> dict[str, Any]:
     small = {"num_cpus": 0.5, "threads": 1}
     return {
         "name": "tp",
         "model": str(model),
         "executor": "eager",
-        "dense": small | {"groups": 2, "tensor_parallel": 2} | dense,
+        "dense": small | {"groups": 2, "tensor_parallel": 2},
         "experts": small | {"shards": 2, "call_timeout_s": 10},
     }
 
 
 def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
-    own_ray: None, model: Path
+    one_ray: None, model: Path
 ) -> None:
     found = reference_model(model, torch.float32).generate(
         torch.tensor([PROMPT]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
@@ -90,11 +79,9 @@ def test_groups_serve_and_all_ranks_come_back_when_one_is_killed(
 
 @pytest.mark.long
 def test_requests_are_held_while_a_shard_without_replicas_is_restored(
-    own_ray: None, tmp_path: Path
+    live: Any, tmp_path: Path
 ) -> None:
     """Its experts are nowhere else: streams wait, no token differs, no request fails."""
-    with benchmarks_on_path():
-        live: Any = program("live_streams")
     once = {"slots": None, "call_timeout_s": 10}
     config = live.deployment("tp", experts=once, elastic={"log_dir": str(tmp_path)})
     dense = config.dense.model_copy(update={"tensor_parallel": 2})
@@ -117,9 +104,3 @@ async def a_shard_dies(live: Any, config: RemoraConfig, handle: ClusterHandle) -
         members = await asyncio.to_thread(cluster_status, "tp")
         assert members["members"]["dense-0.1"]["incarnation"] == 1, "no rank has failed"
     assert streams.failed == [] and streams.num_different == 0 and streams.num_done > 0
-
-
-def test_heads_that_do_not_divide_fail_the_start(own_ray: None, tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path, "mixtral", num_attention_heads=2, num_key_value_heads=1)
-    with pytest.raises(ConfigError, match=r"2 query heads and 1 key/value heads.* 1, 2 ranks"):
-        ensure_cluster(parse_config(data(model, tensor_parallel=4, groups=1)))

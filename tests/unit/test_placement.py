@@ -127,10 +127,13 @@ def test_a_file_must_fit_model_shards_and_slots(tmp_path: Path) -> None:
         placed(other)
 
 
-def test_too_few_slots_are_refused(tmp_path: Path) -> None:
+def test_too_few_slots_or_too_many_shards_are_refused(tmp_path: Path) -> None:
     spec = inspect_model(make_checkpoint(tmp_path, "qwen3_moe"))
     config = parse_config({"model": str(tmp_path), "experts": {"slots": 1}})
     with pytest.raises(ConfigError, match=r"experts\.slots = 1: 2 shards x 1 slots = 2 for"):
+        placement_of(config, spec)
+    config = parse_config({"model": str(tmp_path), "experts": {"shards": 100}})
+    with pytest.raises(ConfigError, match=r"experts\.shards = 100: the model has"):
         placement_of(config, spec)
 
 
