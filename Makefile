@@ -27,10 +27,10 @@ BUILT_SOURCES := $(wildcard kernels/csrc/* comm/csrc/* comm/*.proto)
 # runs on these cores, so their waiting threads sleep.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
-test check: export HF_HUB_OFFLINE := 1
-test check: export TOKENIZERS_PARALLELISM := false
-test check: export OMP_NUM_THREADS := 2
-test check: export OMP_WAIT_POLICY := PASSIVE
+test unit sim: export HF_HUB_OFFLINE := 1
+test unit sim: export TOKENIZERS_PARALLELISM := false
+test unit sim: export OMP_NUM_THREADS := 2
+test unit sim: export OMP_WAIT_POLICY := PASSIVE
 
 # `make test` runs every test. CI has just run `make check`, which holds the tests that need no Ray
 # cluster, and passes AFTER_CHECK=1 so that those are not run a second time; neither are the `long`
@@ -41,7 +41,7 @@ AFTER_CHECK ?=
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --durations=10
 
-.PHONY: help setup serve test check lint types clean
+.PHONY: help setup serve test check lint types unit sim clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -52,10 +52,14 @@ serve: setup ## serve the bundled demo model on this machine (ARGS='--port 8001'
 	@$(BIN)/remora serve --preset tiny_cpu $(ARGS)
 
 test: setup ## every test, real Ray clusters included
-	$(PYTEST) $(if $(AFTER_CHECK),-m "live and not long") $(ARGS)
+	$(PYTEST) $(if $(AFTER_CHECK),-m "not long" tests/live) $(ARGS)
 
-check: lint types setup ## formatting, lint, types, tests without a Ray cluster, 2,000 simulated histories
+check: lint types unit sim ## formatting, lint, types, tests without a Ray cluster, simulated histories
+
+unit: setup ## tests without a Ray cluster
 	$(PYTEST) -m "not live" -n $(WORKERS) --dist loadfile $(ARGS)
+
+sim: setup ## 2,000 simulated histories of deployments in which things go wrong
 	$(BIN)/remora sim --jobs $(WORKERS)
 
 lint: $(DEPENDENCIES)
@@ -74,7 +78,8 @@ clean: ## remove what was built and cached, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f kernels/_C*.so comm/_C*.so comm/*_pb2.py comm/*_pb2.pyi $(BUILT)
 
-# torch goes first and alone: asked for by a dependency, pip may prefer a build of several GB.
+# torch goes first and alone: asked for by a dependency, pip may prefer a build of several GB. With it
+# the extensions compile, beside pip: the install that follows finds their objects in build/objects.
 $(DEPENDENCIES): pyproject.toml constraints.txt
 	@test -n "$(TORCH)" || { echo "constraints.txt pins no torch==..." >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -84,7 +89,10 @@ $(DEPENDENCIES): pyproject.toml constraints.txt
 	  project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]; \
 	  print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")' \
 	  > $(VENV)/requirements.txt
-	$(BIN)/pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
+	@mkdir -p build
+	$(BIN)/python setup.py -q build_ext -b build/ahead -t build/ahead > build/ahead.log 2>&1 & \
+	  $(BIN)/pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt; \
+	  wait
 	@touch $@
 
 $(BUILT): $(DEPENDENCIES) setup.py $(BUILT_SOURCES)
