@@ -18,6 +18,7 @@ constexpr int kTileRows = 16;
 constexpr int64_t kBlockBytes = 64;  // of a row: 32 k
 constexpr int64_t kBlockPairs = 16;  // of k
 constexpr int64_t kPairBytes = 4;
+constexpr int64_t kRunBlocks = 16;   // of k that 32 rows go through at once: 32 KiB of them
 
 // The rows of one pass. A last block that is not whole is copied, zero padded.
 struct TileRows {
@@ -138,19 +139,31 @@ REMORA_TARGET void pass_one(Tiles& tiles, const TileRows& x, Weights& w, int64_t
   }
 }
 
-// Two tiles of rows times kPanels panels, the first of them `panel`.
+// Two tiles of rows times kPanels panels, the first of them `panel`, over the blocks from `begin` to
+// `end`: added to `sums`, which is where the panel's first column is.
 template <class Tiles, class Weights, int kPanels>
-REMORA_TARGET void pass_two(Tiles& tiles, const TileRows& x, Weights& w, int64_t num_blocks,
-                            int64_t lines, int panel) {
+REMORA_TARGET void pass_two(Tiles& tiles, const TileRows& x, Weights& w, int64_t begin, int64_t end,
+                            int64_t lines, int panel, float* sums) {
+  constexpr int64_t kStride = kGroup * sizeof(float);
+  float* const second = sums + kTileRows * kGroup;
+  if (begin == 0) {
 #pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) w.prepare(0, panel + p);
-  tiles.template zero<0>();
-  tiles.template zero<2>();
-  if constexpr (kPanels > 1) {
-    tiles.template zero<1>();
-    tiles.template zero<3>();
+    for (int p = 0; p < kPanels; ++p) w.prepare(0, panel + p);
+    tiles.template zero<0>();
+    tiles.template zero<2>();
+    if constexpr (kPanels > 1) {
+      tiles.template zero<1>();
+      tiles.template zero<3>();
+    }
+  } else {
+    tiles.template load<0>(sums, kStride);
+    tiles.template load<2>(second, kStride);
+    if constexpr (kPanels > 1) {
+      tiles.template load<1>(sums + kPanel, kStride);
+      tiles.template load<3>(second + kPanel, kStride);
+    }
   }
-  for (int64_t block = 0; block < num_blocks; ++block) {
+  for (int64_t block = begin; block < end; ++block) {
     x.load<Tiles, 4>(tiles, block, 0);
     w.template load<Tiles, 6>(tiles, block, panel);
     tiles.template multiply<0, 4, 6>();
@@ -165,6 +178,12 @@ REMORA_TARGET void pass_two(Tiles& tiles, const TileRows& x, Weights& w, int64_t
       tiles.template multiply<3, 5, 7>();
       w.ahead.ask(lines);
     }
+  }
+  tiles.template store<0>(sums, kStride);
+  tiles.template store<2>(second, kStride);
+  if constexpr (kPanels > 1) {
+    tiles.template store<1>(sums + kPanel, kStride);
+    tiles.template store<3>(second + kPanel, kStride);
   }
 }
 
@@ -196,22 +215,20 @@ REMORA_TARGET void rows_one(Tiles& tiles, const PanelCall& call, const TileRows&
   if (call.num_panels > 3) tiles.template store<3>(sums[0] + 3 * kPanel, kStride);
 }
 
+// The sums of one run of k are put down for the next: what two tiles of rows hold of a run stays in
+// the first cache while all panels go by, and adding to a sum later changes no bit of it.
 template <class Tiles, class Weights>
 REMORA_TARGET void rows_two(Tiles& tiles, const PanelCall& call, const TileRows& x, Weights& w,
                             int64_t num_blocks, int64_t lines, float (*sums)[kGroup]) {
-  constexpr int64_t kStride = kGroup * sizeof(float);
-  for (int panel = 0; panel < call.num_panels; panel += 2) {
-    const bool both = panel + 1 < call.num_panels;
-    if (both) {
-      pass_two<Tiles, Weights, 2>(tiles, x, w, num_blocks, lines, panel);
-    } else {
-      pass_two<Tiles, Weights, 1>(tiles, x, w, num_blocks, lines, panel);
+  for (int64_t begin = 0; begin < num_blocks; begin += kRunBlocks) {
+    const int64_t end = std::min(num_blocks, begin + kRunBlocks);
+    int panel = 0;
+    for (; panel + 1 < call.num_panels; panel += 2) {
+      pass_two<Tiles, Weights, 2>(tiles, x, w, begin, end, lines, panel, sums[0] + panel * kPanel);
     }
-    tiles.template store<0>(sums[0] + panel * kPanel, kStride);
-    tiles.template store<2>(sums[kTileRows] + panel * kPanel, kStride);
-    if (!both) break;
-    tiles.template store<1>(sums[0] + (panel + 1) * kPanel, kStride);
-    tiles.template store<3>(sums[kTileRows] + (panel + 1) * kPanel, kStride);
+    if (panel < call.num_panels) {
+      pass_two<Tiles, Weights, 1>(tiles, x, w, begin, end, lines, panel, sums[0] + panel * kPanel);
+    }
   }
 }
 

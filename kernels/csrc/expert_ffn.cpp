@@ -68,6 +68,10 @@ struct Run {
 
   int64_t size() const { return layer.up.shape.element_size(); }
 
+  // Elements between gathered rows: a line more than they have, else lines of many rows share a set
+  // of the first cache (widths are powers of two more often than not).
+  int64_t gather_stride() const { return layer.up.shape.num_inputs + kLineBytes / size(); }
+
   // The group's weights, for asking ahead; null behind the last one.
   static const void* start_of(const SlotWeights& weights, int64_t slot, int64_t group) {
     return group < weights.shape.num_groups() ? weights.group_call(slot, group).weights : nullptr;
@@ -80,7 +84,7 @@ struct Run {
     if (worker.gathered != block.row) {
       const int64_t row_bytes = layer.up.shape.num_inputs * size();
       for (int64_t row = 0; row < block.num_rows; ++row) {
-        std::memcpy(worker.rows + row * row_bytes, from[row], row_bytes);
+        std::memcpy(worker.rows + row * gather_stride() * size(), from[row], row_bytes);
       }
       worker.gathered = block.row;
     }
@@ -92,7 +96,7 @@ struct Run {
     PanelCall call = layer.up.group_call(block.slot, group);
     if (gather_bytes != 0) {
       call.x = gathered_rows(block, worker);
-      call.x_stride = layer.up.shape.num_inputs;
+      call.x_stride = gather_stride();
     } else {
       call.x_rows = scratch.x_rows.data() + block.row;
     }
@@ -360,7 +364,7 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
                                      down.num_outputs * static_cast<int64_t>(sizeof(float)));
   run.tile_bytes = (run.tile_bytes + 127) / 128 * 128;
   run.gather_bytes = panel_is_tiled(up.format)
-                         ? (tallest * up.num_inputs * up.element_size() + 127) / 128 * 128
+                         ? (tallest * run.gather_stride() * up.element_size() + 127) / 128 * 128
                          : 0;
   run.hidden = scratch.hidden.take(num_pairs * down.padded_inputs() * down.element_size());
   run.tiles = scratch.tiles.take(num_workers * (run.tile_bytes + run.gather_bytes));

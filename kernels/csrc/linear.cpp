@@ -1,4 +1,4 @@
-// Ops over packed and ordinary weights: packed_linear, grouped_linear, row_linear. See panel.h for
+// Ops over packed weights: packed_linear, grouped_linear. See panel.h for
 // the layout and for why a row's result depends on that row only.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -20,10 +20,6 @@
 
 namespace remora {
 namespace {
-
-constexpr int64_t kDotRowBlock = 8;       // rows of one task of row_linear: two tiles
-
-const char* byte_pointer(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
 // Sizes that segments have in common.
 struct Shape : PackedShape {
@@ -92,14 +88,6 @@ at::Tensor usable_rows(const at::Tensor& x, const Shape& shape) {
     return at::constant_pad_nd(rows, {0, shape.padded_inputs() - shape.num_inputs}).contiguous();
   }
   return rows.stride(1) == 1 || shape.num_inputs == 1 ? rows : rows.contiguous();
-}
-
-void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t numel) {
-  if (!bias.has_value()) return;
-  TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
-                  bias->numel() == numel,
-              "bias must be contiguous, ", x.scalar_type(), " and of ", numel, " elements, got ",
-              bias->scalar_type(), " ", bias->sizes());
 }
 
 struct Weight {
@@ -207,43 +195,6 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& packed,
   return out;
 }
 
-at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight,
-                      const std::optional<at::Tensor>& bias) {
-  const PhaseTimer timer(Phase::kRowLinear);
-  TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1),
-              "weight ", weight.sizes(), " does not fit x ", x.sizes());
-  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight must be ", x.scalar_type(), ", got ",
-              weight.scalar_type());
-  const int64_t num_inputs = weight.size(1);
-  const int64_t num_outputs = weight.size(0);
-  check_bias(bias, x, num_outputs);
-  const bool bfloat16 = weight_format(x.scalar_type(), {}) == WeightFormat::kBFloat16;
-  auto sizes = x.sizes().vec();
-  sizes.back() = num_outputs;
-  at::Tensor out = at::empty(sizes, x.options());
-  if (out.numel() == 0) return out;
-  at::Tensor rows = x.dim() == 2 ? x : x.reshape({-1, num_inputs});
-  if (num_inputs > 1 && rows.stride(1) != 1) rows = rows.contiguous();
-  const at::Tensor weights = num_inputs > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
-  const int64_t size = bfloat16 ? 2 : 4;
-  const RowKernel kernel = row_kernel(bfloat16);
-  char* out_bytes = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t num_rows = rows.size(0);
-  const int64_t cost_per_row = std::max<int64_t>(1, num_inputs * num_outputs / kMacsPerByte);
-  const int64_t num_blocks = (num_rows + kDotRowBlock - 1) / kDotRowBlock;
-  std::atomic<int64_t> next{0};
-  team_run(team_workers(num_rows * cost_per_row, num_blocks), [&](int) {
-    for (int64_t i = next.fetch_add(1); i < num_blocks; i = next.fetch_add(1)) {
-      const int64_t begin = i * kDotRowBlock;
-      kernel({byte_pointer(rows) + begin * rows.stride(0) * size, rows.stride(0),
-              std::min(kDotRowBlock, num_rows - begin), byte_pointer(weights), weights.stride(0),
-              num_outputs, num_inputs, bias.has_value() ? byte_pointer(*bias) : nullptr,
-              out_bytes + begin * num_outputs * size, num_outputs});
-    }
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace remora
 
@@ -257,7 +208,6 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
         "Tensor packed_c, Tensor? bias_c, int num_outputs_c) -> (Tensor, Tensor, Tensor)", tags);
   m.def("grouped_linear(Tensor x, Tensor packed, Tensor? bias, Tensor offsets, int num_outputs,"
         " str? quantized=None) -> Tensor", tags);
-  m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(remora, CPU, m) {
@@ -265,5 +215,4 @@ TORCH_LIBRARY_IMPL(remora, CPU, m) {
   m.impl("packed_linear_2", &remora::packed_linear_2);
   m.impl("packed_linear_3", &remora::packed_linear_3);
   m.impl("grouped_linear", &remora::grouped_linear);
-  m.impl("row_linear", &remora::row_linear);
 }

@@ -34,4 +34,14 @@ inline bool fits(const at::Tensor& packed, const PackedShape& shape, int64_t num
          static_cast<int64_t>(packed.nbytes()) == num_slots * shape.packed_nbytes();
 }
 
+inline const char* byte_pointer(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+inline void check_bias(const std::optional<at::Tensor>& bias, const at::Tensor& x, int64_t numel) {
+  if (!bias.has_value()) return;
+  TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
+                  bias->numel() == numel,
+              "bias must be contiguous, ", x.scalar_type(), " and of ", numel, " elements, got ",
+              bias->scalar_type(), " ", bias->sizes());
+}
+
 }  // namespace remora

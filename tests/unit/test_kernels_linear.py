@@ -106,6 +106,19 @@ def test_thread_count_changes_no_bit(dtype: torch.dtype) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@needs_native
+@pytest.mark.parametrize("num_rows", [1, 16, 63, 64, 65, 200])
+@pytest.mark.parametrize("num_outputs,num_inputs", [(5, 2), (33, 70), (64, 1024), (130, 96)])
+def test_on_tiles_an_ordinary_weight_gives_the_bits_of_a_packed_one(
+    num_rows: int, num_outputs: int, num_inputs: int
+) -> None:
+    if not native.native_isa().startswith("amx"):
+        pytest.skip("this machine has no AMX tiles: a subprocess emulates them")
+    weight = random(num_outputs, num_inputs, dtype=torch.bfloat16, seed=1)
+    x = random(num_rows, num_inputs, dtype=torch.bfloat16, seed=2)
+    assert torch.equal(row_linear(x, weight), PackedLinear.pack(weight)(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_inputs", [63, 64, 68])
 def test_a_poisoned_row_stays_alone(path: str, dtype: torch.dtype, num_inputs: int) -> None:
@@ -245,6 +258,14 @@ for dtype in (torch.float32, torch.bfloat16):
             for count in range(1, 40):
                 rows = torch.randperm(67)[:count]
                 assert torch.equal(run(x[rows]), y[rows]), (dtype, num_outputs, count)
+        plain = row_linear(x, weight)
+        bound = reference.linear_error_bound(x, weight, None, dtype)
+        assert ((plain.double() - reference.linear(x, weight, None)).abs() <= bound).all()
+        if {expected!r}.startswith("amx") and dtype == torch.bfloat16 and num_inputs % 2 == 0:
+            assert torch.equal(plain, PackedLinear.pack(weight)(x))
+        for count in (1, 15, 64, 66):
+            rows = torch.randperm(67)[:count]
+            assert torch.equal(row_linear(x[rows], weight), plain[rows]), (dtype, count)
 """
 
 
