@@ -158,9 +158,6 @@ def thread_environment(num_threads: int) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
         "MALLOC_TOP_PAD_": str(16 << 20),
-        # Those limits hold for the main arena alone: a thread's own arena unmaps a run of 64 MiB as
-        # soon as it is empty, in every layer of a long prefill.
-        "MALLOC_ARENA_MAX": "1",
         **{
             name: os.environ[name]
             for name in ("REMORA_NO_KERNELS", "REMORA_CACHE_DIR")

@@ -122,7 +122,7 @@ bool agree(PanelKernel real, PanelKernel emulated, WeightFormat format) {
     narrow(static_cast<float>(i * 29 % 97 - 48) / 11.0f, weights + i);
   }
   for (int64_t i = 0; i < kGroup; ++i) scale[i] = static_cast<float>(i + 1) / 13.0f;
-  for (const int64_t num_rows : {int64_t{1}, int64_t{19}, kMostRows}) {
+  for (const int64_t num_rows : {int64_t{1}, int64_t{19}, int64_t{43}, kMostRows}) {
     std::memset(outs, 0, sizeof outs);
     for (int i = 0; i < 2; ++i) {
       const PackedShape shape{kInputs, kColumns, format};

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 
+#include "expert_order.h"
 #include "panel.h"
 #include "phase.h"
 #include "rows.h"
@@ -40,11 +41,24 @@ UpUnits up_units(const ExpertLayer& layer) {
   return {1, {0, 0}, 1, true, up.num_outputs};
 }
 
-// What one worker has of its own.
+// What one worker has of its own. What a block puts down between its steps is as small as a block and
+// stays in the second cache, so that weights are all that comes from memory.
 struct Worker {
   char* tile;             // columns of `up` before the gate; a row of sums
-  char* rows;             // those of `gathered`, one behind the other; null where nobody wants that
+  char* rows;             // those of `gathered`, one behind the other; none where nobody wants that
+  char* hidden;           // of a whole block
+  char* outs;             // of a whole block
   int64_t gathered = -1;  // first place of a block
+};
+
+// Bytes of each of those.
+struct WorkerSizes {
+  int64_t tile;
+  int64_t rows;
+  int64_t hidden;
+  int64_t outs;
+
+  int64_t sum() const { return tile + rows + hidden + outs; }
 };
 
 struct Run {
@@ -58,19 +72,26 @@ struct Run {
   int64_t num_up_tasks;
   int64_t num_down_tasks;
   PanelKernel kernel;
-  char* hidden;
+  char* hidden;  // of all pairs, where blocks are cut
   char* outputs;
-  char* tiles;  // then gathered rows, of each worker
-  int64_t tile_bytes;
-  int64_t gather_bytes;  // 0 where the kernel takes rows from anywhere
+  char* own;     // what workers have, one behind the other
+  WorkerSizes sizes;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> down_left{0};
 
   int64_t size() const { return layer.up.shape.element_size(); }
 
-  // Elements between gathered rows: a line more than they have, else lines of many rows share a set
-  // of the first cache (widths are powers of two more often than not).
-  int64_t gather_stride() const { return layer.up.shape.num_inputs + kLineBytes / size(); }
+  // Elements between rows of a worker's own: a line more than they have, else lines of many rows
+  // share a set of the first cache (widths are powers of two more often than not).
+  int64_t own_stride(int64_t elements) const { return elements + kLineBytes / size(); }
+  int64_t gather_stride() const { return own_stride(layer.up.shape.num_inputs); }
+  int64_t hidden_stride() const { return own_stride(layer.down.shape.padded_inputs()); }
+  int64_t outs_stride() const { return own_stride(layer.down.shape.num_outputs); }
+
+  // The block's rows between `up` and `down`.
+  char* hidden_rows(const ExpertScratch::Block& block, const Worker& worker) const {
+    return whole_blocks ? worker.hidden : hidden + block.row * hidden_stride() * size();
+  }
 
   // The group's weights, for asking ahead; null behind the last one.
   static const void* start_of(const SlotWeights& weights, int64_t slot, int64_t group) {
@@ -94,7 +115,7 @@ struct Run {
   void up_columns(const ExpertScratch::Block& block, int64_t group, const void* next,
                   Worker& worker, char* out) {
     PanelCall call = layer.up.group_call(block.slot, group);
-    if (gather_bytes != 0) {
+    if (sizes.rows != 0) {
       call.x = gathered_rows(block, worker);
       call.x_stride = gather_stride();
     } else {
@@ -125,29 +146,43 @@ struct Run {
       column = unit * columns;
       width = std::min(columns, down.num_inputs - column);
     }
-    char* target = hidden + (block.row * down.padded_inputs() + column) * size();
-    gate_rows(layer.gate, down.bfloat16(), worker.tile, units.tile_columns, target, down.padded_inputs(),
+    char* target = hidden_rows(block, worker) + column * size();
+    gate_rows(layer.gate, down.bfloat16(), worker.tile, units.tile_columns, target, hidden_stride(),
               block.num_rows, width);
     if (column + width == down.num_inputs && down.padded_inputs() != down.num_inputs) {
       const int64_t padding = (down.padded_inputs() - down.num_inputs) * size();
       for (int64_t row = 0; row < block.num_rows; ++row) {
-        std::memset(target + (row * down.padded_inputs() + width) * size(), 0, padding);
+        std::memset(target + (row * hidden_stride() + width) * size(), 0, padding);
       }
     }
   }
 
-  void down(const ExpertScratch::Block& block, int64_t first, int64_t num_groups) {
+  void down(const ExpertScratch::Block& block, int64_t first, int64_t num_groups, const void* next,
+            const Worker& worker) {
     const PackedShape& shape = layer.down.shape;
     const int64_t end = std::min(first + num_groups, shape.num_groups());
     for (int64_t group = first; group < end; ++group) {
       PanelCall call = layer.down.group_call(block.slot, group);
-      call.x = hidden + block.row * shape.padded_inputs() * size();
-      call.x_stride = shape.padded_inputs();
+      call.x = hidden_rows(block, worker);
+      call.x_stride = hidden_stride();
       call.num_rows = block.num_rows;
-      call.out_rows = scratch.out_rows.data() + block.row;
-      call.out_column = group * kGroup;
-      call.next = start_of(layer.down, block.slot, group + 1);
+      if (whole_blocks) {
+        call.out = worker.outs + group * kGroup * size();
+        call.out_stride = outs_stride();
+      } else {
+        call.out_rows = scratch.out_rows.data() + block.row;
+        call.out_column = group * kGroup;
+      }
+      const void* after = start_of(layer.down, block.slot, group + 1);
+      call.next = after != nullptr ? after : next;
       kernel(call);
+    }
+    if (whole_blocks) {
+      // Row by row: a group's columns of many rows would each wait for a line of their own.
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        std::memcpy(scratch.out_rows[block.row + row], worker.outs + row * outs_stride() * size(),
+                    shape.num_outputs * size());
+      }
     }
     down_left.fetch_sub(1, std::memory_order_release);
   }
@@ -164,12 +199,15 @@ struct Run {
       up(block, unit, last ? start_of(layer.down, block.slot, 0)
                            : start_of(layer.up, block.slot, units.groups[0] + unit + 1), worker);
     }
-    down(block, 0, layer.down.shape.num_groups());
+    const bool is_last = task.block + 1 == static_cast<int32_t>(scratch.blocks.size());
+    const void* next =
+        is_last ? nullptr : start_of(layer.up, scratch.blocks[task.block + 1].slot, units.groups[0]);
+    down(block, 0, layer.down.shape.num_groups(), next, worker);
   }
 
-  void down_task(const ExpertScratch::Task& task) {
+  void down_task(const ExpertScratch::Task& task, const Worker& worker) {
     spin_until([&] { return scratch.left[task.block].load(std::memory_order_acquire) == 0; });
-    down(scratch.blocks[task.block], task.unit * down_groups, down_groups);
+    down(scratch.blocks[task.block], task.unit * down_groups, down_groups, nullptr, worker);
   }
 
   template <class S>
@@ -206,100 +244,24 @@ struct Run {
   }
 
   void work(int number) {
-    Worker worker{tiles + number * (tile_bytes + gather_bytes)};
-    worker.rows = worker.tile + tile_bytes;
+    Worker worker;
+    worker.tile = own + number * sizes.sum();
+    worker.rows = worker.tile + sizes.tile;
+    worker.hidden = worker.rows + sizes.rows;
+    worker.outs = worker.hidden + sizes.hidden;
     const int64_t num_tasks = static_cast<int64_t>(scratch.tasks.size());
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
       const ExpertScratch::Task& task = scratch.tasks[i];
       if (i < num_up_tasks) {
         up_task(task, worker);
       } else if (i < num_up_tasks + num_down_tasks) {
-        down_task(task);
+        down_task(task, worker);
       } else {
         sum(task, worker.tile);
       }
     }
   }
 };
-
-int check(const ExpertLayer& layer, const RemoraExpertCall* calls, int32_t num_calls) {
-  for (int32_t c = 0; c < num_calls; ++c) {
-    const RemoraExpertCall& call = calls[c];
-    if (call.num_rows < 0 || call.num_pairs < 0) return REMORA_EXPERTS_BAD_CALL;
-    for (int64_t p = 0; p < call.num_pairs; ++p) {
-      if (call.pair_row[p] < 0 || call.pair_row[p] >= call.num_rows) return REMORA_EXPERTS_BAD_CALL;
-      const int32_t expert = call.pair_expert[p];
-      if (expert < 0 || expert >= layer.num_experts || layer.slot_of_expert[expert] < 0) {
-        return REMORA_EXPERTS_NOT_HELD;
-      }
-    }
-  }
-  return REMORA_EXPERTS_DONE;
-}
-
-// Pairs of all calls in slot order: blocks, and where each row comes from. Stable.
-void sort_pairs(const ExpertLayer& layer, ExpertScratch& s, const RemoraExpertCall* calls,
-                int32_t num_calls, int64_t num_pairs) {
-  s.next.assign(layer.num_slots + 1, 0);
-  for (int32_t c = 0; c < num_calls; ++c) {
-    for (int64_t p = 0; p < calls[c].num_pairs; ++p) {
-      ++s.next[layer.slot_of_expert[calls[c].pair_expert[p]] + 1];
-    }
-  }
-  s.blocks.clear();
-  for (int64_t slot = 0; slot < layer.num_slots; ++slot) {
-    s.next[slot + 1] += s.next[slot];
-    for (int64_t row = s.next[slot]; row < s.next[slot + 1]; row += kRowBlock) {
-      s.blocks.push_back({slot, row, std::min(kRowBlock, s.next[slot + 1] - row)});
-    }
-  }
-  s.place.resize(num_pairs);
-  s.x_rows.resize(num_pairs);
-  s.out_rows.resize(num_pairs);
-  const int64_t row_bytes = layer.up.shape.num_inputs * layer.up.shape.element_size();
-  int64_t pair = 0;
-  for (int32_t c = 0; c < num_calls; ++c) {
-    const RemoraExpertCall& call = calls[c];
-    for (int64_t p = 0; p < call.num_pairs; ++p, ++pair) {
-      const int64_t place = s.next[layer.slot_of_expert[call.pair_expert[p]]]++;
-      s.place[pair] = place;
-      s.x_rows[place] = static_cast<const char*>(call.rows) + call.pair_row[p] * row_bytes;
-      s.out_rows[place] = call.presummed ? nullptr : static_cast<char*>(call.out) + p * row_bytes;
-    }
-  }
-}
-
-// The terms of each output row of the presummed calls, in pair order.
-void sort_terms(ExpertScratch& s, const RemoraExpertCall* calls, int32_t num_calls) {
-  s.call_start.assign(num_calls, 0);
-  int64_t num_rows = 0;
-  int64_t num_terms = 0;
-  for (int32_t c = 0; c < num_calls; ++c) {
-    s.call_start[c] = num_rows;
-    if (!calls[c].presummed) continue;
-    num_rows += calls[c].num_rows;
-    num_terms += calls[c].num_pairs;
-  }
-  s.term_start.assign(num_rows + 2, 0);  // filled one place late: filling in moves it back
-  s.term_place.resize(num_terms);
-  s.term_weight.resize(num_terms);
-  for (int32_t c = 0; c < num_calls; ++c) {
-    if (!calls[c].presummed) continue;
-    int64_t* count = s.term_start.data() + s.call_start[c] + 2;
-    for (int64_t p = 0; p < calls[c].num_pairs; ++p) ++count[calls[c].pair_row[p]];
-  }
-  for (int64_t row = 1; row < num_rows + 2; ++row) s.term_start[row] += s.term_start[row - 1];
-  int64_t pair = 0;
-  for (int32_t c = 0; c < num_calls; ++c) {
-    int64_t* start = s.term_start.data() + s.call_start[c] + 1;
-    for (int64_t p = 0; p < calls[c].num_pairs; ++p, ++pair) {
-      if (!calls[c].presummed) continue;
-      const int64_t j = start[calls[c].pair_row[p]]++;
-      s.term_place[j] = s.place[pair];
-      s.term_weight[j] = calls[c].pair_weight[p];
-    }
-  }
-}
 
 void add_tasks(Run& run, int32_t num_calls) {
   ExpertScratch& s = run.scratch;
@@ -360,18 +322,22 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   add_tasks(run, num_calls);
   int64_t tallest = 0;
   for (const auto& block : scratch.blocks) tallest = std::max(tallest, block.num_rows);
-  run.tile_bytes = std::max<int64_t>(tallest * run.units.tile_columns * up.element_size(),
-                                     down.num_outputs * static_cast<int64_t>(sizeof(float)));
-  run.tile_bytes = (run.tile_bytes + 127) / 128 * 128;
-  run.gather_bytes = panel_is_tiled(up.format)
-                         ? (tallest * run.gather_stride() * up.element_size() + 127) / 128 * 128
-                         : 0;
-  run.hidden = scratch.hidden.take(num_pairs * down.padded_inputs() * down.element_size());
-  run.tiles = scratch.tiles.take(num_workers * (run.tile_bytes + run.gather_bytes));
+  const auto in_lines = [&](int64_t elements) {
+    return (elements * up.element_size() + 127) / 128 * 128;
+  };
+  const int64_t whole = run.whole_blocks ? tallest : 0;
+  run.sizes.tile = std::max(in_lines(tallest * run.units.tile_columns),
+                            in_lines(down.num_outputs * static_cast<int64_t>(sizeof(float))));
+  run.sizes.rows = panel_is_tiled(up.format) ? in_lines(tallest * run.gather_stride()) : 0;
+  run.sizes.hidden = in_lines(whole * run.hidden_stride());
+  run.sizes.outs = in_lines(whole * run.outs_stride());
+  run.own = scratch.own.take(num_workers * run.sizes.sum());
+  const int64_t cut_pairs = run.whole_blocks ? 0 : num_pairs;
+  run.hidden = scratch.hidden.take(cut_pairs * run.hidden_stride() * down.element_size());
   run.outputs =
       scratch.outputs.take(any_sums ? num_pairs * down.num_outputs * down.element_size() : 0);
   const bool outputs_missing = any_sums && num_pairs > 0 && run.outputs == nullptr;
-  if (run.tiles == nullptr || (num_pairs > 0 && run.hidden == nullptr) || outputs_missing) {
+  if (run.own == nullptr || (cut_pairs > 0 && run.hidden == nullptr) || outputs_missing) {
     return REMORA_EXPERTS_NO_MEMORY;
   }
   const int64_t out_bytes = down.num_outputs * down.element_size();
@@ -387,7 +353,7 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
 int run_experts(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraExpertCall* calls,
                 int32_t num_calls) {
   const PhaseTimer timer(Phase::kExperts);
-  const int verdict = check(layer, calls, num_calls);
+  const int verdict = check_calls(layer, calls, num_calls);
   if (verdict != REMORA_EXPERTS_DONE) return verdict;
   try {
     return run_checked(layer, scratch, calls, num_calls);

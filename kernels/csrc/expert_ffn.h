@@ -61,7 +61,7 @@ struct ExpertScratch {
   std::vector<int64_t> call_start;     // first row of each call in term_start
   Buffer hidden;                       // [N, padded I]
   Buffer outputs;                      // [N, D], where they are summed afterwards
-  Buffer tiles;                        // see Worker in expert_ffn.cpp
+  Buffer own;                        // see Worker in expert_ffn.cpp
 };
 
 // What RemoraExpertsFn does, of one layer.
