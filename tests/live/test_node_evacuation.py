@@ -21,6 +21,7 @@ from remora.cluster.bootstrap import (
 )
 from remora.cluster.config import RemoraConfig
 from remora.cluster.node_watch import RayNodes
+from remora.cluster.operation import ScaleTo
 
 pytestmark = pytest.mark.long
 
@@ -93,6 +94,55 @@ async def drained(
         assert status["health"]["nodes"]["refused"] == {}
         assert status["operations"]["lost"] == []
     assert streams.failed == [] and streams.num_different == 0 and streams.num_done > 0
+
+
+def test_a_replacement_that_waits_for_room_gives_way(hosts: Cluster, tmp_path: Path) -> None:
+    with benchmarks_on_path():
+        live: Any = program("live_streams")
+        asks = {"num_cpus": 0.2, "resources": {"shard": 1}}
+        config = live.deployment(NAME, experts=asks, elastic={"log_dir": str(tmp_path)})
+        dense = config.dense.model_copy(update={"resources": {"group": 1}})
+        config = config.model_copy(update={"dense": dense})
+        nodes: list[Any] = []
+
+        def add_nodes(loading: dict[str, Any]) -> None:
+            if loading and not nodes:
+                for room in ({"shard": 1, "group": 1}, {"shard": 1}):
+                    nodes.append(hosts.add_node(num_cpus=2, resources=room))
+
+        handle = ensure_cluster(config, add_nodes)
+        try:
+            asyncio.run(given_way(live, handle, hosts, nodes[1].node_id))
+        finally:
+            stop_cluster(NAME)
+
+
+async def given_way(live: Any, handle: ClusterHandle, hosts: Cluster, node: str) -> None:
+    """A shard's node goes; the next one comes only after somebody has asked for something."""
+    [uid] = [member.uid for member in handle.view().members if member.endpoint.host == node]
+    deadline_s = time.time() + DEADLINE_S
+    await asyncio.to_thread(RayNodes().drain, node, "a test takes it back", deadline_s)
+    evacuated = await live.over(handle, f"evacuate-{uid}.1:1")
+    assert (evacuated["outcome"], evacuated["joiners"]) == ("done", {}), evacuated["reason"]
+    await live.until(lambda: waits(f"replace-{uid}.1:1"))
+    await live.operate(handle, "mine", ScaleTo(dense_groups=1))
+    replaced = await live.over(handle, f"replace-{uid}.1:1")
+    assert (replaced["outcome"], replaced["reason"]) == ("failed", "it gives way to 'mine'")
+    await live.until(lambda: waits(f"replace-{uid}.1:1:2"))
+    added = hosts.add_node(num_cpus=2, resources={"shard": 1})  # in no other thread
+    again = await live.over(handle, f"replace-{uid}.1:1:2")
+    assert again["outcome"] == "done", again["reason"]
+    shards = [member for member in handle.view().members if member.role == "shard"]
+    assert len(shards) == 2 and added.node_id in {member.endpoint.host for member in shards}
+
+
+async def waits(operation_id: str) -> bool:
+    status = await asyncio.to_thread(cluster_status, NAME)
+    running = status["operations"]["running"]
+    return running is not None and (running["operation_id"], running["step"]) == (
+        operation_id,
+        "prepare",
+    )
 
 
 async def is_gone(node_id: str) -> bool:
