@@ -64,10 +64,10 @@ class CopyGiver:
         layout, memory = found
         if layout != part.layout:
             raise CopyRefusedError(f"held as {layout}, not as {part.layout}")
-        found = pieces(memory, part.offset, part.size_bytes)
-        if sum(map(len, found)) != part.size_bytes:
+        asked = pieces(memory, part.offset, part.size_bytes)
+        if sum(map(len, asked)) != part.size_bytes:
             raise CopyRefusedError(f"{part} is beyond what is held")
-        return found
+        return asked
 
 
 class CopyTaker:
