@@ -109,7 +109,13 @@ def test_an_operation_from_begin_to_end(operations: HeldOperations) -> None:
         begun = await client.post("/v1/ep/scale", json=body)
         assert begun.status_code == 202, begun.text
         assert begun.headers["location"] == "/v1/ep/operations/up"
-        target = {"type": "scale", "shards": 3, "retire": [], "dense_groups": None}
+        target = {
+            "type": "scale",
+            "shards": 3,
+            "retire": [],
+            "dense_groups": None,
+            "gives_way": False,
+        }
         assert begun.json()["target"] == target
         again = await client.post("/v1/ep/scale", json=body)
         assert (again.status_code, again.json()["outcome"]) == (202, "running")
