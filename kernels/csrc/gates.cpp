@@ -98,33 +98,8 @@ REMORA_CLONES void write(const float* values, uint16_t* target, int64_t count) {
 
 constexpr void (*kActivations[])(float*, float, int64_t) = {silu, gelu, gelu_tanh, relu, relu2};
 
-// What most models have, gates and ups in a row and silu without limits, in one loop: the same
-// operations in the same order as through the pieces, hence the same bits.
-template <class S>
-inline void silu_gate_body(const Gate& gate, const S* __restrict row, S* __restrict out, int64_t width) {
-  const float alpha = gate.alpha;
-  const float shift = gate.up_shift;
-  const S* ups = row + width;
-  for (int64_t i = 0; i < width; ++i) {
-    const float g = widen(row[i]);
-    narrow(g / (1.0f + exponential(-(alpha * g))) * (widen(ups[i]) + shift), out + i);
-  }
-}
-REMORA_CLONES void silu_gate(const Gate& gate, const float* row, float* out, int64_t width) {
-  silu_gate_body(gate, row, out, width);
-}
-REMORA_CLONES void silu_gate(const Gate& gate, const uint16_t* row, uint16_t* out, int64_t width) {
-  silu_gate_body(gate, row, out, width);
-}
-
-bool is_plain_silu(const Gate& gate) {
-  return gate.activation == Activation::kSilu && gate.layout == GateLayout::kConcatenated &&
-         !std::isfinite(gate.gate_max) && !std::isfinite(gate.act_max) && !std::isfinite(gate.up_max);
-}
-
 template <class S>
 void gate_row(const Gate& gate, const S* row, S* out, int64_t width) {
-  if (is_plain_silu(gate)) return silu_gate(gate, row, out, width);
   const bool interleaved = gate.layout == GateLayout::kInterleaved;
   const int64_t step = interleaved ? 2 : 1;
   const S* ups = row + (interleaved ? 1 : width);

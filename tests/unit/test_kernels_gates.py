@@ -57,13 +57,13 @@ def test_where_a_row_or_an_element_stands_does_not_matter(path: str, gate: Gate)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", [SILU, Gate(alpha=1.702, up_shift=1.0)], ids=str)
-def test_plain_silu_has_the_bits_of_its_general_way(
+def test_how_gates_and_ups_lie_changes_no_bit(
     path: str, gate: Gate, dtype: torch.dtype
 ) -> None:
     up = random_rows(gate, 300, dtype)
     in_turn = torch.stack(up.chunk(2, dim=1), dim=2).flatten(1)
-    general = dataclasses.replace(gate, layout="interleaved")
-    assert torch.equal(gate.apply(up), general.apply(in_turn))
+    other = dataclasses.replace(gate, layout="interleaved")
+    assert torch.equal(gate.apply(up), other.apply(in_turn))
 
 
 def test_long_rows_go_through_in_pieces(path: str) -> None:
