@@ -59,9 +59,9 @@ struct ExpertScratch {
   std::vector<int64_t> term_place;
   std::vector<float> term_weight;
   std::vector<int64_t> call_start;     // first row of each call in term_start
-  Buffer hidden;                       // [N, padded I]
+  Buffer hidden;                       // [N, padded I and a line], where blocks are cut
   Buffer outputs;                      // [N, D], where they are summed afterwards
-  Buffer own;                        // see Worker in expert_ffn.cpp
+  Buffer own;                          // see Worker in expert_ffn.cpp
 };
 
 // What RemoraExpertsFn does, of one layer.

@@ -57,9 +57,7 @@ def test_where_a_row_or_an_element_stands_does_not_matter(path: str, gate: Gate)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", [SILU, Gate(alpha=1.702, up_shift=1.0)], ids=str)
-def test_how_gates_and_ups_lie_changes_no_bit(
-    path: str, gate: Gate, dtype: torch.dtype
-) -> None:
+def test_how_gates_and_ups_lie_changes_no_bit(path: str, gate: Gate, dtype: torch.dtype) -> None:
     up = random_rows(gate, 300, dtype)
     in_turn = torch.stack(up.chunk(2, dim=1), dim=2).flatten(1)
     other = dataclasses.replace(gate, layout="interleaved")
