@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from typing import Any
 
 from remora.actors.actor_thread import ActorThread
-from remora.actors.collector import objects_that_stay
 from remora.actors.dense_engine import DenseEngine
 from remora.actors.dense_errands import Errands
 from remora.actors.dense_launch import DenseLaunch, Wish
@@ -24,6 +23,7 @@ from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, advertised_ip, host_label, member_of, take_threads
 from remora.actors.load_sharing import LoadSharing
+from remora.actors.model_spec import ModelSpec
 from remora.actors.nccl_node import NcclNode
 from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
@@ -55,8 +55,10 @@ logger = logging.getLogger(__name__)
 class DenseActor:
     """One dense rank. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
 
-    def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
-        self._launch = launch
+    def __init__(
+        self, launch: DenseLaunch, hardware: Hardware | None = None, spec: ModelSpec | None = None
+    ) -> None:
+        self._launch, self._spec = launch, spec
         self._given = hardware
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
@@ -76,10 +78,9 @@ class DenseActor:
         self._errands: Errands | None = None
         self._tap: RoutingTap | None = None
         self._meter: TrafficMeter | None = None
-        self._whole = ""
         self._shuffle: TokenShuffle | None = None  # of the ranks, where there are several
         self._views: ViewInbox | None = None
-        self._stopping = False
+        self._whole, self._stopping = "", False
         self._dtype = launch.dtype  # resolved once the checkpoint has been looked at
         self._thread = ActorThread(f"remora-{launch.uid}", self._prepare)
 
@@ -95,8 +96,7 @@ class DenseActor:
             WeightsError, UnsupportedModelError, ConfigError: as loading found them.
             OSError: the address cannot be bound.
         """
-        with objects_that_stay():
-            self._thread.start()
+        self._thread.start()
         assert self._server and self._state and self._engine and self._rank
         top_k = self._rank.model.spec.top_k
         loads = LoadSharing(self._engine, lambda: self._dispatcher, top_k, self._leader)
@@ -228,7 +228,7 @@ class DenseActor:
         launch = self._launch
         take_threads(launch.num_threads)
         self._hardware = self._given or Hardware.of(launch.device)
-        spec, dtype = look_at(launch)
+        spec, dtype = look_at(launch, self._spec)
         self._dtype = str(dtype).removeprefix("torch.")
         self._leader = self._lead()
         form = self._leader.settle_form(launch, spec, dtype) if self._leader else "none"

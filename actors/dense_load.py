@@ -16,16 +16,16 @@ from remora.actors.weights import Progress
 T = TypeVar("T")
 
 
-def look_at(launch: DenseLaunch) -> tuple[ModelSpec, torch.dtype]:
-    """The checkpoint's model, and the dtype that it is served in.
+def look_at(launch: DenseLaunch, spec: ModelSpec | None) -> tuple[ModelSpec, torch.dtype]:
+    """The checkpoint's model (`spec`, if it is known), and the dtype that it is served in.
 
     Raises:
         UnsupportedModelError, WeightsError: as `inspect_model`.
     """
 
     def look() -> tuple[ModelSpec, torch.dtype]:
-        spec = inspect_model(launch.model)
-        return spec, resolve_dtype(spec, launch.dtype)
+        found = spec or inspect_model(launch.model)
+        return found, resolve_dtype(found, launch.dtype)
 
     return _in_time(launch, look)
 

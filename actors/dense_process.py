@@ -71,4 +71,4 @@ class DenseProcess(LightProcess["DenseActor", DenseLaunch]):
     def _make(self, launch: DenseLaunch) -> "DenseActor":
         from remora.actors.dense_actor import DenseActor
 
-        return DenseActor(launch)
+        return DenseActor(launch, spec=self._spec)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import torch
 
 from remora.actors.actor_thread import ActorThread
@@ -26,11 +25,11 @@ from remora.actors.launch import (
     member_of,
     take_threads,
 )
-from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.nccl_expert import NcclShard
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_build import build_shard
+from remora.actors.shard_facts import ShardFacts
 from remora.actors.shard_model import ShardExperts
 from remora.actors.shard_slots import ShardSlots
 from remora.actors.thread_policy import let_senders_finish, run_idle
@@ -40,21 +39,11 @@ from remora.comm.errors import ClusterError, FrameError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
-from remora.comm.view import Endpoint, Member
+from remora.comm.view import Member
 from remora.kernels.fingerprint import kernel_fingerprint
 from remora.kernels.native import start_team
 
 logger = logging.getLogger(__name__)
-
-
-class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A shard that can serve, for the coordinator."""
-
-    member: Member
-    manifest: Manifest
-    room: dict[int, int]  # decoder layer -> slots, of every MoE layer
-    slot_bytes: int = 0  # one slot of every MoE layer
-    copies: Endpoint | None = None  # where others copy its experts; None: they cannot
 
 
 class ExpertActor:

@@ -6,10 +6,13 @@ this module nor those of the actor classes import either: Ray's threads, which r
 normal priority, and one of them starts the thread that serves: an unprivileged thread that has left
 normal priority cannot go back.
 
-A *standby* has done all that in advance, for a member that is not known yet.
+A *standby* has done all that in advance, for a member that is not known yet. So have the first
+members of a deployment, at normal priority: while the coordinator still looks at the model.
 """
 
 import threading
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from remora.actors.collector import objects_that_stay
@@ -65,18 +68,27 @@ class LightProcess(Generic[A, L]):
     def __init__(self, launch: L | None = None) -> None:
         self._launch = launch
         self._lock = threading.Lock()
+        self._importing = threading.Lock()
         self._spec: ModelSpec | None = None
         self._actor: A | None = None
         self._begun = threading.Event()  # there is an actor, or there will be none
 
-    def warm_up(self, model: str) -> None:
+    def warm_up(self, model: str, *, idle: bool = True) -> "ModelSpec":
         """Import what a member with this checkpoint needs, and look at its model; load nothing.
+
+        Args:
+            idle: in time that nobody else wants: others serve beside it.
+
+        Returns:
+            What it saw, but for `config`: who only places it is spared the import of transformers.
 
         Raises:
             UnsupportedModelError, WeightsError: as `inspect_model`.
         """
-        with objects_that_stay():
-            self._spec = run_idle("remora-warm-up", lambda: self._look_at(model))
+        with objects_that_stay(), self._importing:
+            look = partial(self._look_at, model)
+            spec = self._spec = run_idle("remora-warm-up", look) if idle else look()
+        return replace(spec, config=None)
 
     def progress(self) -> Progress:
         """As the actor's; also while it is imported."""
@@ -121,8 +133,11 @@ class LightProcess(Generic[A, L]):
         """The actor, made if there is none. `launch`: what a standby is to be."""
         launch = launch or self._launch
         assert launch is not None, "a standby is told what to be"
-        if launch.load_idle:
-            run_idle("remora-imports", self._import)
+        with self._importing:  # two threads at once would find each other's modules half made
+            if launch.load_idle:
+                run_idle("remora-imports", self._import)
+            else:
+                self._import()
         with self._lock:
             if self._actor is None:
                 self._actor = self._make(launch)

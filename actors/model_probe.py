@@ -78,6 +78,7 @@ class Watch:
     layers: dict[int, SeenLayer] = field(default_factory=dict)
     linears: set[str] = field(default_factory=set)  # nn.Linear modules that were called
     rules: list[tuple[Tensor, Callable[..., Any]]] = field(default_factory=list)  # mask, its rule
+    windows: dict[int, int | None] = field(default_factory=dict)  # by index of the rule
 
     def refuse(self, reason: str) -> UnsupportedModelError:
         """The error to raise."""
@@ -147,9 +148,11 @@ class Watch:
         return torch.empty_like(hidden)
 
     def _window(self, mask: Tensor | None) -> int | None:
-        for known, rule in self.rules:
+        for index, (known, rule) in enumerate(self.rules):
             if known is mask:
-                return self._window_of(rule)
+                if index not in self.windows:  # layers share their masks
+                    self.windows[index] = self._window_of(rule)
+                return self.windows[index]
         raise self.refuse(
             "a mask of its own making reaches attention (sparse attention?); causal and "
             "sliding-window attention are served"

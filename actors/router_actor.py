@@ -13,8 +13,7 @@ import msgspec
 import ray
 
 from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name
-from remora.actors.router_service import RouterServer
-from remora.actors.router_statistics import PlacementCost, PlanOutcome, RouterStatistics
+from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.comm.errors import ClusterError
 from remora.comm.view import Placement, View
 
@@ -43,6 +42,10 @@ class RouterActor:
     """
 
     def __init__(self, launch: RouterLaunch) -> None:
+        # numba and scipy come with them, a second that whoever creates the actor is spared
+        from remora.actors.router_service import RouterServer
+        from remora.actors.router_statistics import RouterStatistics
+
         self._launch = launch
         path = launch.state_dir / "history.msgpack" if launch.state_dir else None
         self._statistics = RouterStatistics(slots=launch.slots, path=path)

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 
 import remora.comm.router_pb2 as router_pb2
+from remora.actors.plan_outcome import PlanOutcome
 from remora.actors.router_loads import LoadExchange
 from remora.actors.router_state import (
     Choice,
@@ -25,7 +26,7 @@ from remora.actors.router_state import (
     RouterState,
     ViewAdopted,
 )
-from remora.actors.router_statistics import PlanOutcome, RouterStatistics
+from remora.actors.router_statistics import RouterStatistics
 from remora.comm.errors import ClusterError
 from remora.comm.grpc_server import START_S, GrpcServer, bounded
 from remora.comm.router_grpc import (

@@ -6,12 +6,12 @@ Histories are saved every `SAVE_EVERY_TOKENS` tokens and when the router stops (
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from remora.actors.plan_outcome import LayerOutcome, PlacementCost, PlanOutcome
 from remora.actors.router_state import HomesLearned
 from remora.comm.bundles import LayerBundles
 from remora.comm.errors import ClusterError, FrameError
@@ -35,45 +35,6 @@ TOKEN_BYTES_MAX: Final = 32 << 20  # of counts by token id
 TOKEN_IDS_MAX: Final = 1 << 18  # ids beyond share rows
 TOKENS_KEPT_MAX: Final = 400_000.0  # samples with ids; then all counts are halved
 FRESH: Final = HistoryLimits(bytes_max=8 << 20)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerOutcome:
-    """One layer of a plan."""
-
-    layer: int  # decoder layer
-    copies_before: float  # rows to remote hosts, per token
-    copies_after: float
-    load_before: float  # largest over mean load of a shard
-    load_after: float
-    moved: int  # copies that some shard must fetch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOutcome:
-    """A plan against the placement in force; costs on what was reported."""
-
-    placement: Placement
-    tokens: float  # weight of the statistics
-    layers: tuple[LayerOutcome, ...]
-
-    def mean(self, name: str) -> float:
-        """Mean over the layers of one field of `LayerOutcome`."""
-        return float(np.mean([getattr(layer, name) for layer in self.layers]))
-
-    @property
-    def moved_experts(self) -> int:
-        """Copies that some shard must fetch, over all layers."""
-        return sum(layer.moved for layer in self.layers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementCost:
-    """What one placement costs on what was reported."""
-
-    tokens: float
-    copies: float
-    load: float
 
 
 def topology_of(view: View, slots: int | None) -> Topology:

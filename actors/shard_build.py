@@ -5,15 +5,16 @@ Legend as in `shard_model.py`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from remora.actors import model_build
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.expert_gate import find_gate
 from remora.actors.expert_reader import ExpertReader
-from remora.actors.expert_state import ExpertState
+from remora.actors.expert_state import ExpertDigest, ExpertState
 from remora.actors.manifest import digest_expert
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_model import ExpertLayer, ShardExperts
@@ -21,6 +22,10 @@ from remora.actors.weights import Progress, WeightPlan
 from remora.comm.errors import WeightsError
 from remora.kernels.device import CPU, home_of, make_experts
 from remora.kernels.experts_dtype import ExpertsDtype
+
+if TYPE_CHECKING:
+    from remora.kernels.experts import PackedExperts
+    from remora.kernels.gpu_experts import GpuExperts
 
 
 def build_shard(
@@ -88,14 +93,7 @@ def build_shard(
             layers[index] = held
             for slot, expert in enumerate(experts_by_layer[index]):
                 tensors = reader.read(index, expert)
-                try:
-                    held.packed.load_slot(slot, tensors)
-                except ValueError as wrong:  # what the quantised form cannot hold
-                    raise WeightsError(f"layer {index} expert {expert}: {wrong}") from None
-                digest = digest_expert(index, expert, held.packed.export_slot(slot))
-                # what is quantised is known by what a slot holds alone; else it is what was read
-                is_plain = experts_dtype == "auto"
-                read = digest_expert(index, expert, tensors) if is_plain else digest
+                digest, read = _fill(held.packed, slot, index, expert, tensors, experts_dtype)
                 if not state.settle(slot, digest, read.digest):
                     raise WeightsError(
                         f"layer {index} expert {expert}: slot {slot} holds {digest.digest} after"
@@ -106,6 +104,32 @@ def build_shard(
     return ShardExperts(
         spec, reader, layers, state, dtype=dtype, exact=exact, experts_dtype=experts_dtype
     )
+
+
+def _fill(
+    packed: "PackedExperts | GpuExperts",
+    slot: int,
+    layer: int,
+    expert: int,
+    tensors: Mapping[str, Tensor],
+    experts_dtype: ExpertsDtype,
+) -> tuple[ExpertDigest, ExpertDigest]:
+    """Write an expert into a slot: digests of what the slot holds now, and of what it was to hold.
+
+    Raises:
+        WeightsError: it cannot be held in the quantised form.
+    """
+    try:
+        packed.load_slot(slot, tensors)
+    except ValueError as wrong:
+        raise WeightsError(f"layer {layer} expert {expert}: {wrong}") from None
+    if experts_dtype != "auto":
+        held = digest_expert(layer, expert, packed.export_slot(slot))
+        return held, held  # what is quantised is known by what a slot holds alone
+    read = digest_expert(layer, expert, tensors)
+    if packed.holds(slot, tensors):  # sooner found than a second digest
+        return read, read
+    return digest_expert(layer, expert, packed.export_slot(slot)), read
 
 
 class _Counter:

@@ -9,7 +9,8 @@ from remora.actors.launch import CopyOrder, ShardLaunch, host_label
 from remora.actors.light_process import LightProcess
 
 if TYPE_CHECKING:
-    from remora.actors.expert_actor import ExpertActor, ShardFacts
+    from remora.actors.expert_actor import ExpertActor
+    from remora.actors.shard_facts import ShardFacts
     from remora.comm.view import Member
 
 Pair = tuple[int, int]  # decoder layer, logical expert

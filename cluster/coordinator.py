@@ -18,11 +18,10 @@ from typing import Any, Final, Literal
 
 import ray
 
-from remora.actors.expert_actor import ShardFacts
-from remora.actors.launch import Progress, actor_name, router_name
+from remora.actors.launch import Progress, router_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec, inspect_model
-from remora.actors.shard_process import ShardProcess
+from remora.actors.shard_facts import ShardFacts
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
@@ -34,18 +33,20 @@ from remora.cluster.dense_groups import (
     start_ranks,
 )
 from remora.cluster.elastic import Elastic, log_folder
+from remora.cluster.first_processes import begin_processes
 from remora.cluster.launch import (
     FIRST_INCARNATION,
     copies_of,
+    first_groups,
     placement_of,
     shard_launch,
-    shard_options,
 )
 from remora.cluster.member_tasks import find_actor
 from remora.cluster.members import (
     LateError,
     all_answers,
     asked_of_ray,
+    first_answer,
     progress_of,
     status_of,
     stop_members,
@@ -265,27 +266,15 @@ class Coordinator:
         wal.append(STARTING)
         self._elastic = self._new_elastic(wal)
         self._beside.listen()  # a port that is taken is found before anything loads
-        spec = inspect_model(config.model)
-        placement = placement_of(config, spec)
+        looks = begin_processes(config, self._created)
         if config.router.enabled:
             router = start_router(config, self._token)
             with self._lock:
                 self._router = router
-        shard_uids, num_copies = tuple(placement.slots), copies_of(config, spec)
-        dense_uids = tuple(f"dense-{i}" for i in range(config.dense.groups))
-        for uid in shard_uids:
-            launch = shard_launch(config, uid, placement, self._token, num_copies=num_copies)
-            options = shard_options(config)
-            name = actor_name(config.name, uid, launch.incarnation)
-            handle: Any = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
-            self._created(uid, handle, options)
-        ranks: list[RankPlan] = []
-        for uid in dense_uids:
-            ranks += rank_plans(config, uid, spec, self._token, incarnation=FIRST_INCARNATION)
-        for plan in ranks:
-            self._created(plan.uid, create_rank(config, plan), plan.options)
         try:
-            view = self._connect(shard_uids, ranks, spec, placement, until_s)
+            spec: ModelSpec = first_answer(looks, until_s)
+            placement, ranks = placement_of(config, spec), self._plan_ranks(spec)
+            view = self._connect(ranks, spec, placement, until_s)
         except LateError as late:
             missing = {uid: self._handles[uid] for uid in late.uids}
             raise ClusterError(
@@ -295,19 +284,34 @@ class Coordinator:
         self._beside.serve(spec, view, self._router)
         return view
 
+    def _plan_ranks(self, spec: ModelSpec) -> list[RankPlan]:
+        """Of all dense groups; those that are not begun yet are created."""
+        config = self._config
+        ranks: list[RankPlan] = []
+        for uid in first_groups(config):
+            ranks += rank_plans(config, uid, spec, self._token, incarnation=FIRST_INCARNATION)
+        for plan in ranks:
+            if config.dense.tensor_parallel > 1:
+                self._created(plan.uid, create_rank(config, plan), plan.options)
+        return ranks
+
     def _connect(
         self,
-        shard_uids: tuple[str, ...],
         ranks: list[RankPlan],
         spec: ModelSpec,
         placement: Placement,
         until_s: float,
     ) -> View:
         """Have every actor load, check what the shards hold, and tell the dense ranks."""
-        handles = self._handles
-        pending = {uid: handles[uid].join.remote() for uid in shard_uids}
+        config, handles, num_copies = self._config, self._handles, copies_of(self._config, spec)
+        pending = {
+            uid: handles[uid].join.remote(
+                shard_launch(config, uid, placement, self._token, num_copies=num_copies)
+            )
+            for uid in placement.slots
+        }
         started = all_answers(pending | start_ranks(handles, ranks), until_s)
-        facts: dict[str, ShardFacts] = {uid: started[uid] for uid in shard_uids}
+        facts: dict[str, ShardFacts] = {uid: started[uid] for uid in placement.slots}
         members = [facts[u].member if u in facts else m for u, m in started.items() if m]
         manifest = functools.reduce(Manifest.merge, (f.manifest for f in facts.values()))
         with self._lock:

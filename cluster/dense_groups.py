@@ -17,7 +17,6 @@ from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_process import DenseProcess
 from remora.actors.launch import actor_name
 from remora.actors.model_spec import ModelSpec
-from remora.actors.tp_actor import RankActor
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import dense_launch, dense_options
 
@@ -30,7 +29,6 @@ class RankPlan:
 
     uid: str
     group: str  # uid of its rank 0
-    actor_class: type[DenseProcess] | type[RankActor]
     launch: DenseLaunch
     options: dict[str, Any]
 
@@ -71,7 +69,6 @@ def rank_plans(
         RankPlan(
             uid=name,
             group=uid,
-            actor_class=RankActor if rank else DenseProcess,
             launch=launches[rank],
             options=options[rank],
         )
@@ -94,7 +91,12 @@ def rank_uids(config: RemoraConfig, uid: str) -> list[str]:
 def create_rank(config: RemoraConfig, plan: RankPlan) -> Any:
     """The actor of one rank, which does nothing yet."""
     name = actor_name(config.name, plan.uid, plan.launch.incarnation)
-    return ray.remote(plan.actor_class).options(name=name, **plan.options).remote(plan.launch)
+    kind: Any = DenseProcess
+    if plan.launch.rank:
+        from remora.actors.tp_actor import RankActor  # with it comes torch's compiler
+
+        kind = RankActor
+    return ray.remote(kind).options(name=name, **plan.options).remote(plan.launch)
 
 
 def _placement_group_name(config: RemoraConfig, uid: str, incarnation: int) -> str:
@@ -105,15 +107,12 @@ def _placement_group_name(config: RemoraConfig, uid: str, incarnation: int) -> s
 def start_ranks(handles: dict[str, Any], plans: list[RankPlan]) -> dict[str, Any]:
     """Have ranks load and meet; what `start` of each will give, by uid."""
     endpoints = {
-        plan.group: handles[plan.group].listen.remote()
-        for plan in plans
-        if plan.actor_class is RankActor
+        plan.group: handles[plan.group].listen.remote() for plan in plans if plan.launch.rank
     }
     pending = {}
     for plan in plans:
         start = handles[plan.uid].start
-        is_first = plan.actor_class is DenseProcess
-        told = plan.launch if is_first else endpoints[plan.group]
+        told = endpoints[plan.group] if plan.launch.rank else plan.launch
         pending[plan.uid] = start.remote(told)
     return pending
 

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import ray
 
-from remora.actors.expert_actor import ShardFacts
 from remora.actors.health_state import HealthState, Life
 from remora.actors.launch import actor_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec
+from remora.actors.shard_facts import ShardFacts
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered

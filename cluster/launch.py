@@ -62,6 +62,16 @@ def _threads(config: RemoraConfig, section: str, asked: int | None, processes: i
     return asked
 
 
+def first_shards(config: RemoraConfig) -> tuple[str, ...]:
+    """Uids of the shards that a deployment starts with."""
+    return tuple(f"shard-{index}" for index in range(config.experts.shards))
+
+
+def first_groups(config: RemoraConfig) -> tuple[str, ...]:
+    """Uids of the dense groups that a deployment starts with."""
+    return tuple(f"dense-{index}" for index in range(config.dense.groups))
+
+
 def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
     """Which shard holds what: equal contiguous runs, or what a placement file says.
 
@@ -78,7 +88,7 @@ def placement_of(config: RemoraConfig, spec: ModelSpec) -> Placement:
             f" served in {str(dtype).removeprefix('torch.')} (set dtype: bfloat16)"
         )
     experts = config.experts
-    uids = tuple(f"shard-{index}" for index in range(experts.shards))
+    uids = first_shards(config)
     if isinstance(experts.placement, Path):
         return _placement_in(experts.placement, uids, experts.slots, spec)
     if experts.placement == "latest":

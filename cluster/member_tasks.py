@@ -11,10 +11,10 @@ from typing import Any, Final
 import msgspec
 import ray
 
-from remora.actors.expert_actor import ShardFacts
 from remora.actors.health_state import Beat, Life
 from remora.actors.launch import RAY_NAMESPACE, CopyOrder, ReplicaSource, actor_name
 from remora.actors.model_spec import ModelSpec
+from remora.actors.shard_facts import ShardFacts
 from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_calls import ROUTER

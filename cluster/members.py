@@ -52,6 +52,19 @@ def all_answers(pending: Mapping[str, Any], until_s: float) -> dict[str, Any]:
     return {uid: found[uid] for uid in pending}
 
 
+def first_answer(pending: Mapping[str, Any], until_s: float) -> Any:
+    """The answer of the call (by uid) that is first to have one.
+
+    Raises:
+        as `all_answers`.
+    """
+    done, _ = ray.wait(list(pending.values()), timeout=max(0.0, until_s - time.monotonic()))
+    if not done:
+        raise LateError(list(pending))
+    [uid] = [uid for uid, reference in pending.items() if reference == done[0]]
+    return _answer(uid, done[0])
+
+
 def status_of(handles: Mapping[str, Any], *, starting: bool) -> dict[str, dict[str, Any]]:
     """What every member says of itself, or what keeps it from that; plain data.
 

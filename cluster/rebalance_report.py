@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from remora.actors.router_statistics import LayerOutcome, PlanOutcome
+from remora.actors.plan_outcome import LayerOutcome, PlanOutcome
 from remora.autoscale.rebalance import LayerChange, Proposal, RebalancePolicy, propose
 from remora.cluster.operation_command import operation_text
 from remora.comm.view import Placement

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from remora.actors.router_statistics import PlacementCost, PlanOutcome
+from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.operation_plan import same_slots

@@ -7,8 +7,8 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE, router_name
 from remora.actors.model_spec import ModelSpec, resolve_dtype
+from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.actors.router_actor import RouterActor, RouterLaunch
-from remora.actors.router_statistics import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.config import RemoraConfig
 from remora.cluster.members import answers_within

@@ -17,13 +17,14 @@ from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.linear import (
     DTYPES,
     pack_into,
+    packed_equals,
     packed_numel,
     torch_linear,
     unpack,
 )
 from remora.kernels.memory import huge_zeros
 from remora.kernels.quantization import held_as, quantization_of
-from remora.kernels.slots import ExpertSlots, expert_shapes
+from remora.kernels.slots import ExpertSlots, expert_shapes, same_bits
 
 
 class GroupedWeights:
@@ -78,6 +79,18 @@ class GroupedWeights:
             self.packed[slot].copy_(weight_OK)
         if self.bias_SO is not None and bias_O is not None:
             self.bias_SO[slot].copy_(bias_O)
+
+    def holds(self, slot: int, weight_OK: Tensor, bias_O: Tensor | None) -> bool:
+        """Whether a slot holds these, bit for bit; not asked of quantised ones."""
+        assert self.quantization is None, "quantised weights are not those that were read"
+        held = self.packed[slot]
+        if self.is_native:
+            is_held = packed_equals(held, weight_OK)
+        else:
+            is_held = same_bits(held, weight_OK)
+        if self.bias_SO is None or bias_O is None:
+            return is_held
+        return is_held and same_bits(self.bias_SO[slot], bias_O)
 
     def weight(self, slot: int) -> tuple[Tensor, Tensor | None]:
         """The weight [O, K] of a slot, bit for bit (a new tensor); int8 and scales if quantised."""
@@ -222,6 +235,20 @@ class PackedExperts(ExpertSlots):
                 tensors.get(f"{name}_scale"),
             )
         self._loaded.add(slot)
+
+    def holds(self, slot: int, tensors: Mapping[str, Tensor]) -> bool:
+        """As `ExpertSlots.holds`, without a copy."""
+        if self.experts_dtype != "auto":
+            return super().holds(slot, tensors)
+        self.check_loaded(slot)
+        return all(
+            projection.holds(
+                slot,
+                tensors[name].t() if self.is_transposed else tensors[name],
+                tensors.get(f"{name}_bias"),
+            )
+            for name, projection in self._projections.items()
+        )
 
     def slot_layout(self) -> str:
         """Packed alike (`linear.packed_numel`) by whatever instruction set computes; a process

@@ -7,7 +7,7 @@ then works on zero-padded tiles of exactly `ROW_TILE` rows, because BLAS results
 count.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -73,39 +73,20 @@ def packed_numel(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> int:
     return -(-num_outputs // PANEL) * PANEL * num_steps * _SCALARS_PER_STEP[dtype]
 
 
-def _groups(packed: Tensor, num_outputs: int) -> Iterator[tuple[int, Tensor]]:
-    """(first column, [groups, steps, columns] of 32-bit words): the full groups, then the rest."""
-    num_columns = -(-num_outputs // PANEL) * PANEL
-    words = packed.view(torch.int32)
-    num_steps = words.numel() // num_columns
-    full = num_columns // GROUP * GROUP
-    if full:
-        yield 0, words[: full * num_steps].view(-1, num_steps, GROUP)
-    if num_columns > full:
-        yield full, words[full * num_steps :].view(1, num_steps, num_columns - full)
-
-
 def pack_into(packed: Tensor, weight_OK: Tensor) -> None:
     """Writes the packed form of `weight_OK` into `packed` ([packed_numel]), bit for bit."""
-    num_outputs, num_inputs = weight_OK.shape
-    pad_k = -num_inputs % _SCALARS_PER_STEP[packed.dtype]
-    pad_o = -num_outputs % PANEL
-    weight = F.pad(weight_OK, (0, pad_k, 0, pad_o)) if pad_k or pad_o else weight_OK
-    # Pairs of bfloat16 move as one int32: packing is a transposition of 32-bit words.
-    words = weight.contiguous().view(torch.int32)
-    for column, groups in _groups(packed, num_outputs):
-        num_groups, num_steps, width = groups.shape
-        source = words[column : column + num_groups * width]
-        groups.copy_(source.view(num_groups, width, num_steps).transpose(1, 2))
+    torch.ops.remora.pack_weight(packed, weight_OK.contiguous())
 
 
 def unpack(packed: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
     """The [O, K] weight that was packed, bit for bit (a new tensor)."""
-    parts = [
-        groups.transpose(1, 2).reshape(-1, groups.shape[1])
-        for _, groups in _groups(packed, num_outputs)
-    ]
-    return torch.cat(parts).view(packed.dtype)[:num_outputs, :num_inputs].contiguous()
+    weight_OK: Tensor = torch.ops.remora.unpack_weight(packed, num_outputs, num_inputs)
+    return weight_OK
+
+
+def packed_equals(packed: Tensor, weight_OK: Tensor) -> bool:
+    """Whether `packed` is the packed form of `weight_OK`, bit for bit; its padding is not read."""
+    return bool(torch.ops.remora.packed_equals(packed, weight_OK.contiguous()))
 
 
 class PackedLinear(nn.Module):
@@ -213,6 +194,10 @@ def row_linear(
     return torch_linear(x, weight_OK, bias_O, exact=exact)
 
 
+def _fake_pack_weight(packed: Tensor, weight: Tensor) -> None:
+    return None
+
+
 def _fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], num_outputs))
 
@@ -226,6 +211,7 @@ def _fake_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 if native.native_available():
+    torch.library.register_fake("remora::pack_weight", _fake_pack_weight)
     torch.library.register_fake("remora::packed_linear", _fake_packed_linear)
     torch.library.register_fake("remora::packed_linear_2", _fake_packed_linears)
     torch.library.register_fake("remora::packed_linear_3", _fake_packed_linears)

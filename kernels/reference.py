@@ -34,6 +34,19 @@ def linear_error_bound(
     return sum_error + torch.finfo(dtype).eps * magnitude_TO + x_TK.shape[1] * 1e-37
 
 
+def packed_weight(weight_OK: Tensor) -> Tensor:
+    """The packed form (kernels/csrc/panel.h): 32-bit words [K'][columns] of every 64 outputs.
+
+    A word is one float32 or two inputs of bfloat16; zeros fill up 16 outputs and the last word.
+    """
+    per_word = 4 // weight_OK.element_size()
+    num_outputs, num_inputs = weight_OK.shape
+    padding = (0, -num_inputs % per_word, 0, -num_outputs % 16)
+    words = torch.nn.functional.pad(weight_OK, padding).view(torch.int32)
+    groups = [words[column : column + 64].t().flatten() for column in range(0, len(words), 64)]
+    return torch.cat(groups).view(weight_OK.dtype)
+
+
 def grouped_linear(
     x_NK: Tensor, weights_SOK: Tensor, bias_SO: Tensor | None, offsets_S1: Tensor
 ) -> Tensor:

@@ -28,6 +28,17 @@ class ExpertSlots:
         """Forgets the expert of a slot; its room may be loaded again."""
         self._loaded.discard(slot)
 
+    def export_slot(self, slot: int) -> dict[str, Tensor]:
+        """One expert's tensors on the CPU, contiguous, sorted by name."""
+        raise NotImplementedError
+
+    def holds(self, slot: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether `export_slot` gives these tensors (on the CPU), bit for bit."""
+        held = self.export_slot(slot)
+        return held.keys() == tensors.keys() and all(
+            same_bits(held[name], tensor) for name, tensor in tensors.items()
+        )
+
     def slot_layout(self) -> str | None:
         """What bytes of a slot mean: equal texts, equal meanings. None: nobody may copy them."""
         return None
@@ -69,6 +80,14 @@ class ExpertSlots:
     def check_loaded(self, slot: int) -> None:
         """An empty slot has nothing to export."""
         assert slot in self._loaded, f"slot {slot} is empty; loaded: {sorted(self._loaded)}"
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits: a NaN equals itself, 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
 
 
 def expert_shapes(

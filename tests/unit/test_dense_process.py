@@ -57,10 +57,13 @@ def test_a_joiner_loads_idle_and_serves_at_normal_priority(
     assert not ended.is_alive()
 
 
-def test_a_standby_becomes_the_group_that_it_is_told_to_be(cluster: LocalCluster) -> None:
+def test_a_standby_becomes_the_group_that_it_is_told_to_be(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch = cluster.launch(uid="dense-7", incarnation=4, process_name="remora/standby")
     process = DenseProcess()
     process.warm_up(launch.model)
+    monkeypatch.setattr(dense_load, "inspect_model", None)  # it has looked
     assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
     try:
         member = process.start(msgspec.structs.replace(launch, load_idle=True))

@@ -105,6 +105,22 @@ def test_export_gives_back_every_bit(path: str, dtype: torch.dtype, is_transpose
             assert tensor.is_contiguous() and torch.equal(tensor, tensors[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_a_slot_holds_what_was_loaded_and_nothing_else(
+    path: str, dtype: torch.dtype, is_transposed: bool
+) -> None:
+    experts, loaded = filled(3, 33, 9, dtype, has_bias=True, is_transposed=is_transposed)
+    assert [experts.holds(slot, loaded[slot]) for slot in range(3)] == [True] * 3
+    assert not experts.holds(1, loaded[2])
+    for name, tensor in loaded[1].items():
+        other = tensor.clone()
+        other.view(-1)[-1].neg_()  # the sign of one value
+        assert not experts.holds(1, {**loaded[1], name: other}), name
+    experts.slot_parts(1)[0][0] ^= 1
+    assert not experts.holds(1, loaded[1])
+
+
 def test_a_slot_is_replaced_and_cleared(path: str) -> None:
     experts, loaded = filled(3, 32, 16, torch.float32)
     x = torch.randn(6, 32)

@@ -13,6 +13,7 @@ from remora.kernels.linear import (
     ROW_TILE,
     PackedLinear,
     pack_into,
+    packed_equals,
     packed_numel,
     row_linear,
     unpack,
@@ -39,6 +40,7 @@ def check_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> No
     assert (error <= bound).all(), f"{error.max()} over {bound.max()}"
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_outputs,num_inputs", SIZES)
 def test_packing_is_a_bijection_of_bits(
@@ -49,9 +51,43 @@ def test_packing_is_a_bijection_of_bits(
     generator = torch.Generator().manual_seed(7)
     size = (num_outputs, num_inputs)
     bits = torch.randint(info.min, info.max, size, dtype=word, generator=generator)
+    weight = bits.view(dtype)  # NaNs with payloads, denormals, -0 among them
     packed = torch.full((packed_numel(*size, dtype),), 7.0, dtype=dtype)
-    pack_into(packed, bits.view(dtype))  # NaNs with payloads, denormals, -0 among them
+    pack_into(packed, weight)
+    expected = reference.packed_weight(weight)
+    assert torch.equal(packed.view(word), expected.view(word)), "padding is zero, too"
     assert torch.equal(unpack(packed, *size).view(word), bits)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_outputs,num_inputs", SIZES)
+def test_one_bit_makes_a_packed_weight_another(
+    dtype: torch.dtype, num_outputs: int, num_inputs: int
+) -> None:
+    word = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    bits = torch.arange(num_outputs * num_inputs, dtype=torch.int32).to(word)
+    bits = bits.view(num_outputs, num_inputs)
+    packed = torch.zeros(packed_numel(num_outputs, num_inputs, dtype), dtype=dtype)
+    pack_into(packed, bits.view(dtype))
+    assert packed_equals(packed, bits.view(dtype))
+    for output, at in {(0, 0), (num_outputs - 1, num_inputs - 1), (num_outputs // 2, 0)}:
+        for bit in (0, word.itemsize * 8 - 1):
+            other = bits.clone()
+            other[output, at] ^= torch.tensor(1).bitwise_left_shift(bit).to(word)
+            assert not packed_equals(packed, other.view(dtype))
+
+
+@needs_native
+def test_what_cannot_be_packed_is_refused() -> None:
+    packed = torch.zeros(packed_numel(16, 8, torch.float32))
+    for weight in (torch.zeros(16, 9), torch.zeros(17, 8), torch.zeros(16, 8).bfloat16()):
+        with pytest.raises(RuntimeError, match="weight"):
+            pack_into(packed, weight)
+    with pytest.raises(RuntimeError, match=r"is none of \[16, 7\]"):
+        unpack(packed, 16, 7)
+    with pytest.raises(RuntimeError, match=r"is none of \[0, 8\]"):
+        unpack(packed, 0, 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

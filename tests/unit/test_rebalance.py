@@ -9,7 +9,8 @@ import pytest
 from support.router_rig import TOKEN, channel_to, running_router, view_of
 from support.router_traffic import encoded, paired_tokens
 
-from remora.actors.router_statistics import PlacementCost, PlanOutcome, RouterStatistics
+from remora.actors.plan_outcome import PlacementCost, PlanOutcome
+from remora.actors.router_statistics import RouterStatistics
 from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.cli import main
 from remora.cluster.config import parse_config

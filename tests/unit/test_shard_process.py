@@ -1,5 +1,6 @@
 """The process of a shard that joins: light until it is told to start, serving at full priority."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from support.checkpoints import make_checkpoint
 from support.imports import HEAVY, imported_at_once
 from support.local_cluster import LocalCluster
 
+from remora.actors import expert_actor, model_spec
+from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_process import ShardProcess
 
 
@@ -51,6 +54,30 @@ def test_a_joiner_loads_idle_and_serves_at_normal_priority(cluster: LocalCluster
     assert not ended.is_alive()
 
 
+@pytest.mark.parametrize("looked_before", [True, False])
+def test_one_that_is_begun_before_it_is_told_looks_once(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, looked_before: bool
+) -> None:
+    launch = cluster.shard_launch("shard-0", cluster.view.placement)
+    look, looks = model_spec.inspect_model, []
+
+    def noted(path: str) -> ModelSpec:
+        looks.append(os.sched_getscheduler(0))
+        return look(path)
+
+    monkeypatch.setattr(model_spec, "inspect_model", noted)
+    monkeypatch.setattr(expert_actor, "inspect_model", noted)
+    process = ShardProcess()
+    if looked_before:
+        process.warm_up(launch.model, idle=False)
+    try:
+        assert process.join(launch).manifest == cluster.shards[0].facts().manifest
+        assert len(looks) == 1
+        assert os.SCHED_IDLE not in looks, "requests wait for it"
+    finally:
+        process.stop()
+
+
 def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> None:
     process = ShardProcess(cluster.shard_launch("shard-0", cluster.view.placement))
     process.stop()
@@ -60,9 +87,11 @@ def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> N
 def test_a_standby_becomes_the_shard_that_it_is_told_to_be(cluster: LocalCluster) -> None:
     launch = cluster.shard_launch("shard-0", cluster.view.placement)
     process = ShardProcess()
-    process.warm_up(launch.model)
+    seen = process.warm_up(launch.model)
     assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
     spec = process._spec
+    assert spec is not None and spec.config is not None
+    assert seen == dataclasses.replace(spec, config=None), "without what only transformers reads"
     try:
         told = msgspec.structs.replace(
             launch, uid="shard-7", incarnation=4, load_idle=True, process_name="remora/standby"
