@@ -25,6 +25,7 @@ PROGRESS_EVERY_S = 0.2
 COORDINATOR_THREADS = 8  # stop, and readers beside it
 DEPLOY = "deploy"  # a thread of its own: however many ingresses wait there, `stop` is heard
 BEGIN_S = 30.0  # for the coordinator to take an operation, or to tell how one is
+NEXT_LIFE_S = 120.0  # for a coordinator that Ray is starting again to answer
 OPERATION_LOOK_S = 5.0  # of one look at an operation: a waiter must not keep a thread for long
 NEUTRAL_DIR = "/proc/sys/vm"  # on every Linux host; nobody can put a module there
 ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
@@ -54,7 +55,7 @@ class ClusterHandle:
 
     def status(self) -> dict[str, Any]:
         """As `Coordinator.status`."""
-        status: dict[str, Any] = _call(self.coordinator.status.remote())
+        status: dict[str, Any] = _read(self.coordinator.status)
         return status
 
     def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def ensure_cluster(
             `start_timeout_s`, or the coordinator hung and was ended; nothing is left behind.
     """
     actor = _coordinator(config)
-    _check_same(RemoraConfig.model_validate(_call(actor.config.remote())), config)
+    _check_same(RemoraConfig.model_validate(_read(actor.config)), config)
     pending = actor.deploy.options(concurrency_group=DEPLOY).remote()
     # dense groups look after a coordinator that serves; nobody else does while it starts
     watch = watch_coordinator(
@@ -139,7 +140,7 @@ def ensure_cluster(
                 on_progress(_call(actor.progress.remote()))
         _call(pending)
     except RemoraError:
-        _remove_if_over(actor, config.start_timeout_s)
+        _remove_if_over(actor, NEXT_LIFE_S)
         raise
     finally:
         watch.close()
@@ -186,9 +187,7 @@ def _remove_if_over(actor: Any, within_s: float) -> bool:
     from remora.cluster.coordinator import OVER
 
     try:
-        # one that Ray is starting again answers in its next life, however often that takes a try
-        pending = actor.phase.options(max_task_retries=-1).remote()
-        if ray.get(pending, timeout=within_s) not in OVER:
+        if ray.get(_retried(actor.phase), timeout=within_s) not in OVER:
             return False
     except ray.exceptions.GetTimeoutError as late:
         ray.kill(actor, no_restart=False)
@@ -261,7 +260,7 @@ def _found(name: str) -> ClusterHandle:
 
 
 def _handle(name: str, actor: Any) -> ClusterHandle:
-    return ClusterHandle(name=name, token=_call(actor.credentials.remote()), coordinator=actor)
+    return ClusterHandle(name=name, token=_read(actor.credentials), coordinator=actor)
 
 
 def _token_of(config: RemoraConfig) -> bytes | None:
@@ -275,6 +274,17 @@ def _token_of(config: RemoraConfig) -> bytes | None:
     if len(token) < 16:
         raise ConfigError(f"security.token_file {path}: {len(token)} bytes, at least 16 are needed")
     return token
+
+
+def _read(method: Any) -> Any:
+    """What a method gives that changes nothing. Raises as `_call`, in `NEXT_LIFE_S`."""
+    return _call(_retried(method), NEXT_LIFE_S)
+
+
+def _retried(method: Any) -> Any:
+    """A call whose answer a coordinator that Ray is starting again gives in its next life, however
+    often that takes a try."""
+    return method.options(max_task_retries=-1).remote()
 
 
 def _call(reference: Any, timeout_s: float | None = None) -> Any:

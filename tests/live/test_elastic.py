@@ -16,6 +16,7 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator import OVER
 from remora.cluster.operation import Drain, PlaceAs, ScaleTo
 from remora.cluster.wal import FILE
 from remora.comm.errors import ClusterError, ConfigError
@@ -102,6 +103,8 @@ async def a_coordinator_dies(live: Any, config: RemoraConfig) -> None:
     before = handle.view()
     async with live.flowing(config, handle) as streams:
         await live.strike(coordinator_name(NAME), signal.SIGKILL)
+        status = await asyncio.to_thread(cluster_status, NAME)
+        assert status["phase"] not in OVER, "who asks just then is answered by its next life"
         await streams.one_more()
 
         async def adopted() -> bool:
