@@ -20,7 +20,7 @@ MORE: Final = 1 / 16  # added to it, when they are not
 FLOOR: Final = 1 / 64
 # With somebody to disturb. An operation on small experts is over before a second look: it is this
 # that it goes by (benchmarks/notes/2026-11-28-elastic.md).
-START: Final = 1 / 8
+START: Final = 1 / 16
 
 
 class StepTotals(msgspec.Struct, frozen=True):

@@ -7,9 +7,10 @@ stop. Per operation (2 -> 4 -> 3 -> 2 shards, then every expert to the other sha
 group more and one less): seconds to serving and to done, experts copied, and tokens/s, 99th
 percentile of gaps between a stream's tokens and the longest gap, during the operation and in a
 window just before it. Every request's tokens are compared with those of its prompt before any
-operation. At the end the deployment is stopped and started with four shards, which is what scaling
-up without elasticity costs. A last deployment keeps warm standbys, two
-of shards and one of a dense group, and scales up once more.
+operation. What chance does to windows so short is told by windows as long in which nothing happens,
+just before each operation. At the end the deployment is stopped and started with four shards, which
+is what scaling up without elasticity costs. Last, deployments keep warm standbys, two of shards and
+one of a dense group, and scale up once more.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import gc
 import itertools
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -73,11 +75,13 @@ async def operations(
     steps: list[tuple[str, Target]],
     pause_s: float,
     rounds: int,
+    ready: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Any], Streams]:
-    """A row for each operation, and what the streams have seen."""
+    """A row for each operation, begun once it is `ready`, and what the streams have seen."""
     rows = []
     async with flowing(config, handle, num_new=NUM_NEW) as streams:
         for number, (name, target) in itertools.product(range(rounds), steps):
+            await asyncio.to_thread(_until, ready)
             begin_s = time.perf_counter()
             await asyncio.sleep(pause_s)
             paired = streams.window(begin_s, time.perf_counter())
@@ -86,12 +90,15 @@ async def operations(
             end_s = time.perf_counter()
             await asyncio.sleep(AFTER_S)
             during = streams.window(begin_s, end_s)
+            calm = streams.window(begin_s - min(end_s - begin_s, pause_s), begin_s)
             if name not in ("settle", "halves"):  # those only make the next one what it is
-                rows.append(_row(name, found, paired, during))
+                rows.append(_row(name, found, paired, during, calm))
     return rows, streams
 
 
-def _row(name: str, found: dict[str, Any], paired: Window, during: Window) -> dict[str, Any]:
+def _row(
+    name: str, found: dict[str, Any], paired: Window, during: Window, calm: Window
+) -> dict[str, Any]:
     return {
         "operation": name,
         "serving_s": round(found["serving_s"], 2),
@@ -100,6 +107,7 @@ def _row(name: str, found: dict[str, Any], paired: Window, during: Window) -> di
         "tokens_per_s": round(paired.tokens_per_s, 1),
         "during": round(during.tokens_per_s, 1),
         "throughput_ratio": round(during.tokens_per_s / paired.tokens_per_s, 3),
+        "calm_ratio": round(calm.tokens_per_s / paired.tokens_per_s, 3),
         "gap_p99_ms": round(paired.gap_p99_ms, 1),
         "p99_during_ms": round(during.gap_p99_ms, 1),
         "gap_max_ms": round(paired.gap_max_ms, 1),
@@ -109,18 +117,22 @@ def _row(name: str, found: dict[str, Any], paired: Window, during: Window) -> di
 
 
 def warm_scale_up(pause_s: float) -> tuple[list[Any], Streams]:
-    """Rows of a deployment of its own, whose standbys are warm before streams begin."""
+    """Rows of a deployment of its own, whose standbys are warm before each operation."""
     config = deployment(NAME, elastic={"warm_standby": JOINERS, "warm_dense": 1})
     handle = ensure_cluster(config)
     try:
-        until_s = time.monotonic() + WARM_S
-        while not _are_warm():
-            if time.monotonic() > until_s:
-                raise RuntimeError(f"standbys are not warm after {WARM_S:g} s")
-            time.sleep(LOOK_S)
-        return asyncio.run(operations(config, handle, WARM, pause_s, 1))
+        _until(_are_warm)
+        return asyncio.run(operations(config, handle, WARM, pause_s, 1, _are_warm))
     finally:
         stop_cluster(NAME)
+
+
+def _until(ready: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + WARM_S
+    while not ready():
+        if time.monotonic() > until_s:
+            raise RuntimeError(f"standbys are not warm after {WARM_S:g} s")
+        time.sleep(LOOK_S)
 
 
 def _are_warm() -> bool:
@@ -166,12 +178,13 @@ def bars(rows: list[dict[str, Any]], streams: Streams, cold_s: float) -> list[Ba
     ratio = Spread.of([cold_s / s for s in (up.median, up.max, up.min)])
     identical = float(streams.num_different == 0 and streams.num_done > 0)
     failed = float(len(streams.failed))
-    worst = Spread.of([min(row["throughput_ratio"] for row in rows)])
+    during, calm = _by_operation(rows, "throughput_ratio"), _by_operation(rows, "calm_ratio")
     gap = Spread.of([max(row["gap_ratio"] for row in rows)])
     return [
         Bar(name="failed_requests", value=Spread.of([failed]), unit="", op="<=", target=0.0),
         Bar(name="identical_tokens", value=Spread.of([identical]), unit="", op=">=", target=1.0),
-        Bar(name="throughput_during_ratio", value=worst, unit="x", op=">=", target=0.85),
+        Bar(name="throughput_during_ratio", value=during, unit="x", op=">=", target=0.85),
+        Bar(name="throughput_during_ratio_calm", value=calm, unit="x"),
         Bar(name="throughput_during_ratio_all", value=of("throughput_ratio"), unit="x"),
         Bar(name="longest_gap_ratio", value=gap, unit="x", op="<=", target=2.0),
         Bar(name="longest_gap_ratio_all", value=of("gap_ratio"), unit="x"),
@@ -181,6 +194,14 @@ def bars(rows: list[dict[str, Any]], streams: Streams, cold_s: float) -> list[Ba
         Bar(name="dense_up_s_warm", value=serving("dense added warm"), unit="s"),
         Bar(name="scale_up_vs_cold_restart", value=ratio, unit="x"),
     ]
+
+
+def _by_operation(rows: list[dict[str, Any]], key: str) -> Spread:
+    """The rounds of the operation whose median is the least."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        of.setdefault(row["operation"], []).append(row[key])
+    return min((Spread.of(values) for values in of.values()), key=lambda spread: spread.median)
 
 
 if __name__ == "__main__":
