@@ -8,7 +8,7 @@ from one thread. Order among waiting calls (few rows first) is the frame server'
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,6 @@ from remora.actors.launch import (
     take_threads,
 )
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
-from remora.actors.nccl_expert import NcclShard
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_build import build_shard
 from remora.actors.shard_facts import ShardFacts
@@ -42,6 +41,9 @@ from remora.comm.server import FrameServer
 from remora.comm.view import Member
 from remora.kernels.fingerprint import kernel_fingerprint
 from remora.kernels.native import start_team
+
+if TYPE_CHECKING:
+    from remora.actors.nccl_expert import NcclShard
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +264,8 @@ class ExpertActor:
 
     def _prepare_nccl(self, shard: ShardExperts, nccl: NcclLaunch) -> Callable[[], None]:
         """The same where rows come over NCCL: sockets carry the conductor's messages only."""
+        from remora.actors.nccl_expert import NcclShard  # numba: 0.3 s of a shard's start
+
         launch = self._launch
         self._stream = ConductorStream(launch.uid, lambda message: member.take(message))
         member = self._nccl = NcclShard(

@@ -91,6 +91,7 @@ async def texts_of(settings: RemoraConfig, handle: ClusterHandle) -> list[str]:
         await service.close()
 
 
+@pytest.mark.long
 def test_what_is_planned_serves_at_once_and_after_the_next_start(
     hosts: Cluster, tmp_path: Path
 ) -> None:

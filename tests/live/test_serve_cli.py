@@ -277,6 +277,7 @@ def test_its_placement_can_be_exported(home: Path, served: dict[str, Any]) -> No
     assert status == 0 and again["replicas"] == facts["replicas"]
 
 
+@pytest.mark.long
 def test_a_second_instance_beside_it_leaves_nothing(tmp_path: Path, served: dict[str, Any]) -> None:
     process, fields = start(f"{NAME}-b", tmp_path)
     assert fields["url"] != served["url"]
