@@ -1,9 +1,9 @@
 """Engines under measurement: each a worker in its own process and session, all resident at once.
 
-While one engine is measured the others are held: stopped (SIGSTOP) where that is safe, so that no
-waiting thread of theirs takes a core. A Ray cluster cannot be stopped (its health checks would
-declare it dead); what it burns while it idles is counted and printed instead. So is everything
-else that ran on the machine: a figure taken beside other work says so.
+While one engine is measured the others are held (SIGSTOP), so that no waiting thread of theirs
+takes a core: neither those of an engine that spins, nor the dozen processes of a Ray cluster that
+idles (7 to 14 % of two cores). A Ray cluster is stopped as a whole, its health checks with it.
+Everything else that ran on the machine is counted: a figure taken beside other work says so.
 """
 
 import json
@@ -28,8 +28,8 @@ class EngineError(Exception):
 class Spec:
     """How one engine is started.
 
-    `options` is the worker's JSON argument (see `workers/`); `stoppable` says whether SIGSTOP
-    between measurements is safe; `missing` why it cannot run here, None when it can.
+    `options` is the worker's JSON argument (see `workers/`); `missing` says why it cannot run
+    here, None when it can.
     """
 
     name: str
@@ -38,7 +38,6 @@ class Spec:
     options: Mapping[str, Any]
     env: Mapping[str, str]
     cpus: str  # of taskset
-    stoppable: bool = True
     missing: str | None = None
 
 
@@ -77,8 +76,8 @@ class Engine:
         return self._answer()
 
     def hold(self) -> None:
-        """Let it take no core until `release`, where that is safe."""
-        if self.spec.stoppable and not self._held:
+        """Let it take no core until `release`."""
+        if not self._held:
             _signal_all(self.pids(), signal.SIGSTOP)
             self._held = True
 

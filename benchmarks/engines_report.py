@@ -155,6 +155,7 @@ def sample_rows(label: str, samples: Samples) -> list[Mapping[str, str | float |
             "tokens_per_s": Spread.of([s.tokens_per_s for s in taken]),
             "first_ms": Spread.of([s.first_ms for s in taken]),
             "others_share_max": round(max(s.cpu.others for s in taken), 3),
+            "idle_engines_share_max": round(max(s.cpu.idle_engines for s in taken), 3),
         }
         for (case, target), taken in samples.items()
     ]

@@ -124,7 +124,6 @@ def spec_of(name: str, model: Path, args: argparse.Namespace) -> Spec:
         options=options,
         env=env,
         cpus=args.cpus,
-        stoppable=name != "remora",
         missing=missing,
     )
 

@@ -164,9 +164,14 @@ def quiet_ray() -> None:
 
 
 def serve_environment(config: RemoraConfig) -> dict[str, str]:
-    """Environment that Ray's processes must start with for the cheapest way out of Serve."""
+    """Environment that Ray's processes must start with: the cheapest way out of Serve, and nothing
+    gathered that nobody reads in a cluster without a dashboard (idle processes then take 10 % of a
+    core together, not 14 %: benchmarks/notes/2026-11-28-serve-full.md)."""
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_task_events_report_interval_ms": "0",
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }

@@ -72,6 +72,7 @@ class Remora:
             "experts.shards": 2,
             "http.host": "127.0.0.1",
             "http.port": 0,
+            "elastic.hang_s": 3600,  # while another engine is measured this one is stopped
         }
         return load_config(overrides=base | overrides)
 
