@@ -66,7 +66,8 @@ class Engine:
         self.info: dict[str, Any] = self._answer()["ready"]
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Carry out one operation of the worker."""
+        """Carry out one operation of the worker; one that was held is released."""
+        self.release()
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
