@@ -7,7 +7,7 @@ normal priority, and one of them starts the thread that serves: an unprivileged 
 normal priority cannot go back.
 
 A *standby* has done all that in advance, for a member that is not known yet. So have the first
-members of a deployment, at normal priority: while the coordinator still looks at the model.
+members of a deployment, at normal priority: the coordinator goes by what they see of the model.
 """
 
 import threading

@@ -107,7 +107,7 @@ class Engine:
 
     def cpu_s(self) -> float:
         """CPU time that its living processes have used, seconds."""
-        return _cpu_s(self.pids())
+        return cpu_s(self.pids())
 
     def pss_bytes(self) -> int:
         """Resident memory of its processes; pages they share are counted once."""
@@ -173,7 +173,7 @@ class CpuMeter:
             total * TICK_S,
             self._measured.cpu_s(),
             sum(engine.cpu_s() for engine in self._idle),
-            _cpu_s([os.getpid()]),
+            cpu_s([os.getpid()]),
         )
 
 
@@ -211,7 +211,8 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _cpu_s(pids: Iterable[int]) -> float:
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU time that the living ones of these processes have used, all threads, seconds."""
     stats = [_stat(pid) for pid in pids]
     return TICK_S * sum(int(fields[11]) + int(fields[12]) for fields in stats if fields)
 

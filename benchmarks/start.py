@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import common
+from engines_process import cpu_s
 from engines_report import Bar, Spread
 from live_streams import MODEL, one_node
 from ray_actors import process_of
@@ -72,7 +73,7 @@ def started(config: RemoraConfig) -> tuple[float, list[dict[str, Any]]]:
     for uid, name in sorted(names.items()):
         process = process_of(name)
         phases = {f"{p}_s": _seconds(reached.get(uid, {}), p) for p in PHASES}
-        rows.append({"process": uid, **phases, "cpu_s": _cpu_s(process)})
+        rows.append({"process": uid, **phases, "cpu_s": round(cpu_s([process]), 2)})
     stop_cluster(config.name)
     return total_s, rows
 
@@ -80,12 +81,6 @@ def started(config: RemoraConfig) -> tuple[float, list[dict[str, Any]]]:
 def _seconds(reached: Mapping[str, float], phase: str) -> float | str:
     """When it was first seen in a phase; none that it never was in, or too shortly."""
     return round(reached[phase], 1) if phase in reached else "-"
-
-
-def _cpu_s(process: int) -> float:
-    """CPU time that a process has taken so far, all its threads."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return round((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), 2)
 
 
 if __name__ == "__main__":

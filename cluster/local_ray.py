@@ -166,7 +166,7 @@ def quiet_ray() -> None:
 def serve_environment(config: RemoraConfig) -> dict[str, str]:
     """Environment that Ray's processes must start with: the cheapest way out of Serve, and nothing
     gathered that nobody reads in a cluster without a dashboard (idle processes then take 10 % of a
-    core together, not 14 %: benchmarks/notes/2026-11-28-serve-full.md)."""
+    core together, not 14 %: benchmarks/notes/2026-11-29-serve.md)."""
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
