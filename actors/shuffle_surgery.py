@@ -15,6 +15,7 @@ reason. Legend: T rows, D model width.
 """
 
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -105,10 +106,27 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """All modules stay whole."""
+    """All modules stay whole. torch.fx sees what every thread calls meanwhile: what is not this
+    thread's passes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _trace(layer: Any, names: frozenset[str] | None) -> fx.Graph:

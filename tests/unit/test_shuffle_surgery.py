@@ -1,6 +1,7 @@
 """Which layers may divide their rows behind attention, read off their forward, and why not."""
 
 import re
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,6 +144,28 @@ def test_other_layers_stay_as_they_are(kind: type[Layer], reason: str) -> None:
     assert not layer.attention.o_proj.is_partial
     [said] = found.others.values()
     assert re.search(reason, said), said
+
+
+def test_what_other_threads_compute_while_one_traces() -> None:
+    """torch.fx puts itself in the place of all modules' calls: a rank beside this one goes on."""
+    layer, other = Layer(), nn.LayerNorm(WIDTH)
+    sent = torch.randn(2, WIDTH)
+    answers: list[Tensor] = []
+
+    class Meanwhile(Layer):
+        def forward(self, rows: Tensor, **given: Any) -> Any:
+            def compute() -> None:
+                answers.extend([other(sent), layer.norm(sent)])
+
+            thread = threading.Thread(target=compute)
+            thread.start()
+            thread.join()
+            return Layer.forward(self, rows, **given)
+
+    layer.__class__ = Meanwhile
+    assert str(sliced(layer)) == "speculative in layers 0"
+    assert [type(answer) for answer in answers] == [Tensor, Tensor]
+    assert torch.equal(answers[0], other(sent)) and torch.equal(answers[1], layer.norm(sent))
 
 
 def test_sums_that_do_not_end_attention_stay() -> None:
