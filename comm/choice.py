@@ -151,14 +151,19 @@ def choose_token(expert_K, call_K, replicas_ER, host_S, own_host, usable_S, pric
         remaining |= 1 << k
     if missing < 0:
         num_opened = 0
+        num_left = num_candidates  # those that can take a remaining pair come first
         while remaining:
             best = -1
             best_score = 0
-            for c in range(num_candidates):
+            c = 0
+            while c < num_left:
                 s = candidates[c]
                 n = _count(cover_S[s] & remaining)
                 if n == 0:
+                    num_left -= 1
+                    candidates[c], candidates[num_left] = candidates[num_left], s
                     continue
+                c += 1
                 h = host_S[s]
                 score = price_S[s] + SHARD_SHARE_N[n]
                 if h != own_host and not opened_H[h]:
@@ -169,14 +174,14 @@ def choose_token(expert_K, call_K, replicas_ER, host_S, own_host, usable_S, pric
             for k in range(top_k):
                 if taken & (1 << k):
                     shard_K[k] = best
-                    price_S[best] += pair_price
+            price_S[best] += pair_price * _count(taken)
             remaining &= ~taken
             opened[num_opened] = best
             num_opened += 1
             opened_H[host_S[best]] += 1
-        if num_opened > 1:
-            _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, call_K, shard_K)  # fmt: skip  # noqa: E501
-            _level(num_opened, opened, price_S, pair_price, cover_S, call_K, shard_K)
+        if num_opened > 1 and _twice(num_opened, opened, cover_S):
+            _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, shard_K)  # fmt: skip  # noqa: E501
+            _level(num_opened, opened, price_S, pair_price, cover_S, shard_K)
     for c in range(num_candidates):
         cover_S[candidates[c]] = 0
         cover_H[host_S[candidates[c]]] = 0
@@ -198,41 +203,55 @@ def _cheapest(k, without, num_opened, opened, price_S, cover_S):  # type: ignore
 
 
 @_jit
-def _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, call_K, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _twice(num_opened, opened, cover_S):  # type: ignore[no-untyped-def]
+    """Pairs that two opened shards or more could take: all that `_close` and `_level` may change."""
+    once = 0
+    again = 0
+    for i in range(num_opened):
+        if opened[i] >= 0:
+            again |= once & cover_S[opened[i]]
+            once |= cover_S[opened[i]]
+    return again
+
+
+@_jit
+def _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Closes opened shards, in the order of opening, whose pairs the others take for less."""
-    top_k = shard_K.shape[0]
+    movable = _twice(num_opened, opened, cover_S)
     for i in range(num_opened):
         s = opened[i]
         h = host_S[s]
+        taken = 0
+        for k in range(shard_K.shape[0]):
+            if (cover_S[s] >> k) & 1 and shard_K[k] == s:
+                taken |= 1 << k
+        if taken & ~movable:
+            continue
         saved = OPEN_SHARD
         if h != own_host and opened_H[h] == 1:
             saved += UNIT
-        able = True
-        for k in range(top_k):
-            if call_K[k] != PENDING or shard_K[k] != s:
-                continue
-            other = _cheapest(k, s, num_opened, opened, price_S, cover_S)
-            if other < 0:
-                able = False
-                break
-            saved += price_S[s] - price_S[other]
-        if not able or saved <= 0:
+        for k in range(shard_K.shape[0]):
+            if (taken >> k) & 1:
+                saved += price_S[s] - price_S[_cheapest(k, s, num_opened, opened, price_S, cover_S)]
+        if saved <= 0:
             continue
-        for k in range(top_k):
-            if call_K[k] == PENDING and shard_K[k] == s:
+        for k in range(shard_K.shape[0]):
+            if (taken >> k) & 1:
                 other = _cheapest(k, s, num_opened, opened, price_S, cover_S)
                 shard_K[k] = other
                 price_S[other] += pair_price
                 price_S[s] -= pair_price
         opened[i] = -1
         opened_H[h] -= 1
+        movable = _twice(num_opened, opened, cover_S)
 
 
 @_jit
-def _level(num_opened, opened, price_S, pair_price, cover_S, call_K, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip
+def _level(num_opened, opened, price_S, pair_price, cover_S, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip
     """Pairs go to the cheapest opened shard that could take them: no row travels for it."""
+    movable = _twice(num_opened, opened, cover_S)
     for k in range(shard_K.shape[0]):
-        if call_K[k] != PENDING:
+        if not (movable >> k) & 1:
             continue
         s = shard_K[k]
         other = _cheapest(k, s, num_opened, opened, price_S, cover_S)

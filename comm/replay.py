@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from remora.comm.choice import (
     PAIR,
     PENDING,
-    SKIPPED,
     TOP_K_MAX,
     begin_prices,
     choose_token,
@@ -176,7 +175,10 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
     candidates = np.empty(num_shards, np.int32)
     opened = np.empty(TOP_K_MAX, np.int32)
     call_TK = np.empty((step_tokens, top_k), np.int32)
-    of_TK = np.empty((step_tokens, top_k), np.int32)  # `call_TK`, of one source
+    of_N = np.empty(step_tokens, np.int64)  # tokens of one source, and what is theirs
+    some_ids_NK = np.empty((step_tokens, top_k), np.int64)
+    some_calls_NK = np.empty((step_tokens, top_k), np.int32)
+    some_shards_NK = np.empty((step_tokens, top_k), np.int32)
     for first in range(0, num_tokens, step_tokens):
         end = min(first + step_tokens, num_tokens)
         pair_price = begin_prices(load_S, end - first, gain, price_S)
@@ -197,14 +199,20 @@ def _choose_steps(ids_TK, source_T, load_T, table_ER, host_S, num_hosts, gain, s
             if missing >= 0:
                 return missing
         for x in range(num_hosts if num_hosts < num_shards else 0):
-            of_TK[:] = SKIPPED
+            count = 0
             for t in range(first, end):
                 if source_T[t] == x:
-                    of_TK[t - first] = call_TK[t - first]
+                    of_N[count] = t
+                    some_ids_NK[count] = ids_TK[t]
+                    some_calls_NK[count] = call_TK[t - first]
+                    some_shards_NK[count] = shard_TK[t]
+                    count += 1
             level_own_host(
-                ids_TK[first:end], end - first, table_ER, host_S, x, usable_S, load_S, PENDING,
-                of_TK, shard_TK[first:end],
+                some_ids_NK, count, table_ER, host_S, x, usable_S, load_S, PENDING, some_calls_NK,
+                some_shards_NK,
             )  # fmt: skip
+            for n in range(count):
+                shard_TK[of_N[n]] = some_shards_NK[n]
         for t in range(first, end):
             for k in range(top_k):
                 if call_TK[t - first, k] == PENDING:

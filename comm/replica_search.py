@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from remora.comm.bundles import LayerBundles
 from remora.comm.choice import GAIN_ONE, gain_for
 from remora.comm.objective import Objective
-from remora.comm.replay import LayerCost, choose_all, cost_of_choice
+from remora.comm.replay import LayerCost, choose_all, cost_of_choice, replicas_of
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
@@ -32,11 +32,12 @@ _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
 
 @_jit
-def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, host_S, num_hosts, price_S, b_dev, b_host):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, table_ER, host_S, num_hosts, price_S, b_dev, b_host):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """(gain_ES, loss_ES) as above, in weight x copies.
 
     Args:
         shard_BK: the shard of each pair (`replay.choose_all`).
+        table_ER: `replay.replicas_of(held_SE)`.
         price_S: price of one pair's load on each shard, in copies.
     """
     num_shards, num_experts = held_SE.shape
@@ -44,6 +45,8 @@ def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, host_S, num_hos
     loss_ES = np.zeros((num_experts, num_shards))
     count_S = np.zeros(num_shards, np.int64)
     count_H = np.zeros(num_hosts, np.int64)
+    cost_S = np.empty(num_shards)  # of a further pair of the bundle there
+    from_S = np.empty(num_shards)  # the same for the only pair of a host, which leaves it
     top_k = ids_BK.shape[1]
     for b in range(ids_BK.shape[0]):
         w, source = weight_B[b], source_B[b]
@@ -51,6 +54,14 @@ def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, host_S, num_hos
             if ids_BK[b, k] >= 0:
                 count_S[shard_BK[b, k]] += 1
                 count_H[host_S[shard_BK[b, k]]] += 1
+        for s in range(num_shards):
+            h = host_S[s]
+            cost = price_S[s]
+            if count_S[s] == 0:
+                cost += b_dev
+            if h != source and count_H[h] == 0:
+                cost += b_host
+            cost_S[s] = cost
         for k in range(top_k):
             e = ids_BK[b, k]
             if e < 0:
@@ -60,27 +71,32 @@ def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, host_S, num_hos
             left = price_S[r]
             if count_S[r] == 1:
                 left += b_dev
+            costs_S = cost_S
             if hr != source and count_H[hr] == 1:
                 left += b_host
+                for s in range(num_shards):
+                    from_S[s] = cost_S[s] + (b_host if host_S[s] == hr else 0.0)
+                costs_S = from_S
+            gain_S = gain_ES[e]
+            for s in range(num_shards):  # without branches: compilers make vectors of it
+                saved = left - costs_S[s]
+                gain_S[s] += w * (saved if saved > 0.0 else 0.0)
             cheapest = np.inf
-            for s in range(num_shards):
-                if s == r:
-                    continue
-                h = host_S[s]
-                cost = price_S[s]
-                if count_S[s] == 0:
-                    cost += b_dev
-                if h != source and (count_H[h] == 0 or (h == hr and count_H[h] == 1)):
-                    cost += b_host
-                if held_SE[s, e]:
-                    cheapest = min(cheapest, cost)
-                elif cost < left:
-                    gain_ES[e, s] += w * (left - cost)
+            for i in range(table_ER.shape[1]):
+                s = table_ER[e, i]
+                if s < 0:
+                    break
+                if s != r:
+                    cheapest = min(cheapest, costs_S[s])
             loss_ES[e, r] += w * max(0.0, cheapest - left)
         for k in range(top_k):
             if ids_BK[b, k] >= 0:
                 count_S[shard_BK[b, k]] = 0
                 count_H[host_S[shard_BK[b, k]]] = 0
+    for s in range(num_shards):
+        for e in range(num_experts):
+            if held_SE[s, e]:
+                gain_ES[e, s] = 0.0  # it is there
     return gain_ES, loss_ES
 
 
@@ -114,7 +130,7 @@ def tables_of(
     cost = cost_of_choice(shard_BK, bundles.source_B, bundles.weight_B, topology)
     gain_ES, loss_ES = change_tables(
         bundles.experts_BK, bundles.source_B.astype(np.int64), bundles.weight_B, shard_BK, held_SE,
-        np.array(topology.host_of_S, np.int64), topology.num_hosts,
+        replicas_of(held_SE), np.array(topology.host_of_S, np.int64), topology.num_hosts,
         load_prices(cost.load_S, steepness * gain_for(topology.num_shards) / GAIN_ONE),
         objective.b_dev, objective.b_host,
     )  # fmt: skip
