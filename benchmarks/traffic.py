@@ -1,7 +1,9 @@
 """Traffic and load of expert placements on held-out tokens: the ladder of baselines and Remora.
 
     make bench-traffic                                       # quick
-    .venv/bin/python benchmarks/traffic.py --json out.json --pictures docs/images
+    .venv/bin/python benchmarks/traffic.py --json out.json --pictures docs/images --resume kept
+
+The full run takes hours: with `--resume DIR` it can be stopped and goes on where it was.
 
 Traces are real (docs/benchmarks.md); planned on some documents, judged on others, five folds by
 sequence. A missing trace is said and left out.
@@ -39,13 +41,18 @@ def main() -> None:
     parser.add_argument(
         "--parts", default="ladder,tokens,shift,second,small,scale", help="which, by comma"
     )
+    parser.add_argument(
+        "--resume", type=Path, help="keep each task's results here, and take those that are there"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.resume:
+        args.resume.mkdir(parents=True, exist_ok=True)
     parts = args.parts.split(",")
     results: list[Result] = []
     tasks = tasks_of(parts, args.quick)
     begin = time.perf_counter()
-    for number, found in enumerate(run_all(tasks, args.processes), 1):
+    for number, found in enumerate(run_all(tasks, args.processes, args.resume), 1):
         results += found
         print(f"{number}/{len(tasks)} {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     table, found_bars = rows(results), bars(results)

@@ -1,12 +1,17 @@
 """The parts of `traffic.py` as tasks that processes share: trace, shape, fold, what to run."""
 
+import hashlib
+import pickle
+import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Literal
 
+import common
 import traffic_data as data
 from traffic_data import Trace
 from traffic_ladder import BASELINES, REMORA, Held, Method, Result, Shape, run_fold
@@ -76,10 +81,37 @@ def run(task: Task) -> list[Result]:
     return run_fold(methods, plan, judge, task.shape, task.trace, task.index)
 
 
-def run_all(tasks: Sequence[Task], processes: int) -> Iterator[list[Result]]:
-    """Results as tasks end, in their order."""
+def run_all(tasks: Sequence[Task], processes: int, kept: Path | None) -> Iterator[list[Result]]:
+    """Results as tasks end, in their order; those in `kept` are not run again (`_kept_as`)."""
+    runs = partial(_run_once, kept=kept)
     if processes == 1:
-        yield from map(run, tasks)
+        yield from map(runs, tasks)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(run, tasks)
+        yield from pool.map(runs, tasks)
+
+
+def _run_once(task: Task, kept: Path | None) -> list[Result]:
+    if kept is None:
+        return run(task)
+    path = kept / _kept_as(task)
+    if path.exists():
+        found: list[Result] = pickle.loads(path.read_bytes())
+        return found
+    found = run(task)
+    part = path.with_suffix(".part")
+    part.write_bytes(pickle.dumps(found))
+    part.rename(path)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _planner() -> str:
+    """Git's name of what `comm/` is in the checkout's commit."""
+    command = ["git", "-C", str(common.HERE), "rev-parse", "HEAD:comm"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _kept_as(task: Task) -> str:
+    """A file name: results of another planner (`comm/` of another commit) are not taken."""
+    return hashlib.sha256(f"{_planner()} {task}".encode()).hexdigest()[:24] + ".pickle"
