@@ -215,7 +215,7 @@ def _twice(num_opened, opened, cover_S):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+def _close(num_opened, opened, host_S, own_host, price_S, pair_price, cover_S, opened_H, shard_K):  # type: ignore[no-untyped-def]  # fmt: skip
     """Closes opened shards, in the order of opening, whose pairs the others take for less."""
     movable = _twice(num_opened, opened, cover_S)
     for i in range(num_opened):
