@@ -204,7 +204,7 @@ def _cheapest(k, without, num_opened, opened, price_S, cover_S):  # type: ignore
 
 @_jit
 def _twice(num_opened, opened, cover_S):  # type: ignore[no-untyped-def]
-    """Pairs that two opened shards or more could take: all that `_close` and `_level` may change."""
+    """Pairs that two opened shards could take, or more: `_close` and `_level` change no others."""
     once = 0
     again = 0
     for i in range(num_opened):
