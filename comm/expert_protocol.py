@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from remora.comm import plan
 from remora.comm.arena import Memory
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
@@ -102,7 +101,6 @@ class ExpertService:
             self.pump = NativePump(native, incarnation=incarnation)
         self.epoch = epoch
         self._scratch = Memory.anonymous(1 << 20)
-        plan.warm()
 
     @property
     def epoch(self) -> int:
@@ -157,7 +155,7 @@ class ExpertService:
         pairs = offset + pairs_offset(num_rows, row_bytes)
         arena, reply_at = self._reply_place(connection, header, num_back * row_bytes)
         row_P = memory.int32(pairs, num_pairs)
-        if not plan.pairs_fit(memory.address + pairs, num_pairs, num_rows):
+        if num_pairs and not (row_P.min() >= 0 and row_P.max() < num_rows):
             raise BadCallError(f"pair rows {row_P.min()}..{row_P.max()} of {num_rows} rows")
         call = ExpertCall(
             header.epoch,

@@ -128,16 +128,6 @@ def pack(index_TK, weight_TK, num_tokens, hidden_address, row_bytes, first_call,
 
 
 @_jit
-def pairs_fit(row_address, num_pairs, num_rows):  # type: ignore[no-untyped-def]
-    """True when all of a call's int32 pair rows at `row_address` are rows of that call."""
-    row_P = carray(as_int32(row_address), num_pairs)
-    fit = True
-    for p in range(num_pairs):
-        fit &= (row_P[p] >= 0) & (row_P[p] < num_rows)
-    return fit
-
-
-@_jit
 def combine(weight_TK, num_tokens, width, is_bfloat16, presummed, call_TK, row_TK, pos_TK, reply_address_C, out_address, out_rows):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     """Sums the answers' rows into `[out_rows, width]` at `out_address`, in float32, in top-k order.
 
@@ -201,7 +191,6 @@ def warm() -> None:
     choice.warm()
     lay_out(none_T1, 0, 1, 1, 1, 0, none32_T1, none32_T1, none32_T1, none32_T1, call_C, call_C, call_C)  # fmt: skip  # noqa: E501
     pack(none_T1, weight_T1, 0, 0, 2, 0, 0, none32_T1, none32_T1, none32_T1, call_C, call_C, address_C)  # fmt: skip  # noqa: E501
-    pairs_fit(0, 0, 0)
     combine(weight_T1, 0, 1, True, True, none32_T1, none32_T1, none32_T1, address_C, 0, 0)
 
 
