@@ -8,6 +8,7 @@ from remora.actors.light_process import LightProcess
 
 if TYPE_CHECKING:
     from remora.actors.dense_actor import DenseActor
+    from remora.actors.model_spec import ModelSpec
     from remora.actors.trace_recorder import Recorded
     from remora.comm.trace import TraceHeader
     from remora.comm.view import Endpoint, Member, View
@@ -67,6 +68,16 @@ class DenseProcess(LightProcess["DenseActor", DenseLaunch]):
 
     def _import(self) -> None:
         from remora.actors import dense_actor  # noqa: F401
+
+    def _look_at(self, model: str) -> "ModelSpec":
+        """And have numba's code at hand: half of what a standby would else do when it joins."""
+        spec = super()._look_at(model)
+        from remora.actors.routing_tap import counter_of
+        from remora.comm import plan
+
+        plan.warm()
+        counter_of(spec).warm()
+        return spec
 
     def _make(self, launch: DenseLaunch) -> "DenseActor":
         from remora.actors.dense_actor import DenseActor

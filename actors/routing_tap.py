@@ -277,11 +277,16 @@ class RoutingTap:
             self._recorder.skip(sum(run.num_tokens for run in skipped))
 
 
+def counter_of(spec: ModelSpec) -> RoutingCounter:
+    """Of a model's MoE layers."""
+    return RoutingCounter(
+        num_experts=spec.num_experts, top_k=spec.top_k, moe_layers=spec.moe_layers
+    )
+
+
 def tap_of(spec: ModelSpec) -> RoutingTap:
     """A tap on a model's MoE layers."""
-    return RoutingTap(
-        RoutingCounter(num_experts=spec.num_experts, top_k=spec.top_k, moe_layers=spec.moe_layers)
-    )
+    return RoutingTap(counter_of(spec))
 
 
 def runs_of(plan: StepPlan, *, with_tokens: bool = False) -> list[Run]:

@@ -13,6 +13,8 @@ from support.local_cluster import LocalCluster
 
 from remora.actors import dense_load
 from remora.actors.dense_process import DenseProcess
+from remora.comm import plan
+from remora.comm.routing_counter import RoutingCounter
 
 
 @pytest.fixture
@@ -62,7 +64,11 @@ def test_a_standby_becomes_the_group_that_it_is_told_to_be(
 ) -> None:
     launch = cluster.launch(uid="dense-7", incarnation=4, process_name="remora/standby")
     process = DenseProcess()
+    compiled: list[object] = []
+    monkeypatch.setattr(plan, "warm", lambda: compiled.append(plan))
+    monkeypatch.setattr(RoutingCounter, "warm", lambda counter: compiled.append(counter.moe_layers))
     process.warm_up(launch.model)
+    assert compiled == [plan, cluster.spec.moe_layers], "numba's code comes in advance, too"
     monkeypatch.setattr(dense_load, "inspect_model", None)  # it has looked
     assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
     try:

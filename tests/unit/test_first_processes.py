@@ -18,6 +18,12 @@ def test_who_brings_a_deployment_up_imports_none_of_what_serves_it() -> None:
         assert any(name.startswith(costly) for name in others), f"the walk would see {costly}"
 
 
+def test_a_shard_has_no_use_for_numba() -> None:
+    found = imported_at_once("remora.actors.expert_actor")
+    assert "torch" in found, "the walk sees what it can"
+    assert not [name for name in sorted(found) if name.startswith("numba")]
+
+
 def test_who_a_deployment_starts_with() -> None:
     config = RemoraConfig.model_validate(
         {"model": "m", "dense": {"groups": 2}, "experts": {"shards": 3}}
