@@ -20,7 +20,6 @@ from remora.actors import (
     attention_op,
     dense_surgery,
     model_build,
-    model_probe,
     row_linear_patch,
     tp_surgery,
 )
@@ -291,17 +290,17 @@ def build_dense(
         WeightsError: naming file and tensor.
         ConfigError: a group whose size does not divide the heads.
     """
-    model, watch, sites = _prepare(spec, dtype, exact=exact)
+    model, sites = _prepare(spec, dtype, exact=exact)
     owned = dense_surgery.owned_names(model, [site.name for site in sites])
     with Checkpoint.open(path) as checkpoint:
         plan = WeightPlan(model, checkpoint, dtype)
         plan.check_complete(owned)
         part = None
         if group is not None:
-            part, spec = tp_surgery.take_part(model, watch, spec, group)
+            part, spec = tp_surgery.take_part(model, spec, group)
             plan.cuts = part.plan.cuts
         dense_surgery.drop_experts(sites)
-        packer = dense_surgery.Packer(model, watch.linears, exact=exact, device=device)
+        packer = dense_surgery.Packer(model, spec.linears, exact=exact, device=device)
         dense_surgery.fill(model, plan, owned, packer, progress, device)
     if home_of(device) != CPU:
         model.to(home_of(device))  # what no checkpoint holds: tables of rotary embeddings
@@ -320,17 +319,17 @@ def build_hollow(
 
     For a compiler, which must see everything but the values: a layer is packed only while it runs.
     """
-    model, watch, sites = _prepare(spec, dtype, exact=exact)
+    model, sites = _prepare(spec, dtype, exact=exact)
     part = None
     if group is not None:
-        part, spec = tp_surgery.take_part(model, watch, spec, group)
+        part, spec = tp_surgery.take_part(model, spec, group)
     dense_surgery.drop_experts(sites)
     for name, meta in model.state_dict().items():
         if meta.is_meta:
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     prefix = model_build.decoder_layers(model)[0]
     dense = _finish(model, spec, dtype, None, part, slice_rows=slice_rows)
-    called = [part.path_of(path) if part else path for path in watch.linears]
+    called = [part.path_of(path) if part else path for path in spec.linears]
     for wrapped in dense.layers:
         start = f"{prefix}.{wrapped.index}."
         paths = [path.removeprefix(start) for path in called if path.startswith(start)]
@@ -340,13 +339,13 @@ def build_hollow(
 
 def _prepare(
     spec: ModelSpec, dtype: torch.dtype, *, exact: bool
-) -> tuple[Any, model_probe.Watch, tuple[model_build.ExpertsSite, ...]]:
-    """The model on the meta device, what the probe saw of it, and its experts modules."""
+) -> tuple[Any, tuple[model_build.ExpertsSite, ...]]:
+    """The model on the meta device and its experts modules."""
     attention_op.register_interfaces()
     row_linear_patch.install(exact=exact)
     model = model_build.build_meta(spec.config, dtype)
     model_build.compute_buffers(model)
-    return model, model_probe.watch_one_pass(model), model_build.expert_sites(model)
+    return model, model_build.expert_sites(model)
 
 
 def _finish(

@@ -96,10 +96,10 @@ class Packer:
     """
 
     def __init__(
-        self, model: Any, called: set[str], *, exact: bool, device: torch.device = CPU
+        self, model: Any, called: frozenset[str], *, exact: bool, device: torch.device = CPU
     ) -> None:
         self._model = model
-        self._called = called if device == CPU else set()
+        self._called = called if device == CPU else frozenset()
         self._exact = exact
 
     def filled(self, name: str) -> None:

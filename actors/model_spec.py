@@ -56,6 +56,7 @@ class ModelSpec:
     hidden_size: int
     vocab_size: int
     attention: tuple[AttentionSpec, ...]  # one per decoder layer
+    linears: frozenset[str]  # full names of the nn.Linear modules that a pass calls
     expert: ExpertSpec  # the same for every MoE layer (else refused)
     dtype: str  # of the checkpoint: "float32" or "bfloat16"
     max_positions: int
@@ -126,6 +127,7 @@ def inspect_model(path: str | Path) -> ModelSpec:
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         attention=tuple(_attention(watch, layer) for layer in range(len(watch.layers))),
+        linears=frozenset(watch.linears),
         expert=expert,
         dtype=dtype,
         max_positions=text.max_position_embeddings,

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remora.actors import model_build, model_probe
-from remora.actors.model_spec import ModelSpec
+from remora.actors.model_spec import AttentionSpec, ModelSpec
 from remora.actors.tp_plan import ModelFacts, TpPlan, is_head_cut, make_plan
 from remora.comm.collectives import Group, group_sum, part_of
 from remora.comm.errors import UnsupportedModelError
 
 
-def facts_of(model: Any, watch: model_probe.Watch) -> ModelFacts:
-    """What a plan looks at, of a whole model on the meta device and the probe's account of it."""
+def facts_of(
+    model: Any, attention: tuple[AttentionSpec, ...], linears: frozenset[str]
+) -> ModelFacts:
+    """What a plan looks at, of a whole model on the meta device; the others as in `ModelSpec`."""
     modules = {module: name for name, module in model.named_modules()}
     experts = tuple(f"{site.name}." for site in model_build.expert_sites(model))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -33,7 +35,6 @@ def facts_of(model: Any, watch: model_probe.Watch) -> ModelFacts:
     if head is not None and embedding.weight is head.weight:  # they share what they are cut to
         can_cut = (all(can_cut),) * 2
     head_name = modules.get(head, "")
-    attention = [watch.layers[index].attention for index in range(len(watch.layers))]
     return ModelFacts(
         layers=model_build.decoder_layers(model)[0],
         shapes={
@@ -41,11 +42,11 @@ def facts_of(model: Any, watch: model_probe.Watch) -> ModelFacts:
             for name, tensor in model.state_dict().items()
             if not name.startswith(experts)
         },
-        linears=frozenset(watch.linears),
-        attention=tuple(spec for spec in attention if spec is not None),
+        linears=linears,
+        attention=attention,
         declared=dict(model.tp_plan or {}),
         embedding=modules.get(embedding) if can_cut[0] else None,
-        head=head_name if can_cut[1] and head_name in watch.linears else None,
+        head=head_name if can_cut[1] and head_name in linears else None,
     )
 
 
@@ -164,9 +165,7 @@ class Part:
         return f"{linear}.linear" if linear in self.plan.sums else linear
 
 
-def take_part(
-    model: Any, watch: model_probe.Watch, spec: ModelSpec, group: Group
-) -> tuple[Part, ModelSpec]:
+def take_part(model: Any, spec: ModelSpec, group: Group) -> tuple[Part, ModelSpec]:
     """Shrink `model` (meta device, whole) to the part of this rank of `group`.
 
     Returns:
@@ -176,7 +175,7 @@ def take_part(
         ConfigError: the heads cannot be divided by the number of ranks.
         UnsupportedModelError: the shrunk model does not run as planned.
     """
-    facts = facts_of(model, watch)
+    facts = facts_of(model, spec.attention, spec.linears)
     plan = make_plan(facts, group.rank, group.size)
     shrink(model, plan)
     head_width = facts.shapes[f"{facts.head}.weight"][0] if facts.head else None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora.actors import model_build, model_probe, tp_surgery
+from remora.actors import model_build, tp_surgery
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.tp_plan import check_heads, make_plan
@@ -149,8 +149,7 @@ def _rank_part(config: RemoraConfig, spec: ModelSpec, dtype: torch.dtype) -> dic
     if size == 1:
         return {}
     model = model_build.build_meta(spec.config, dtype)
-    model_build.compute_buffers(model)
-    facts = tp_surgery.facts_of(model, model_probe.watch_one_pass(model))
+    facts = tp_surgery.facts_of(model, spec.attention, spec.linears)
     plan = make_plan(facts, 0, size)
     shapes = {
         name: plan.cuts[name].shape(shape) if name in plan.cuts else shape

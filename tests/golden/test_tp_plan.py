@@ -21,7 +21,9 @@ def facts(architecture: str) -> ModelFacts:
     """Of a small model on the meta device."""
     model = model_build.build_meta(tiny_config(architecture), torch.float32)
     model_build.compute_buffers(model)
-    return facts_of(model, model_probe.watch_one_pass(model))
+    watch = model_probe.watch_one_pass(model)
+    attention = [watch.layers[index].attention for index in range(len(watch.layers))]
+    return facts_of(model, tuple(a for a in attention if a is not None), frozenset(watch.linears))
 
 
 def describe(facts: ModelFacts, rank: int, size: int) -> list[str]:
