@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -106,12 +105,15 @@ def _run_once(task: Task, kept: Path | None) -> list[Result]:
 
 
 @lru_cache(maxsize=1)
-def _planner() -> str:
-    """Git's name of what `comm/` is in the checkout's commit."""
-    command = ["git", "-C", str(common.HERE), "rev-parse", "HEAD:comm"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def _sources() -> str:
+    """Of what plans and judges, as the files are now."""
+    digest = hashlib.sha256()
+    for folder, pattern in ((common.HERE.parent / "comm", "*.py"), (common.HERE, "traffic_*.py")):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _kept_as(task: Task) -> str:
-    """A file name: results of another planner (`comm/` of another commit) are not taken."""
-    return hashlib.sha256(f"{_planner()} {task}".encode()).hexdigest()[:24] + ".pickle"
+    """A file name: results of other sources are not taken."""
+    return hashlib.sha256(f"{_sources()} {task}".encode()).hexdigest()[:24] + ".pickle"

@@ -3,6 +3,7 @@ co-clustering on clusters that are known, and the integer programme under every 
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -345,3 +346,24 @@ def test_bars_pair_folds_and_take_the_stronger_eplb() -> None:
     assert "v2lite_d8_spare0_copies_vs_eplb" not in bars  # nothing of it ran
     (ours,) = [r for r in report.rows(results) if r["sources"] == "homes"]
     assert ours["copies"].median == pytest.approx(3.0)
+
+
+def test_a_run_that_is_resumed_takes_what_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    tasks, ladder = module("traffic_tasks"), module("traffic_ladder")
+    wanted = [
+        tasks.Task(kind="ladder", trace="v2lite", shape=ladder.Shape(8, 1, 0.0), index=index)
+        for index in range(2)
+    ]
+    ran: list[int] = []
+
+    def run(task: Any) -> list[Any]:
+        ran.append(task.index)
+        return [f"of fold {task.index}"]
+
+    monkeypatch.setattr(tasks, "run", run)
+    expected = [["of fold 0"], ["of fold 1"]]
+    assert list(tasks.run_all(wanted[:1], 1, tmp_path)) == expected[:1] and ran == [0]
+    assert list(tasks.run_all(wanted, 1, tmp_path)) == expected and ran == [0, 1]
+    monkeypatch.setattr(tasks, "_sources", lambda: "another planner")
+    assert list(tasks.run_all(wanted[:1], 1, tmp_path)) == expected[:1] and ran == [0, 1, 0]
+    assert list(tasks.run_all(wanted[:1], 1, None)) == expected[:1] and ran == [0, 1, 0, 0]
