@@ -93,6 +93,7 @@ def kernel_extensions() -> list[Extension]:
             libraries=["c10", "torch", "torch_cpu"],
             extra_compile_args=[
                 "-O3",
+                "-g0",  # Python's own flags ask for debug information: a fifth of the time, 30 MB
                 "-std=c++20",
                 "-fopenmp",
                 "-fno-math-errno",

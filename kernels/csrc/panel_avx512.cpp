@@ -23,7 +23,7 @@ struct Float : Avx512<float> {
   using Weights = __m512;
   static constexpr int kScalarsPerStep = 1;
   static constexpr int kRows = 6;
-  static constexpr int kPanels = 4;
+  static constexpr int panels(int) { return 4; }
   REMORA_INLINE Weights load_weights(const float* w) { return _mm512_loadu_ps(w); }
   REMORA_INLINE __m512 load_x(const float* x) { return _mm512_set1_ps(*x); }
   REMORA_INLINE Vec dot(Vec acc, __m512 x, Weights w) { return _mm512_fmadd_ps(x, w, acc); }
@@ -48,7 +48,7 @@ struct BFloat16 : Avx512<uint16_t> {
   using Weights = Pair;
   static constexpr int kScalarsPerStep = 2;
   static constexpr int kRows = 4;  // a step holds two registers of weights and two of x
-  static constexpr int kPanels = 4;
+  static constexpr int panels(int) { return 4; }
   REMORA_INLINE Weights load_weights(const uint16_t* w) { return split(_mm512_loadu_si512(w)); }
   REMORA_INLINE Pair load_x(const uint16_t* x) {
     int32_t pair;
@@ -75,7 +75,7 @@ struct Int8 : Avx512<uint16_t> {
   static constexpr bool kScaled = true;
   static constexpr int kScalarsPerStep = 4;
   static constexpr int kRows = 4;
-  static constexpr int kPanels = 2;  // a panel of a step holds four registers of weights
+  static constexpr int panels(int) { return 2; }  // a panel of a step holds four registers of weights
   REMORA_INLINE Weights load_weights(const uint8_t* w) {
     const __m512i bytes = _mm512_loadu_si512(w);
     const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));

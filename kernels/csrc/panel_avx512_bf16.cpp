@@ -30,7 +30,7 @@ struct BFloat16 : Avx512<uint16_t> {
   using Weights = __m512bh;
   static constexpr int kScalarsPerStep = 2;
   static constexpr int kRows = 6;  // 24 accumulators, 4 weights, 1 x of 32 registers
-  static constexpr int kPanels = 4;
+  static constexpr int panels(int) { return 4; }
   REMORA_INLINE Weights load_weights(const uint16_t* w) {
     return reinterpret_cast<Weights>(_mm512_loadu_si512(w));
   }
@@ -61,7 +61,7 @@ struct Int8 : Avx512<uint16_t> {
   static constexpr bool kScaled = true;
   static constexpr int kScalarsPerStep = 4;
   static constexpr int kRows = 4;  // 16 accumulators, 8 weights, 4 tables, 2 x of 32 registers
-  static constexpr int kPanels = 4;
+  static constexpr int panels(int) { return 4; }
   REMORA_INLINE Weights load_weights(const uint8_t* w) {
     const WideStep wide = widen_step(w);
     return {reinterpret_cast<__m512bh>(wide.first), reinterpret_cast<__m512bh>(wide.second)};

@@ -3,8 +3,9 @@
 //
 // `Simd` provides Scalar, Vec (16 float32), Weights (16 columns of one step), and static functions
 // zero, load_weights, load_x, dot (one step into an accumulator), add_bias, store;
-// kScalarsPerStep: k values of one step; kPrefetches; kRows, kPanels: the largest tile. Stored is
-// what weights are stored as; where they are scaled (kScaled), `scale` multiplies the sums.
+// kScalarsPerStep: k values of one step; kPrefetches; kRows: of the tallest tile, and how many
+// panels go beside so many rows; up to kRowsHeld rows stay in registers for a step. Stored is what weights are stored as, Input what rows are; where
+// weights are scaled (kScaled), `scale` multiplies the sums.
 
 template <class Scalar>
 REMORA_INLINE const Scalar* row_of(const PanelCall& call, int64_t row) {
@@ -41,10 +42,10 @@ REMORA_INLINE void finish(const PanelCall& call, int64_t row, int first_panel,
 
 template <class Simd, int kR, int kP>
 REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
-  using Scalar = typename Simd::Scalar;
-  const Scalar* x[kR];
+  using Input = typename Simd::Input;
+  const Input* x[kR];
 #pragma GCC unroll 8
-  for (int r = 0; r < kR; ++r) x[r] = row_of<Scalar>(call, row + r);
+  for (int r = 0; r < kR; ++r) x[r] = row_of<Input>(call, row + r);
   using Stored = typename Simd::Stored;
   const int64_t step_stride = call.num_panels * kPanel * Simd::kScalarsPerStep;
   const Stored* w = static_cast<const Stored*>(call.weights) +
@@ -64,19 +65,33 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   for (int part = 0; part < 2; ++part) {
     const int64_t end = part == 0 ? num_inner : call.num_steps;
     for (int64_t step = part == 0 ? 0 : num_inner; step < end; ++step) {
-      typename Simd::Weights columns[kP];
+      if constexpr (kR <= Simd::kRowsHeld) {  // weights of one panel at a time: fewest registers
+        using Value = decltype(Simd::load_x(x[0]));
+        Value values[kR];
 #pragma GCC unroll 8
-      for (int p = 0; p < kP; ++p) {
-        columns[p] = Simd::load_weights(w + p * kPanel * Simd::kScalarsPerStep);
-        if constexpr (Simd::kPrefetches) {
-          __builtin_prefetch(ahead + p * kPanel * Simd::kScalarsPerStep, 0, 3);
+        for (int r = 0; r < kR; ++r) values[r] = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
+#pragma GCC unroll 8
+        for (int p = 0; p < kP; ++p) {
+          const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
+          const typename Simd::Weights column = Simd::load_weights(w + offset);
+          if constexpr (Simd::kPrefetches) __builtin_prefetch(ahead + offset, 0, 3);
+#pragma GCC unroll 8
+          for (int r = 0; r < kR; ++r) acc[r][p] = Simd::dot(acc[r][p], values[r], column);
         }
-      }
+      } else {
+        typename Simd::Weights columns[kP];
 #pragma GCC unroll 8
-      for (int r = 0; r < kR; ++r) {
-        const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
+        for (int p = 0; p < kP; ++p) {
+          const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
+          columns[p] = Simd::load_weights(w + offset);
+          if constexpr (Simd::kPrefetches) __builtin_prefetch(ahead + offset, 0, 3);
+        }
 #pragma GCC unroll 8
-        for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
+        for (int r = 0; r < kR; ++r) {
+          const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
+#pragma GCC unroll 8
+          for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
+        }
       }
       w += step_stride;
       ahead += step_stride;
@@ -88,19 +103,18 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
 
 template <class Simd, int kR>
 REMORA_TARGET void tile_panels(const PanelCall& call, int64_t row) {
+  constexpr int kP = Simd::panels(kR);
   int panel = 0;
-  for (; panel + Simd::kPanels <= call.num_panels; panel += Simd::kPanels) {
-    tile<Simd, kR, Simd::kPanels>(call, row, panel);
-  }
+  for (; panel + kP <= call.num_panels; panel += kP) tile<Simd, kR, kP>(call, row, panel);
   switch (call.num_panels - panel) {
     case 3:
-      if constexpr (Simd::kPanels > 3) tile<Simd, kR, 3>(call, row, panel);
+      if constexpr (kP > 3) tile<Simd, kR, 3>(call, row, panel);
       break;
     case 2:
-      if constexpr (Simd::kPanels > 2) tile<Simd, kR, 2>(call, row, panel);
+      if constexpr (kP > 2) tile<Simd, kR, 2>(call, row, panel);
       break;
     case 1:
-      if constexpr (Simd::kPanels > 1) tile<Simd, kR, 1>(call, row, panel);
+      if constexpr (kP > 1) tile<Simd, kR, 1>(call, row, panel);
       break;
     default:
       break;
@@ -122,10 +136,10 @@ REMORA_TARGET void panel_rows(const PanelCall& call) {
         if constexpr (Simd::kRows >= 5) tile_panels<Simd, 5>(call, row);
         break;
       case 4:
-        tile_panels<Simd, 4>(call, row);
+        if constexpr (Simd::kRows >= 4) tile_panels<Simd, 4>(call, row);
         break;
       case 3:
-        tile_panels<Simd, 3>(call, row);
+        if constexpr (Simd::kRows >= 3) tile_panels<Simd, 3>(call, row);
         break;
       case 2:
         tile_panels<Simd, 2>(call, row);

@@ -43,6 +43,7 @@ REMORA_INLINE float sum_lanes(__m512 value) {
 template <class S>
 struct Avx512 {
   using Scalar = S;
+  using Input = S;
   using Stored = S;
   static constexpr bool kScaled = false;
   using Vec = __m512;
@@ -55,6 +56,7 @@ struct Avx512 {
   }
   REMORA_INLINE void store(S* target, Vec value, int count) { store_lanes(target, value, count); }
 
+  static constexpr int kRowsHeld = 1;
   static constexpr bool kPrefetches = true;
   static constexpr int kDotRows = 4;
   static constexpr int kDotOutputs = 4;

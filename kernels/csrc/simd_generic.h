@@ -26,11 +26,12 @@ REMORA_INLINE void narrow_one(float value, uint16_t* target) {
 template <class S>
 struct Generic {
   using Scalar = S;
+  using Input = S;
   using Stored = S;
   static constexpr bool kScaled = false;
   using Vec = Vec16;
   static constexpr int kRows = 4;
-  static constexpr int kPanels = 1;
+  static constexpr int panels(int) { return 1; }
   REMORA_INLINE Vec zero() { return Vec{}; }
   REMORA_INLINE Vec add_bias(Vec acc, const S* bias, int count) {
     for (int i = 0; i < count; ++i) acc[i] += widen_one(bias[i]);
@@ -40,6 +41,7 @@ struct Generic {
     for (int i = 0; i < count; ++i) narrow_one(value[i], target + i);
   }
 
+  static constexpr int kRowsHeld = 1;
   static constexpr bool kPrefetches = false;
   static constexpr int kLanes = 16;
   static constexpr int kDotRows = 1;
