@@ -1,8 +1,8 @@
 // AVX2 tiles: float32, and narrower weights widened in registers for few rows, once for many.
 //
 // Sixteen registers hold 12 accumulators of float32 tiles, or 8 where weights are widened beside
-// them. Widening costs as much as three rows' products, so from kWideRows on a group is widened into
-// the second cache first, and its rows are as they come. Sums run in the same order either way.
+// them, anew for every four rows. For many rows a group is widened into the second cache first, and
+// rows six at a time. Sums run in the same order either way.
 #include "panel.h"
 
 #if defined(__x86_64__)
@@ -26,7 +26,8 @@ namespace {
 
 #include "row_tiles.h"
 
-constexpr int64_t kWideRows = 5;
+constexpr int64_t kWideRows = 12;
+constexpr int64_t kWideRowsInt8 = 5;
 
 struct Float : Avx2<float> {
   using Weights = Lanes;
@@ -188,8 +189,10 @@ REMORA_TARGET void panel_widened_rows(const PanelCall& call) {
   static thread_local Buffer buffer;
   const int64_t num_inputs = call.num_steps * Simd::kScalarsPerStep;
   const int64_t group = num_inputs * call.num_panels * kPanel;
+  // No power of two: else all rows would fall into the same sets of the first cache.
+  const int64_t stride = num_inputs + kPanel;
   auto* wide = reinterpret_cast<float*>(
-      buffer.take((group + Wide::kRows * num_inputs) * static_cast<int64_t>(sizeof(float))));
+      buffer.take((group + Wide::kRows * stride) * static_cast<int64_t>(sizeof(float))));
   if (wide == nullptr) throw std::bad_alloc();
   widen_group<Simd>(call, wide);
   float* rows = wide + group;
@@ -197,13 +200,13 @@ REMORA_TARGET void panel_widened_rows(const PanelCall& call) {
   part.weights = wide;
   part.num_steps = num_inputs;
   part.x = rows;
-  part.x_stride = num_inputs;
+  part.x_stride = stride;
   part.x_rows = nullptr;
   part.next = nullptr;
   for (int64_t row = 0; row < call.num_rows; row += part.num_rows) {
     part.num_rows = std::min<int64_t>(Wide::kRows, call.num_rows - row);
     for (int64_t r = 0; r < part.num_rows; ++r) {
-      widen_row(row_of<uint16_t>(call, row + r), rows + r * num_inputs, num_inputs);
+      widen_row(row_of<uint16_t>(call, row + r), rows + r * stride, num_inputs);
     }
     if (call.out_rows != nullptr) {
       part.out_rows = call.out_rows + row;
@@ -222,7 +225,7 @@ REMORA_TARGET void panel_bfloat16(const PanelCall& call) {
   panel_widened_rows<BFloat16, Widened>(call);
 }
 REMORA_TARGET void panel_int8(const PanelCall& call) {
-  if (call.num_rows < kWideRows) return panel_rows<Int8>(call);
+  if (call.num_rows < kWideRowsInt8) return panel_rows<Int8>(call);
   panel_widened_rows<Int8, WidenedScaled>(call);
 }
 REMORA_TARGET void panel_int4(const PanelCall& call) {

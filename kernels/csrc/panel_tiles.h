@@ -3,8 +3,9 @@
 //
 // `Simd` provides Scalar, Vec (16 float32), Weights (16 columns of one step), and static functions
 // zero, load_weights, load_x, dot (one step into an accumulator), add_bias, store;
-// kScalarsPerStep: k values of one step; kPrefetches; kRows: of the tallest tile, and how many
-// panels go beside so many rows; up to kRowsHeld rows stay in registers for a step. Stored is what weights are stored as, Input what rows are; where
+// kScalarsPerStep: k values of one step; kRows: of the tallest tile, and how many panels go beside so
+// many rows; kRowsHeld: up to so many, their values of a step stay in registers. kPrefetches, to
+// kPrefetchLevel; kAsksForNextGroup. Stored is what weights are stored as, Input what rows are; where
 // weights are scaled (kScaled), `scale` multiplies the sums.
 
 template <class Scalar>
@@ -57,11 +58,15 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
     for (int p = 0; p < kP; ++p) acc[r][p] = Simd::zero();
   }
   // Weights are asked for early, those of the next group where this one ends: a stream of memory
-  // that stops and starts costs a latency each time.
-  const int64_t ahead_steps = kAheadBytes / (step_stride * sizeof(Stored));
+  // that stops and starts costs a latency each time. Where a group takes several passes, each asks
+  // for its share of the next group, so that memory is read in one sequence while they compute.
+  const bool passes = Simd::kAsksForNextGroup && kP < call.num_panels && call.next != nullptr;
+  const int64_t ahead_steps = passes ? 0 : kAheadBytes / (step_stride * sizeof(Stored));
   const int64_t num_inner = call.num_steps > ahead_steps ? call.num_steps - ahead_steps : 0;
+  const int64_t ahead_stride = passes ? kP * kPanel * Simd::kScalarsPerStep : step_stride;
   const Stored* ahead = w + (call.num_steps - num_inner) * step_stride;
   const Stored* next = call.next == nullptr ? ahead : static_cast<const Stored*>(call.next);
+  if (passes) ahead = next + first_panel * kPanel * Simd::kScalarsPerStep * call.num_steps;
   for (int part = 0; part < 2; ++part) {
     const int64_t end = part == 0 ? num_inner : call.num_steps;
     for (int64_t step = part == 0 ? 0 : num_inner; step < end; ++step) {
@@ -74,7 +79,9 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
         for (int p = 0; p < kP; ++p) {
           const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
           const typename Simd::Weights column = Simd::load_weights(w + offset);
-          if constexpr (Simd::kPrefetches) __builtin_prefetch(ahead + offset, 0, 3);
+          if constexpr (Simd::kPrefetches) {
+            __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+          }
 #pragma GCC unroll 8
           for (int r = 0; r < kR; ++r) acc[r][p] = Simd::dot(acc[r][p], values[r], column);
         }
@@ -84,7 +91,9 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
         for (int p = 0; p < kP; ++p) {
           const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
           columns[p] = Simd::load_weights(w + offset);
-          if constexpr (Simd::kPrefetches) __builtin_prefetch(ahead + offset, 0, 3);
+          if constexpr (Simd::kPrefetches) {
+            __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+          }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kR; ++r) {
@@ -94,7 +103,7 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
         }
       }
       w += step_stride;
-      ahead += step_stride;
+      ahead += ahead_stride;
     }
     ahead = next;
   }

@@ -94,6 +94,8 @@ struct Avx2 {
   }
 
   static constexpr int kRowsHeld = 3;
+  static constexpr bool kAsksForNextGroup = true;
+  static constexpr int kPrefetchLevel = 2;
   static constexpr bool kPrefetches = true;
   static constexpr int kLanes = 16;
   static constexpr int kDotRows = 2;

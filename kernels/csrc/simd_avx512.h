@@ -57,6 +57,8 @@ struct Avx512 {
   REMORA_INLINE void store(S* target, Vec value, int count) { store_lanes(target, value, count); }
 
   static constexpr int kRowsHeld = 1;
+  static constexpr bool kAsksForNextGroup = false;
+  static constexpr int kPrefetchLevel = 3;
   static constexpr bool kPrefetches = true;
   static constexpr int kDotRows = 4;
   static constexpr int kDotOutputs = 4;

@@ -42,6 +42,8 @@ struct Generic {
   }
 
   static constexpr int kRowsHeld = 1;
+  static constexpr bool kAsksForNextGroup = false;
+  static constexpr int kPrefetchLevel = 3;
   static constexpr bool kPrefetches = false;
   static constexpr int kLanes = 16;
   static constexpr int kDotRows = 1;
