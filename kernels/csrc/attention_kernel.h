@@ -34,16 +34,23 @@ struct Chunk {
 template <class Word, int R, bool PREFETCH>
 REMORA_LOOP void score_rows(const int32_t* q_WR, int64_t words, const Chunk& chunk,
                             const Chunk* next, float* score_R64) {
-  f32x16 acc[R][4];
+  Sums acc[R][4];
   for (int r = 0; r < R; ++r)
-    for (int b = 0; b < 4; ++b) acc[r][b] = splat(0.0f);
+    for (int b = 0; b < 4; ++b) acc[r][b] = splat_sums(0.0f);
   const int32_t *k0 = chunk.key_blocks[0], *k1 = chunk.key_blocks[1];
   const int32_t *k2 = chunk.key_blocks[2], *k3 = chunk.key_blocks[3];
   for (int64_t w = 0; w < words; ++w, q_WR += R) {
     if constexpr (PREFETCH)
       for (int b = 0; b < 4; ++b) __builtin_prefetch(next->key_blocks[b] + w * 16);
-    const i32x16 key[4] = {load_words(k0 + w * 16), load_words(k1 + w * 16),
-                           load_words(k2 + w * 16), load_words(k3 + w * 16)};
+    if constexpr (R == 1) {  // keys one vector at a time: fewest registers
+      acc[0][0] = dot<Word>(acc[0][0], words_at(k0 + w * 16), q_WR[0]);
+      acc[0][1] = dot<Word>(acc[0][1], words_at(k1 + w * 16), q_WR[0]);
+      acc[0][2] = dot<Word>(acc[0][2], words_at(k2 + w * 16), q_WR[0]);
+      acc[0][3] = dot<Word>(acc[0][3], words_at(k3 + w * 16), q_WR[0]);
+      continue;
+    }
+    const Words key[4] = {words_at(k0 + w * 16), words_at(k1 + w * 16), words_at(k2 + w * 16),
+                          words_at(k3 + w * 16)};
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -108,10 +115,10 @@ template <class Word, int R, int N, bool PREFETCH>
 REMORA_LOOP void add_values(const int32_t* p_RS, const float* decay_R, const Chunk& chunk,
                             const Chunk* next, int64_t lane, float* acc_RV, int64_t width) {
   constexpr int64_t steps = 64 / Word::num_elements, per_block = steps / 4;
-  f32x16 acc[R][N];
+  Sums acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n)
-      acc[r][n] = load(acc_RV + r * width + lane + n * 16) * splat(decay_R[r]);
+      acc[r][n] = scaled_sums(acc_RV + r * width + lane + n * 16, decay_R[r]);
   p_RS += chunk.from;
   int64_t index = chunk.from;
   for (const Chunk::Values* part = chunk.values; part < chunk.values + chunk.num_values; ++part) {
@@ -122,8 +129,8 @@ REMORA_LOOP void add_values(const int32_t* p_RS, const float* decay_R, const Chu
         for (int n = 0; n < N; ++n) __builtin_prefetch(ahead + lane + n * 16);
         ++index;
       }
-      i32x16 value[N];
-      for (int n = 0; n < N; ++n) value[n] = load_words(row + n * 16);
+      Words value[N];
+      for (int n = 0; n < N; ++n) value[n] = words_at(row + n * 16);
 #pragma GCC unroll 6
       for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 4

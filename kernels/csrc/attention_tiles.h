@@ -211,13 +211,14 @@ REMORA_LOOP void tile_softmax(const Rules& rules, const Row* rows, int num_rows,
   const f32x16 shifts = (after == splat(-INFINITY) ? splat(0.0f) : after) * factor;
   store(shift, splat(0.0f) - shifts);
   // exactly 1 where the maximum stays
-  store(decay, before == after ? splat(1.0f) : exp2_16(fma16(before, factor, splat(0.0f) - shifts)));
+  const f32x16 power = multiply_add(before, factor, splat(0.0f) - shifts);
+  store(decay, before == after ? splat(1.0f) : exp2_16(power));
   store(state.max_R, after);
   for (int r = 0; r < num_rows; ++r) {
     f32x16 sum = load(state.sum_R16 + r * 16) * splat(decay[r]);
     const f32x16 down = splat(shift[r]);
     for (int i = begin; i < end; i += 16) {
-      const f32x16 y = exp2_16(fma16(load(score + r * TILE_STEP_KEYS + i), factor, down));
+      const f32x16 y = exp2_16(multiply_add(load(score + r * TILE_STEP_KEYS + i), factor, down));
       sum = sum + y;
       *(u16x16u*)(p + r * TILE_STEP_KEYS + i) = round_bf16(y);
     }

@@ -17,34 +17,92 @@ REMORA_INLINE i32x16 load_words(const int32_t* p) { return *(const i32x16*)p; }
 REMORA_INLINE f32x16 load(const float* p) { return *(const f32x16*)p; }
 REMORA_INLINE void store(float* p, f32x16 x) { *(f32x16*)p = x; }
 
-REMORA_INLINE f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) {
+#if REMORA_ISA == 1
+typedef float f32x8 __attribute__((vector_size(32), may_alias));
+typedef int32_t i32x8 __attribute__((vector_size(32), may_alias));
+union Halves {
+  f32x16 whole;
+  f32x8 half[2];
+};
+REMORA_INLINE f32x8 multiply_add(f32x8 a, f32x8 b, f32x8 c) {
+  return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+
+REMORA_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
 #if REMORA_ISA >= 2
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif REMORA_ISA == 1
-  union Halves { f32x16 whole; __m256 half[2]; } x{a}, y{b}, z{c};
-  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+  Halves x{a}, y{b}, z{c};
+  z.half[0] = multiply_add(x.half[0], y.half[0], z.half[0]);
+  z.half[1] = multiply_add(x.half[1], y.half[1], z.half[1]);
   return z.whole;
 #else
   return a * b + c;
 #endif
 }
 
+// What the loops over keys hold: sums, and words of keys or values. A vector wider than a register is
+// kept in memory by the compiler, so on AVX2 both are two registers.
+#if REMORA_ISA == 1
+struct Sums {
+  __m256 half[2];
+};
+struct Words {
+  __m256i half[2];
+};
+REMORA_INLINE Sums splat_sums(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+REMORA_INLINE Words words_at(const int32_t* p) {
+  return {{_mm256_load_si256((const __m256i*)p), _mm256_load_si256((const __m256i*)(p + 8))}};
+}
+REMORA_INLINE Sums scaled_sums(const float* p, float factor) {
+  const __m256 by = _mm256_set1_ps(factor);
+  return {{_mm256_mul_ps(_mm256_load_ps(p), by), _mm256_mul_ps(_mm256_load_ps(p + 8), by)}};
+}
+REMORA_INLINE void store(float* p, const Sums& x) {
+  _mm256_store_ps(p, x.half[0]);
+  _mm256_store_ps(p + 8, x.half[1]);
+}
+#else
+using Sums = f32x16;
+using Words = i32x16;
+REMORA_INLINE Sums splat_sums(float x) { return splat(x); }
+REMORA_INLINE Words words_at(const int32_t* p) { return load_words(p); }
+REMORA_INLINE Sums scaled_sums(const float* p, float factor) { return load(p) * splat(factor); }
+#endif
+
 // acc + the products of words, element by element of a word: Word is float or BF16 (two of them).
 template <class Word>
-REMORA_INLINE f32x16 dot(f32x16 acc, i32x16 a, int32_t b) {
+REMORA_INLINE Sums dot(Sums acc, Words a, int32_t b) {
+#if REMORA_ISA == 1
+  const __m256i word = _mm256_set1_epi32(b);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (Word::num_elements == 1) {
+      acc.half[i] = _mm256_fmadd_ps((__m256)a.half[i], (__m256)word, acc.half[i]);
+    } else {
+      const __m256i high = _mm256_set1_epi32((int32_t)0xffff0000);
+      acc.half[i] = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(a.half[i], 16),
+                                    (__m256)_mm256_slli_epi32(word, 16), acc.half[i]);
+      acc.half[i] = _mm256_fmadd_ps((__m256)_mm256_and_si256(a.half[i], high),
+                                    (__m256)_mm256_and_si256(word, high), acc.half[i]);
+    }
+  }
+  return acc;
+#else
   if constexpr (Word::num_elements == 1) {
-    return fma16((f32x16)a, (f32x16)splat_word(b), acc);
+    return multiply_add((f32x16)a, (f32x16)splat_word(b), acc);
   } else {
 #if REMORA_ISA == 3
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)splat_word(b));
 #else
     const i32x16 high = splat_word((int32_t)0xffff0000);
     const i32x16 b16 = splat_word(b);
-    acc = fma16((f32x16)(a << 16), (f32x16)(b16 << 16), acc);
-    return fma16((f32x16)(a & high), (f32x16)(b16 & high), acc);
+    acc = multiply_add((f32x16)(a << 16), (f32x16)(b16 << 16), acc);
+    return multiply_add((f32x16)(a & high), (f32x16)(b16 & high), acc);
 #endif
   }
+#endif
 }
 
 REMORA_INLINE u16x16 round_bf16(f32x16 x) {
@@ -86,24 +144,37 @@ REMORA_INLINE float sum_lanes(f32x16 x) {
 
 // exp for x <= 88, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87.
 // Range reduction by log 2 in two parts, Taylor polynomial of degree 7 on |r| <= log(2) / 2.
+template <class F, class I>
+REMORA_INLINE F exp_lanes(F x) {
+  const auto all = [](float value) __attribute__((always_inline)) { return F{} + value; };
+  const F clamped = x < all(-87.0f) ? all(-87.0f) : x;
+  const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = multiply_add(clamped, all(1.44269504088896341f), magic);
+  const F n = shifted - magic;
+  F r = multiply_add(n, all(-0.693145751953125f), clamped);
+  r = multiply_add(n, all(-1.42860682030941723e-6f), r);
+  F y = all(1.0f / 5040.0f);
+  y = multiply_add(y, r, all(1.0f / 720.0f));
+  y = multiply_add(y, r, all(1.0f / 120.0f));
+  y = multiply_add(y, r, all(1.0f / 24.0f));
+  y = multiply_add(y, r, all(1.0f / 6.0f));
+  y = multiply_add(y, r, all(0.5f));
+  y = multiply_add(y, r, all(1.0f));
+  y = multiply_add(y, r, all(1.0f));
+  const I exponent = ((I)shifted - (I)magic + 127) << 23;
+  y = y * (F)exponent;
+  return x < all(-87.0f) ? all(0.0f) : y;
+}
+
 REMORA_INLINE f32x16 exp16(f32x16 x) {
-  const f32x16 clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32x16 shifted = fma16(clamped, splat(1.44269504088896341f), magic);
-  const f32x16 n = shifted - magic;
-  f32x16 r = fma16(n, splat(-0.693145751953125f), clamped);
-  r = fma16(n, splat(-1.42860682030941723e-6f), r);
-  f32x16 y = splat(1.0f / 5040.0f);
-  y = fma16(y, r, splat(1.0f / 720.0f));
-  y = fma16(y, r, splat(1.0f / 120.0f));
-  y = fma16(y, r, splat(1.0f / 24.0f));
-  y = fma16(y, r, splat(1.0f / 6.0f));
-  y = fma16(y, r, splat(0.5f));
-  y = fma16(y, r, splat(1.0f));
-  y = fma16(y, r, splat(1.0f));
-  const i32x16 exponent = ((i32x16)shifted - (i32x16)magic + 127) << 23;
-  y = y * (f32x16)exponent;
-  return x < splat(-87.0f) ? splat(0.0f) : y;
+#if REMORA_ISA == 1
+  Halves both{x};
+  both.half[0] = exp_lanes<f32x8, i32x8>(both.half[0]);
+  both.half[1] = exp_lanes<f32x8, i32x8>(both.half[1]);
+  return both.whole;
+#else
+  return exp_lanes<f32x16, i32x16>(x);
+#endif
 }
 
 // 2^x for x <= 127, relative error 2e-7; exactly 1 at 0, 0 at -infinity. 1 + f * polynomial of degree
@@ -118,11 +189,11 @@ REMORA_INLINE f32x16 exp2_16(f32x16 x) {
   const f32x16 f = clamped - floor;
 #endif
   f32x16 y = splat(0.00186713f);
-  y = fma16(y, f, splat(0.00901703f));
-  y = fma16(y, f, splat(0.05579991f));
-  y = fma16(y, f, splat(0.24016445f));
-  y = fma16(y, f, splat(0.69315131f));
-  y = fma16(y, f, splat(1.0f));
+  y = multiply_add(y, f, splat(0.00901703f));
+  y = multiply_add(y, f, splat(0.05579991f));
+  y = multiply_add(y, f, splat(0.24016445f));
+  y = multiply_add(y, f, splat(0.69315131f));
+  y = multiply_add(y, f, splat(1.0f));
 #if REMORA_ISA >= 2
   return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)x);  // by two to the floor of x
 #else
@@ -137,10 +208,10 @@ REMORA_INLINE f32x16 tanh16(f32x16 x) {
   const f32x16 large = splat(1.0f) - splat(2.0f) / (exp16(bound + bound) + splat(1.0f));
   const f32x16 square = bound * bound;  // Taylor series where the quotient would cancel
   f32x16 y = splat(62.0f / 2835.0f);
-  y = fma16(y, square, splat(-17.0f / 315.0f));
-  y = fma16(y, square, splat(2.0f / 15.0f));
-  y = fma16(y, square, splat(-1.0f / 3.0f));
-  y = fma16(y, square, splat(1.0f));
+  y = multiply_add(y, square, splat(-17.0f / 315.0f));
+  y = multiply_add(y, square, splat(2.0f / 15.0f));
+  y = multiply_add(y, square, splat(-1.0f / 3.0f));
+  y = multiply_add(y, square, splat(1.0f));
   const f32x16 magnitude = bound < splat(0.2f) ? y * bound : large;
   return x < splat(0.0f) ? -magnitude : magnitude;
 }
