@@ -142,28 +142,30 @@ REMORA_INLINE float sum_lanes(f32x16 x) {
   return x[0];
 }
 
+template <class F>
+REMORA_INLINE F all_lanes(float x) { return F{} + x; }
+
 // exp for x <= 88, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87.
 // Range reduction by log 2 in two parts, Taylor polynomial of degree 7 on |r| <= log(2) / 2.
 template <class F, class I>
 REMORA_INLINE F exp_lanes(F x) {
-  const auto all = [](float value) __attribute__((always_inline)) { return F{} + value; };
-  const F clamped = x < all(-87.0f) ? all(-87.0f) : x;
-  const F magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const F shifted = multiply_add(clamped, all(1.44269504088896341f), magic);
+  const F clamped = x < all_lanes<F>(-87.0f) ? all_lanes<F>(-87.0f) : x;
+  const F magic = all_lanes<F>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const F shifted = multiply_add(clamped, all_lanes<F>(1.44269504088896341f), magic);
   const F n = shifted - magic;
-  F r = multiply_add(n, all(-0.693145751953125f), clamped);
-  r = multiply_add(n, all(-1.42860682030941723e-6f), r);
-  F y = all(1.0f / 5040.0f);
-  y = multiply_add(y, r, all(1.0f / 720.0f));
-  y = multiply_add(y, r, all(1.0f / 120.0f));
-  y = multiply_add(y, r, all(1.0f / 24.0f));
-  y = multiply_add(y, r, all(1.0f / 6.0f));
-  y = multiply_add(y, r, all(0.5f));
-  y = multiply_add(y, r, all(1.0f));
-  y = multiply_add(y, r, all(1.0f));
+  F r = multiply_add(n, all_lanes<F>(-0.693145751953125f), clamped);
+  r = multiply_add(n, all_lanes<F>(-1.42860682030941723e-6f), r);
+  F y = all_lanes<F>(1.0f / 5040.0f);
+  y = multiply_add(y, r, all_lanes<F>(1.0f / 720.0f));
+  y = multiply_add(y, r, all_lanes<F>(1.0f / 120.0f));
+  y = multiply_add(y, r, all_lanes<F>(1.0f / 24.0f));
+  y = multiply_add(y, r, all_lanes<F>(1.0f / 6.0f));
+  y = multiply_add(y, r, all_lanes<F>(0.5f));
+  y = multiply_add(y, r, all_lanes<F>(1.0f));
+  y = multiply_add(y, r, all_lanes<F>(1.0f));
   const I exponent = ((I)shifted - (I)magic + 127) << 23;
   y = y * (F)exponent;
-  return x < all(-87.0f) ? all(0.0f) : y;
+  return x < all_lanes<F>(-87.0f) ? all_lanes<F>(0.0f) : y;
 }
 
 REMORA_INLINE f32x16 exp16(f32x16 x) {
