@@ -29,32 +29,29 @@ namespace {
 constexpr int64_t kWideRows = 12;
 constexpr int64_t kWideRowsInt8 = 5;
 
-struct Float : Avx2<float> {
+// Rows and weights in float32, outputs and bias of S.
+template <class S>
+struct FloatTiles : Avx2<S> {
+  using Input = float;
+  using Stored = float;
   using Weights = Lanes;
   static constexpr int kScalarsPerStep = 1;
   static constexpr int kRows = 6;
-  static constexpr int panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
   REMORA_INLINE Weights load_weights(const float* w) { return load_lanes(w, 16); }
   REMORA_INLINE __m256 load_x(const float* x) { return _mm256_broadcast_ss(x); }
-  REMORA_INLINE Vec dot(const Vec& acc, __m256 x, const Weights& w) {
+  REMORA_INLINE Lanes dot(const Lanes& acc, __m256 x, const Weights& w) {
     return multiply_add(x, w, acc);
   }
 };
 
-// Rows and weights widened before (panel_widened_rows); outputs and bias are bfloat16.
-struct Widened : Avx2<uint16_t> {
-  using Input = float;
-  using Stored = float;
-  using Weights = Lanes;
+struct Float : FloatTiles<float> {
+  static constexpr int panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+};
+
+// Rows and weights widened before (panel_widened_rows).
+struct Widened : FloatTiles<uint16_t> {
   static constexpr bool kPrefetches = false;  // they come from the caches
-  static constexpr int kScalarsPerStep = 1;
-  static constexpr int kRows = 6;
   static constexpr int panels(int) { return 1; }
-  REMORA_INLINE Weights load_weights(const float* w) { return load_lanes(w, 16); }
-  REMORA_INLINE __m256 load_x(const float* x) { return _mm256_broadcast_ss(x); }
-  REMORA_INLINE Vec dot(const Vec& acc, __m256 x, const Weights& w) {
-    return multiply_add(x, w, acc);
-  }
 };
 
 struct WidenedScaled : Widened {
