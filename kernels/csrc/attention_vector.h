@@ -11,7 +11,9 @@ typedef uint16_t u16x16u __attribute__((vector_size(32), aligned(2), may_alias))
 #define REMORA_INLINE static inline __attribute__((always_inline))
 #define REMORA_LOOP static __attribute__((noinline))
 
-REMORA_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+template <class F>
+REMORA_INLINE F all_lanes(float x) { return F{} + x; }
+REMORA_INLINE f32x16 splat(float x) { return all_lanes<f32x16>(x); }
 REMORA_INLINE i32x16 splat_word(int32_t x) { return i32x16{} + x; }
 REMORA_INLINE i32x16 load_words(const int32_t* p) { return *(const i32x16*)p; }
 REMORA_INLINE f32x16 load(const float* p) { return *(const f32x16*)p; }
@@ -141,9 +143,6 @@ REMORA_INLINE float sum_lanes(f32x16 x) {
     for (int i = 0; i < width; ++i) x[i] = x[i] + x[i + width];
   return x[0];
 }
-
-template <class F>
-REMORA_INLINE F all_lanes(float x) { return F{} + x; }
 
 // exp for x <= 88, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -87.
 // Range reduction by log 2 in two parts, Taylor polynomial of degree 7 on |r| <= log(2) / 2.
