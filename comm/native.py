@@ -64,3 +64,10 @@ def park_address() -> int:
     if not kernels_available():
         return 0
     return int(torch.ops.remora.team_park_address())
+
+
+def wake_address() -> int:
+    """Address of the kernels' `void team_wake()`, called once what was waited for is there; 0 = none."""
+    if not kernels_available():
+        return 0
+    return int(torch.ops.remora.team_wake_address())

@@ -20,7 +20,7 @@ from remora.comm.arena import DTYPE_CODES
 from remora.comm.call import Call
 from remora.comm.call_deadline import CallDeadline
 from remora.comm.dispatch_handle import Dispatch
-from remora.comm.native import native_extension, park_address
+from remora.comm.native import native_extension, park_address, wake_address
 from remora.comm.peer import Peer
 from remora.comm.peers import PeerSet
 from remora.comm.routes import Routes
@@ -185,7 +185,8 @@ class NativeLayers:
             routes.view.epoch, self._presummed, self._deadline_s, self._rows_per_call_max,
             self._peers.limits.region_bytes,
             routes.host_S.ctypes.data, routes.own_host, routes.usable_S.ctypes.data,
-            routes.gain.ctypes.data, len(routes.uids), park_address(), tables,
+            routes.gain.ctypes.data, len(routes.uids), park_address(), wake_address(),
+            tables,
         )  # fmt: skip
 
     def _describe(self, shard: int, peer: Peer) -> None:

@@ -37,6 +37,9 @@ Status Client::begin(const LayerInput& input) {
   if (table == tables.end() || input.layer > UINT16_MAX || input.width > UINT16_MAX ||
       input.width < 1 || input.num_tokens > INT32_MAX)
     return Status::kNotNative;
+  // A core where a thread of the kernels still spins is not given to a shard: they are asleep by the
+  // time that all is packed.
+  if (park) park();
   input_ = input;
   const int64_t num_pairs = input.num_tokens * input.top_k;
   const auto* weight_TK = static_cast<const float*>(input.weight_TK);
@@ -109,10 +112,8 @@ bool Client::place(const LayerInput& input) {
 }
 
 // Header and rows of each call, then all of them away. The first shard of this host that wakes may
-// take this very core, and keep it for a layer: nothing may be left to pack then. The kernels' threads
-// sleep by now for the same reason: a core where one still spins is not given to a shard.
+// take this very core, and keep it for a layer: nothing may be left to pack then.
 void Client::send_all() {
-  if (park && !calls_.empty()) park();
   const uint64_t row_bytes = input_.width * item_bytes(input_.dtype);
   for (int32_t c = 0; c < layout_.num_calls; ++c) {
     LayerCall& call = calls_[c];
@@ -172,6 +173,7 @@ Status Client::finish(char* out) {
   const int64_t begun_ns = now_ns();
   until_ns_ = begun_ns + static_cast<int64_t>(deadline_s * 1e9);
   const bool answered = wait();
+  if (wake && !calls_.empty()) wake();
   const int64_t answered_ns = now_ns();
   phases.wait_ns += answered_ns - begun_ns;
   if (!answered) return Status::kHandOver;

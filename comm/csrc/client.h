@@ -89,6 +89,7 @@ class Client {
   int64_t rows_per_call_max = 1, region_bytes_asked = 0;
   ShardTable shards;
   void (*park)() = nullptr;  // called before other processes get work: the cores are theirs then
+  void (*wake)() = nullptr;  // called when they have answered: the cores are ours again
   std::unordered_map<int32_t, ReplicaTable> tables;
   std::vector<Link> links;
   Phases phases;

@@ -50,10 +50,10 @@ void client_dealloc(PyObject* object) {
 }
 
 // (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, host_S, own_host, usable_S, gain,
-//  num_shards, park, [(layer, table_ER, num_experts, num_replicas, load_S, sent_S), ...])
+//  num_shards, park, wake, [(layer, table_ER, num_experts, num_replicas, load_S, sent_S), ...])
 PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   const Arguments arguments(items, count);
-  if (!arguments.expect(12)) return nullptr;
+  if (!arguments.expect(13)) return nullptr;
   auto* self = reinterpret_cast<ClientObject*>(object);
   Client& client = self->client;
   client.epoch = arguments.natural(0);
@@ -68,6 +68,7 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   shards.gain = arguments.address<const int64_t>(8);
   const int64_t num_shards = shards.num_shards = arguments.integer(9);
   client.park = reinterpret_cast<void (*)()>(arguments.address<void>(10));
+  client.wake = reinterpret_cast<void (*)()>(arguments.address<void>(11));
   if (PyErr_Occurred()) return nullptr;
   client.shards = shards;
   client.close();
@@ -75,7 +76,7 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   self->free_lists.assign(num_shards, nullptr);
   client.links.assign(num_shards, Link{});
   client.tables.clear();
-  PyObject* tables = arguments.object(11);
+  PyObject* tables = arguments.object(12);
   if (!PyList_Check(tables)) return PyErr_Format(PyExc_TypeError, "tables must be a list");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
     int layer;

@@ -1,18 +1,20 @@
-// See expert_ffn.h. One region of the team, whose tasks are taken in order. With many blocks to go
-// round a task is a whole block, up, gate and down, so that weights are long streams of memory. With
-// few, each is cut: the pieces of all `up` first, then those of `down`, which wait for the `up` of
-// their block. Last come the sums, which wait for all of `down`. Who waits has tasks in front of it
-// that others hold already, so somebody always moves.
+// See expert_ffn.h. One region of the team. With many blocks to go round a task is a whole block, up,
+// gate and down, so that weights are long streams of memory. With few, each is cut: the pieces of all
+// `up` first, which wait for nothing, then those of `down`, which wait for the `up` of their block.
+// Last come the sums, which wait for all of `down`. Tasks that wait are taken in order, once none is
+// left that does not: others hold what they wait for already, so somebody always moves.
 #include "expert_ffn.h"
 
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <optional>
 
 #include "expert_order.h"
 #include "panel.h"
 #include "phase.h"
 #include "rows.h"
+#include "task_runs.h"
 #include "team.h"
 
 namespace remora {
@@ -76,7 +78,8 @@ struct Run {
   char* outputs;
   char* own;     // what workers have, one behind the other
   WorkerSizes sizes;
-  std::atomic<int64_t> next{0};
+  std::optional<TaskRuns> up_runs;
+  std::atomic<int64_t> next{0};  // task behind those of `up`
   std::atomic<int64_t> down_left{0};
 
   int64_t size() const { return layer.up.shape.element_size(); }
@@ -187,10 +190,14 @@ struct Run {
     down_left.fetch_sub(1, std::memory_order_release);
   }
 
-  void up_task(const ExpertScratch::Task& task, Worker& worker) {
+  // `after`: the task that this worker takes afterwards, or null.
+  void up_task(const ExpertScratch::Task& task, const ExpertScratch::Task* after, Worker& worker) {
     const ExpertScratch::Block& block = scratch.blocks[task.block];
+    const void* next = after == nullptr ? nullptr
+                                        : start_of(layer.up, scratch.blocks[after->block].slot,
+                                                   units.groups[0] + after->unit);
     if (!whole_blocks) {
-      up(block, task.unit, nullptr, worker);
+      up(block, task.unit, next, worker);
       scratch.left[task.block].fetch_sub(1, std::memory_order_release);
       return;
     }
@@ -199,9 +206,6 @@ struct Run {
       up(block, unit, last ? start_of(layer.down, block.slot, 0)
                            : start_of(layer.up, block.slot, units.groups[0] + unit + 1), worker);
     }
-    const bool is_last = task.block + 1 == static_cast<int32_t>(scratch.blocks.size());
-    const void* next =
-        is_last ? nullptr : start_of(layer.up, scratch.blocks[task.block + 1].slot, units.groups[0]);
     down(block, 0, layer.down.shape.num_groups(), next, worker);
   }
 
@@ -249,12 +253,13 @@ struct Run {
     worker.rows = worker.tile + sizes.tile;
     worker.hidden = worker.rows + sizes.rows;
     worker.outs = worker.hidden + sizes.hidden;
+    for (auto taken = up_runs->take(number); taken.task >= 0; taken = up_runs->take(number)) {
+      up_task(scratch.tasks[taken.task], taken.next < 0 ? nullptr : &scratch.tasks[taken.next], worker);
+    }
     const int64_t num_tasks = static_cast<int64_t>(scratch.tasks.size());
     for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
       const ExpertScratch::Task& task = scratch.tasks[i];
-      if (i < num_up_tasks) {
-        up_task(task, worker);
-      } else if (i < num_up_tasks + num_down_tasks) {
+      if (i < num_up_tasks + num_down_tasks) {
         down_task(task, worker);
       } else {
         sum(task, worker.tile);
@@ -320,6 +325,8 @@ int run_checked(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   const int num_workers = team_workers(cost, num_blocks * (run.units.num_units + run.down_tasks));
   run.whole_blocks = num_workers == 1 || num_blocks >= kBlocksPerWorker * num_workers;
   add_tasks(run, num_calls);
+  run.up_runs.emplace(run.num_up_tasks, num_workers);
+  run.next.store(run.num_up_tasks, std::memory_order_relaxed);
   int64_t tallest = 0;
   for (const auto& block : scratch.blocks) tallest = std::max(tallest, block.num_rows);
   const auto in_lines = [&](int64_t elements) {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,6 +14,7 @@
 #include "packed_shape.h"
 #include "panel.h"
 #include "phase.h"
+#include "task_runs.h"
 #include "team.h"
 #include "weight_format.h"
 
@@ -42,7 +42,12 @@ struct Task {
   int64_t row;
 };
 
-void run_task(const Segment& segment, const Task& task, PanelKernel kernel) {
+const char* weights_of(const Segment& segment, const Task& task) {
+  return segment.weights + task.group * segment.shape->group_nbytes(kGroupPanels);
+}
+
+// `next`: the weights that this thread reads afterwards, or null.
+void run_task(const Segment& segment, const Task& task, const void* next, PanelKernel kernel) {
   const Shape& shape = *segment.shape;
   const int64_t size = shape.element_size();
   PanelCall call = shape.group_call(task.group, segment.weights, segment.bias);
@@ -51,10 +56,11 @@ void run_task(const Segment& segment, const Task& task, PanelKernel kernel) {
   call.num_rows = std::min(kRowBlock, segment.num_rows - task.row);
   call.out = segment.out + (task.row * shape.num_outputs + task.group * kGroup) * size;
   call.out_stride = shape.num_outputs;
+  call.next = next;
   kernel(call);
 }
 
-// Threads take the next task when they are free: which one computes an element changes no bit.
+// Which thread computes an element changes no bit.
 void run_segments(const std::vector<Segment>& segments) {
   if (segments.empty()) return;
   std::vector<Task> tasks;
@@ -72,13 +78,16 @@ void run_segments(const std::vector<Segment>& segments) {
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const PanelKernel kernel = panel_kernel(segments[0].shape->format);
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int) {
-    for (int64_t i = next.fetch_add(1); i < num_tasks; i = next.fetch_add(1)) {
-      run_task(segments[tasks[i].segment], tasks[i], kernel);
+  const int num_workers = team_workers(bytes + macs / kMacsPerByte, num_tasks);
+  TaskRuns runs(num_tasks, num_workers);
+  team_run(num_workers, [&](int worker) {
+    for (auto taken = runs.take(worker); taken.task >= 0; taken = runs.take(worker)) {
+      const Task& task = tasks[taken.task];
+      const Task* after = taken.next < 0 ? nullptr : &tasks[taken.next];
+      run_task(segments[task.segment], task,
+               after == nullptr ? nullptr : weights_of(segments[after->segment], *after), kernel);
     }
-  };
-  team_run(team_workers(bytes + macs / kMacsPerByte, num_tasks), work);
+  });
 }
 
 // The rows as [N, padded_inputs] with unit stride inside a row; copies only where it must.

@@ -4,6 +4,7 @@
 //   posted -> idle (caller)                                          taken back, helper came too late
 //   idle -> asleep (helper)                                          after the spin time; posted wakes it
 //   idle -> parked (caller) -> asleep (helper)                       the same at once
+//   asleep, parked -> idle (caller)                                  work is near
 //   running -> awaited (caller) -> idle (helper, who wakes the caller)
 #include "team.h"
 
@@ -35,8 +36,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kTeamMax = 256;
-// Longer than the Python between two kernels of a layer, shorter than anyone would notice.
-constexpr std::chrono::microseconds kHelperSpin{40};
+// Longer than what lies between two linears of a layer (its attention and the Python around it: 60 to
+// 130 microseconds), shorter than anyone would notice.
+constexpr std::chrono::microseconds kHelperSpin{150};
 constexpr std::chrono::microseconds kCallerSpin{60};
 constexpr int64_t kLooksBeforeYield = 1000;  // 25 microseconds
 // Bytes below which a second thread costs more than it brings: with helpers awake, and asleep.
@@ -119,6 +121,13 @@ struct alignas(128) Helper {
     if (state.exchange(kPosted, std::memory_order_acq_rel) == kAsleep) futex_wake(state);
   }
 
+  // Nobody else posts meanwhile: a task is never lost, as only these two states are left.
+  void wake() {
+    uint32_t seen = kParked;
+    if (state.compare_exchange_strong(seen, kIdle)) return;
+    if (seen == kAsleep && state.compare_exchange_strong(seen, kIdle)) futex_wake(state);
+  }
+
   // Whether the task was taken back before the helper began it.
   bool take_back() {
     uint32_t seen = kPosted;
@@ -139,6 +148,7 @@ struct alignas(128) Helper {
 struct Team {
   std::atomic<bool> busy{false};
   std::atomic<int> num_helpers{0};
+  std::atomic<int> num_used{0};  // helpers that had work since the last team_wake
   Helper helpers[kTeamMax];
 
   // Helpers there are, at most `wanted`; fewer where the system gives no thread.
@@ -211,6 +221,9 @@ void team_run_raw(int num_workers, TeamWork work, void* context) {
   }
   const int num_helpers = self.grow(std::min(num_workers, kTeamMax) - 1);
   for (int i = 0; i < num_helpers; ++i) self.helpers[i].post(i + 1, work, context);
+  if (self.num_used.load(std::memory_order_relaxed) < num_helpers) {
+    self.num_used.store(num_helpers, std::memory_order_relaxed);
+  }
   std::exception_ptr error;
   const auto run_one = [&](int worker) {
     try {
@@ -244,6 +257,12 @@ void team_park() {
   }
 }
 
+void team_wake() {
+  Team& self = team();
+  const int num_used = self.num_used.exchange(0, std::memory_order_relaxed);
+  for (int i = 0; i < num_used; ++i) self.helpers[i].wake();
+}
+
 namespace {
 
 // For tests: how often each of `num_workers` was called, and in how many threads; `throw_in` throws.
@@ -265,14 +284,18 @@ std::vector<int64_t> team_probe(int64_t num_workers, int64_t throw_in) {
 }
 
 int64_t team_park_address() { return reinterpret_cast<int64_t>(&remora_team_park); }
+int64_t team_wake_address() { return reinterpret_cast<int64_t>(&remora_team_wake); }
 
 }  // namespace
 }  // namespace remora
 
 extern "C" void remora_team_park() { remora::team_park(); }
+extern "C" void remora_team_wake() { remora::team_wake(); }
 
 TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("team_park() -> ()", &remora::team_park);
   m.def("team_park_address() -> int", &remora::team_park_address);
+  m.def("team_wake() -> ()", &remora::team_wake);
+  m.def("team_wake_address() -> int", &remora::team_wake_address);
   m.def("team_probe(int num_workers, int throw_in) -> int[]", &remora::team_probe);
 }

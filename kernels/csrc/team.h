@@ -69,7 +69,12 @@ void spin_until(Done done) {
 // The calling thread is about to wait for another process: helpers go to sleep now, not later.
 void team_park();
 
+// What it waited for has come: those helpers that had work since the last time wake up now, while the
+// caller is on its way to the next region. Nothing to do for a model so small that none had.
+void team_wake();
+
 }  // namespace remora
 
-// team_park for other extensions; its address is `torch.ops.remora.team_park_address()`.
+// For other extensions; their addresses are `torch.ops.remora.team_park_address()`, `..wake_address()`.
 extern "C" void remora_team_park();
+extern "C" void remora_team_wake();
