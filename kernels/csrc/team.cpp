@@ -16,6 +16,7 @@
 #include <chrono>
 #include <exception>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include <pthread.h>
@@ -29,6 +30,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "task_runs.h"
 
 namespace remora {
 namespace {
@@ -283,6 +286,19 @@ std::vector<int64_t> team_probe(int64_t num_workers, int64_t throw_in) {
   return calls;
 }
 
+// For tests: tasks as these workers take them, one after the other, and what each expects to be next.
+std::tuple<std::vector<int64_t>, std::vector<int64_t>> task_runs_probe(
+    int64_t num_tasks, int64_t num_workers, const std::vector<int64_t>& takers) {
+  TaskRuns runs(num_tasks, static_cast<int>(num_workers));
+  std::vector<int64_t> tasks, nexts;
+  for (const int64_t worker : takers) {
+    const TaskRuns::Taken taken = runs.take(static_cast<int>(worker));
+    tasks.push_back(taken.task);
+    nexts.push_back(taken.next);
+  }
+  return {tasks, nexts};
+}
+
 int64_t team_park_address() { return reinterpret_cast<int64_t>(&remora_team_park); }
 int64_t team_wake_address() { return reinterpret_cast<int64_t>(&remora_team_wake); }
 
@@ -298,4 +314,6 @@ TORCH_LIBRARY_FRAGMENT(remora, m) {
   m.def("team_wake() -> ()", &remora::team_wake);
   m.def("team_wake_address() -> int", &remora::team_wake_address);
   m.def("team_probe(int num_workers, int throw_in) -> int[]", &remora::team_probe);
+  m.def("task_runs_probe(int num_tasks, int num_workers, int[] takers) -> (int[], int[])",
+        &remora::task_runs_probe);
 }

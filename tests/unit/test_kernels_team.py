@@ -1,11 +1,14 @@
 """The thread team: every worker once, errors to the caller, no core burned by idle helpers."""
 
 import os
+import random
 import threading
 import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from remora.kernels import native
 
@@ -59,6 +62,41 @@ def test_park_while_they_come_and_go() -> None:
         assert probe(2)[0] == [1, 1]
         torch.ops.remora.team_park()
     assert torch.ops.remora.team_park_address() != 0
+
+
+def test_wake_while_they_come_and_go() -> None:
+    """Whatever a helper is at, no task is lost; awake and without work, it falls asleep again."""
+    for i in range(300):
+        assert probe(3)[0] == [1, 1, 1]
+        if i % 2:
+            torch.ops.remora.team_park()
+        torch.ops.remora.team_wake()
+    before = time.process_time()
+    threading.Event().wait(0.1)
+    assert time.process_time() - before < 0.02
+    assert torch.ops.remora.team_wake_address() != 0
+
+
+def test_workers_take_their_own_from_the_front_and_others_from_the_back() -> None:
+    tasks, following = torch.ops.remora.task_runs_probe(7, 2, [0, 1, 0, 0, 0, 0, 0, 1, 0])
+    assert tasks == [0, 3, 1, 2, 6, 5, 4, -1, -1]
+    assert following == [1, 4, 2, -1, 5, 4, -1, -1, -1]
+
+
+@given(
+    num_tasks=st.integers(0, 40),
+    num_workers=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_every_task_is_taken_once(num_tasks: int, num_workers: int, seed: int) -> None:
+    """Whoever comes when: and one that takes all its own alone always knew what came next."""
+    rng = random.Random(seed)
+    takers = [rng.randrange(num_workers) for _ in range(num_tasks + 3)]
+    tasks, _ = torch.ops.remora.task_runs_probe(num_tasks, num_workers, takers)
+    assert sorted(tasks[:num_tasks]) == list(range(num_tasks)) and tasks[num_tasks:] == [-1] * 3
+    alone, following = torch.ops.remora.task_runs_probe(num_tasks, 1, [0] * num_tasks)
+    assert alone == list(range(num_tasks))
+    assert following == [*range(1, num_tasks), -1][:num_tasks]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
