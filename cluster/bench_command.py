@@ -34,6 +34,11 @@ from remora.comm.errors import ClusterError, ConfigError, RemoraError
 FIRST_ID = 8  # below are the special tokens of most vocabularies
 SEED = 0
 WARM_UP_TOKENS = 4
+# `remora bench` alone does not wait for the compiler: it would say how fast a start is, too.
+EAGER = (
+    "layers ran eager, at least at first: a model's first deployment here compiles them in the"
+    " background, for some minutes (remora status says which run, or why none will)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class Result:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     first_ms: float
+    executor: str  # of the layers: eager or compiled
     phases: Breakdown | None
 
     def as_json(self) -> dict[str, Any]:
@@ -63,6 +69,7 @@ class Result:
             "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),
             "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
             "first_ms": round(self.first_ms, 2),
+            "executor": self.executor,
             "phases": self.phases.as_json() if self.phases else None,
         }
 
@@ -195,6 +202,7 @@ def _result(sample: Sample, plan: BenchPlan, loops_us: float) -> Result:
         prefill_tokens_per_s=batch * plan.prompt_tokens / timing.first_s,
         decode_tokens_per_s=batch * (plan.new_tokens - 1) / (timing.seconds - timing.first_s),
         first_ms=1e3 * timing.first_s,
+        executor=sample.after["executor"],
         phases=phases,
     )
 
@@ -217,5 +225,7 @@ def results_text(results: Sequence[Result]) -> str:
             f"{r.batch:>5} {r.decode_tokens_per_s:>16,.1f} {r.prefill_tokens_per_s:>17,.1f}"
             f" {r.first_ms:>16.1f}"
         )
+    if any(r.executor != "compiled" for r in results):
+        lines.append(EAGER)
     found = [r.phases for r in results if r.phases is not None]
     return "\n".join(lines) + ("\n\n" + phases_table(found) if found else "")

@@ -67,7 +67,7 @@ def park_address() -> int:
 
 
 def wake_address() -> int:
-    """Address of the kernels' `void team_wake()`, called once what was waited for is there; 0 = none."""
+    """Address of the kernels' `void team_wake()`, called after such a wait; 0 = none."""
     if not kernels_available():
         return 0
     return int(torch.ops.remora.team_wake_address())
