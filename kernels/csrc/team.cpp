@@ -43,6 +43,7 @@ constexpr int kTeamMax = 256;
 // 130 microseconds), shorter than anyone would notice.
 constexpr std::chrono::microseconds kHelperSpin{150};
 constexpr std::chrono::microseconds kCallerSpin{60};
+constexpr std::chrono::microseconds kPolite{40};  // who spins longer lets others have the core
 constexpr int64_t kLooksBeforeYield = 1000;  // 25 microseconds
 // Bytes below which a second thread costs more than it brings: with helpers awake, and asleep.
 constexpr int64_t kSerialCost = 1 << 18;
@@ -79,13 +80,14 @@ void futex_wake(std::atomic<uint32_t>& word) {
 // Looks at the word until `done`, at most so long; whether it became true.
 template <class Done>
 bool spin(std::chrono::microseconds limit, Done done) {
-  const auto end = Clock::now() + limit;
-  do {
+  const auto begin = Clock::now();
+  for (auto now = begin; now - begin < limit; now = Clock::now()) {
+    if (now - begin > kPolite) sched_yield();
     for (int i = 0; i < 16; ++i) {
       if (done()) return true;
       pause_cpu();
     }
-  } while (Clock::now() < end);
+  }
   return done();
 }
 
