@@ -27,9 +27,9 @@ class TaskRuns {
   }
 
   Taken take(int worker) {
-    Taken taken = take_front(runs_[worker]);
+    Taken taken = take_from(runs_[worker], true);
     for (int other = 1; taken.task < 0 && other < num_workers_; ++other) {
-      taken = take_back(runs_[(worker + other) % num_workers_]);
+      taken = take_from(runs_[(worker + other) % num_workers_], false);
     }
     return taken;
   }
@@ -42,27 +42,18 @@ class TaskRuns {
 
   static uint64_t bounds_of(uint64_t begin, uint64_t end) { return begin << 32 | end; }
 
-  static Taken take_front(Run& run) {
+  static Taken take_from(Run& run, bool front) {
     uint64_t seen = run.bounds.load(std::memory_order_relaxed);
     while (true) {
       const int64_t begin = seen >> 32, end = seen & UINT32_MAX;
       if (begin >= end) return {};
-      if (run.bounds.compare_exchange_weak(seen, bounds_of(begin + 1, end),
-                                           std::memory_order_relaxed)) {
-        return {begin, begin + 1 < end ? begin + 1 : -1};
+      const int64_t left_begin = begin + front, left_end = end - !front;
+      if (!run.bounds.compare_exchange_weak(seen, bounds_of(left_begin, left_end),
+                                            std::memory_order_relaxed)) {
+        continue;
       }
-    }
-  }
-
-  static Taken take_back(Run& run) {
-    uint64_t seen = run.bounds.load(std::memory_order_relaxed);
-    while (true) {
-      const int64_t begin = seen >> 32, end = seen & UINT32_MAX;
-      if (begin >= end) return {};
-      if (run.bounds.compare_exchange_weak(seen, bounds_of(begin, end - 1),
-                                           std::memory_order_relaxed)) {
-        return {end - 1, begin + 1 < end ? end - 2 : -1};
-      }
+      if (left_begin == left_end) return {front ? begin : left_end, -1};
+      return front ? Taken{begin, left_begin} : Taken{left_end, left_end - 1};
     }
   }
 
