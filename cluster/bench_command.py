@@ -34,7 +34,7 @@ from remora.comm.errors import ClusterError, ConfigError, RemoraError
 FIRST_ID = 8  # below are the special tokens of most vocabularies
 SEED = 0
 WARM_UP_TOKENS = 4
-# `remora bench` alone does not wait for the compiler: it would say how fast a start is, too.
+# It does not wait for the compiler: that takes longer than the measurement, if it works at all.
 EAGER = (
     "layers ran eager, at least at first: a model's first deployment here compiles them in the"
     " background, for some minutes (remora status says which run, or why none will)"

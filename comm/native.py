@@ -61,13 +61,13 @@ def native_extension() -> Any:
 
 def park_address() -> int:
     """Address of the kernels' `void team_park()`, called before this thread waits; 0 = none."""
-    if not kernels_available():
-        return 0
-    return int(torch.ops.remora.team_park_address())
+    return _team_address("team_park_address")
 
 
 def wake_address() -> int:
     """Address of the kernels' `void team_wake()`, called after such a wait; 0 = none."""
-    if not kernels_available():
-        return 0
-    return int(torch.ops.remora.team_wake_address())
+    return _team_address("team_wake_address")
+
+
+def _team_address(op: str) -> int:
+    return int(getattr(torch.ops.remora, op)()) if kernels_available() else 0

@@ -173,10 +173,10 @@ Status Client::finish(char* out) {
   const int64_t begun_ns = now_ns();
   until_ns_ = begun_ns + static_cast<int64_t>(deadline_s * 1e9);
   const bool answered = wait();
-  if (wake && !calls_.empty()) wake();
   const int64_t answered_ns = now_ns();
   phases.wait_ns += answered_ns - begun_ns;
   if (!answered) return Status::kHandOver;
+  if (wake) wake();
   reply_C_.resize(calls_.size());
   uint32_t compute_us = 0;
   for (size_t c = 0; c < calls_.size(); ++c) {

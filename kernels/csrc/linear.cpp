@@ -42,10 +42,6 @@ struct Task {
   int64_t row;
 };
 
-const char* weights_of(const Segment& segment, const Task& task) {
-  return segment.weights + task.group * segment.shape->group_nbytes(kGroupPanels);
-}
-
 // `next`: the weights that this thread reads afterwards, or null.
 void run_task(const Segment& segment, const Task& task, const void* next, PanelKernel kernel) {
   const Shape& shape = *segment.shape;
@@ -83,9 +79,13 @@ void run_segments(const std::vector<Segment>& segments) {
   team_run(num_workers, [&](int worker) {
     for (auto taken = runs.take(worker); taken.task >= 0; taken = runs.take(worker)) {
       const Task& task = tasks[taken.task];
-      const Task* after = taken.next < 0 ? nullptr : &tasks[taken.next];
-      run_task(segments[task.segment], task,
-               after == nullptr ? nullptr : weights_of(segments[after->segment], *after), kernel);
+      const void* next = nullptr;
+      if (taken.next >= 0) {
+        const Task& after = tasks[taken.next];
+        const Segment& segment = segments[after.segment];
+        next = segment.weights + segment.shape->group_offset(after.group);
+      }
+      run_task(segments[task.segment], task, next, kernel);
     }
   });
 }

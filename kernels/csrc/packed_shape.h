@@ -44,12 +44,15 @@ struct PackedShape {
     return num_panels() / kGroupPanels * group_nbytes(kGroupPanels) + (left == 0 ? 0 : group_nbytes(left));
   }
 
+  // Where the weights of a group begin.
+  int64_t group_offset(int64_t group) const { return group * group_nbytes(kGroupPanels); }
+
   // The weights' part of a call for one group; rows and where they go are the caller's.
   PanelCall group_call(int64_t group, const char* weights, const char* bias) const {
     const int64_t column = group * kGroup;
     PanelCall call{};
     call.num_panels = static_cast<int>(std::min(kGroupPanels, num_panels() - group * kGroupPanels));
-    const char* first = weights + group * group_nbytes(kGroupPanels);
+    const char* first = weights + group_offset(group);
     call.weights = first;
     call.weight_bytes = group_nbytes(call.num_panels);
     call.num_steps = num_steps();

@@ -126,7 +126,7 @@ struct alignas(128) Helper {
     if (state.exchange(kPosted, std::memory_order_acq_rel) == kAsleep) futex_wake(state);
   }
 
-  // Nobody else posts meanwhile: a task is never lost, as only these two states are left.
+  // Only these two states are left, each only as it is: a task posted meanwhile is not lost.
   void wake() {
     uint32_t seen = kParked;
     if (state.compare_exchange_strong(seen, kIdle)) return;
