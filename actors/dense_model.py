@@ -130,12 +130,8 @@ class DenseModel:
         with torch.inference_mode():
             if self._program is None:
                 return self._forward(token_ids_T, positions_T)
-            context = steps.current(self.engine_id)
-
-            def next_layer(index: int) -> None:
-                context.layer = index
-
-            return self._program.run(token_ids_T, positions_T, next_layer)
+            cursor = steps.current(self.engine_id).cursor
+            return self._program.run(token_ids_T, positions_T, cursor)
 
     def _forward(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """The model's own forward."""

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch._inductor.output_code import CompiledFxGraph
 from torch.utils import _pytree as pytree
 
+from remora.kernels.step_calls import entry_of
+
 # Where a tensor of the step stands: index or name of an argument, then indices into tuples.
 Place = tuple[int | str, ...]
 
@@ -40,6 +42,12 @@ class Program:
     rows_at: tuple[int, ...]  # arguments that are T
     tensors_at: tuple[tuple[int, Place], ...]  # arguments that are tensors of the step
     wants_tensors: bool  # of `code`: numbers too
+    num_outputs: int
+
+    @property
+    def entry(self) -> int | None:
+        """Address of the code itself where it is C++ with nothing else around it."""
+        return _entry_of(self.code) if self.wants_tensors else None
 
     def run(self, num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """The outputs for arguments of the kind it was recorded with, T apart."""
@@ -49,7 +57,7 @@ class Program:
     def run_on(self, num_rows: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The outputs for the tensors of a step, in the order of `tensors_at`."""
         inputs = list(self.constants)
-        rows = _as_tensor(num_rows) if self.wants_tensors else num_rows
+        rows = as_tensor(num_rows) if self.wants_tensors else num_rows
         for at in self.rows_at:
             inputs[at] = rows
         for (at, _), tensor in zip(self.tensors_at, tensors, strict=True):
@@ -65,6 +73,7 @@ class _Call:
     given: list[Any]
     places: tuple[Place | None, ...]  # of each of `given` that is a tensor of the step
     num_rows: int
+    num_outputs: int
 
 
 class Recording:
@@ -93,7 +102,7 @@ class Recording:
             return result
         standing = {id(t): place for place, t in tensor_places(args, kwargs).items()}
         places = tuple(standing.get(id(value)) for value in given)
-        self._calls.append(_Call(graph.current_callable, given, places, num_rows))
+        self._calls.append(_Call(graph.current_callable, given, places, num_rows, len(outputs)))
         return result
 
     def program(self) -> Program | None:
@@ -120,11 +129,12 @@ class Recording:
         wants_tensors = _wants_tensors(first.code)
         if wants_tensors:
             constants = [
-                _as_tensor(x) if isinstance(x, bool | int | float) else x for x in constants
+                as_tensor(x) if isinstance(x, bool | int | float) else x for x in constants
             ]
         return Program(
-            first.code, tuple(constants), tuple(rows_at), tuple(tensors_at), wants_tensors
-        )
+            first.code, tuple(constants), tuple(rows_at), tuple(tensors_at), wants_tensors,
+            first.num_outputs,
+        )  # fmt: skip
 
     def _is_constant(self, values: list[Any]) -> bool:
         first = values[0]
@@ -142,8 +152,17 @@ def _wants_tensors(code: Callable[..., Any]) -> bool:
     return code.__qualname__ == "_wrap_func.<locals>.g"
 
 
+def _entry_of(code: Any) -> int | None:
+    """What the function around code in C++ calls, if it only hands tensors over and back."""
+    does_more = "constants_tensor" in code.__code__.co_varnames or "item" in code.__code__.co_names
+    called = [cell.cell_contents for cell in code.__closure__ or ()]
+    library = getattr(getattr(called[0], "__self__", None), "__file__", None) if called else None
+    return None if does_more or library is None else entry_of(library)
+
+
 @functools.lru_cache(maxsize=4096, typed=True)  # 1, 1.0 and True differ
-def _as_tensor(number: float) -> Tensor:
+def as_tensor(number: float) -> Tensor:
+    """[], made once."""
     return torch.tensor(number)
 
 

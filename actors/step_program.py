@@ -10,20 +10,26 @@ norm); the head is traced by itself. A step is then straight calls of generated 
     rows = layer(rows, others), for each layer
     logits = head(those of after(rows) that are wanted)
 
+Where all of that is C++ (`cpp_wrapper`), up to the last norm it is one chain of native calls
+(`kernels/step_calls.py`), which finds the step's own Python nowhere.
+
 A model that does something between its layers is not taken apart: its forward runs as it is.
 Legend: T token rows of a step, D model width.
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from remora.actors.layer_program import Program, Recording, find
+from remora.actors.layer_program import Program, Recording, as_tensor, find
+from remora.kernels.native import native_available
+from remora.kernels.step_calls import StepCalls
 
 # (token ids [T], positions [T]) -> [T, D] after the last norm: the model's own forward
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -41,15 +47,24 @@ class StepProgram:
     layers: tuple[tuple[Program, tuple[int, ...]], ...]  # and which of a step's values each takes
     after: Program
     head: Program
+    calls: StepCalls | None  # all but the head, where they are native
 
-    def run(
-        self, token_ids_T: Tensor, positions_T: Tensor, next_layer: Callable[[int], None]
-    ) -> Tensor:
-        """[T, D]. `next_layer` is told the index of each layer before it runs."""
+    @classmethod
+    def of(
+        cls, before: Program, layers: Sequence[tuple[Program, tuple[int, ...]]], after: Program,
+        head: Program,
+    ) -> Self:  # fmt: skip
+        """From its parts."""
+        return cls(before, tuple(layers), after, head, _chain(before, layers, after))
+
+    def run(self, token_ids_T: Tensor, positions_T: Tensor, cursor: ctypes.c_int64) -> Tensor:
+        """[T, D]. `cursor` is told the index of each layer before it runs."""
         num_rows = token_ids_T.shape[0]
+        if self.calls is not None:
+            return self.calls.run([token_ids_T, positions_T], as_tensor(num_rows), cursor)
         values = list(self.before.run(num_rows, (token_ids_T, positions_T), {}))
         for index, (layer, indices) in enumerate(self.layers):
-            next_layer(index)
+            cursor.value = index
             values[0] = layer.run_on(num_rows, [values[i] for i in indices])[0]
         return self.after.run(num_rows, (values[0],), {})[0]
 
@@ -60,6 +75,41 @@ class StepProgram:
             hidden_RD = hidden_RD.expand(ROWS_MIN, -1).contiguous()
         logits: Tensor = self.head.run(len(hidden_RD), (hidden_RD,), {})[0]
         return logits[:num_rows]
+
+
+def _chain(
+    before: Program, layers: Sequence[tuple[Program, tuple[int, ...]]], after: Program
+) -> StepCalls | None:
+    """The same as native calls; None where one of them is not C++."""
+    if not native_available():
+        return None
+    chain, unused = StepCalls(), before.num_outputs  # behind the values that layers take
+
+    def add(program: Program, values: Sequence[int], outputs: Sequence[int], layer: int) -> bool:
+        if program.entry is None:
+            return False
+        filled = {*program.rows_at, *(at for at, _ in program.tensors_at)}
+        chain.add(
+            program.entry,
+            len(program.constants),
+            constants={i: x for i, x in enumerate(program.constants) if i not in filled},
+            rows_at=program.rows_at,
+            values_at={at: v for (at, _), v in zip(program.tensors_at, values, strict=True)},
+            outputs=outputs,
+            layer=layer,
+        )
+        return True
+
+    def rows_only(program: Program) -> list[int]:
+        return [0, *[unused] * (program.num_outputs - 1)]
+
+    given = [int(place[0]) for _, place in before.tensors_at]
+    is_native = (
+        add(before, given, range(before.num_outputs), -1)
+        and all(add(p, values, rows_only(p), i) for i, (p, values) in enumerate(layers))
+        and add(after, [0], rows_only(after), -1)
+    )
+    return chain if is_native else None
 
 
 class _NotSeparable(Exception):
@@ -104,8 +154,8 @@ class Split:
         before, after, head = (recording.program() for recording, _ in self._ends)
         if before is None or after is None or head is None:
             return None
-        layers = tuple(zip(self._programs, self._indices, strict=True))
-        return StepProgram(before, layers, after, head)
+        layers = list(zip(self._programs, self._indices, strict=True))
+        return StepProgram.of(before, layers, after, head)
 
     def _trace(self, num_rows: int) -> tuple[nn.Module, nn.Module, nn.Module]:
         ids_T, positions_T = torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows)
