@@ -106,17 +106,39 @@ class AttentionPlan:
 
     num_rows: int  # T
     num_tokens: int  # real rows, the first ones
-    num_sequences: int
+    num_sequences: int  # S
+    table_width: int  # M, the most blocks of a sequence
     block_id_max: int  # the largest block named; -1 without sequences
-    query_start_S1: Tensor  # int32 [S + 1]: first row of each sequence; the last is num_tokens
-    start_S: Tensor  # int32 [S]: position of each sequence's first row of this step
-    block_table_SM: Tensor  # int32 [S, M]: blocks by position // 16; -1 beyond the context
     positions_T: Tensor  # int64 [T]: absolute positions; 0 in padding rows
-    seq_of_token_T: Tensor  # int64 [T]: index into S; 0 in padding rows
-    slot_mapping_T: Tensor  # int64 [T]: block * 16 + offset; -1 in padding rows
-    last_row_S: Tensor  # int64 [S]: the row of each sequence's last token
     packed: Tensor  # int32, what the C++ kernel reads: T, num_tokens, S, M, block_id_max, then the
     # values of query_start_S1, start_S and block_table_SM, which are views of it
+
+    @property
+    def query_start_S1(self) -> Tensor:
+        """int32 [S + 1]: first row of each sequence; the last is num_tokens."""
+        return self.packed[_PLAN_HEAD:].narrow(0, 0, self.num_sequences + 1)
+
+    @property
+    def start_S(self) -> Tensor:
+        """int32 [S]: position of each sequence's first row of this step."""
+        return self.packed.narrow(0, _PLAN_HEAD + self.num_sequences + 1, self.num_sequences)
+
+    @property
+    def block_table_SM(self) -> Tensor:
+        """int32 [S, M]: blocks by position // 16; -1 beyond the context."""
+        first = _PLAN_HEAD + 1 + 2 * self.num_sequences
+        return self.packed[first:].view(self.num_sequences, self.table_width)
+
+    @property
+    def slot_mapping_T(self) -> Tensor:
+        """int64 [T]: block * 16 + offset; -1 in padding rows."""
+        lengths_S = self.query_start_S1.diff().long()
+        seq_T = torch.arange(self.num_sequences).repeat_interleave(lengths_S)
+        positions_T = self.positions_T[: self.num_tokens]
+        block_T = self.block_table_SM[seq_T, positions_T // BLOCK_SIZE].long()
+        slots_T = torch.full((self.num_rows,), PAD_SLOT, dtype=torch.int64)
+        slots_T[: self.num_tokens] = block_T * BLOCK_SIZE + positions_T % BLOCK_SIZE
+        return slots_T
 
 
 def build_plan(
@@ -142,60 +164,43 @@ def build_plan(
         raise ValueError(
             f"{num_sequences} starts, {len(lengths)} lengths, {len(block_tables)} block tables"
         )
-    start_S = np.asarray(starts, dtype=np.int64).reshape(num_sequences)
-    length_S = np.asarray(lengths, dtype=np.int64).reshape(num_sequences)
-    if num_sequences and (int(start_S.min()) < 0 or int(length_S.min()) < 1):
-        raise ValueError(f"starts must be >= 0 and lengths >= 1: {starts}, {lengths}")
-    query_start_S1 = np.zeros(num_sequences + 1, dtype=np.int64)
-    np.cumsum(length_S, out=query_start_S1[1:])
-    num_tokens = int(query_start_S1[-1])
-    if num_tokens > num_rows:
-        raise ValueError(f"{num_tokens} tokens do not fit in {num_rows} rows")
-    num_blocks_S = (start_S + length_S + BLOCK_SIZE - 1) // BLOCK_SIZE
-    width = int(num_blocks_S.max(initial=1))
-    packed = np.empty(_PLAN_HEAD + 1 + num_sequences * (2 + width), dtype=np.int32)
-    table_SM = packed[_PLAN_HEAD + 1 + 2 * num_sequences :].reshape(num_sequences, width)
-    table_SM.fill(-1)
-    for s, table in enumerate(block_tables):
-        needed = int(num_blocks_S[s])
+    # Python's own lists where they are short: an array costs more than a step of few sequences has.
+    query_start, positions, needed_S = [0], list[int](), list[int]()
+    for s, (start, length, table) in enumerate(zip(starts, lengths, block_tables, strict=True)):
+        if start < 0 or length < 1:
+            raise ValueError(f"starts must be >= 0 and lengths >= 1: {starts}, {lengths}")
+        needed = -(-(start + length) // BLOCK_SIZE)
         if len(table) < needed:
             raise ValueError(
-                f"sequence {s}: {len(table)} blocks for {int(start_S[s] + length_S[s])} tokens, "
-                f"needs {needed}"
+                f"sequence {s}: {len(table)} blocks for {start + length} tokens, needs {needed}"
             )
-        table_SM[s, :needed] = table[:needed]
-    seq_T = np.zeros(num_rows, dtype=np.int64)
-    seq_T[:num_tokens] = np.repeat(np.arange(num_sequences), length_S)
-    seq = seq_T[:num_tokens]
-    positions_T = np.zeros(num_rows, dtype=np.int64)
-    positions_T[:num_tokens] = np.arange(num_tokens) - query_start_S1[seq] + start_S[seq]
-    positions = positions_T[:num_tokens]
-    block_T = table_SM[seq, positions // BLOCK_SIZE].astype(np.int64)
-    if num_tokens and int(block_T.min()) < 0:
-        raise ValueError("a block to be written has a negative id")
-    slots_T = np.full(num_rows, PAD_SLOT, dtype=np.int64)
-    slots_T[:num_tokens] = block_T * BLOCK_SIZE + positions % BLOCK_SIZE
-    block_id_max = int(table_SM.max(initial=-1))
-    packed[:_PLAN_HEAD] = (num_rows, num_tokens, num_sequences, width, block_id_max)
-    packed[_PLAN_HEAD : _PLAN_HEAD + num_sequences + 1] = query_start_S1
-    packed[_PLAN_HEAD + num_sequences + 1 : _PLAN_HEAD + 2 * num_sequences + 1] = start_S
-    tensor = torch.from_numpy(packed)
-    _, first, start, blocks = tensor.split(
-        (_PLAN_HEAD, num_sequences + 1, num_sequences, num_sequences * width)
-    )
+        if min(table[start // BLOCK_SIZE : needed]) < 0:
+            raise ValueError("a block to be written has a negative id")
+        needed_S.append(needed)
+        query_start.append(query_start[-1] + length)
+        positions.extend(range(start, start + length))
+    num_tokens = len(positions)
+    if num_tokens > num_rows:
+        raise ValueError(f"{num_tokens} tokens do not fit in {num_rows} rows")
+    positions.extend([0] * (num_rows - num_tokens))
+    width = max(needed_S, default=1)
+    head = _PLAN_HEAD + 1 + 2 * num_sequences
+    packed = np.full(head + num_sequences * width, -1, np.int32)
+    for s, needed in enumerate(needed_S):
+        first = head + s * width
+        packed[first : first + needed] = block_tables[s][:needed]
+    block_id_max = int(packed[head:].max(initial=-1))
+    packed[:head] = (
+        num_rows, num_tokens, num_sequences, width, block_id_max, *query_start, *starts,
+    )  # fmt: skip
     return AttentionPlan(
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_sequences=num_sequences,
+        table_width=width,
         block_id_max=block_id_max,
-        query_start_S1=first,
-        start_S=start,
-        block_table_SM=blocks.view(num_sequences, width),
-        positions_T=torch.from_numpy(positions_T),
-        seq_of_token_T=torch.from_numpy(seq_T),
-        slot_mapping_T=torch.from_numpy(slots_T),
-        last_row_S=torch.from_numpy(query_start_S1[1:] - 1),
-        packed=tensor,
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        packed=torch.from_numpy(packed),
     )
 
 

@@ -249,10 +249,8 @@ def test_plan() -> None:
     assert plan.num_tokens == 6
     assert plan.query_start_S1.tolist() == [0, 2, 5, 6]
     assert plan.positions_T.tolist() == [0, 1, 30, 31, 32, 16, 0, 0]
-    assert plan.seq_of_token_T.tolist() == [0, 0, 1, 1, 1, 2, 0, 0]
     assert plan.slot_mapping_T.tolist() == [80, 81, 30, 31, 144, 32, -1, -1]
     assert plan.block_table_SM.tolist() == [[5, -1, -1], [7, 1, 9], [3, 2, -1]]
-    assert plan.last_row_S.tolist() == [1, 4, 5]
     empty = build_plan([], [], [], 4)
     assert empty.num_tokens == 0
     pages = KVPages.allocate(1, 1, 8, 8, torch.float32)
