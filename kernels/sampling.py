@@ -95,19 +95,7 @@ def sample(logits_BV: Tensor, rows: Sequence[RowParams]) -> SampledBatch:
     array_BV: NDArray[np.float32] = logits_BV.numpy()
     token_ids = [0] * len(rows)
     failed: list[int] = []
-    greedy = [b for b, row in enumerate(rows) if row.temperature == 0.0 and row.keeps_logits]
-    if greedy:
-        whole = len(greedy) == len(rows)
-        best = torch.max(logits_BV if whole else logits_BV[greedy], dim=1)
-        for b, token, value in zip(
-            greedy, best.indices.tolist(), best.values.tolist(), strict=True
-        ):
-            token_ids[b] = token
-            if not math.isfinite(value):
-                failed.append(b)
     for b, row in enumerate(rows):
-        if row.temperature == 0.0 and row.keeps_logits:
-            continue
         chosen = _sample_row(array_BV[b], row)
         if chosen is None:
             failed.append(b)
