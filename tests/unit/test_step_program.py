@@ -137,6 +137,7 @@ def test_steps_without_guards_give_what_guarded_ones_do(tmp_path: Path, architec
     compile_and_warm(engine.dense, exact=False)
     assert all(layer.program is not None for layer in engine.dense.layers)
     assert engine.dense.has_program
+    assert not native_available() or engine.dense._program.calls is not None
     for picked in (tokens, tokens[:1, :11], tokens[:2, :3]):
         direct = engine.forced(picked)
         torch.testing.assert_close(
