@@ -313,24 +313,21 @@ def build_hollow(
 ) -> DenseModel:
     """The dense side with zeros for weights, which cost no memory until they are touched.
 
-    For a compiler, which must see everything but the values: a layer is packed only while it runs.
+    For a compiler, which must see everything but the values.
     """
     model, sites = _prepare(spec, dtype, exact=exact)
     part = None
     if group is not None:
         part, spec = tp_surgery.take_part(model, spec, group)
     dense_surgery.drop_experts(sites)
-    for name, meta in model.state_dict().items():
+    packer = dense_surgery.Packer(model, spec.linears, exact=exact, hollow=True)
+    owned = model.state_dict()
+    for name, meta in owned.items():
         if meta.is_meta:
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
-    prefix = model_build.decoder_layers(model)[0]
-    dense = _finish(model, spec, dtype, None, part, slice_rows=slice_rows)
-    called = [part.path_of(path) if part else path for path in spec.linears]
-    for wrapped in dense.layers:
-        start = f"{prefix}.{wrapped.index}."
-        paths = [path.removeprefix(start) for path in called if path.startswith(start)]
-        dense_surgery.pack_while_running(wrapped, paths, exact=exact)
-    return dense
+    for name in owned:
+        packer.filled(name)
+    return _finish(model, spec, dtype, None, part, slice_rows=slice_rows)
 
 
 def _prepare(

@@ -93,11 +93,21 @@ class Packer:
 
     Only modules whose `forward` the probe saw running: where a model reads `linear.weight` itself,
     the weight must stay. On a GPU linears are torch's own and stay too.
+
+    Args:
+        hollow: weights are zeros, and take no memory packed either.
     """
 
     def __init__(
-        self, model: Any, called: frozenset[str], *, exact: bool, device: torch.device = CPU
+        self,
+        model: Any,
+        called: frozenset[str],
+        *,
+        exact: bool,
+        device: torch.device = CPU,
+        hollow: bool = False,
     ) -> None:
+        self._make = DenseLinear.zeros if hollow else DenseLinear.pack
         self._model = model
         self._called = called if device == CPU else frozenset()
         self._exact = exact
@@ -111,7 +121,7 @@ class Packer:
         tensors = [module.weight, *([] if module.bias is None else [module.bias])]
         if any(t.is_meta or t.dtype not in DTYPES for t in tensors):
             return
-        packed = DenseLinear.pack(module.weight, module.bias, exact=self._exact)
+        packed = self._make(module.weight, module.bias, exact=self._exact)
         parent, _, child = path.rpartition(".")
         setattr(self._model.get_submodule(parent), child, packed)
 
@@ -165,30 +175,6 @@ def assign(model: Any, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
-
-
-def pack_while_running(wrapped: CursorLayer, paths: list[str], *, exact: bool) -> None:
-    """Pack the linears at `paths` of a layer for each of its passes only (`build_hollow`)."""
-    plain: dict[str, nn.Linear] = {}
-
-    def put(path: str, module: nn.Module) -> None:
-        parent, _, child = path.rpartition(".")
-        setattr(wrapped.layer.get_submodule(parent), child, module)
-
-    def pack(*_: Any) -> None:
-        for path in paths:
-            module = wrapped.layer.get_submodule(path)
-            if type(module) is nn.Linear and module.weight.dtype in DTYPES:
-                plain[path] = module
-                put(path, DenseLinear.pack(module.weight, module.bias, exact=exact))
-
-    def unpack(*_: Any) -> None:
-        for path, module in plain.items():
-            put(path, module)
-        plain.clear()
-
-    wrapped.register_forward_pre_hook(pack)
-    wrapped.register_forward_hook(unpack)
 
 
 def point_config(model: Any, engine_id: int) -> None:

@@ -131,20 +131,28 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: wrong shape or dtype.
         """
-        check_weight(weight_OK, bias_O)
-        weight = weight_OK.detach()
-        is_native = native.native_available()
-        num_outputs, num_inputs = weight.shape
-        if is_native:
-            packed = huge_zeros(
-                packed_numel(num_outputs, num_inputs, weight.dtype), dtype=weight.dtype
-            )
-            pack_into(packed, weight)
+        linear = cls.zeros(weight_OK, bias_O, exact=exact)
+        if linear.is_native:
+            pack_into(linear.packed, weight_OK.detach())
         else:
-            packed = weight.clone(memory_format=torch.contiguous_format)
+            linear.packed.copy_(weight_OK.detach())
+        if linear.bias is not None and bias_O is not None:
+            linear.bias.copy_(bias_O.detach())
+        return linear
+
+    @classmethod
+    def zeros(
+        cls, weight_OK: Tensor, bias_O: Tensor | None = None, *, exact: bool = False
+    ) -> "PackedLinear":
+        """As `pack`, of zeros in the place of these values: no memory until they are written."""
+        check_weight(weight_OK, bias_O)
+        num_outputs, num_inputs = weight_OK.shape
+        dtype, is_native = weight_OK.dtype, native.native_available()
         return cls(
-            packed,
-            None if bias_O is None else bias_O.detach().to(weight.dtype, copy=True).contiguous(),
+            huge_zeros(packed_numel(num_outputs, num_inputs, dtype), dtype=dtype)
+            if is_native
+            else torch.zeros(num_outputs, num_inputs, dtype=dtype),
+            None if bias_O is None else torch.zeros(num_outputs, dtype=dtype),
             in_features=num_inputs,
             out_features=num_outputs,
             is_native=is_native,

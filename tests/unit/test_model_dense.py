@@ -220,11 +220,25 @@ def test_one_compilation_serves_all_layers_and_sizes(tmp_path: Path) -> None:
     assert torch.equal(engine.forced(tokens), eager)
 
 
-def test_hollow_model_has_the_same_modules(tmp_path: Path) -> None:
-    spec = inspect_model(make_checkpoint(tmp_path, "ernie4_5_moe"))
-    hollow = build_hollow(spec, dtype=torch.float32, exact=True)
-    assert len(hollow.layers) == spec.num_layers
-    assert not any(t.is_meta for t in [*hollow.model.parameters(), *hollow.model.buffers()])
+@pytest.mark.parametrize("architecture", ["ernie4_5_moe", "gpt_oss"])
+def test_hollow_model_is_like_the_loaded_one_in_all_but_values(
+    tmp_path: Path, architecture: str
+) -> None:
+    """Or what a child compiles of it is of no use to the engine: head and biases included."""
+    path = make_checkpoint(tmp_path, architecture)
+    spec = inspect_model(path)
+
+    def shape_of(dense: DenseModel) -> dict[str, tuple[object, ...]]:
+        tensors = [*dense.model.named_parameters(), *dense.model.named_buffers()]
+        kinds = {name: (type(m).__name__,) for name, m in dense.model.named_modules()}
+        return kinds | {
+            f"{name} (values)": (tuple(t.shape), t.dtype, t.stride(), t.requires_grad, t.is_meta)
+            for name, t in tensors
+        }
+
+    hollow = shape_of(build_hollow(spec, dtype=torch.float32, exact=True))
+    assert hollow == shape_of(build_dense(path, spec, dtype=torch.float32, exact=True))
+    assert not any("Linear" in kinds for kinds in hollow.values()), "all that run are packed"
 
 
 def test_torch_path_is_exact_too(tmp_path: Path) -> None:
