@@ -2,8 +2,7 @@
 
     no compiler, or "eager"        eager for good
     artefacts cached (a marker)    compiled before the engine serves: a few seconds of tracing
-    "compiled", nothing cached     the same once a child process has filled the cache (tens of
-                                   seconds): what the compiler takes of memory ends with it
+    "compiled", nothing cached     the same, but the compiler runs first (tens of seconds)
     "auto", nothing cached         eager; a child process of low priority fills the cache meanwhile;
                                    the engine switches at a moment when no request runs
 
@@ -107,13 +106,10 @@ class Executor:
             num_slices=model.num_slices,
         )
         self._marker = cache_dir() / "compiled" / key
-        if self._marker.exists():
+        if wish == "compiled" or self._marker.exists():
             self._switch()
-            return
-        self._warm()
-        if wish == "compiled" and self._child is not None:
-            self._child.wait()
-            self._take_over()
+        else:
+            self._warm()
 
     @property
     def name(self) -> str:
@@ -136,7 +132,11 @@ class Executor:
         """Called while no request runs: switches if the artefacts are ready. True if it changed."""
         if self._child is None or self._child.poll() is None:
             return False
-        self._take_over()
+        status = self._end_child()
+        if status != 0:
+            self._stay_eager(f"compiling failed with status {status}, see {self._log_path()}")
+            return True
+        self._switch()
         return True
 
     def close(self) -> None:
@@ -147,14 +147,6 @@ class Executor:
                 # what it has half written into the cache.
                 os.killpg(self._child.pid, signal.SIGTERM)
             self._end_child()
-
-    def _take_over(self) -> None:
-        """What the child, which has ended, compiled; or stay eager where it failed."""
-        status = self._end_child()
-        if status == 0:
-            self._switch()
-        else:
-            self._stay_eager(f"compiling failed with status {status}, see {self._log_path()}")
 
     def _end_child(self) -> int:
         """Wait for the child, close the pipe it watched; its exit status."""

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <utility>
