@@ -5,9 +5,9 @@
     out = calls.run([rows_TD], num_rows, cursor)     # value 0 after the last call
 
 A chain works on *values*: those that a step gives it, then what the calls put in their places. An
-input of a call is a constant, a value, or the number of rows as a tensor. Around every layer of a
-step, Python took 40 us in place (its code and data are out of the caches after a layer's weights),
-where calls from here take 2 ([measured](../benchmarks/notes/2026-11-29-step-calls.md)).
+input of a call is a constant, a value, or the number of rows as a tensor. Python took 40 us around
+every layer in place, as its code and data are out of the caches after a layer's weights
+([measured](../benchmarks/notes/2026-11-29-step-calls.md)).
 """
 
 import ctypes
