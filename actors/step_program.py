@@ -11,7 +11,7 @@ norm); the head is traced by itself. A step is then straight calls of generated 
     logits = head(those of after(rows) that are wanted)
 
 Where all of that is C++ (`cpp_wrapper`), up to the last norm it is one chain of native calls
-(`kernels/step_calls.py`), which finds the step's own Python nowhere.
+(`kernels/step_calls.py`).
 
 A model that does something between its layers is not taken apart: its forward runs as it is.
 Legend: T token rows of a step, D model width.
@@ -86,13 +86,13 @@ def _chain(
     chain, unused = StepCalls(), before.num_outputs  # behind the values that layers take
 
     def add(program: Program, values: Sequence[int], outputs: Sequence[int], layer: int) -> bool:
-        if program.entry is None:
+        entry = program.entry
+        if entry is None:
             return False
-        filled = {*program.rows_at, *(at for at, _ in program.tensors_at)}
         chain.add(
-            program.entry,
+            entry,
             len(program.constants),
-            constants={i: x for i, x in enumerate(program.constants) if i not in filled},
+            constants={i: x for i, x in enumerate(program.constants) if x is not None},
             rows_at=program.rows_at,
             values_at={at: v for (at, _), v in zip(program.tensors_at, values, strict=True)},
             outputs=outputs,

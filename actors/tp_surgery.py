@@ -160,10 +160,6 @@ class Part:
             return local_RC
         return self.group.gather_columns(local_RC, self.head_width)
 
-    def path_of(self, linear: str) -> str:
-        """Where the linear that was at path `linear` is after `join`."""
-        return f"{linear}.linear" if linear in self.plan.sums else linear
-
 
 def take_part(model: Any, spec: ModelSpec, group: Group) -> tuple[Part, ModelSpec]:
     """Shrink `model` (meta device, whole) to the part of this rank of `group`.

@@ -116,7 +116,7 @@ class AttentionPlan:
     @property
     def query_start_S1(self) -> Tensor:
         """int32 [S + 1]: first row of each sequence; the last is num_tokens."""
-        return self.packed[_PLAN_HEAD:].narrow(0, 0, self.num_sequences + 1)
+        return self.packed.narrow(0, _PLAN_HEAD, self.num_sequences + 1)
 
     @property
     def start_S(self) -> Tensor:

@@ -131,12 +131,11 @@ def test_what_an_operator_raises_ends_the_chain(step: StepProgram) -> None:
 
 
 def add(chain: StepCalls, program: Program, values: dict[int, int]) -> None:
-    filled = {*program.rows_at, *(at for at, _ in program.tensors_at)}
     assert program.entry is not None
     chain.add(
         program.entry,
         len(program.constants),
-        constants={i: x for i, x in enumerate(program.constants) if i not in filled},
+        constants={i: x for i, x in enumerate(program.constants) if x is not None},
         rows_at=program.rows_at,
         values_at=values,
         outputs=(0,),
