@@ -54,10 +54,6 @@ struct Widened : FloatTiles<uint16_t> {
   static constexpr int panels(int) { return 1; }
 };
 
-struct WidenedScaled : Widened {
-  static constexpr bool kScaled = true;
-};
-
 struct Pair {
   __m256 even;
   __m256 odd;
@@ -98,65 +94,53 @@ struct BFloat16 : Avx2<uint16_t> {
   }
 };
 
-struct QuadWeights {
-  Lanes k[4];
-};
-
-struct QuadX {
-  __m256 k[4];
-};
-
+// Two k at a time: four would need eight registers beside the sums.
 struct Int8 : Avx2<uint16_t> {
   using Stored = uint8_t;
-  using Weights = QuadWeights;
+  using Weights = PairWeights;
   static constexpr bool kScaled = true;
   static constexpr int kScalarsPerStep = 4;
+  static constexpr int kParts = 2;
   static constexpr int kRows = 4;
-  static constexpr int panels(int rows) { return rows == 1 ? 2 : 1; }
-  REMORA_INLINE Weights load_weights(const uint8_t* w) {
-    Weights result;
-    widen_half(w, result, &Lanes::low);
-    widen_half(w + 32, result, &Lanes::high);
-    return result;
+  static constexpr int panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  REMORA_INLINE Weights load_weights(const uint8_t* w, int part) {
+    const __m256i low = signed_bytes(w), high = signed_bytes(w + 32);
+    const int k = 2 * part;
+    return {{widen(low, k), widen(high, k)}, {widen(low, k + 1), widen(high, k + 1)}};
   }
-  REMORA_INLINE void widen_half(const uint8_t* w, Weights& to, __m256 Lanes::*half) {
+  REMORA_INLINE __m256i signed_bytes(const uint8_t* w) {
     const __m256i bytes = load_bytes(w);
-    const __m256i value =
-        _mm256_sign_epi8(_mm256_and_si256(bytes, _mm256_set1_epi8(0x7f)), bytes);
-    // A column's two values of one half, each in the upper byte of a 16-bit word.
-    const __m256i first = _mm256_unpacklo_epi8(_mm256_setzero_si256(), value);
-    const __m256i second = _mm256_unpackhi_epi8(_mm256_setzero_si256(), value);
-    to.k[0].*half = even(first);
-    to.k[1].*half = odd(first);
-    to.k[2].*half = even(second);
-    to.k[3].*half = odd(second);
+    return _mm256_sign_epi8(_mm256_and_si256(bytes, _mm256_set1_epi8(0x7f)), bytes);
   }
-  REMORA_INLINE __m256 even(__m256i words) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 24));
+  // One k of eight columns, times 2^24: its byte goes to the top of a word, so no shift is needed.
+  REMORA_INLINE __m256 widen(__m256i bytes, int k) {
+    const int at = k / 2 * 8 + k % 2;
+    const __m128i places = _mm_setr_epi8(-1, -1, -1, at, -1, -1, -1, at + 2, -1, -1, -1, at + 4, -1,
+                                         -1, -1, at + 6);
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places)));
   }
-  REMORA_INLINE __m256 odd(__m256i words) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 24));
+  REMORA_INLINE Vec scale(const Vec& acc, const float* scales, int count) {
+    const Lanes by = load_lanes(scales, count);
+    const __m256 unit = _mm256_set1_ps(0x1p-24f);
+    return {_mm256_mul_ps(acc.low, _mm256_mul_ps(by.low, unit)),
+            _mm256_mul_ps(acc.high, _mm256_mul_ps(by.high, unit))};
   }
-  REMORA_INLINE QuadX load_x(const uint16_t* x) {
-    const Pair first = BFloat16::load_x(x);
-    const Pair second = BFloat16::load_x(x + 2);
-    return {{first.even, first.odd, second.even, second.odd}};
+  REMORA_INLINE Pair load_x(const uint16_t* x) { return BFloat16::load_x(x); }
+  REMORA_INLINE Vec dot(const Vec& acc, const Pair& x, const Weights& w) {
+    return BFloat16::dot(acc, x, w);
   }
-  REMORA_INLINE Vec dot(Vec acc, const QuadX& x, const Weights& w) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) acc = multiply_add(x.k[k], w.k[k], acc);
-    return acc;
+};
+
+struct WidenedScaled : Widened {
+  static constexpr bool kScaled = true;
+  REMORA_INLINE Vec scale(const Vec& acc, const float* scales, int count) {
+    return Int8::scale(acc, scales, count);
   }
 };
 
 REMORA_INLINE void put_steps(float* to, int64_t stride, const PairWeights& w) {
   store_sixteen(to, w.even);
   store_sixteen(to + stride, w.odd);
-}
-
-REMORA_INLINE void put_steps(float* to, int64_t stride, const QuadWeights& w) {
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) store_sixteen(to + k * stride, w.k[k]);
 }
 
 // A group as float32 tiles hold it: one k a step.
@@ -167,7 +151,10 @@ REMORA_TARGET void widen_group(const PanelCall& call, float* to) {
   for (int64_t step = 0; step < call.num_steps; ++step) {
     for (int panel = 0; panel < call.num_panels; ++panel) {
       __builtin_prefetch(reinterpret_cast<const char*>(w) + kAheadBytes, 0, 3);
-      put_steps(to + panel * kPanel, stride, Simd::load_weights(w));
+#pragma GCC unroll 2
+      for (int part = 0; part < Simd::kParts; ++part) {
+        put_steps(to + panel * kPanel + 2 * part * stride, stride, weights_of<Simd>(w, part));
+      }
       w += kPanel * Simd::kScalarsPerStep;
     }
     to += Simd::kScalarsPerStep * stride;

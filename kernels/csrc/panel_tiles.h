@@ -6,7 +6,17 @@
 // kScalarsPerStep: k values of one step; kRows: of the tallest tile, and how many panels go beside so
 // many rows; kRowsHeld: up to so many, their values of a step stay in registers. kPrefetches, to
 // kPrefetchLevel; kAsksForNextGroup. Stored is what weights are stored as, Input what rows are; where
-// weights are scaled (kScaled), `scale` multiplies the sums.
+// weights are scaled (kScaled), `scale` multiplies the sums. A step may be taken in several parts
+// (kParts), each with kScalarsPerStep / kParts k: load_weights is told which.
+
+template <class Simd>
+REMORA_INLINE typename Simd::Weights weights_of(const typename Simd::Stored* w, int part) {
+  if constexpr (Simd::kParts > 1) {
+    return Simd::load_weights(w, part);
+  } else {
+    return Simd::load_weights(w);
+  }
+}
 
 template <class Scalar>
 REMORA_INLINE const Scalar* row_of(const PanelCall& call, int64_t row) {
@@ -41,8 +51,9 @@ REMORA_INLINE void finish(const PanelCall& call, int64_t row, int first_panel,
   }
 }
 
+// Not inlined: among others the compiler finds fewer registers for it.
 template <class Simd, int kR, int kP>
-REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
+__attribute__((noinline)) REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   using Input = typename Simd::Input;
   const Input* x[kR];
 #pragma GCC unroll 8
@@ -67,39 +78,43 @@ REMORA_TARGET void tile(const PanelCall& call, int64_t row, int first_panel) {
   const Stored* ahead = w + (call.num_steps - num_inner) * step_stride;
   const Stored* next = call.next == nullptr ? ahead : static_cast<const Stored*>(call.next);
   if (passes) ahead = next + first_panel * kPanel * Simd::kScalarsPerStep * call.num_steps;
-  for (int part = 0; part < 2; ++part) {
-    const int64_t end = part == 0 ? num_inner : call.num_steps;
-    for (int64_t step = part == 0 ? 0 : num_inner; step < end; ++step) {
-      if constexpr (kR <= Simd::kRowsHeld) {  // weights of one panel at a time: fewest registers
-        using Value = decltype(Simd::load_x(x[0]));
-        Value values[kR];
+  for (int run = 0; run < 2; ++run) {
+    const int64_t end = run == 0 ? num_inner : call.num_steps;
+    for (int64_t step = run == 0 ? 0 : num_inner; step < end; ++step) {
+#pragma GCC unroll 2
+      for (int part = 0; part < Simd::kParts; ++part) {
+        const int64_t k = (step * Simd::kParts + part) * (Simd::kScalarsPerStep / Simd::kParts);
+        if constexpr (kR <= Simd::kRowsHeld) {  // weights of one panel at a time: fewest registers
+          using Value = decltype(Simd::load_x(x[0]));
+          Value values[kR];
 #pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r) values[r] = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
+          for (int r = 0; r < kR; ++r) values[r] = Simd::load_x(x[r] + k);
 #pragma GCC unroll 8
-        for (int p = 0; p < kP; ++p) {
-          const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
-          const typename Simd::Weights column = Simd::load_weights(w + offset);
-          if constexpr (Simd::kPrefetches) {
-            __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+          for (int p = 0; p < kP; ++p) {
+            const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
+            const typename Simd::Weights column = weights_of<Simd>(w + offset, part);
+            if constexpr (Simd::kPrefetches) {
+              if (part == 0) __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kR; ++r) acc[r][p] = Simd::dot(acc[r][p], values[r], column);
+          }
+        } else {
+          typename Simd::Weights columns[kP];
+#pragma GCC unroll 8
+          for (int p = 0; p < kP; ++p) {
+            const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
+            columns[p] = weights_of<Simd>(w + offset, part);
+            if constexpr (Simd::kPrefetches) {
+              if (part == 0) __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+            }
           }
 #pragma GCC unroll 8
-          for (int r = 0; r < kR; ++r) acc[r][p] = Simd::dot(acc[r][p], values[r], column);
-        }
-      } else {
-        typename Simd::Weights columns[kP];
+          for (int r = 0; r < kR; ++r) {
+            const auto value = Simd::load_x(x[r] + k);
 #pragma GCC unroll 8
-        for (int p = 0; p < kP; ++p) {
-          const int64_t offset = p * kPanel * Simd::kScalarsPerStep;
-          columns[p] = Simd::load_weights(w + offset);
-          if constexpr (Simd::kPrefetches) {
-            __builtin_prefetch(ahead + offset, 0, Simd::kPrefetchLevel);
+            for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
           }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kR; ++r) {
-          const auto value = Simd::load_x(x[r] + step * Simd::kScalarsPerStep);
-#pragma GCC unroll 8
-          for (int p = 0; p < kP; ++p) acc[r][p] = Simd::dot(acc[r][p], value, columns[p]);
         }
       }
       w += step_stride;

@@ -95,6 +95,7 @@ struct Avx2 {
 
   static constexpr int kRowsHeld = 3;
   static constexpr bool kAsksForNextGroup = true;
+  static constexpr int kParts = 1;
   static constexpr int kPrefetchLevel = 2;
   static constexpr bool kPrefetches = true;
   static constexpr int kLanes = 16;

@@ -58,6 +58,7 @@ struct Avx512 {
 
   static constexpr int kRowsHeld = 1;
   static constexpr bool kAsksForNextGroup = false;
+  static constexpr int kParts = 1;
   static constexpr int kPrefetchLevel = 3;
   static constexpr bool kPrefetches = true;
   static constexpr int kDotRows = 4;

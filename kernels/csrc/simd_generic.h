@@ -43,6 +43,7 @@ struct Generic {
 
   static constexpr int kRowsHeld = 1;
   static constexpr bool kAsksForNextGroup = false;
+  static constexpr int kParts = 1;
   static constexpr int kPrefetchLevel = 3;
   static constexpr bool kPrefetches = false;
   static constexpr int kLanes = 16;
