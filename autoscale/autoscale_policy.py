@@ -233,11 +233,11 @@ def check_ingress(policy: AutoscalePolicy) -> None:
         )
 
 
-def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
-    """Whether a running deployment can hold to a policy, sampled so often.
+def check_windows(policy: AutoscalePolicy, sample_every_s: float) -> None:
+    """Whether a policy's windows can be filled by samples that come so often.
 
     Raises:
-        ValueError: windows that samples do not fill or overfill, or a pool that nobody resizes.
+        ValueError: they would never hold enough of them, or too many.
     """
     reactive = policy.reactive
     least_s = reactive.down_window_s / SAMPLES_MAX
@@ -251,5 +251,14 @@ def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
             f"sample_every_s = {sample_every_s:g}: window_s = {reactive.window_s:g} would never"
             f" hold samples_min = {reactive.samples_min} samples"
         )
+
+
+def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:
+    """Whether a running deployment can hold to a policy, sampled so often.
+
+    Raises:
+        ValueError: as `check_windows`, or a pool that nobody resizes.
+    """
+    check_windows(policy, sample_every_s)
     if policy.pool == "ingress":
         raise ValueError("pool ingress is Ray Serve's: http.autoscale takes its policy")

@@ -7,6 +7,7 @@ with the policy and the state at that moment (`decision_lines.py`), so that
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -57,17 +58,23 @@ class AutoscaleLog:
             self._write(line)
         except OSError as failed:
             logger.warning("%s: %s: a decision is not logged", self.path, failed.strerror)
+            with suppress(OSError):  # what it still holds it cannot write either
+                self.close()
             self._file = None  # what follows a lost line would not replay: begin anew
 
     def _begin(self, state: AutoscaleState) -> None:
+        """A file that replays, in the place of the one being written; those before it move on only
+        once it has its first line: a disk that is full for a while costs none of them."""
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        begun = self.path.with_name(f"{FILE}.new")
+        self._file, self._num_bytes = begun.open("w", encoding="utf-8"), 0
+        self._write(start_line(self._policy, state))
         for number in range(OLDER_MAX, 0, -1):
             older = self.path if number == 1 else self._older(number - 1)
             if older.exists():
                 older.replace(self._older(number))
-        self._file, self._num_bytes = self.path.open("x", encoding="utf-8"), 0
-        self._write(start_line(self._policy, state))
+        begun.replace(self.path)
 
     def _older(self, number: int) -> Path:
         return self.path.with_name(f"{FILE}.{number}")

@@ -86,6 +86,7 @@ class Autoscaler:
         """Sample, decide, log, and act where the policy's mode says so."""
         now_s = self._wall()
         operation = self._rebalancing or self._running()
+        self._note_end(operation)
         with self._lock:
             sample = self._meter.sample(now_s, units=self._units(), operation=operation)
             before = self._state
@@ -165,6 +166,19 @@ class Autoscaler:
             self._note(operation_id, operation["outcome"], operation["reason"])
         except RemoraError as refused:
             self._note(operation_id, "refused", str(refused))
+
+    def _note_end(self, running: str | None) -> None:
+        """What came of the last action, once it is over."""
+        action = self._action
+        if action is None or action["outcome"] != "running" or running == action["operation_id"]:
+            return
+        try:
+            operation = self._operations.wait(action["operation_id"], 0.0)
+        except RemoraError as forgotten:
+            self._note(action["operation_id"], "forgotten", str(forgotten))
+            return
+        if operation["outcome"] != "running":
+            self._note(action["operation_id"], operation["outcome"], operation["reason"])
 
     def _rebalance(self, operation_id: str) -> None:
         """A plan takes up to minutes, so it has a thread; samples meanwhile say that it runs."""

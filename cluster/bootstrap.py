@@ -32,7 +32,7 @@ ADOPTIONS_MAX = 5  # coordinators that one start finds to be over
 # What cannot change under a data plane that runs; the rest is the ingresses' own.
 DATA_PLANE = (
     "dtype", "experts_dtype", "numerics", "executor", "bind_address", "dense", "experts", "router",
-    "autoscale",
+    "elastic", "autoscale", "security",
 )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def _remove_if_over(actor: Any, within_s: float) -> bool:
     Only such a one may go: what it had up would outlive it.
 
     Raises:
+        ClusterError: it could not be made.
         DeadlineError: it has not answered; it is ended, and started again by Ray.
     """
     from remora.cluster.coordinator import OVER
@@ -192,8 +193,11 @@ def _remove_if_over(actor: Any, within_s: float) -> bool:
     except ray.exceptions.GetTimeoutError as late:
         ray.kill(actor, no_restart=False)
         raise DeadlineError(f"the coordinator did not answer within {within_s:g} s") from late
-    except ray.exceptions.RayActorError:  # somebody else was faster
-        return True
+    except ray.exceptions.RayActorError as died:
+        if died.actor_init_failed:
+            reason = str(died).strip().splitlines()[-1]
+            raise ClusterError(f"the coordinator does not start: {reason}") from died
+        return True  # somebody else was faster
     ray.kill(actor, no_restart=True)
     return True
 
@@ -230,6 +234,14 @@ def find_cluster(name: str) -> ClusterHandle | None:
     except ValueError:
         return None
     return _handle(name, actor)
+
+
+def is_up(name: str) -> bool:
+    """Whether a deployment of that name runs, or is about to, in the connected Ray cluster."""
+    from remora.cluster.coordinator import OVER
+
+    found = find_cluster(name)
+    return found is not None and _read(found.coordinator.phase) not in OVER
 
 
 def cluster_status(name: str) -> dict[str, Any]:

@@ -207,19 +207,20 @@ def _bench(options: argparse.Namespace) -> int:
         "new_tokens": options.new_tokens,
         "phases": options.phases,
     }
+    address = getattr(options, "ray.address")
     if any((options.model, options.config, options.preset)):
         config = config_of(options)
+        if address is not None:
+            raise ConfigError(
+                "bench MODEL starts a Ray cluster of its own; to measure a deployment that runs in"
+                f" {address}, leave the model out and say --deployment NAME"
+            )
         from remora.cluster.bench_command import BenchPlan, bench_own
 
         return bench_own(config, BenchPlan(**wanted), as_json=options.json)
-    address = getattr(options, "ray.address")
-    name, instance = options.deployment, None
-    if address is None:
-        name, instance = which_instance(name)
+    name, instance = _which(options.deployment, address)
     if name is None:
         raise ConfigError("nothing to measure: give a MODEL, or start a deployment (remora serve)")
-    if instance is not None:
-        use_token(instance)
     from remora.cluster.bench_command import BenchPlan, bench_running
 
     return bench_running(name, instance, address, BenchPlan(**wanted), as_json=options.json)
@@ -279,7 +280,7 @@ def _which(name: str | None, ray_address: str | None) -> tuple[str | None, Insta
     """The deployment that is meant, with the way into its Ray cluster put in place."""
     if ray_address is not None:
         if name is None:
-            raise ConfigError("with --ray-address the NAME of the deployment is needed")
+            raise ConfigError("with --ray-address the name of the deployment is needed, too")
         return name, None
     name, instance = which_instance(name)
     if instance is not None:

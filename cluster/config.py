@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy
+from remora.autoscale.autoscale_policy import AutoscalePolicy, check_windows
 from remora.cluster.autoscale_config import AutoscaleConfig, policy_in
 from remora.cluster.device_rules import Device, check_devices, resolve
+from remora.cluster.instances import NAME
 from remora.comm.checked import Section, parse_section, yaml_mapping
 from remora.comm.errors import ConfigError
 from remora.kernels.experts_dtype import ExpertsDtype
@@ -22,7 +23,7 @@ from remora.kernels.experts_dtype import ExpertsDtype
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 class _Placed(Section):
@@ -32,7 +33,7 @@ class _Placed(Section):
     num_gpus: Fraction = 0.0
     resources: dict[str, float] = Field(default_factory=dict)  # Ray custom resources
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that must match
-    threads: Positive | None = None  # None: the machine's cores shared out by bootstrap
+    threads: Positive | None = None  # None: a host's cores, shared out
     device: Device = "auto"  # what computes; auto: the GPU where num_gpus asks for one
 
     @property
@@ -254,6 +255,12 @@ class RemoraConfig(Section):
                 f"http.queue_max x ingress_replicas = {admitted} is above dense.max_waiting x"
                 f" groups = {self.dense.max_waiting * self.dense.groups}: what is admitted must fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ingresses_are_sampled(self) -> "RemoraConfig":
+        if isinstance(self.http.autoscale, AutoscalePolicy):
+            check_windows(self.http.autoscale, self.autoscale.sample_every_s)
         return self
 
     @model_validator(mode="after")

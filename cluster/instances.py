@@ -5,6 +5,7 @@ Imports no Ray: how to authenticate with a Ray cluster must be in the environmen
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from remora.comm.errors import ConfigError
 
+FOLDER_ENV = "REMORA_RUNTIME_DIR"
 TOKEN_ENV = "RAY_AUTH_TOKEN"
 MODE_ENV = "RAY_AUTH_MODE"
 MISSING = 3  # exit status: there is no such deployment
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")  # of a deployment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +37,38 @@ class Instance:
 
 
 def instances_dir() -> Path:
-    """Where running instances of this user are written down; private."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    path = Path(base) / f"remora-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
+    """Where running instances of this user are written down; private.
+
+    Below `$REMORA_RUNTIME_DIR`, else the folder for temporary files. Not `$XDG_RUNTIME_DIR`: a
+    service has none where the user's shell has one, and it goes when the user logs out.
+
+    Raises:
+        ConfigError: it cannot be made, or is somebody else's.
+    """
+    path = Path(os.environ.get(FOLDER_ENV) or tempfile.gettempdir()) / f"remora-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: set {FOLDER_ENV}") from error
     if path.stat().st_uid != os.getuid():
-        raise ConfigError(f"{path} belongs to somebody else: set XDG_RUNTIME_DIR")
+        raise ConfigError(f"{path} belongs to somebody else: set {FOLDER_ENV}")
     return path
 
 
 def find_instance(name: str) -> Instance | None:
-    """The running instance of that name; one whose process is gone is cleared away."""
+    """The running instance of that name; one whose process is gone is cleared away.
+
+    Raises:
+        ConfigError: that is no name.
+    """
+    if not NAME.fullmatch(name):  # else it may lead out of the folder
+        raise ConfigError(f"{name!r} is no name of a deployment: allowed is {NAME.pattern}")
     path = instances_dir() / f"{name}.json"
     try:
         instance = Instance(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # half written by a process that was killed
-        path.unlink(missing_ok=True)
+    except (ValueError, TypeError):  # of another version: whole it is, as it is moved into place
         return None
     if not _is_remora(instance.pid):
         _clear_away(instance, path)
@@ -62,7 +79,7 @@ def find_instance(name: str) -> Instance | None:
 def instance_names() -> list[str]:
     """Names of the instances that run."""
     names = sorted(path.stem for path in instances_dir().glob("*.json"))
-    return [name for name in names if find_instance(name) is not None]
+    return [name for name in names if NAME.fullmatch(name) and find_instance(name) is not None]
 
 
 def which_instance(name: str | None) -> tuple[str | None, Instance | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import ray
 import torch
 
 from remora.actors.dense_launch import DenseLaunch
@@ -31,7 +32,7 @@ EXACT_THREADS_MAX = 2
 
 
 def dense_threads(config: RemoraConfig) -> int:
-    """Threads of one dense rank: all cores, since it and its shards take turns on them.
+    """Threads of one dense rank: all cores of its host, since it and its shards take turns on them.
 
     Raises:
         ConfigError: more than `exact` numerics can keep its promise with.
@@ -52,7 +53,8 @@ def shard_threads(config: RemoraConfig) -> int:
 def _threads(config: RemoraConfig, section: str, asked: int | None, processes: int) -> int:
     exact = config.numerics == "exact"
     if asked is None:
-        shared = max(1, (os.cpu_count() or 1) // processes)
+        cores, hosts = _machines()
+        shared = max(1, cores // -(-processes // hosts))
         return min(shared, EXACT_THREADS_MAX) if exact else shared
     if exact and asked > EXACT_THREADS_MAX:
         raise ConfigError(
@@ -60,6 +62,21 @@ def _threads(config: RemoraConfig, section: str, asked: int | None, processes: i
             "threads a process on the CPU (add shards or groups instead)"
         )
     return asked
+
+
+def _machines() -> tuple[int, int]:
+    """Cores of a host, and how many hosts there are, by what Ray knows of its nodes now.
+
+    A node's CPUs are what its container may use. One of this machine may have been given more than
+    there are. Hosts that come later are taken to be like those that are there.
+    """
+    here = os.cpu_count() or 1
+    nodes = ray.nodes() if ray.is_initialized() else []
+    cores = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
+    cores = [count for count in cores if count > 0]
+    if len(cores) <= 1:
+        return min([here, *cores]), 1
+    return max(cores), len(cores)
 
 
 def first_shards(config: RemoraConfig) -> tuple[str, ...]:
@@ -187,6 +204,21 @@ def kv_bytes_per_token(config: RemoraConfig, spec: ModelSpec) -> int:
     )
 
 
+def longest_sequence(config: RemoraConfig, spec: ModelSpec) -> int:
+    """Tokens of the longest sequence that is served.
+
+    Raises:
+        ConfigError: more than the model knows positions for.
+    """
+    asked = config.dense.max_model_len or spec.max_positions
+    if asked > spec.max_positions:
+        raise ConfigError(
+            f"dense.max_model_len = {asked}: {config.model} knows positions up to "
+            f"{spec.max_positions}"
+        )
+    return asked
+
+
 def dense_launch(
     config: RemoraConfig, uid: str, spec: ModelSpec, token: bytes, *, rank: int = 0
 ) -> DenseLaunch:
@@ -198,12 +230,7 @@ def dense_launch(
     """
     dense = config.dense
     check_heads(spec.attention, dense.tensor_parallel)
-    max_model_len = dense.max_model_len or spec.max_positions
-    if max_model_len > spec.max_positions:
-        raise ConfigError(
-            f"dense.max_model_len = {max_model_len}: {config.model} knows positions up to "
-            f"{spec.max_positions}"
-        )
+    max_model_len = longest_sequence(config, spec)
     num_kv_blocks = dense.num_kv_blocks(
         bytes_per_token=kv_bytes_per_token(config, spec),
         max_model_len=max_model_len,

@@ -105,8 +105,8 @@ def check_room(config: RemoraConfig, has: Mapping[str, float]) -> None:
     """
     asked: defaultdict[str, float] = defaultdict(float)
     for count, placed in (
-        (config.dense.groups, config.dense),
-        (config.experts.shards, config.experts),
+        (_ranks(config), config.dense),
+        (_shards(config), config.experts),
     ):
         amounts = {"CPU": placed.num_cpus, "GPU": placed.num_gpus, **placed.resources}
         for name, amount in amounts.items():
@@ -114,7 +114,7 @@ def check_room(config: RemoraConfig, has: Mapping[str, float]) -> None:
     for name, amount in asked.items():
         if amount > has.get(name, 0) + 1e-6:
             raise ConfigError(
-                f"{config.dense.groups} dense group(s) and {config.experts.shards} expert shard(s)"
+                f"{_ranks(config)} dense rank(s) and {_shards(config)} expert shard(s)"
                 f" ask for {amount:g} {name} of Ray, this machine has {has.get(name, 0):g}: lower"
                 " what dense.* or experts.* ask for (num_cpus, num_gpus, resources), or name a"
                 " larger Ray cluster (ray.address)"
@@ -194,8 +194,18 @@ def proxy_port(config: RemoraConfig) -> int:
 def _num_cpus(config: RemoraConfig) -> int:
     """Logical CPUs: the machine's, or what the actors ask for if that is more."""
     dense, experts = config.dense, config.experts
-    asked = dense.groups * dense.num_cpus + experts.shards * experts.num_cpus
+    asked = _ranks(config) * dense.num_cpus + _shards(config) * experts.num_cpus
     return max(os.cpu_count() or 1, int(asked + 0.999))
+
+
+def _ranks(config: RemoraConfig) -> int:
+    """With those that stand by."""
+    return config.dense.groups * config.dense.tensor_parallel + config.elastic.warm_dense
+
+
+def _shards(config: RemoraConfig) -> int:
+    """With those that stand by."""
+    return config.experts.shards + config.elastic.warm_standby
 
 
 def _usable_port(host: str, port: int) -> int:

@@ -16,7 +16,14 @@ from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.tp_plan import check_heads, make_plan
 from remora.cluster.config import RemoraConfig
-from remora.cluster.launch import copies_of, kv_bytes_per_token, placement_of
+from remora.cluster.launch import (
+    copies_of,
+    dense_threads,
+    kv_bytes_per_token,
+    longest_sequence,
+    placement_of,
+    shard_threads,
+)
 from remora.comm.bundles import NO_SOURCE
 from remora.comm.replay import choose_all
 from remora.comm.topology import held_of, uniform_topology
@@ -32,7 +39,8 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     """Plain data for `remora plan`; sizes in bytes.
 
     Raises:
-        ConfigError: more shards than experts, or KV pages that cannot hold one sequence.
+        ConfigError: what a start would refuse: more shards than experts, say, or KV pages that
+            cannot hold one sequence.
         UnsupportedModelError, WeightsError: as `inspect_model`.
     """
     spec = inspect_model(config.model)
@@ -43,7 +51,9 @@ def plan_deployment(config: RemoraConfig) -> dict[str, Any]:
     with Checkpoint.open(config.model) as checkpoint:
         parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     dense_parameters = parameters - num_experts * spec.expert.num_elements
-    max_model_len = config.dense.max_model_len or spec.max_positions
+    max_model_len = longest_sequence(config, spec)
+    for threads in (dense_threads, shard_threads):
+        threads(config)  # refuses what a start would refuse
     ranks = config.dense.tensor_parallel
     check_heads(spec.attention, ranks)
     kv_token_nbytes = kv_bytes_per_token(config, spec)

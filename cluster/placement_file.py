@@ -9,6 +9,7 @@
 The fields are those of `comm.view.Placement`; an expert in several shards has replicas.
 """
 
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -77,7 +78,8 @@ def write_placement(path: Path, placement: Placement) -> None:
         half.write_text("\n".join(lines) + "\n", encoding="utf-8")
         half.replace(path)
     except OSError as failed:
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that folder is why
+            half.unlink(missing_ok=True)
         raise ConfigError(f"placement {path}: cannot be written: {failed.strerror}") from None
 
 

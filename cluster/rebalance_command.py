@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from remora.comm.trace import Trace
     from remora.comm.view import Placement
 
-OK = 0
+OK, FAILED = 0, 1
 
 
 def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentParser:
@@ -41,7 +41,8 @@ def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentPars
 
 
 def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> int:
-    """A round on a running deployment. Returns the exit status: 3 when there is none.
+    """A round on a running deployment. Returns the exit status: 3 when there is none, 1 when what
+    it decided could not be done.
 
     Raises:
         ClusterError: the router has no plan to give.
@@ -171,4 +172,4 @@ def _print(report: dict[str, Any], as_json: bool) -> int:
     from remora.cluster.rebalance_report import report_text
 
     print(json.dumps(report) if as_json else report_text(report))
-    return OK
+    return FAILED if "not_applied" in report else OK

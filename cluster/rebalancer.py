@@ -20,7 +20,7 @@ from remora.cluster.decision_log import DecisionLog
 from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_file import LATEST, read_placement, write_placement
 from remora.cluster.rebalance_report import Round, round_of
-from remora.comm.errors import ClusterError, OperationRunsError, RemoraError
+from remora.comm.errors import ClusterError, ConfigError, OperationRunsError, RemoraError
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class Rebalancer:
                 self.step()
             except ClusterError as error:
                 logger.info("no plan yet: %s", error)
-            except RemoraError:
+            except Exception:  # of one round; a loop that is silently gone is worse
                 logger.exception("a round of rebalancing failed")
 
     def _plan(self) -> tuple[Round, dict[str, Any]]:
@@ -194,7 +194,11 @@ class Rebalancer:
         """Write what is decided, and have it done; what came of both."""
         before = self._view.placement
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as failed:
+                text = f"router.state_dir {self._folder}: cannot be made: {failed.strerror}"
+                raise ConfigError(text) from failed
             write_placement(self._folder / BEFORE, before)
             write_placement(self._folder / LATEST, found.placement)
             report = report | {"written": str(self._folder / LATEST)}

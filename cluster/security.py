@@ -65,16 +65,19 @@ def load_keys(path: Path | None, variable: str) -> KeyRing:
     """Keys of a file (one a line, `#` comments) and of an environment variable (commas).
 
     Raises:
-        ConfigError: the file cannot be read, or was named and holds no key.
+        ConfigError: the file cannot be read, or one of both is there and holds no key: what was
+            meant to close the door must not open it.
     """
     keys = [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
+    if variable in os.environ and not keys:
+        raise ConfigError(f"${variable} holds no key; commas stand between them, or unset it")
     if path is not None:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"keys file {path}: {type(error).__name__}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:  # an empty file must not open the door
+        found = [line for each in lines if (line := each.strip()) and not line.startswith("#")]
+        if not found:
             raise ConfigError(f"keys file {path}: holds no key; one a line is expected")
         keys += found
     if len(keys) > KEYS_MAX:

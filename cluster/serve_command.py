@@ -23,6 +23,7 @@ from remora.cluster.app import application
 from remora.cluster.bootstrap import (
     ensure_cluster,
     find_cluster,
+    is_up,
     neutral_runtime_env,
     stop_cluster,
 )
@@ -38,7 +39,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_serve(config: RemoraConfig, *, as_json: bool) -> int:
-    """Serve until SIGINT, SIGTERM or SIGHUP; whatever came up is taken down again.
+    """Serve until SIGINT, SIGTERM or SIGHUP; what this command brought up is taken down again.
 
     Raises:
         RemoraError: it cannot be served; nothing is left behind.
@@ -74,7 +75,7 @@ def _check_ingress(config: RemoraConfig) -> None:
 def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
     """Start Ray or connect to it, the data plane, Serve. Returns the base URL."""
     own = config.ray.address is None
-    session = None
+    session, adopted = None, False
     if own:
         config = check_free(config)
         address, session = stack.enter_context(own_ray(config))
@@ -83,26 +84,46 @@ def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
         quiet_ray()
         connect(address, runtime_env=neutral_runtime_env())
         stack.callback(ray.shutdown)
-        if find_cluster(config.name) is not None:
-            console.print(f"adopting the deployment {config.name!r} that runs in {address}")
+        adopted = is_up(config.name)
     _install_signals()  # ray.init has put its own in place
-    instance = Instance(
+    if adopted:
+        _adopt(config, address, console)
+    else:
+        stack.enter_context(written_down(_instance(config, address, session)))
+        if not own:  # a Ray cluster of our own ends with everything that is in it
+            stack.callback(_stop_data_plane, config.name)
+        with _progress(console) as report:
+            ensure_cluster(config, report)
+    url = _start_serve(config, own, stack, console)
+    if not adopted:
+        write_down(replace(_instance(config, address, session), url=url))
+    return url
+
+
+def _instance(config: RemoraConfig, address: str, session: str | None) -> Instance:
+    return Instance(
         name=config.name,
         pid=os.getpid(),
         ray_address=address,
-        ray_token=os.environ[TOKEN_ENV] if own else None,
+        ray_token=os.environ[TOKEN_ENV] if config.ray.address is None else None,
         url=None,
         model=config.model_id,
         session=session,
     )
-    stack.enter_context(written_down(instance))
-    if not own:  # a Ray cluster of our own ends with everything that is in it
-        stack.callback(_stop_data_plane, config.name)
+
+
+def _adopt(config: RemoraConfig, address: str, console: Console) -> None:
+    """Take part in a deployment that somebody else has started, and will end.
+
+    Raises:
+        ConfigError: it serves something else; it goes on.
+    """
+    console.print(
+        f"adopting the deployment {config.name!r} that runs in {address}; it goes on after this"
+        f" command (remora stop {config.name} --ray-address {address} ends it)"
+    )
     with _progress(console) as report:
         ensure_cluster(config, report)
-    url = _start_serve(config, own, stack, console)
-    write_down(replace(instance, url=url))
-    return url
 
 
 def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Console) -> str:
@@ -118,10 +139,12 @@ def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Con
         client = _get_global_client()
         assert client is not None, "Serve was started above"
         url = str(client.root_url)
-        if set(serve.status().applications) - {config.name}:
+        applications = set(serve.status().applications)
+        if applications - {config.name}:
             prefix = f"/{config.name}"
         console.print(f"sharing the Serve instance at {url}, under {prefix}")
-        stack.callback(_delete_app, config.name)
+        if config.name not in applications:  # else somebody else's, which this one only upgrades
+            stack.callback(_delete_app, config.name)
     try:
         serve.run(application(config), name=config.name, route_prefix=prefix)
     except RuntimeError as error:  # Serve's own, after several attempts
@@ -178,7 +201,7 @@ def _announce(config: RemoraConfig, url: str, as_json: bool) -> None:
         f"\nRemora serves {config.model_id} at {url}/v1 ({config.numerics} numerics,"
         f" {config.dense.groups} dense group(s), {config.experts.shards} expert shard(s)). Try:\n\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-        f"    -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops everything.",
+        f"    -d {shlex.quote(json.dumps(body))}\n\nCtrl-C stops what this command started.",
         flush=True,
     )
 

@@ -35,7 +35,7 @@ def start(name: str, cwd: Path, *more: str) -> tuple[subprocess.Popen[str], dict
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(cwd)},
+            env={**os.environ, "REMORA_RUNTIME_DIR": str(cwd)},
         )
     assert process.stdout is not None
     deadline_s = time.monotonic() + START_S
@@ -71,7 +71,7 @@ def run(cwd: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
         capture_output=True,
         text=True,
         timeout=180,
-        env={**os.environ, "XDG_RUNTIME_DIR": str(cwd)},
+        env={**os.environ, "REMORA_RUNTIME_DIR": str(cwd)},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, done.stderr[-2000:]

@@ -1,6 +1,7 @@
 """The autoscaler over the real state machine of operations: what it asks for, its log, replay."""
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,11 +107,11 @@ def test_a_rising_load_scales_up_once_and_the_log_replays(
         assert {d.verdict for d in loop.pass_by(4, waiting=1)} == {"keep"}
         status = loop.scaler.status()
         assert status["decided"] == {"up": 1, "down": 0, "rebalance": 0}
-        assert status["action"]["outcome"] == "running"
+        assert status["action"]["outcome"] == "done", "it was running when it was asked for"
         gauges = loop.scaler.gauges()
         assert (gauges["remora_autoscale_units"], gauges["remora_autoscale_up"]) == (3.0, 1.0)
     kinds = [line["kind"] for line in logged(tmp_path)]
-    assert kinds[0] == "autoscale_start" and kinds.count(ACTION) == 1
+    assert kinds[0] == "autoscale_start" and kinds.count(ACTION) == 2
     assert kinds.count("autoscale_decision") == 20
     assert main(["autoscale", "replay", status["log"]]) == 0
     assert "20 decisions, 0 differ" in capsys.readouterr().out
@@ -118,7 +119,7 @@ def test_a_rising_load_scales_up_once_and_the_log_replays(
              "members": {}, "autoscale": status}  # fmt: skip
     text = status_text(shown)
     assert "autoscale  experts, mode act: keep 3 -> 3 units" in text
-    assert f"{operation['operation_id']}: running" in text
+    assert f"{operation['operation_id']}: done" in text
 
 
 def test_a_pool_of_dense_groups_is_scaled_by_its_own_number(tmp_path: Path) -> None:
@@ -218,6 +219,22 @@ def test_a_disk_that_takes_nothing_costs_lines_and_no_decisions(
     (tmp_path / "file").write_text("")
     log = filled(tmp_path / "file" / "folder", lambda number: number < 2, bytes_max=1000)
     assert not log.path.exists() and "a decision is not logged" in caplog.text
+
+
+def test_a_full_disk_costs_no_line_that_was_written_before(tmp_path: Path) -> None:
+    filled(tmp_path, lambda number: number < 400, bytes_max=40_000)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # files can be made, and take nothing
+    try:
+        filled(tmp_path, lambda number: number < 10, bytes_max=40_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = {path.name: path.read_text() for path in tmp_path.glob("*.jsonl*")}
+    assert {name: text for name, text in after.items() if text} == before
+    filled(tmp_path, lambda number: number < 3, bytes_max=40_000)
+    assert replayed(tmp_path / "autoscale.jsonl").decisions == 3, "there is room again"
+    assert len(list(tmp_path.iterdir())) == 1 + OLDER_MAX
 
 
 def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:

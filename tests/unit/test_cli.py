@@ -47,8 +47,16 @@ def test_flags_and_set_override_the_preset() -> None:
         (["plan", "/no/such/model"], "/no/such/model"),
         (["plan", str(DEMO_MODEL), "--shards", "33"], "32 experts"),
         (["plan", str(DEMO_MODEL), "--kv-cache-tokens", "64"], "max_model_len"),
-        (["status", "--ray-address", "127.0.0.1:1"], "NAME"),
+        (["plan", str(DEMO_MODEL), "--max-model-len", "1000000"], "knows positions up to"),
+        (
+            ["plan", str(DEMO_MODEL), "--numerics", "exact", "--set", "dense.threads=8"],
+            "exact numerics allow",
+        ),
+        (["status", "--ray-address", "127.0.0.1:1"], "name of the deployment is needed"),
+        (["status", "../prod"], "no name of a deployment"),
         (["bench"], "nothing to measure"),
+        (["bench", "--ray-address", "127.0.0.1:1"], "name of the deployment is needed"),
+        (["bench", str(DEMO_MODEL), "--ray-address", "127.0.0.1:1"], "leave the model out"),
         (["bench", str(DEMO_MODEL), "--batches", "65"], "max_num_seqs"),
     ],
 )
@@ -64,7 +72,7 @@ def test_what_cannot_be_is_status_2_and_says_so(
 def test_status_without_any_is_3(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path))
     for command in ("status", "stop"):
         assert main([command]) == 3
         assert "no deployment" in capsys.readouterr().err
@@ -73,7 +81,7 @@ def test_status_without_any_is_3(
 def test_a_name_that_is_none_of_ours_is_told_with_those_that_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("remora.cluster.instances._is_remora", lambda pid: pid == os.getpid())
@@ -102,7 +110,7 @@ def test_plan_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
 def test_instances_are_private_and_forgotten(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path))
     common = {"ray_address": "a:1", "ray_token": "t", "url": "u", "model": "m"}
     mine = Instance(name="one", pid=os.getpid(), **common)
     monkeypatch.setattr("remora.cluster.instances._is_remora", lambda pid: pid == os.getpid())
@@ -121,7 +129,20 @@ def test_instances_are_private_and_forgotten(
                 which_instance(None)
     assert find_instance("one") is None
     path.write_text("{half")
-    assert find_instance("one") is None and not path.exists()
+    assert find_instance("one") is None and path.exists(), "of another version: not ours to remove"
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text("{}")
+    with pytest.raises(ConfigError, match="no name of a deployment"):
+        which_instance(str(theirs.with_suffix("")))
+    assert theirs.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="set REMORA_RUNTIME_DIR"):
+        instances_dir()
 
 
 def test_keys_come_from_files_and_the_environment(
@@ -129,10 +150,15 @@ def test_keys_come_from_files_and_the_environment(
 ) -> None:
     monkeypatch.setenv("SOME_KEYS", " a , b,")
     path = tmp_path / "keys"
-    path.write_text("# ours\nc\n\n")
+    path.write_text("# ours\nc\n  # d\n\n")
     ring = load_keys(path, "SOME_KEYS")
     assert all(ring.accepts(key) for key in "abc") and not ring.accepts("d")
     assert KeyRing([]).is_open and not ring.is_open
+    monkeypatch.setenv("SOME_KEYS", " ,")
+    with pytest.raises(ConfigError, match=r"\$SOME_KEYS holds no key"):
+        load_keys(None, "SOME_KEYS")
+    monkeypatch.delenv("SOME_KEYS")
+    assert load_keys(None, "SOME_KEYS").is_open
     path.write_text("# nothing\n")
     with pytest.raises(ConfigError, match="holds no key"):
         load_keys(path, "SOME_KEYS")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from support.checkpoints import make_checkpoint
 
@@ -31,6 +32,31 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (dense_threads(config), shard_threads(config)) == (16, 4)
     asked = parse_config({"model": "m", "dense": {"threads": 3}, "experts": {"threads": 5}})
     assert (dense_threads(asked), shard_threads(asked)) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "alive", "expected"),
+    [
+        ([8.0, 8.0], [True, True], (8, 4)),  # a group and two of four shards on each
+        ([0.0, 8.0, 8.0, 8.0, 8.0], [True] * 5, (8, 8)),  # a head that computes nothing
+        ([8.0, 8.0], [True, False], (8, 2)),
+        ([64.0], [True], (16, 4)),  # Ray was told of more than this machine has
+        ([6.0], [True], (6, 1)),  # a container's limit
+        ([0.0], [True], (16, 4)),  # nobody has come yet
+    ],
+)
+def test_cores_are_those_of_rays_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: list[float],
+    alive: list[bool],
+    expected: tuple[int, int],
+) -> None:
+    nodes = [{"Alive": a, "Resources": {"CPU": c}} for c, a in zip(cpus, alive, strict=True)]
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    config = parse_config({"model": "m", "experts": {"shards": 4}})
+    assert (dense_threads(config), shard_threads(config)) == expected
 
 
 def test_exact_takes_no_more_threads_than_it_can_promise_with(
@@ -101,6 +127,15 @@ def test_an_own_ray_cluster_is_asked_for_no_more_than_the_machine_has() -> None:
     check_room(config, {"CPU": 2.5})
     with pytest.raises(ConfigError, match=r"ask for 2\.5 CPU of Ray, this machine has 2"):
         check_room(config, {"CPU": 2})
+    ranks = parse_config(
+        {
+            "model": "m",
+            "dense": {"tensor_parallel": 4},
+            "elastic": {"warm_standby": 1},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"4 dense rank\(s\) and 3 .* 7 CPU of Ray, .* has 6"):
+        check_room(ranks, {"CPU": 6})
     gpus = parse_config({"model": "m", "experts": {"num_gpus": 1}})
     with pytest.raises(ConfigError, match=r"2 GPU of Ray, this machine has 0.*num_gpus"):
         check_room(gpus, {"CPU": 64})

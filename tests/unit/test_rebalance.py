@@ -1,6 +1,8 @@
 """The online loop over real statistics and the real planner: decided, written, logged, measured."""
 
+import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,30 @@ def test_by_hand_it_moves_at_once_or_says_why_not(tmp_path: Path) -> None:
     served.report()
     assert loop(served, tmp_path / "other")[0].move("c", no_room)["verdict"] == "keep"
     assert not (tmp_path / "other" / LATEST).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_and_ends_no_loop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, tmp_path / "file" / "state", confirmations=1)
+    with pytest.raises(ConfigError, match=r"router\.state_dir .* cannot be made"):
+        loop(planner, tmp_path / "file" / "state")[0].move("a", no_room)
+    rounds, tried = itertools.count(), threading.Event()
+    plan = planner.plan
+
+    def counted(seed: int) -> PlanOutcome:
+        if next(rounds) >= 2:
+            tried.set()
+        return plan(seed)
+
+    planner.plan = counted  # type: ignore[method-assign]
+    rebalancer.start(0.01)
+    assert tried.wait(60), "rounds go on after one that failed"
+    rebalancer.close()
+    assert "a round of rebalancing failed" in caplog.text
 
 
 def test_what_is_decided_serves_at_once_and_is_measured_on_traffic_since(tmp_path: Path) -> None:

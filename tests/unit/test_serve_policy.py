@@ -151,6 +151,9 @@ def test_a_configuration_with_it_is_an_application_with_it(tmp_path: Path) -> No
     wrong = {"model": "m", "http.autoscale": policy_of().model_dump(mode="json")}
     with pytest.raises(ConfigError, match="a policy of pool ingress, not experts"):
         load_config(overrides=wrong)
+    rare = few | {"autoscale.sample_every_s": 60}
+    with pytest.raises(ConfigError, match="would never hold samples_min = "):
+        load_config(overrides=rare)
     many = few | {"http.queue_max": 513}
     with pytest.raises(ConfigError, match="what is admitted must fit"):
         load_config(overrides=many)
