@@ -79,6 +79,11 @@ class DenseProcess(LightProcess["DenseActor", DenseLaunch]):
         counter_of(spec).warm()
         return spec
 
+    def _rehearse(self, model: str, spec: "ModelSpec") -> None:
+        from remora.actors.dense_load import rehearse
+
+        rehearse(model, spec)
+
     def _make(self, launch: DenseLaunch) -> "DenseActor":
         from remora.actors.dense_actor import DenseActor
 

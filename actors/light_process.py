@@ -88,6 +88,8 @@ class LightProcess(Generic[A, L]):
         with objects_that_stay(), self._importing:
             look = partial(self._look_at, model)
             spec = self._spec = run_idle("remora-warm-up", look) if idle else look()
+            if idle:  # who loads next does all of it then
+                run_idle("remora-rehearse", partial(self._rehearse, model, spec))
         return replace(spec, config=None)
 
     def progress(self) -> Progress:
@@ -126,6 +128,9 @@ class LightProcess(Generic[A, L]):
 
     def _make(self, launch: L) -> A:
         raise NotImplementedError
+
+    def _rehearse(self, model: str, spec: "ModelSpec") -> None:
+        """Do what only the first load of a process takes long for."""
 
     # -- inside -------------------------------------------------------------------------------
 

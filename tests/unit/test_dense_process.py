@@ -1,6 +1,8 @@
 """The process of a dense group that joins: light until told to start, serving at full priority."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,33 @@ def test_a_standby_becomes_the_group_that_it_is_told_to_be(
         assert process.adopt_view(cluster.view) == cluster.view.view_hash
     finally:
         process.stop()
+
+
+LOADS = """
+import re
+import sys
+from remora.actors import dense_actor
+from remora.actors.dense_load import rehearse
+from remora.actors.dense_model import build_dense
+from remora.actors.model_spec import inspect_model, resolve_dtype
+
+spec = inspect_model(sys.argv[1])
+if sys.argv[2] == "rehearsed":
+    rehearse(sys.argv[1], spec)
+compile, patterns = re._compiler.compile, []
+re._compiler.compile = lambda *args: patterns.append(args) or compile(*args)
+build_dense(sys.argv[1], spec, dtype=resolve_dtype(spec, "auto"), exact=True)
+print(len(patterns))
+"""
+
+
+def test_who_has_rehearsed_loads_without_compiling_the_conversions(cluster: LocalCluster) -> None:
+    counts = {}
+    for how in ("rehearsed", "at once"):
+        arguments = [sys.executable, "-c", LOADS, str(cluster.launch().model), how]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+        counts[how] = int(done.stdout.split()[-1])
+    assert counts["rehearsed"] < 10 and counts["at once"] > 100, counts
 
 
 def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> None:
