@@ -125,7 +125,9 @@ class DenseState:
             done = SequenceOutput(request_id=request_id, finish_reason="length")
             return self._emit_one(source, done)
         self._num_arrivals += 1
-        sequence = Sequence(submit, source, self._num_arrivals, self.limits.eos_token_ids)
+        sequence = Sequence(
+            submit, source, self._num_arrivals, self.limits.eos_token_ids, self.limits.vocab_size
+        )
         self._sequences.setdefault(source, {})[request_id] = sequence
         self._scheduler.enqueue(sequence)
         return []

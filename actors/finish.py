@@ -33,8 +33,8 @@ def refusal(submit: Submit, limits: DenseLimits) -> str | None:
             f"prompt of {num_prompt} tokens + max_tokens {max_tokens} needs {num_blocks} KV blocks "
             f"of {limits.block_size} tokens; there are {limits.num_blocks}"
         )
-    known_ids = submit.prompt_ids + submit.output_ids
-    lowest, highest = min(known_ids), max(known_ids)
+    named_ids = submit.prompt_ids + submit.output_ids + list(submit.params.logit_bias)
+    lowest, highest = min(named_ids), max(named_ids)
     if lowest < 0 or highest >= limits.vocab_size:
         wrong = lowest if lowest < 0 else highest
         return f"token id {wrong} is outside the vocabulary: 0 to {limits.vocab_size - 1}"

@@ -16,6 +16,7 @@ from remora.actors import model_build, model_probe
 from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.model_probe import AttentionSpec
 from remora.comm.errors import ConfigError, UnsupportedModelError, WeightsError
+from remora.comm.limits import TOP_K_MAX
 from remora.kernels.experts_dtype import ExpertsDtype
 from remora.kernels.quantization import quantization_of
 
@@ -178,6 +179,10 @@ def _top_k(watch: model_probe.Watch, sites: tuple[model_build.ExpertsSite, ...])
     if found or top_k is None:
         raise UnsupportedModelError(
             f"{watch.model_type}: top-k differs between layers, or a layer never calls its experts"
+        )
+    if top_k > TOP_K_MAX:
+        raise UnsupportedModelError(
+            f"{watch.model_type}: {top_k} experts a token; at most {TOP_K_MAX} are served"
         )
     return top_k
 

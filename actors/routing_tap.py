@@ -51,7 +51,6 @@ class _Buffer:
         self.runs: list[Run] = []
         self.num_rows = 0
         self.num_counted = 0  # of them; `runs` are those of the rest
-        self.is_free = True
 
     @property
     def room(self) -> int:
@@ -176,8 +175,7 @@ class RoutingTap:
         """Hand the active buffer over if the other one is free; the active one afterwards."""
         with self._lock:
             other = self._buffers[self._buffers[0] is self._active]
-            if other.is_free:
-                self._active.is_free = False
+            if not other.num_rows:  # it has been counted
                 self._full.append(self._active)
                 self._active = other
                 self._lock.notify_all()
@@ -250,9 +248,10 @@ class RoutingTap:
         self._note_skipped()
 
     def _count(self, buffer: _Buffer) -> None:
-        """Count what is new in a buffer; one that was handed over is free then.
+        """Count what is new in a buffer; one that was handed over is empty then.
 
-        The engine's thread may be writing rows of a step behind those of an active buffer.
+        The engine's thread may be writing rows of a step behind those of an active buffer, and
+        hand it over meanwhile: what it has then waits for its turn in `_full`.
         """
         with self._lock:
             begin, end = buffer.num_counted, buffer.num_rows
@@ -266,8 +265,8 @@ class RoutingTap:
         except Exception:  # statistics must not end a dense group; it goes on without them
             logger.exception("counting %d routed tokens failed", end - begin)
         with self._lock:
-            if buffer is not self._active:
-                buffer.num_rows, buffer.num_counted, buffer.is_free = 0, 0, True
+            if buffer is not self._active and buffer.num_rows == end:
+                buffer.num_rows = buffer.num_counted = 0
 
     def _note_skipped(self) -> None:
         with self._lock:

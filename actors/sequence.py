@@ -47,7 +47,8 @@ class Sequence:
         num_preemptions: how often it had to give its blocks back.
         has_emitted: whether an output has been sent, by us or by whom it ran at before.
         eos_ids: the model's end tokens; empty with `ignore_eos`.
-        stop_ids: eos_ids and those of the request.
+        stop_ids: eos_ids and those of the request, as far as the model can sample them: a
+            checkpoint's list, or the ingress' tokenizer, may know tokens that the model has not.
     """
 
     __slots__ = (
@@ -74,7 +75,12 @@ class Sequence:
     )
 
     def __init__(
-        self, submit: Submit, source: Source, arrival: int, eos_token_ids: frozenset[int]
+        self,
+        submit: Submit,
+        source: Source,
+        arrival: int,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
     ) -> None:
         self.request_id: str = submit.request_id
         self.source: Source = source
@@ -95,7 +101,8 @@ class Sequence:
         self.has_emitted: bool = bool(submit.output_ids)
         self.phase: Phase = Phase.WAITING
         self.eos_ids: frozenset[int] = frozenset() if submit.params.ignore_eos else eos_token_ids
-        self.stop_ids: frozenset[int] = self.eos_ids.union(submit.params.stop_token_ids)
+        asked = self.eos_ids.union(submit.params.stop_token_ids)
+        self.stop_ids: frozenset[int] = frozenset(i for i in asked if 0 <= i < vocab_size)
 
     def __repr__(self) -> str:
         return (

@@ -6,6 +6,7 @@ from remora.actors.view_inbox import ViewInbox
 from remora.comm.accounting import TrafficMeter
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError
+from remora.comm.limits import ROWS_PER_CALL_MAX
 from remora.comm.messages import Traffic
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
@@ -50,7 +51,7 @@ def connect_shards(
 def peer_limits(model: DenseModel, launch: DenseLaunch) -> PeerLimits:
     """Regions that hold the largest call and its answer; pages are touched on use only."""
     row_bytes = model.spec.hidden_size * model.dtype.itemsize
-    num_rows = launch.max_tokens_per_step
+    num_rows = min(launch.max_tokens_per_step, ROWS_PER_CALL_MAX)
     num_pairs = num_rows * model.spec.top_k
     back = combined_rows(num_rows, num_pairs, presummed=not launch.exact)
     call_bytes = dispatch_bytes(num_rows, num_pairs, row_bytes) + back * row_bytes

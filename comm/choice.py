@@ -28,9 +28,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from remora.comm.limits import TOP_K_MAX
 from remora.comm.own_host import LOAD_PRIOR, level_own_host, level_own_host_naive
 
-TOP_K_MAX: Final = 16
 PENDING: Final = -1  # a pair that no call has taken yet
 SKIPPED: Final = -2  # a pair whose expert index was negative: it contributes nothing
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from remora.comm.accounting import TrafficCounters
 from remora.comm.call_deadline import CallDeadline
-from remora.comm.choice import TOP_K_MAX
 from remora.comm.dispatch_handle import Dispatch
+from remora.comm.limits import ROWS_PER_CALL_MAX, TOP_K_MAX
 from remora.comm.native import native_extension
 from remora.comm.native_dispatch import NativeLayers
 from remora.comm.peers import PeerSet
@@ -69,7 +69,7 @@ class Dispatcher:
         deadline_s: float = 30.0,
         refresh_view: Callable[[int], View] | None = None,
         hold: Hold | None = None,
-        rows_per_call_max: int = 512,
+        rows_per_call_max: int = ROWS_PER_CALL_MAX,
         native: bool = True,
     ) -> None:
         if combine not in ("ordered", "presummed"):
@@ -198,7 +198,7 @@ class Dispatcher:
 
 def _check(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, num_tokens: int) -> None:
     assert index_TK.shape == weights_TK.shape and index_TK.shape[1] <= TOP_K_MAX, (
-        f"index {tuple(index_TK.shape)}, weights {tuple(weights_TK.shape)}, k <= 16"
+        f"index {tuple(index_TK.shape)}, weights {tuple(weights_TK.shape)}, k <= {TOP_K_MAX}"
     )
     assert 0 <= num_tokens <= index_TK.shape[0] == hidden_TD.shape[0], (
         f"{num_tokens} tokens of {index_TK.shape[0]} indices and {hidden_TD.shape[0]} rows"

@@ -25,12 +25,12 @@ from remora.comm.bundles import LayerBundles
 from remora.comm.choice import (
     GAIN_ONE,
     PENDING,
-    TOP_K_MAX,
     UNIT,
     choose_token,
     discount_local,
     gain_for,
 )
+from remora.comm.limits import TOP_K_MAX
 from remora.comm.objective import Objective
 from remora.comm.partition_search import index_bundles
 from remora.comm.replay import replicas_of

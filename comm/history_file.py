@@ -16,7 +16,8 @@ import numpy as np
 from remora.comm.bundle_table import NO_VALUE, BundleTable
 from remora.comm.domains import Domain
 from remora.comm.errors import FrameError
-from remora.comm.sketch import EXPERTS_MAX, LAYERS_MAX, PHASES, TOP_K_MAX, feature_layers
+from remora.comm.limits import TOP_K_MAX
+from remora.comm.sketch import EXPERTS_MAX, LAYERS_MAX, PHASES, feature_layers
 from remora.comm.statistics import HistoryCell, HistoryLimits, RoutingHistory
 
 MAGIC: Final = b"RMHIST1\n"

@@ -21,7 +21,7 @@ from remora.comm.call import Call
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.peer import Peer, PeerLimits
 from remora.comm.view import Member, View
-from remora.comm.wire import Header, Kind
+from remora.comm.wire import FRAME_BYTES_MAX, Header, Kind
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,12 @@ class PeerSet:
     def live_uids(self) -> list[str]:
         """Peers whose connection is open, sorted. The one thing that any thread may ask."""
         return sorted(uid for uid, peer in list(self._peers.items()) if peer.error is None)
+
+    @property
+    def frame_bytes_max(self) -> int:
+        """What every open connection lets a frame have."""
+        live = (peer for peer in self._peers.values() if peer.error is None)
+        return min((peer.grants.frame_bytes_max for peer in live), default=FRAME_BYTES_MAX)
 
     def close(self) -> None:
         """Closes every connection and frees every arena. Idempotent."""

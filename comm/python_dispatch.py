@@ -137,12 +137,14 @@ class PythonLayers:
         return found
 
     def _rows_max(self, sent: Dispatch) -> int:
-        """Rows of a call: at most `rows_per_call_max`, and request and answer fit a region."""
+        """Rows of a call: at most `rows_per_call_max`, request and answer fit a region together,
+        and each of them a frame."""
         row_bytes, top_k = sent.row_bytes, sent.call_TK.shape[1]
-        back = 1 if self._presummed else top_k
-        per_row = row_bytes * (1 + back) + PAIR_BYTES * top_k
-        fitting: int = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // per_row
-        return max(1, min(self._rows_per_call_max, fitting))
+        out = row_bytes + PAIR_BYTES * top_k
+        back = row_bytes * (1 if self._presummed else top_k)
+        in_region: int = (self._peers.limits.region_bytes - 4 * HEADER_BYTES) // (out + back)
+        in_frame: int = (self._peers.frame_bytes_max - 2 * HEADER_BYTES) // max(out, back)
+        return max(1, min(self._rows_per_call_max, in_region, in_frame))
 
     def _send(self, sent: Dispatch) -> None:
         """Packs and sends calls from `num_sent` on, as far as the peers' credits go."""

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from remora.comm.choice import (
     PAIR,
     PENDING,
-    TOP_K_MAX,
     begin_prices,
     choose_token,
     decay,
     discount_local,
     gain_for,
 )
+from remora.comm.limits import TOP_K_MAX
 from remora.comm.own_host import level_own_host
 from remora.comm.topology import Topology
 

@@ -210,10 +210,11 @@ class RoutingCounter:
             source: host of this dense group.
         """
         scale_P = [s / c if c else 0.0 for s, c in zip(self._seen, self._counted, strict=True)]
-        num_cells = max(1, len(self._cells))
         num_rows = rows_per_cell(
             self._bundles_bytes_max,
-            num_cells=num_cells,
+            num_domains=len(self._new_tokens),
+            num_cells=len(self._cells),
+            num_layers=len(self.moe_layers),
             num_experts=self.num_experts,
             top_k=self.top_k,
         )

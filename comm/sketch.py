@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from remora.comm.bundle_table import NO_VALUE
 from remora.comm.errors import FrameError
+from remora.comm.limits import TOP_K_MAX
 
 VERSION: Final = 1
 SKETCH_BYTES_MAX: Final = 2 << 20
@@ -31,8 +32,9 @@ DOMAINS_MAX: Final = 64
 LABEL_CHARS_MAX: Final = 64
 LAYERS_MAX: Final = 1024
 EXPERTS_MAX: Final = 1 << 15
-TOP_K_MAX: Final = 16
 FEATURE_LAYERS_MAX: Final = 4  # of the MoE layers, evenly apart: what a domain is told by
+NAMES_BYTES: Final = 64  # of a cell or a domain: names of its fields, numbers, lengths; at most
+SKETCH_NAMES_BYTES: Final = 512  # of a sketch, with the name of its host
 PHASES: Final = ("prefill", "decode")
 
 
@@ -112,9 +114,27 @@ def feature_layers(num_layers: int) -> NDArray[np.intp]:
     return np.unique(np.linspace(0, num_layers - 1, count).round().astype(np.intp))
 
 
-def rows_per_cell(bytes_max: int, *, num_cells: int, num_experts: int, top_k: int) -> int:
-    """Bundles of each of `num_cells` cells that a sketch of `bytes_max` bytes has room for."""
-    fixed = num_cells * (4 * num_experts + 64) + DOMAINS_MAX * (4 * FEATURE_LAYERS_MAX + 64)
+def rows_per_cell(
+    bytes_max: int,
+    *,
+    num_domains: int,
+    num_cells: int,
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+) -> int:
+    """Bundles of each of `num_cells` cells that a sketch of `bytes_max` bytes has room for.
+
+    Args:
+        num_domains: of traffic, in all of which the cells lie.
+        num_layers: MoE layers of the model.
+    """
+    load_bytes = 4 * num_experts
+    histogram_bytes = load_bytes * len(feature_layers(num_layers))
+    label_bytes = 4 * LABEL_CHARS_MAX  # in UTF-8, at most
+    fixed = SKETCH_NAMES_BYTES + 4 * num_layers
+    fixed += num_domains * (histogram_bytes + label_bytes + NAMES_BYTES)
+    fixed += num_cells * (load_bytes + NAMES_BYTES)
     return max(2, (bytes_max - fixed) // max(1, num_cells) // (2 * top_k + 4))
 
 

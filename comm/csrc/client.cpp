@@ -59,11 +59,9 @@ Status Client::begin(const LayerInput& input) {
   if (!chooser_.choose(routing, table->second, shards, shard_TK, call_TK))
     return Status::kNotNative;
   const auto row_bytes = static_cast<int64_t>(input.width * item_bytes(input.dtype));
-  const int64_t back = presummed ? 1 : input.top_k;
-  const int64_t per_row = row_bytes * (1 + back) + static_cast<int64_t>(kPairBytes) * input.top_k;
-  const int64_t fitting = (region_bytes_asked - 4 * static_cast<int64_t>(kHeaderBytes)) / per_row;
-  layout_.lay_out(routing, table->second.num_experts, num_shards,
-                  std::max<int64_t>(1, std::min(rows_per_call_max, fitting)));
+  const int64_t out = row_bytes + static_cast<int64_t>(kPairBytes) * input.top_k;
+  const int64_t back = row_bytes * (presummed ? 1 : input.top_k);
+  layout_.lay_out(routing, table->second.num_experts, num_shards, rows_max(out, back));
   if (!place(input)) return Status::kNotNative;
   chooser_.settle(routing, table->second, shards, shard_TK, call_TK);
   layout_.pack_pairs(routing, column_C_);
@@ -71,6 +69,18 @@ Status Client::begin(const LayerInput& input) {
   send_all();
   phases.pack_ns += now_ns() - begun_ns;
   return Status::kDone;
+}
+
+// Rows of a call, as `PythonLayers._rows_max`; `out` and `back` are a row's bytes each way.
+int64_t Client::rows_max(int64_t out, int64_t back) const {
+  constexpr auto header_bytes = static_cast<int64_t>(kHeaderBytes);
+  uint64_t frame_bytes_max = INT64_MAX;
+  for (const Link& link : links)
+    if (link.cell) frame_bytes_max = std::min(frame_bytes_max, link.frame_bytes_max);
+  const int64_t in_region = (region_bytes_asked - 4 * header_bytes) / (out + back);
+  const int64_t in_frame =
+      (static_cast<int64_t>(frame_bytes_max) - 2 * header_bytes) / std::max(out, back);
+  return std::max<int64_t>(1, std::min({rows_per_call_max, in_region, in_frame}));
 }
 
 // Gives every call its region; false when one has none, or its call fits none.

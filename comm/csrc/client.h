@@ -108,6 +108,7 @@ class Client {
   std::string unread(int32_t shard) const;
 
  private:
+  int64_t rows_max(int64_t out, int64_t back) const;
   bool place(const LayerInput& input);
   void send_all();
   void send_some(Link& link);

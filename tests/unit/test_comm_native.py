@@ -15,6 +15,7 @@ from support.comm_rig import (
     Shards,
     answer,
     at_home,
+    close_enough,
     everywhere,
     member,
     random_batch,
@@ -28,6 +29,7 @@ from remora.comm.dispatch import Combine, Dispatcher
 from remora.comm.errors import DeadlineError, PeerLostError
 from remora.comm.peer import PeerLimits
 from remora.comm.peers import PeerSet
+from remora.comm.server import ServerLimits
 from remora.comm.view import Placement, View, contiguous_placement
 from remora.comm.wire import HEADER_BYTES, Kind
 
@@ -134,6 +136,26 @@ def test_prefill_in_slices_is_native(host: str, monkeypatch: pytest.MonkeyPatch)
         assert torch.allclose(got, at_home(*batch, 500, 0), rtol=2e-6, atol=2e-6)
         assert dispatcher.counters.link("shard-0").sent_frames == 4
         peers.close()
+
+
+@pytest.mark.parametrize(("mode", "rows_max"), [("ordered", 63), ("presummed", 215)])
+def test_calls_and_answers_fit_the_frames_that_shards_grant(
+    mode: Combine, rows_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region would hold more, and more rows are allowed; both twins cut alike."""
+    batch, heard = random_batch(300), []
+    with shards(num_shards=1, limits=ServerLimits(frame_bytes_max=1 << 16)) as rig:
+        for on in (True, False):
+            peers = PeerSet(token=TOKEN, self_host="a", limits=PeerLimits(num_regions=5))
+            dispatcher = Dispatcher(view=rig.view, peers=peers, combine=mode, native=on)
+            if on:
+                python_is_not_asked(dispatcher, monkeypatch)
+            got = dispatcher.moe(0, *batch, 300)
+            assert close_enough(got, at_home(*batch, 300, 0), mode)
+            heard.append(dispatcher.counters.link("shard-0").as_dict())
+            peers.close()
+    assert heard[0] == heard[1]
+    assert heard[0]["sent_frames"] == -(-300 // rows_max)
 
 
 def test_phases_are_counted(rigs: dict[str, Shards]) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from support.fake_runner import FakeRunner
 
 from remora.actors.dense_events import (
@@ -15,6 +16,7 @@ from remora.actors.dense_events import (
     StepFailed,
     StepPlan,
 )
+from remora.actors.dense_rank import slice_results
 from remora.actors.dense_state import DenseState
 from remora.comm.messages import SamplingParams, Submit, TokenLogprobs
 
@@ -137,6 +139,37 @@ def test_an_error_of_one_slice_ends_that_request_alone() -> None:
     plan = planned(state)
     assert [(piece.request_id, piece.start) for piece in plan.slices][-1] == ("c", 0)
     runner.run(plan)
+
+
+@pytest.mark.parametrize("stop_id", [LIMITS.vocab_size, -1])
+@pytest.mark.parametrize("of", ["the checkpoint", "the request"])
+def test_an_end_token_that_the_model_does_not_have_changes_nothing_for_anybody(
+    of: str, stop_id: int
+) -> None:
+    """While `min_tokens` forbids the end, end tokens are masked; one mask that does not fit the
+    logits would fail the step, and all who are in it."""
+    eos, stops = ({7, stop_id}, []) if of == "the checkpoint" else ({7}, [stop_id])
+    state = DenseState(replace(LIMITS, eos_token_ids=frozenset(eos)))
+    asked = SamplingParams(max_tokens=3, min_tokens=2, temperature=0.0, stop_token_ids=tuple(stops))
+    for name, params in (("one", asked), ("victim", SamplingParams(max_tokens=3, temperature=0.0))):
+        state.handle(RequestArrived(Submit(request_id=name, prompt_ids=[1], params=params), "web"))
+    plan = planned(state)
+    logits_BV = torch.zeros(2, LIMITS.vocab_size)
+    logits_BV[:, 7] = 2.0
+    logits_BV[:, 8] = 1.0
+    results = slice_results(plan, logits_BV, 2)
+    assert [result.token_id for result in results] == [8, 7]
+    (emit,) = state.handle(StepDone(plan.step_id, results))
+    assert [output.finish_reason for output in emit.outputs.outputs] == [None, "stop"]
+
+
+@pytest.mark.parametrize("token_id", [LIMITS.vocab_size, -1])
+def test_a_bias_on_a_token_that_the_model_does_not_have_is_refused(token_id: int) -> None:
+    params = SamplingParams(max_tokens=3, logit_bias={5: 1.0, token_id: 1.0})
+    submit = Submit(request_id="a", prompt_ids=[1], params=params)
+    (emit,) = DenseState(LIMITS).handle(RequestArrived(submit, "web"))
+    (output,) = emit.outputs.outputs
+    assert output.error == f"token id {token_id} is outside the vocabulary: 0 to 99"
 
 
 def test_without_prefix_caching_nothing_is_shared() -> None:

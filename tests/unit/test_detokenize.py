@@ -2,12 +2,17 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.serving import demo_tokenizer
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from remora.actors.tokenizer import Tokenizer
 from remora.cluster.detokenize import StopScanner, naive_stop
 
 texts = st.text(alphabet="ab. \n", max_size=30)
@@ -76,6 +81,73 @@ def test_stream_equals_decoding_at_once(seed: int, skip: bool) -> None:
         stream = tokenizer.stream(prompt, skip_special_tokens=skip)
         text = "".join(stream.push(token_id) for token_id in ids) + stream.finish()
         assert text == tokenizer.decode(ids, skip_special_tokens=skip), (ids, prompt)
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["<s>", *BYTES, "hello", " world", "!"]  # by id
+
+
+def byte_fallback(directory: Path) -> Tokenizer:
+    """As SentencePiece checkpoints have it: bytes of a run are UTF-8 together, or none of them."""
+    vocab = {piece: index for index, piece in enumerate(PIECES)}
+    model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    model.add_special_tokens(["<s>"])
+    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(str(directory))
+    return Tokenizer(directory)
+
+
+def naive_text(ids: list[int], *, skip: bool) -> str:
+    """Slow twin for byte fallback: of a run of bytes the characters before the first wrong byte,
+    and U+FFFD for each byte from there on."""
+    text = ""
+    pieces = [PIECES[token_id] for token_id in ids if not (skip and PIECES[token_id] == "<s>")]
+    for is_run, group in itertools.groupby(pieces, lambda piece: piece in BYTES):
+        if not is_run:
+            text += "".join(group)
+            continue
+        run = bytes(BYTES.index(piece) for piece in group)
+        length = next(n for n in range(len(run), -1, -1) if is_text(run[:n]))
+        text += run[:length].decode() + "\ufffd" * (len(run) - length)
+    return text
+
+
+def is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_bytes_that_never_become_a_character_end_no_stream(tmp_path: Path) -> None:
+    """A line break comes out at once; the byte behind it makes both no UTF-8 when decoded."""
+    stream = byte_fallback(tmp_path).stream([])
+    ids = [PIECES.index(piece) for piece in ("hello", "<0x0A>", "<0xF0>", " world", "!")]
+    parts = [stream.push(token_id) for token_id in ids]
+    assert parts == ["hello", "\n", "", "\ufffd world", "!"]
+
+
+def test_streams_of_byte_fallback_are_text_wherever_they_can_be(tmp_path: Path) -> None:
+    tokenizer = byte_fallback(tmp_path)
+    texts = st.sampled_from(["\n", "\u00e9", "\U0001f600"])
+    characters = texts.map(lambda text: [PIECES.index(BYTES[byte]) for byte in text.encode()])
+    singles = ["hello", " world", "<s>", *(BYTES[byte] for byte in b"\n \xc3\xa9\xf0\x9f\xff")]
+    streams = st.lists(
+        characters | st.sampled_from(singles).map(lambda piece: [PIECES.index(piece)]), max_size=12
+    )
+
+    @settings(max_examples=400)
+    @given(prompt=streams, parts=streams, skip=st.booleans())
+    def check(prompt: list[list[int]], parts: list[list[int]], skip: bool) -> None:
+        before, ids = list(itertools.chain(*prompt)), list(itertools.chain(*parts))
+        stream = tokenizer.stream(before, skip_special_tokens=skip)
+        text = "".join(stream.push(token_id) for token_id in ids) + stream.finish()
+        assert text == naive_text(ids, skip=skip)
+        at_once = tokenizer.decode(ids, skip_special_tokens=skip)
+        assert text == at_once or "\ufffd" in at_once
+
+    check()
 
 
 def test_token_bytes_join_to_the_text() -> None:

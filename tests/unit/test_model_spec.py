@@ -97,6 +97,18 @@ def test_refused_with_the_reason(model_type: str, reason: str, tmp_path: Path) -
     assert model_type in str(raised.value)
 
 
+def test_sixteen_experts_a_token_and_no_more(tmp_path: Path) -> None:
+    most, more = (
+        make_checkpoint(
+            tmp_path / str(top_k), "mixtral", num_local_experts=20, num_experts_per_tok=top_k
+        )
+        for top_k in (16, 17)
+    )
+    assert inspect_model(most).top_k == 16
+    with pytest.raises(UnsupportedModelError, match="mixtral: 17 experts a token; at most 16 are"):
+        inspect_model(more)
+
+
 def test_an_attention_of_its_own_is_seen_by_the_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

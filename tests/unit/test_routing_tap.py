@@ -3,6 +3,7 @@
 Legend: L MoE layers, T rows, K top-k.
 """
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -36,7 +37,7 @@ def plan_of(*parts: tuple[int, int, int]) -> StepPlan:
         submit = Submit(
             request_id=f"r{arrival}", prompt_ids=[0] * 5, params=SamplingParams(max_tokens=9)
         )
-        sequence = Sequence(submit, "ingress", arrival, frozenset())
+        sequence = Sequence(submit, "ingress", arrival, frozenset(), 1000)
         slices.append(
             Slice(
                 sequence=sequence,
@@ -135,6 +136,41 @@ def test_everything_is_counted_once(
         finally:
             one.close()
     assert counted == seen == sum(count for parts in steps for _, _, count in parts)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("wake_rows", [30, 1000], ids=["with new rows", "with none"])
+def test_a_buffer_that_is_handed_over_while_it_is_counted_is_counted_to_its_end(
+    wake_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine runs a step in the middle of every count, which fills the buffer or finds no
+    room in it."""
+    monkeypatch.setattr(routing_tap, "WAKE_ROWS", wake_rows)
+    monkeypatch.setattr(routing_tap, "BUFFER_ROWS", 64)
+    one, seeds = tap(), iter(range(12))
+    wanted: Counter[tuple[int, ...]] = Counter()
+    found: Counter[tuple[int, ...]] = Counter()
+    count = one._counter.count
+
+    def step_ends() -> None:
+        for seed in itertools.islice(seeds, 1):
+            ids_LTK = ids_of(seed, 20)
+            run_step(one, plan_of((seed, 5, 20)), ids_LTK)
+            for layer, ids_TK in enumerate(ids_LTK.tolist()):
+                wanted.update((DECODE, layer, *sorted(row)) for row in ids_TK)
+
+    def count_slowly(ids_LTK: Any, runs: list[Run]) -> None:
+        step_ends()
+        count(ids_LTK, runs)
+
+    monkeypatch.setattr(one._counter, "count", count_slowly)
+    try:
+        step_ends()
+        while data := one.take_sketch("h"):
+            found += counts_of(decode_sketch(data))
+    finally:
+        one.close()
+    assert sum(wanted.values()) == 12 * 20 * len(LAYERS)
     assert found == wanted
 
 

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
 from remora.comm.domains import Domains
 from remora.comm.errors import FrameError
+from remora.comm.routing_counter import RoutingCounter, Run
 from remora.comm.sketch import (
+    LABEL_CHARS_MAX,
+    SKETCH_BYTES_MAX,
     Cell,
     DomainSketch,
     RoutingSketch,
@@ -161,6 +164,35 @@ def test_strange_requests_do_not_push_domains_together() -> None:
         final.append(ends)
     assert all(len(ends) == 1 for ends in final), final
     assert len(set.union(*final)) == 3
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts", "num_domains"), [(58, 256, 8), (60, 384, 5)])
+def test_a_sketch_of_a_large_model_fits_its_bound_with_every_domain_in_it(
+    num_layers: int, num_experts: int, num_domains: int
+) -> None:
+    """More bundles in every cell than there is room for, and tokens enough for a whole sample."""
+    counter = RoutingCounter(
+        num_experts=num_experts, top_k=8, moe_layers=tuple(range(3, 3 + num_layers))
+    )
+    runs = [
+        Run(
+            2 * number + phase,
+            phase,
+            80,
+            0,
+            list(range(80)),
+            LABEL_CHARS_MAX * chr(0x4E00 + number),
+        )
+        for number in range(num_domains)
+        for phase in (0, 1)
+    ]
+    rng = np.random.default_rng(0)
+    counter.count(rng.integers(0, num_experts, (num_layers, 80 * len(runs), 8)), runs)
+    data = encode_sketch(counter.take("a-host"))
+    sketch = decode_sketch(data)
+    assert 0.98 * SKETCH_BYTES_MAX < len(data) <= SKETCH_BYTES_MAX
+    assert sum(domain.tokens for domain in sketch.domains) == 80 * len(runs)
+    assert [len(domain.cells) for domain in sketch.domains] == [2 * num_layers] * num_domains
 
 
 def test_old_counts_fade_by_half_in_a_half_life() -> None:
