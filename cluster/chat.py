@@ -37,7 +37,7 @@ def plan_chat(
     check_logprobs(request.top_logprobs, limits, "top_logprobs")
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs = true", param="top_logprobs")
-    ids = encode_chat(request.messages, request.chat_template_kwargs, tokenizer)
+    ids = encode_chat(request.messages, request.template_kwargs, tokenizer)
     asked, param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, param = request.max_tokens, "max_tokens"

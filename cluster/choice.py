@@ -42,6 +42,7 @@ class Choice:
         "_held_tokens",
         "_num_decoded",
         "_scanner",
+        "_scores_end",
         "_stream",
         "_turn_end_id",
         "finish_reason",
@@ -68,6 +69,7 @@ class Choice:
         self.stop_reason: int | str | None = None
         self.last_s = 0.0
         self._turn_end_id = job.turn_end_id
+        self._scores_end = job.scores_end
         self._stream = tokenizer.stream(prompt.ids, skip_special_tokens=job.skip_special_tokens)
         self._scanner = StopScanner(job.stops)
         self._num_decoded = 0  # characters decoded, held ones included
@@ -108,9 +110,11 @@ class Choice:
         for position, token_id in enumerate(output.token_ids):
             self.token_ids.append(token_id)
             self._held_ids.append(token_id)
-            if position == num_last and output.finish_reason == "stop":
-                break  # the token that ends is no text
             offset = self._num_decoded
+            if position == num_last and output.finish_reason == "stop":  # it is no text
+                if output.logprobs and self._scores_end:
+                    self._held_tokens.append(TokenInfo(output.logprobs[position], offset))
+                break
             piece = self._stream.push(token_id)
             self._num_decoded += len(piece)
             if output.logprobs:

@@ -24,6 +24,9 @@ from remora.cluster.request_plan import (
 )
 from remora.cluster.sse import ChunkTail, to_json, usage_dict
 from remora.comm.errors import RequestError
+from remora.comm.wire import FRAME_BYTES_MAX
+
+SCORE_BYTES, TOP_BYTES = 75, 15  # of a scored token on the wire, and of each rival of it; measured
 
 
 def plan_completion(
@@ -44,6 +47,8 @@ def plan_completion(
     for prompt in prompts:
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         check_ids(ids, model, "prompt")
+        if request.echo and request.logprobs is not None:
+            _check_answer(len(ids), request.logprobs)
         max_tokens = resolve_max_tokens(
             len(ids), request.max_tokens, COMPLETION_TOKENS, model, "max_tokens"
         )
@@ -64,6 +69,7 @@ def plan_completion(
         skip_special_tokens=request.skip_special_tokens is not False,
         priority=request.priority or 0,
         domain=request.domain,
+        scores_end=True,  # harnesses count on one entry for each token that was generated
     )
 
 
@@ -212,7 +218,30 @@ class CompletionFormat:
     def _prompt_logprobs(self, piece: Piece) -> dict[str, list[Any]]:
         choice = piece.choice
         entries = choice.prompt_logprobs or []
-        return echo_logprobs(choice.prompt.ids, entries, self._tokenizer)
+        ids, text = choice.prompt.ids, choice.prompt.text
+        own = slice(0, len(ids)) if text is None else _own_tokens(ids, text, self._tokenizer)
+        return echo_logprobs(ids, entries, self._tokenizer, own)
+
+
+def _own_tokens(ids: list[int], text: str, tokenizer: Tokenizer) -> slice:
+    """Which of a prompt's tokens are its text's; the tokenizer has put the others around them."""
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    for first in range(len(ids) - len(bare) + 1):
+        if ids[first : first + len(bare)] == bare:
+            return slice(first, first + len(bare))
+    return slice(0, len(ids))
+
+
+def _check_answer(num_tokens: int, num_logprobs: int) -> None:
+    """Raises `RequestError` where a prompt's log-probabilities would not fit into one message."""
+    allowed = FRAME_BYTES_MAX // 2 // (SCORE_BYTES + TOP_BYTES * num_logprobs)
+    if num_tokens > allowed:
+        raise RequestError(
+            f"echo with logprobs = {num_logprobs} of {num_tokens} prompt tokens: at most {allowed}"
+            " tokens are allowed, as their log-probabilities travel together; cut the prompt, or"
+            " lower logprobs",
+            param="logprobs",
+        )
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:

@@ -117,6 +117,9 @@ def from_validation(error: ValidationError) -> RequestError:
     if fault["type"] == "json_invalid":
         detail = fault["msg"].removeprefix("Invalid JSON: ")
         return RequestError(f"the body is not valid JSON: {detail}", code="invalid_json")
+    if not loc and fault["type"] == "value_error":  # of a field that is not served
+        said = fault["msg"].removeprefix("Value error, ")
+        return RequestError(said, param=said.partition(" ")[0], code="unsupported_parameter")
     if not loc:
         return RequestError(f"the body must be a JSON object, got {_shown(fault['input'])}")
     name = loc[0]

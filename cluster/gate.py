@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from remora.cluster.errors_http import error_response
+from remora.cluster.errors_http import as_request_error, error_response
 from remora.cluster.metrics import IngressMetrics
 from remora.cluster.security import KeyRing
 from remora.comm.errors import RequestError
@@ -79,7 +79,12 @@ class Gate:
         except RequestError as refusal:
             await error_response(refusal)(scope, receive, send_first)
         else:
-            await self._app(scope, receive, send_first)
+            try:
+                await self._app(scope, receive, send_first)
+            except Exception as failure:
+                if status:  # its end is missing: the server closes the connection
+                    raise
+                await error_response(as_request_error(failure))(scope, receive, send_first)
         finally:
             route = getattr(scope.get("route"), "path", "other")  # bounded: routes, not paths
             self._metrics.http.labels(route, str(status or 499)).inc()

@@ -6,7 +6,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from remora.actors.tokenizer import Tokenizer
@@ -16,8 +17,10 @@ from remora.cluster.engine_client import EngineClient
 from remora.cluster.inbox import Inbox
 from remora.cluster.metrics import IngressMetrics
 from remora.cluster.request_plan import Job, sequence_seed, with_seed
-from remora.comm.errors import RequestError
+from remora.comm.errors import RemoraError, RequestError
 from remora.comm.messages import SequenceOutput, Submit
+
+TIMEOUT_CODE = "request_timeout"
 
 
 @dataclass(slots=True)
@@ -54,6 +57,12 @@ class Generation:
         self._started_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._admitted = 0
+        self._left_as = "abort"  # what those are counted as that have not finished
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that the whole request may take."""
+        return self._serving.timeout_s
 
     async def start(self) -> None:
         """Admit, ask where to, submit.
@@ -89,7 +98,8 @@ class Generation:
             )
             for choice in self.choices
         ]
-        await serving.engine.submit(submits, self._inbox)
+        with self._failing():
+            await serving.engine.submit(submits, self._inbox)
 
     async def next(self) -> list[Piece]:
         """What the next step adds, at least one piece; empty when every choice is finished.
@@ -100,19 +110,20 @@ class Generation:
             ClientGone: `cancel` was called.
         """
         pieces: list[Piece] = []
-        while not pieces and self._by_id:
-            outputs = await self._inbox.take()
-            now_s = self._serving.clock()
-            for output in outputs:
-                choice = self._by_id.get(output.request_id)
-                if choice is None:  # ended by a stop string while this was on its way
-                    continue
-                piece = choice.absorb(output)
-                self._count(choice, output, now_s)
-                if choice.finish_reason is not None:
-                    self._finish(choice, output)
-                if piece is not None:
-                    pieces.append(piece)
+        with self._failing():
+            while not pieces and self._by_id:
+                outputs = await self._inbox.take()
+                now_s = self._serving.clock()
+                for output in outputs:
+                    choice = self._by_id.get(output.request_id)
+                    if choice is None:  # ended by a stop string while this was on its way
+                        continue
+                    piece = choice.absorb(output)
+                    self._count(choice, output, now_s)
+                    if choice.finish_reason is not None:
+                        self._finish(choice, output)
+                    if piece is not None:
+                        pieces.append(piece)
         return pieces
 
     def cancel(self) -> None:
@@ -123,7 +134,7 @@ class Generation:
         """Abort what still runs and give the room back. Twice does nothing."""
         for choice in self._by_id.values():
             self._serving.engine.abort(choice.request_id)
-            self._serving.metrics.finished.labels("abort").inc()
+            self._serving.metrics.finished.labels(self._left_as).inc()
         self._by_id.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -133,6 +144,16 @@ class Generation:
             self._serving.admission.release(self._admitted, now_s)
             self._serving.metrics.release(self._admitted, now_s - self._started_s)
             self._admitted = 0
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails here is not counted as a client that went away."""
+        try:
+            yield
+        except RemoraError as failure:
+            is_late = isinstance(failure, RequestError) and failure.code == TIMEOUT_CODE
+            self._left_as = "timeout" if is_late else "error"
+            raise
 
     def _finish(self, choice: Choice, output: SequenceOutput) -> None:
         del self._by_id[choice.request_id]
@@ -158,7 +179,7 @@ class Generation:
                 f"the request took longer than {self._serving.timeout_s:g} s",
                 status=504,
                 type="timeout_error",
-                code="request_timeout",
+                code=TIMEOUT_CODE,
             )
         )
 

@@ -58,7 +58,7 @@ def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
         redirect_slashes=False,
         middleware=[gate],
     )
-    for kind in (HTTPException, ValidationError, RemoraError, Exception):
+    for kind in (HTTPException, ValidationError, RemoraError):  # others are the gate's
         app.add_exception_handler(kind, handle_error)
     app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]
     _add_generation(app, service)
@@ -144,7 +144,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
                 "count": len(ids),
                 "max_model_len": model.max_model_len,
                 "tokens": ids,
-                "token_strs": [tokenizer.token_text(token_id) for token_id in ids],
+                "token_strs": await service.off_loop(list, map(tokenizer.token_text, ids)),
             }
         )
 

@@ -35,14 +35,19 @@ def completion_logprobs(
 
 
 def echo_logprobs(
-    prompt_ids: list[int], entries: list[TokenLogprobs], tokenizer: Tokenizer
+    prompt_ids: list[int], entries: list[TokenLogprobs], tokenizer: Tokenizer, own: slice
 ) -> dict[str, list[Any]]:
-    """The `logprobs` object of an echoed prompt: its first token has none, hence null."""
+    """The `logprobs` object of an echoed prompt: its first token has none, hence null.
+
+    Args:
+        own: tokens that are text of the prompt; the others (a first one, say) have no length.
+    """
     stream = tokenizer.stream([], skip_special_tokens=False)
     offset, offsets = 0, []
-    for token_id in prompt_ids:
+    for position, token_id in enumerate(prompt_ids):
         offsets.append(offset)
-        offset += len(stream.push(token_id))
+        if own.start <= position < own.stop:
+            offset += len(stream.push(token_id))
     return {
         "tokens": [tokenizer.token_text(token_id) for token_id in prompt_ids],
         "token_logprobs": [None, *(finite(entry.logprob) for entry in entries)],

@@ -1,16 +1,17 @@
 """What clients send and get: the OpenAI-compatible bodies, as pydantic models.
 
 Requests are checked strictly (a bool is no integer, no NaN, no infinity), `null` means absent, and
-unknown fields are ignored. Lists stop at their first bad item: a body is bounded, a report of every
+unknown fields are ignored, but for those that other servers know and that would change what comes
+(`NOT_SERVED`). Lists stop at their first bad item: a body is bounded, a report of every
 fault in it would not be. What depends on the model or the deployment (context length, vocabulary,
 `n_max`) is checked where the request is planned. The models also are our OpenAPI file.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-STOP_MAX = 4
+STOP_MAX = 64
 STOP_CHARS_MAX = 1024
 TOKEN_MAX = 2**31 - 1
 BIAS_MAX = 1024
@@ -34,6 +35,22 @@ def _check_few(value: Any) -> Any:
 
 _few_biases = BeforeValidator(_check_few)
 
+# Of vLLM's bodies: who sends one counts on it.
+NOT_SERVED = (
+    "bad_words", "guided_choice", "guided_grammar", "guided_json", "guided_regex",
+    "include_stop_str_in_output", "prompt_logprobs", "structured_outputs",
+    "truncate_prompt_tokens", "use_beam_search",
+)  # fmt: skip
+
+
+def _check_served(body: Any) -> Any:
+    """Before fields are looked at, which would not be found."""
+    for name in NOT_SERVED if isinstance(body, dict) else ():
+        value = body.get(name)
+        if value is not None and value is not False and value not in ("", [], {}):
+            raise ValueError(f"{name} is not supported")
+    return body
+
 
 def _real(low: float, high: float) -> Any:
     return Field(default=None, ge=low, le=high, allow_inf_nan=False)
@@ -54,6 +71,8 @@ class StreamOptions(Request):
 
 class SamplingRequest(Request):
     """What chat and completions have in common."""
+
+    _served = model_validator(mode="before")(_check_served)
 
     model: str | None = None
     frequency_penalty: float | None = _real(-2, 2)
@@ -129,6 +148,7 @@ class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
@@ -161,6 +181,19 @@ class ChatRequest(SamplingRequest):
     functions: Annotated[list[dict[str, Any]], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: Literal[False] | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is told; a message that is continued gets no turn after it."""
+        found = dict(self.chat_template_kwargs or {})
+        if self.continue_final_message:
+            found |= {"continue_final_message": True, "add_generation_prompt": False}
+        if self.add_generation_prompt is not None:
+            found["add_generation_prompt"] = self.add_generation_prompt
+        return found
 
 
 class TokenizeRequest(Request):

@@ -1,7 +1,7 @@
 """From a checked body to what the engine runs: prompts as token ids, resolved parameters, seeds.
 
 Seeds. A request without `seed` gets a random one for every sequence. With one, choice 0 of every
-prompt uses it as it is and choice i > 0 a SplitMix64 step of it: the same prompt and seed give the
+prompt uses it as it is and choice i > 0 SplitMix64 of it and i: the same prompt and seed give the
 same choices wherever the prompt stands in a batch.
 """
 
@@ -64,6 +64,7 @@ class Job:
     priority: int
     domain: str | None = None  # of routing statistics
     turn_end_id: int | None = None  # of a chat: ends the answer like eos, and is not reported
+    scores_end: bool = False  # the token that ends has log-probabilities in the answer, too
 
     @property
     def num_sequences(self) -> int:
@@ -195,7 +196,9 @@ def sequence_seed(seed: int | None, choice: int) -> int:
     """Seed of choice `choice` (0 .. n-1) of a prompt, in [0, 2**63)."""
     if seed is None:
         return secrets.randbits(63)
-    return (seed if choice == 0 else splitmix64(seed + choice)) & _SEED_MASK
+    if choice:  # of neighbouring seeds, too, all choices differ: so not of their sum alone
+        seed = splitmix64(splitmix64(seed) + choice)
+    return seed & _SEED_MASK
 
 
 def splitmix64(state: int) -> int:

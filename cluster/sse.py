@@ -5,6 +5,7 @@ The response starts with the first output, so that a failure before it still has
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -16,6 +17,10 @@ from remora.cluster.choice import Piece
 from remora.cluster.errors_http import as_request_error, error_body
 from remora.cluster.generation import ClientGone, Generation, Usage
 
+logger = logging.getLogger(__name__)
+
+LAST_WRITE_S = 5.0  # a client that is told of its timeout has as long to read that
+ANSWER_ON_LOOP_TOKENS = 4096  # up to some ten milliseconds with log-probabilities
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -93,8 +98,23 @@ class EventStream(Response):
         Raises:
             RequestError, ClusterError: before the first output; nothing was sent then.
         """
-        generation, form = self._generation, self._format
+        generation = self._generation
         watcher = asyncio.ensure_future(_watch(receive, generation))
+        try:
+            async with asyncio.timeout(generation.timeout_s + LAST_WRITE_S) as limit:
+                await self._serve(send)
+        except ClientGone:
+            return
+        except TimeoutError:  # it reads nothing: the server closes the connection
+            if not limit.expired():
+                raise
+            logger.info("a client did not take its answer in %g s", generation.timeout_s)
+        finally:
+            watcher.cancel()
+            generation.close()
+
+    async def _serve(self, send: Send) -> None:
+        generation, form = self._generation, self._format
         started = False
         try:
             await generation.start()
@@ -106,15 +126,12 @@ class EventStream(Response):
                 pieces = await generation.next()
             await _write(send, form.closing() + DONE, False)
         except ClientGone:
-            return
+            raise
         except Exception as error:
             if not started:
                 raise
             failure = as_request_error(error)
             await _write(send, b"data: " + error_body(failure) + b"\n\n" + DONE, False)
-        finally:
-            watcher.cancel()
-            generation.close()
 
 
 async def collect(
@@ -130,7 +147,10 @@ async def collect(
         await generation.start()
         while pieces := await generation.next():
             form.add(pieces)
-        return form.answer()
+        usage = generation.usage
+        if usage.prompt_tokens + usage.completion_tokens <= ANSWER_ON_LOOP_TOKENS:
+            return form.answer()
+        return await asyncio.to_thread(form.answer)  # seconds of Python: streams must go on
     except ClientGone:
         return None
     finally:

@@ -253,6 +253,8 @@ def test_seeds_are_derived_and_in_range() -> None:
     for seed in (-1, 2**64 - 1, -(2**63), 0):
         assert all(0 <= sequence_seed(seed, choice) < 2**63 for choice in range(3))
     assert sequence_seed(None, 0) != sequence_seed(None, 0)
+    grid = {sequence_seed(seed, choice) for seed in range(32) for choice in range(32)}
+    assert len(grid) == 32 * 32, "neighbouring seeds share no choice"
 
 
 def test_a_stop_string_aborts_the_sequence_in_the_engine() -> None:

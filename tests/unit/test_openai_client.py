@@ -176,10 +176,19 @@ def test_echo_with_logprobs_as_evaluation_harnesses_ask(client: OpenAI) -> None:
     """lm-eval: token ids in, echo, logprobs 1, max_tokens 1 (or 0), many prompts at once."""
     tokenizer = demo_tokenizer()
     prompts = [tokenizer.encode("The whale swam"), tokenizer.encode("A remora")]
-    for max_tokens in (0, 1):
+    end: dict[str, int] = {"0": 100}
+    for max_tokens, bias in ((0, {}), (1, {}), (1, end)):
         answer = client.completions.create(
-            model=MODEL, prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0
+            model=MODEL,
+            prompt=prompts,
+            echo=True,
+            logprobs=1,
+            max_tokens=max_tokens,
+            temperature=0,
+            logit_bias=bias,
         )
+        finish = "stop" if bias else "length"
+        assert {choice.finish_reason for choice in answer.choices} == {finish}
         for prompt, choice in zip(prompts, answer.choices, strict=True):
             logprobs = choice.logprobs
             assert logprobs is not None and logprobs.tokens is not None
@@ -192,6 +201,8 @@ def test_echo_with_logprobs_as_evaluation_harnesses_ask(client: OpenAI) -> None:
             assert choice.text.startswith(tokenizer.decode(prompt))
             offsets = logprobs.text_offset
             assert offsets is not None
+            if bias:  # the token that ends is scored, and is no text
+                assert offsets.pop() == len(choice.text) and logprobs.tokens.pop()
             for token, offset in zip(logprobs.tokens, offsets, strict=True):
                 assert choice.text[offset:].startswith(token)
 
