@@ -250,6 +250,7 @@ class DenseEngine:
                     stats=self._state.stats(),
                     serving=self._why_not is None and not self._retires,
                     why_not="it retires" if self._retires else self._why_not,
+                    retires=self._retires,
                     traffic=self._traffic(),
                 )
                 connection.send_control(encode(pong))

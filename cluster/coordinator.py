@@ -10,10 +10,10 @@ stop it has nothing up and is of no more use; whoever asks next removes it and m
 that dies is started again by Ray, reads its log, and adopts what lives.
 """
 
-import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import ray
@@ -21,30 +21,16 @@ import ray
 from remora.actors.launch import Progress, router_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec, inspect_model
-from remora.actors.shard_facts import ShardFacts
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
-from remora.cluster.dense_groups import (
-    RankPlan,
-    create_rank,
-    rank_plans,
-    remove_placement_groups,
-    start_ranks,
-)
-from remora.cluster.elastic import Elastic, log_folder
-from remora.cluster.first_processes import begin_processes
-from remora.cluster.launch import (
-    FIRST_INCARNATION,
-    copies_of,
-    first_groups,
-    placement_of,
-    shard_launch,
-)
+from remora.cluster.dense_groups import remove_placement_groups
+from remora.cluster.elastic import ENDING, Elastic, log_folder
+from remora.cluster.first_processes import begin_processes, connect_all, plan_ranks
+from remora.cluster.launch import placement_of
 from remora.cluster.member_tasks import find_actor
 from remora.cluster.members import (
     LateError,
-    all_answers,
     asked_of_ray,
     first_answer,
     progress_of,
@@ -53,16 +39,19 @@ from remora.cluster.members import (
     why_late,
 )
 from remora.cluster.operation import Target
+from remora.cluster.ray_calls import is_next_life
 from remora.cluster.router_process import kill_router, start_router, stop_router
 from remora.cluster.standbys import end_all
 from remora.cluster.wal import Wal
 from remora.comm.errors import ClusterError, RemoraError
-from remora.comm.view import Placement, View
+from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["new", "starting", "serving", "failed", "stopped"]
 OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
+LOCK_S: Final = 120.0  # a volume of the network may keep the lock of a host that is gone so long
+ADOPT_EVERY_S: Final = 5.0
 STARTING: Final = {"t": "starting"}  # in the log until there is a view: what is up then is nobody's
 
 
@@ -89,10 +78,13 @@ class Coordinator:
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_unix_s = time.time()
         self._elastic: Elastic | None = None
+        self._ends = threading.Event()
         try:
             self._adopt()
         except RemoraError as failure:
             self._failure = failure  # told by `deploy`
+            if is_next_life():
+                _in_thread(self._adopt_later)
 
     # ---- what ingresses and operators read ----
 
@@ -240,8 +232,11 @@ class Coordinator:
             if self._phase == "starting":  # `deploy` sees them die, and ends
                 for handle in self._handles.values():
                     ray.kill(handle, no_restart=True)
+        self._ends.set()
         with self._deploying:
-            self._end_operations()
+            if self._elastic is not None:
+                self._elastic.close()
+                self._elastic.ending()
             stop_router(self._router)
             stop_members(self._handles)
             self._kill()
@@ -273,58 +268,24 @@ class Coordinator:
                 self._router = router
         try:
             spec: ModelSpec = first_answer(looks, until_s)
-            placement, ranks = placement_of(config, spec), self._plan_ranks(spec)
-            view = self._connect(ranks, spec, placement, until_s)
+            placement = placement_of(config, spec)
+            ranks = plan_ranks(config, spec, self._token, self._created)
+            first = connect_all(
+                config, self._token, spec, placement, ranks, self._handles, self._router, until_s
+            )
         except LateError as late:
             missing = {uid: self._handles[uid] for uid in late.uids}
             raise ClusterError(
                 f"not everything has started within start_timeout_s = {config.start_timeout_s:g}:"
                 f" {why_late(missing, self._asked)}"
             ) from late
-        self._beside.serve(spec, view, self._router)
-        return view
-
-    def _plan_ranks(self, spec: ModelSpec) -> list[RankPlan]:
-        """Of all dense groups; those that are not begun yet are created."""
-        config = self._config
-        ranks: list[RankPlan] = []
-        for uid in first_groups(config):
-            ranks += rank_plans(config, uid, spec, self._token, incarnation=FIRST_INCARNATION)
-        for plan in ranks:
-            if config.dense.tensor_parallel > 1:
-                self._created(plan.uid, create_rank(config, plan), plan.options)
-        return ranks
-
-    def _connect(
-        self,
-        ranks: list[RankPlan],
-        spec: ModelSpec,
-        placement: Placement,
-        until_s: float,
-    ) -> View:
-        """Have every actor load, check what the shards hold, and tell the dense ranks."""
-        config, handles, num_copies = self._config, self._handles, copies_of(self._config, spec)
-        pending = {
-            uid: handles[uid].join.remote(
-                shard_launch(config, uid, placement, self._token, num_copies=num_copies)
-            )
-            for uid in placement.slots
-        }
-        started = all_answers(pending | start_ranks(handles, ranks), until_s)
-        facts: dict[str, ShardFacts] = {uid: started[uid] for uid in placement.slots}
-        members = [facts[u].member if u in facts else m for u, m in started.items() if m]
-        manifest = functools.reduce(Manifest.merge, (f.manifest for f in facts.values()))
         with self._lock:
-            self._manifest = manifest
-        view = View(epoch=1, members=tuple(members), placement=placement)
-        dense_uids = [m.uid for m in members if m.role == "dense"]
-        adopted = {uid: handles[uid].adopt_view.remote(view) for uid in dense_uids}
-        if self._router is not None:
-            adopted["router"] = self._router.adopt_view.remote(view)
-        all_answers(adopted, until_s)
-        assert self._elastic is not None, "made before anything was started"
-        self._elastic.begin(view, spec, facts, manifest, handles, self._router)
-        return view
+            self._manifest = first.manifest
+        self._elastic.begin(
+            first.view, spec, first.facts, first.manifest, self._handles, self._router
+        )
+        self._beside.serve(spec, first.view, self._router)
+        return first.view
 
     def _new_elastic(self, wal: Wal) -> Elastic:
         publish, changed = self._publish, self._change_handle
@@ -344,38 +305,75 @@ class Coordinator:
 
     def _adopt(self) -> None:
         """Take over what a coordinator left that died; nothing of it: this one is new. What one
-        left that died in its first start is ended, and this one is over.
+        left that died in its first start, or while it was being stopped, is ended.
 
         Raises:
-            RemoraError: its log cannot be read.
+            RemoraError: its log cannot be read, or its model not be looked at.
         """
-        wal, records = Wal.open(log_folder(self._config))
-        router = find_actor(router_name(self._config.name)) if self._config.router.enabled else None
-        if records == [STARTING]:
-            end_all(self._config.name)
-            remove_placement_groups(self._config)
-            self._over("failed", ClusterError("the coordinator died in its first start"))
-        if records in ([], [STARTING]):
+        is_again = is_next_life()
+        wal, records = Wal.open(log_folder(self._config), LOCK_S if is_again else 0.0)
+        if records in ([STARTING], [ENDING]):
+            self._end_all()
+            why = self._stopped() if records == [ENDING] else "it died in its first start"
+            self._over("failed", ClusterError(why))
+        if records in ([], [STARTING], [ENDING]):
             wal.remove()
             return
-        self._elastic = self._new_elastic(wal)
-        self._phase, self._router = "serving", router
-        spec = inspect_model(self._config.model)
-        view = self._elastic.resume(records, spec, router)
+        router = find_actor(router_name(self._config.name)) if self._config.router.enabled else None
+        elastic = self._elastic = self._new_elastic(wal)
+        try:
+            spec = inspect_model(self._config.model)
+            view = elastic.resume(records, spec, router)
+        except BaseException:
+            self._elastic = None
+            elastic.close()
+            elastic.let_go()
+            raise
         if view is None:
-            self._phase, self._router = "new", None
             self._end_operations()
+            remove_placement_groups(self._config)
+            if is_again:  # its host had all of it, and nobody else would begin again
+                _in_thread(self._deploy_again)
             return
+        with self._lock:
+            self._phase, self._router = "serving", router
         try:
             self._beside.listen()
         except ClusterError:  # what serves goes on serving; operators ask by Ray and HTTP
             logger.exception("deployment %s takes no calls over gRPC", self._config.name)
         self._beside.serve(spec, view, router)
 
+    def _adopt_later(self) -> None:
+        """Again and again until it works: what lives serves meanwhile, and nobody restores it."""
+        while not self._ends.wait(ADOPT_EVERY_S):
+            with self._deploying:
+                if self._stopping or self._phase != "new":
+                    return
+                self._failure = None
+                try:
+                    self._adopt()
+                except RemoraError as failure:
+                    self._failure = failure
+                    logger.warning("%s is not adopted yet: %s", self._config.name, failure)
+                else:
+                    return
+
+    def _deploy_again(self) -> None:
+        try:
+            self.deploy()
+        except RemoraError:
+            logger.exception("deployment %s does not come up again", self._config.name)
+
     def _end_operations(self) -> None:
         elastic, self._elastic = self._elastic, None
         if elastic is not None:
-            elastic.close(forget=True)
+            elastic.close()
+            elastic.forget()
+
+    def _end_all(self) -> None:
+        """What there is by name, whoever has started it."""
+        end_all(self._config.name)
+        remove_placement_groups(self._config)
 
     def _created(self, uid: str, handle: Any, options: dict[str, Any]) -> None:
         with self._lock:
@@ -388,8 +386,14 @@ class Coordinator:
             handles, self._handles = dict(self._handles), {}
             router, self._router = self._router, None
         self._beside.close()
-        self._end_operations()
+        if self._elastic is not None:
+            self._elastic.close()
         kill_router(router)
         for handle in handles.values():
             ray.kill(handle, no_restart=True)
-        remove_placement_groups(self._config)
+        self._end_all()
+        self._end_operations()  # last: until then another life of this one would go on from the log
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="remora-coordinator", daemon=True).start()

@@ -19,6 +19,7 @@ from remora.actors.launch import actor_name
 from remora.actors.model_spec import ModelSpec
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import dense_launch, dense_options
+from remora.cluster.ray_calls import make_member
 
 STRATEGY = "PACK"
 
@@ -96,7 +97,7 @@ def create_rank(config: RemoraConfig, plan: RankPlan) -> Any:
         from remora.actors.tp_actor import RankActor  # with it comes torch's compiler
 
         kind = RankActor
-    return ray.remote(kind).options(name=name, **plan.options).remote(plan.launch)
+    return make_member(kind, name, plan.options, plan.launch)
 
 
 def _placement_group_name(config: RemoraConfig, uid: str, incarnation: int) -> str:

@@ -29,12 +29,13 @@ from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_de
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.places import why_placeless
 from remora.cluster.standbys import Standbys, end_strays
-from remora.cluster.wal import Wal
+from remora.cluster.wal import Wal, WalError
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
 
+ENDING: Final = {"t": "ending"}  # all there is in the log once a deployment is being stopped
 STALL_CALLS: Final = 4  # calls of a step that are late one after the other: it gets on, slowly
 
 
@@ -140,7 +141,8 @@ class Elastic:
         for uid, handle in living.items():
             self._changed(uid, handle, "")
         self._run(state, spec, living, router, state.resume(operation, time.monotonic()))
-        for uid, incarnation in lives.items():
+        gone = {uid: known[uid] for uid in leaving if is_dense(uid) and uid not in lives}
+        for uid, incarnation in (lives | gone).items():
             ranks = rank_uids(self._config, uid) if is_dense(uid) else [uid]
             if not living.keys() >= set(ranks):
                 self._runner().lost(uid, incarnation)
@@ -179,8 +181,8 @@ class Elastic:
         health = self.health
         return {} if health is None else {"remora_members_hung": float(health.hung_total)}
 
-    def close(self, *, forget: bool) -> None:
-        """Stop; an operation that runs stays where it is. `forget`: the deployment is over."""
+    def close(self) -> None:
+        """Stop; an operation that runs stays where it is. Idempotent."""
         self.standbys.close()
         self.warm_dense.close()
         if self.nodes is not None:
@@ -191,8 +193,21 @@ class Elastic:
             self._tasks.close()
         if self.runner is not None:
             self.runner.close()
-        if forget:
-            self._wal.remove()
+
+    def ending(self) -> None:
+        """Write down that all of it is being ended: another life of the coordinator goes on with
+        that."""
+        try:
+            self._wal.replace(ENDING)
+        except WalError as failed:  # it is ended all the same
+            logger.warning("%s", failed)
+
+    def forget(self) -> None:
+        """The deployment is over: there is nothing left to remember."""
+        self._wal.remove()
+
+    def let_go(self) -> None:
+        """Let another life read the log."""
         self._wal.close()
 
     def _run(

@@ -15,7 +15,7 @@ class EmitLog:
         submit: what the client asked for.
         inbox: where its outputs go.
         token_ids: received so far.
-        num_replays: how often it went to another dense group.
+        num_replays: how often it went to another dense group because one had died.
         timer: ends its wait for a dense group, while there is none.
     """
 

@@ -52,6 +52,7 @@ class _Group:
         self.traffic: Traffic | None = None
         self.serving = True
         self.retiring = False  # the view names it no more
+        self.retires = False  # it says so itself; the view that is known may be older
         self.why_not: str | None = None
         self.pong_s = asyncio.get_running_loop().time()
         self.lost = asyncio.Event()
@@ -227,9 +228,9 @@ class EngineClient:
         log.timer = loop.call_later(self._hold_s, self._fail, log, ClusterError(text))
         self._held[log.request_id] = log
 
-    def _replay(self, log: EmitLog, failure: ClusterError) -> None:
-        """Its group is lost: the rest comes from another one."""
-        log.num_replays += 1
+    def _replay(self, log: EmitLog, failure: ClusterError, *, is_death: bool) -> None:
+        """Its group is lost: the rest comes from another one, however often groups retire."""
+        log.num_replays += is_death
         if log.num_replays > REPLAYS_MAX or self._hold_s <= 0:
             self._fail(log, failure)
             return
@@ -302,6 +303,7 @@ class EngineClient:
         elif isinstance(message, Pong):
             group.pong_s = asyncio.get_running_loop().time()
             group.serving, group.why_not = message.serving, message.why_not
+            group.retires = message.retires
             group.traffic = message.traffic
 
     def _drop(self, group: _Group, error: RemoraError) -> None:
@@ -318,7 +320,7 @@ class EngineClient:
             logger.warning("dense group %s lost with %d sequences: %s", uid, len(logs), error)
         failure = ClusterError(f"dense group {uid} was lost: {error}")
         for log in logs.values():
-            self._replay(log, failure)
+            self._replay(log, failure, is_death=not (group.retiring or group.retires))
         self._changed.set()
 
     async def _keep_connected(self) -> None:

@@ -20,7 +20,7 @@ from remora.comm.view import Placement, contiguous_placement
 
 logger = logging.getLogger(__name__)
 
-# start, progress, status, stop, changes, second copies (two orders), and who waits for the end
+# start, progress, status, stop, changes, second copies (two orders), and one to spare
 ACTOR_THREADS = 8
 
 FIRST_INCARNATION = 1

@@ -50,7 +50,7 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.placement_steps import pairs_of
-from remora.cluster.ray_calls import answer_of, first_of_all
+from remora.cluster.ray_calls import answer_of, end_of, first_of_all, make_member
 from remora.cluster.standbys import Standbys
 from remora.comm.errors import ClusterError
 from remora.comm.view import Endpoint, Member, Placement
@@ -250,7 +250,7 @@ class MemberTasks:
             logger.info("%s: takes %s", uid, name)
         else:
             name = actor_name(config.name, uid, task.incarnation)
-            handle = ray.remote(ShardProcess).options(name=name, **options).remote(launch)
+            handle = make_member(ShardProcess, name, options, launch)
         self.add(uid, task.incarnation, handle)
         self._changed(uid, handle, asked_of_ray(options))
         pairs = task.replicas or pairs_of(task.experts, layers)
@@ -351,7 +351,7 @@ class MemberTasks:
             logger.error("%s (incarnation %d) died: %s", uid, incarnation, failure or "it ended")
             self._lost(uid.partition(".")[0], incarnation)
 
-        handle.until_end.remote().future().add_done_callback(ended)
+        end_of(handle).add_done_callback(ended)
 
 
 def _yields(task: Taking) -> bool:

@@ -157,7 +157,10 @@ class NodeWatch:
 
     def _run(self) -> None:
         while not self._closed.wait(EVERY_S):
-            self.look(time.time())
+            try:
+                self.look(time.time())
+            except Exception:  # of one look; nodes that nobody watches any more are worse
+                logger.exception("a look at nodes failed")
 
 
 class RayNodes:

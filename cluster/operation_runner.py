@@ -198,20 +198,25 @@ class OperationRunner:
         self._events.put(work)
 
     def come_round(self) -> None:
-        """Returns once this thread has handled what was there before, or is closed."""
+        """Returns once this thread has handled what was there before, or is closed; never, if it
+        has failed: whoever watches this coordinator then ends it, and its next life reads the log.
+        """
         done = threading.Event()
         self.soon(done.set)
-        while not done.wait(ALIVE_EVERY_S) and self._thread.is_alive():
+        while not done.wait(ALIVE_EVERY_S) and not self._closed:
             pass
 
     # -- inside -------------------------------------------------------------------------------
 
     def _run(self) -> None:
         is_open = True
-        while is_open:
-            due_s = self.next_time()
-            wait_s = None if due_s is None else max(0.0, due_s - self._clock())
-            is_open = self.turn(wait_s)
+        try:
+            while is_open:
+                due_s = self.next_time()
+                wait_s = None if due_s is None else max(0.0, due_s - self._clock())
+                is_open = self.turn(wait_s)
+        except Exception:  # the machine may be half way; `come_round` lets nobody believe it lives
+            logger.exception("operations cannot go on")
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -4,12 +4,14 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import ray
 
 from remora.cluster.operation import Answer
 from remora.comm.errors import ClusterError, RemoraError
+
+ENDS: Final = "ends"  # the concurrency group of a member in which callers wait for its end
 
 
 def first_of_all(pending: "Mapping[str, Future[Answer]]") -> "Future[Answer]":
@@ -57,3 +59,21 @@ def answer_of(
 
     reference.future().add_done_callback(told)
     return answered
+
+
+def make_member(kind: type, name: str, options: Mapping[str, Any], *told: Any) -> Any:
+    """The actor of a member, or of a standby. Who waits for its end has a thread of its own there
+    (`end_of`): a coordinator that died leaves one that waits, and the next ones must be heard."""
+    remote: Any = ray.remote  # its overloads know no groups of a class given later
+    return remote(concurrency_groups={ENDS: 1})(kind).options(name=name, **options).remote(*told)
+
+
+def end_of(handle: Any) -> "Future[None]":
+    """Is done when a member has ended, however it did."""
+    ended: Future[None] = handle.until_end.options(concurrency_group=ENDS).remote().future()
+    return ended
+
+
+def is_next_life() -> bool:
+    """Whether Ray has started this actor again."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -23,6 +23,7 @@ from remora.actors.shard_process import ShardProcess
 from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import FIRST_INCARNATION, dense_options, shard_options
 from remora.cluster.node_watch import node_of
+from remora.cluster.ray_calls import end_of, make_member
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,11 @@ class Standbys:
             name = actor_name(config.name, uid, FIRST_INCARNATION)
             of_shards = self._kind == "shard"
             options = shard_options(config) if of_shards else dense_options(config)
-            process: Any = ray.remote(ShardProcess if of_shards else DenseProcess)
-            handle: Any = process.options(name=name, **options).remote()
+            handle: Any = make_member(ShardProcess if of_shards else DenseProcess, name, options)
             self._starting[name] = handle
         warm = handle.warm_up.remote(config.model).future()
         warm.add_done_callback(lambda done: self._warmed(name, done))
-        handle.until_end.remote().future().add_done_callback(lambda _: self._ended(name))
+        end_of(handle).add_done_callback(lambda _: self._ended(name))
 
     def take(self) -> tuple[str, Any] | None:
         """A warm one, by Ray's name and handle, that is the caller's now; None: there is none."""

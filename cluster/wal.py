@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 from zlib import crc32
@@ -20,6 +21,7 @@ import msgspec
 from remora.comm.errors import ClusterError
 
 FILE: Final = "coordinator.wal"
+LOOK_S: Final = 0.2  # between tries to take the lock
 RECORD_BYTES_MAX: Final = 256 << 20
 _HEAD = struct.Struct("<III")
 
@@ -51,8 +53,12 @@ class Wal:
         self._broken: str | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> tuple[Self, list[dict[str, Any]]]:
+    def open(cls, folder: Path, wait_s: float = 0.0) -> tuple[Self, list[dict[str, Any]]]:
         """The log in `folder` (made if need be), and its records.
+
+        Args:
+            wait_s: longest wait for another process that writes it: one that has just died may
+                hold its lock on a shared volume for a while.
 
         Raises:
             WalError: another process writes it, a record is damaged, or the folder cannot be used.
@@ -64,7 +70,7 @@ class Wal:
         except OSError as failed:
             raise WalError(f"{path}: {failed.strerror}") from failed
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_within(lock, wait_s)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as failed:
             os.close(lock)
@@ -102,7 +108,8 @@ class Wal:
         """One record instead of all that there are: a snapshot.
 
         Raises:
-            WalError: it could not be written; the log is as it was.
+            WalError: it could not be written: the log is as it was; or it may not last: the log
+                takes nothing until a later one does.
         """
         half = self.path.with_name(f".{FILE}.half")
         frame = encode_record(record)
@@ -115,12 +122,16 @@ class Wal:
             except BaseException:
                 os.close(descriptor)
                 raise
-            _sync_folder(self.path.parent)
         except OSError as failed:
             half.unlink(missing_ok=True)
             raise WalError(f"{self.path}: {failed.strerror}") from failed
-        os.close(self._fd)
+        os.close(self._fd)  # from here on, the new file is the log
         self._fd, self.num_bytes, self._broken = descriptor, len(frame), None
+        try:
+            _sync_folder(self.path.parent)
+        except OSError as failed:  # after a power cut it might be the old one again
+            self._broken = f"its folder: {failed.strerror}; a snapshot must succeed first"
+            raise WalError(f"{self.path}: {self._broken}") from failed
 
     def remove(self) -> None:
         """Delete the log, and its folder if that is empty: there is nothing left to remember."""
@@ -145,6 +156,20 @@ class Wal:
             os.fsync(self._fd)
         except OSError as worse:
             self._broken = f"{failed.strerror}, then {worse.strerror}: open it again"
+
+
+def _lock_within(descriptor: int, wait_s: float) -> None:
+    """Take the lock. Raises BlockingIOError: another process still has it."""
+    until_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                raise
+            time.sleep(LOOK_S)  # a lock on a volume of the network tells nobody that it is free
+        else:
+            return
 
 
 def encode_record(record: dict[str, Any]) -> bytes:

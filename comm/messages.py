@@ -131,6 +131,7 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     stats: EngineStats
     serving: bool = True
     why_not: str | None = None
+    retires: bool = False
     traffic: Traffic | None = None  # None: it has no shards yet
 
 

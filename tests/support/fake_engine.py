@@ -64,6 +64,8 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.serving = True
+        self.retires = False
+        self.pongs = 0
         self.closed = False
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._go = threading.Event()
@@ -126,8 +128,15 @@ class FakeEngine:
         else:
             stats = self.state.stats()
             why = None if self.serving else "shard-1 does not answer"
-            pong = Pong(nonce=message.nonce, stats=stats, serving=self.serving, why_not=why)
+            pong = Pong(
+                nonce=message.nonce,
+                stats=stats,
+                serving=self.serving and not self.retires,
+                why_not=why,
+                retires=self.retires,
+            )
             connection.send_control(encode(pong))
+            self.pongs += 1
 
     def _on_lost(self, connection: Connection) -> None:
         self._connections.pop(connection.id, None)

@@ -19,6 +19,7 @@ from support.serving import make_engine, running_service
 
 from remora.actors.dense_events import DenseLimits
 from remora.actors.finish import refusal
+from remora.cluster import engine_client
 from remora.cluster.emit_log import EmitLog
 from remora.cluster.engine_client import REPLAYS_MAX, EngineClient
 from remora.cluster.inbox import Inbox
@@ -162,6 +163,30 @@ def test_a_request_that_kills_whoever_runs_it_is_given_up() -> None:
         asyncio.run(check(made))
         [left] = [engine for engine in made if not engine.closed]
         assert left.submitted == []
+
+
+def test_a_request_outlives_any_number_of_groups_that_retire(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nodes are drained one after the other: no fault of the request's."""
+    monkeypatch.setattr(engine_client, "PING_EVERY_S", 0.01)
+
+    async def check(made: list[FakeEngine]) -> None:
+        async with running_service(*made, hold_s=HOLD_S) as service:
+            async with client_of(service) as client:
+                task = asyncio.ensure_future(client.post(C, json=LONG))
+                for _ in range(REPLAYS_MAX + 1):
+                    living = [engine for engine in made if not engine.closed]
+                    await until(lambda here=living: any(e.submitted for e in here))
+                    owner = next(engine for engine in living if engine.submitted)
+                    owner.retires, told = True, owner.pongs
+                    await until(lambda e=owner, told=told: e.pongs > told + 2)  # it was heard
+                    await asyncio.to_thread(owner.close)
+                found = await task
+                assert found.status_code == 200, found.text
+
+    with engines(REPLAYS_MAX + 2, pace_s=0.05) as made:
+        asyncio.run(check(made))
 
 
 def test_a_group_that_the_view_names_no_more_gets_nothing_new(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from remora.cluster.wal import FILE, Wal, WalError
+from remora.cluster.wal import FILE, Wal, WalError, decode_records
 
 RECORDS = [{"t": "base", "n": 0}, {"t": "begin", "text": "é" * 40}, {"t": "ended", "n": [1, 2]}]
 
@@ -87,6 +87,28 @@ def test_a_snapshot_takes_the_place_of_all(tmp_path: Path) -> None:
     wal.close()
     assert read(tmp_path) == [{"t": "base", "n": 7}, {"t": "begin"}]
     assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, f"{FILE}.lock"]
+
+
+def test_a_snapshot_that_may_not_last_is_the_log_and_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path)
+    wal, _ = Wal.open(tmp_path)
+
+    def failing(_: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("remora.cluster.wal._sync_folder", failing)
+        with pytest.raises(WalError, match="Input/output error"):
+            wal.replace({"t": "base", "n": 7})
+    with pytest.raises(WalError, match="a snapshot must succeed first"):
+        wal.append({"t": "committed"})
+    assert decode_records((tmp_path / FILE).read_bytes(), tmp_path)[0] == [{"t": "base", "n": 7}]
+    wal.replace({"t": "base", "n": 8})
+    wal.append({"t": "committed"})
+    wal.close()
+    assert read(tmp_path) == [{"t": "base", "n": 8}, {"t": "committed"}]
 
 
 def test_one_writer_and_the_lock_goes_with_the_process(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""What a coordinator does with the log of one that died: adopt, wait, begin again, end."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.operations import world_operations
+from support.router_rig import view_of
+
+from remora.cluster import coordinator as module
+from remora.cluster.config import RemoraConfig, load_config
+from remora.cluster.coordinator import Coordinator
+from remora.cluster.elastic import ENDING, Elastic
+from remora.cluster.wal import FILE, Wal, decode_records
+from remora.comm.errors import ClusterError, WeightsError
+from remora.comm.view import View
+
+NAME = "lives"
+SOON_S = 20.0
+
+
+class Lives:
+    """A coordinator's surroundings, without Ray: who lives, and whether its model can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        overrides = {
+            "name": NAME,
+            "model": "/nowhere/model",
+            "router.enabled": False,
+            "elastic.log_dir": str(folder),
+        }
+        self.config: RemoraConfig = load_config(None, overrides=overrides)
+        self.folder = folder / NAME
+        self.is_again = True
+        self.living: View | None = view_of()
+        self.is_readable = True
+        self.swept: list[list[dict[str, Any]]] = []  # what the log held when all was ended
+        self.deployed = threading.Event()
+
+    def write(self, *records: dict[str, Any]) -> None:
+        wal, _ = Wal.open(self.folder)
+        for record in records:
+            wal.append(record)
+        wal.close()
+
+    def made(self) -> Coordinator:
+        return Coordinator(self.config.model_dump(mode="json"), b"x" * 32)
+
+    def inspect(self, _: str) -> None:
+        if not self.is_readable:
+            raise WeightsError("it is not there")
+
+    def sweep(self, _: str) -> None:
+        log = self.folder / FILE
+        self.swept.append(decode_records(log.read_bytes(), log)[0] if log.exists() else [])
+
+
+@pytest.fixture
+def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lives]:
+    found = Lives(tmp_path)
+    monkeypatch.setattr(module, "is_next_life", lambda: found.is_again)
+    monkeypatch.setattr(module, "inspect_model", found.inspect)
+    monkeypatch.setattr(module, "end_all", found.sweep)
+    monkeypatch.setattr(module, "LOCK_S", 0.05)
+    monkeypatch.setattr(module, "ADOPT_EVERY_S", 0.05)
+    monkeypatch.setattr(Elastic, "resume", lambda *_: found.living)
+    monkeypatch.setattr(module.Beside, "listen", lambda _: None)
+    monkeypatch.setattr(module.Beside, "serve", lambda *_: None)
+    yield found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    done = threading.Event()
+    for _ in range(int(SOON_S / 0.02)):
+        if condition():
+            return
+        done.wait(0.02)
+    raise AssertionError("not within the time")
+
+
+def test_who_asks_a_thread_that_has_failed_hears_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever watches the coordinator then ends it, and its next life reads the log."""
+    with world_operations(tmp_path) as operations:
+        operations.runner.come_round()
+        operations.runner.soon(lambda: operations.view().members[99].uid)  # type: ignore[arg-type, return-value]
+        heard = threading.Event()
+
+        def ask() -> None:
+            operations.runner.come_round()
+            heard.set()
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until(lambda: "operations cannot go on" in caplog.text)
+        assert not heard.wait(0.2)
+    asking.join(SOON_S)
+    assert heard.is_set(), "once it is closed nobody waits for it"
+
+
+def test_a_model_that_can_be_read_later_is_adopted_later(lives: Lives) -> None:
+    lives.write({"t": "base"})
+    lives.is_readable = False
+    coordinator = lives.made()
+    assert coordinator.phase() == "new", "it does not say that it serves"
+    with pytest.raises(ClusterError, match="there is no view"):
+        coordinator.view()
+    lives.is_readable = True
+    until(lambda: coordinator.phase() == "serving")
+
+
+def test_a_log_that_another_life_still_holds_is_waited_for(lives: Lives) -> None:
+    held, _ = Wal.open(lives.folder)
+    held.append({"t": "base"})
+    coordinator = lives.made()
+    assert coordinator.phase() == "new"
+    held.close()
+    until(lambda: coordinator.phase() == "serving")
+    wal, _ = Wal.open(lives.folder / "elsewhere")
+    threading.Timer(0.3, wal.close).start()
+    Wal.open(lives.folder / "elsewhere", SOON_S)[0].close()
+
+
+def test_where_nothing_lives_another_life_begins_again(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives.write({"t": "base"})
+    lives.living = None
+    monkeypatch.setattr(Coordinator, "deploy", lambda _: lives.deployed.set())
+    lives.made()
+    assert lives.deployed.wait(SOON_S), "who serves requests would wait for it for ever"
+    lives.deployed.clear()
+    lives.write({"t": "base"})
+    lives.is_again = False  # somebody has just asked for it, and deploys
+    lives.made()
+    assert not lives.deployed.wait(0.2)
+
+
+def test_what_was_being_stopped_is_ended(lives: Lives) -> None:
+    lives.write(ENDING)
+    coordinator = lives.made()
+    assert coordinator.phase() == "failed" and len(lives.swept) == 1
+    with pytest.raises(ClusterError, match="has been stopped"):
+        coordinator.deploy()
+    assert not lives.folder.exists()
+
+
+def test_the_log_goes_after_all_that_it_tells_of(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives.write({"t": "base"})
+    coordinator = lives.made()
+    monkeypatch.setattr(module, "stop_members", lambda _: lives.sweep(""))
+    coordinator.stop()
+    assert lives.swept == [[ENDING], [ENDING]], "another life would end the rest"
+    assert coordinator.phase() == "stopped" and not lives.folder.exists()
