@@ -17,6 +17,7 @@ from remora.comm.wire import (
     Flag,
     Header,
     Kind,
+    answer_bytes_max,
     check_body,
     decode_header,
     encode_frame,
@@ -367,9 +368,19 @@ class Connection:
         """Sends or queues encoded bytes and counts them. Result as `send`."""
         return self._outbox.transmit(frame, counted_bytes, num_rows)
 
-    def on_writable(self) -> None:
-        """Sends what waits. Raises OSError."""
-        self._outbox.on_writable()
+    def on_writable(self) -> int:
+        """Sends what waits; the number of bytes that the socket took. Raises OSError."""
+        return self._outbox.on_writable()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `head` may be handled: it is no call, or the socket may take nothing of its
+        answer and there is still room for that."""
+        assert self.head is not None and self.grants is not None
+        if not self.queued_bytes or self.head.header.kind != _DISPATCH:
+            return True
+        region_bytes = self.grants.region_bytes if self.arena is not None else 0
+        return self._outbox.has_room(answer_bytes_max(self.head.header, region_bytes))
 
     @property
     def queued_bytes(self) -> int:

@@ -14,7 +14,8 @@ class Outbox:
     Args:
         sock: non-blocking.
         counters: sent frames, bytes and rows are counted here.
-        queue_bytes_max: unsent bytes; a peer that lets more pile up is given up.
+        queue_bytes_max: unsent bytes; a peer that lets more pile up is given up. One frame alone
+            may always wait.
         on_backlog: called with True when bytes begin to wait, with False when none do any more.
         on_doomed: called with the reason when the connection must be closed.
 
@@ -45,6 +46,10 @@ class Outbox:
     def queued_bytes(self) -> int:
         """Bytes that wait for the peer to read."""
         return self._out_bytes
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes may wait behind those that do."""
+        return not self._out or self._out_bytes + num_bytes <= self._queue_bytes_max
 
     def transmit(
         self, frame: bytes | bytearray | memoryview, counted_bytes: int, num_rows: int
@@ -81,21 +86,24 @@ class Outbox:
         with self.lock:
             self._queue(memoryview(rest))
 
-    def on_writable(self) -> None:
-        """Sends what waits. Raises OSError."""
+    def on_writable(self) -> int:
+        """Sends what waits; the number of bytes that the socket took. Raises OSError."""
+        taken = 0
         with self.lock:
             while self._out:
                 try:
                     sent = self._sock.send(self._out[0])
                 except BlockingIOError:
-                    return
+                    return taken
+                taken += sent
                 self._out_bytes -= sent
                 if sent < len(self._out[0]):
                     self._out[0] = self._out[0][sent:]
-                    return
+                    return taken
                 self._out.popleft()
             if not self._closed:  # under the lock, or a send in between would wait for ever
                 self._on_backlog(False)
+        return taken
 
     def close(self) -> None:
         """Closes the socket; called by the server's loop only."""
@@ -106,13 +114,12 @@ class Outbox:
             self._sock.close()
 
     def _queue(self, frame: memoryview) -> bool:
+        if not self.has_room(len(frame)):
+            num_bytes = self._out_bytes + len(frame)
+            self._doom(f"slow peer: {num_bytes} bytes wait, allowed are {self._queue_bytes_max}")
+            return False
         self._out.append(memoryview(bytes(frame)))
         self._out_bytes += len(frame)
-        if self._out_bytes > self._queue_bytes_max:
-            self._doom(
-                f"slow peer: {self._out_bytes} bytes wait, allowed are {self._queue_bytes_max}"
-            )
-            return False
         if len(self._out) == 1:
             self._on_backlog(True)
         return True

@@ -6,12 +6,11 @@
 
 The handler runs in the loop's thread: an expert shard computes right there, so that nothing but
 one socket wake-up lies between a request and its rows; a dense rank only queues what came. Frames
-of several peers are handled smallest first (decode goes ahead of sliced prefill), a frame that was
-passed over `SKIPS_MAX` times goes first. Nothing in the loop blocks: sends that the socket does
-not take are queued, and a peer whose queue goes over its bound is closed with a logged reason.
+of several peers are handled smallest first (`turns.py`). Nothing in the loop blocks: sends that the
+socket does not take are queued, calls wait while their answers would not fit there, and a peer
+whose queue goes over its bound all the same is closed with a logged reason.
 """
 
-import ipaddress
 import itertools
 import logging
 import os
@@ -28,14 +27,17 @@ import msgspec
 from remora.comm.auth import ServerHandshake, check_token
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import AuthError, FrameError, PeerLostError
-from remora.comm.native_pump import SKIPS_MAX, Handed, NativePump
-from remora.comm.transport import format_tcp, listen_tcp, listen_unix, tune
+from remora.comm.listeners import Listeners
+from remora.comm.native_pump import Handed, NativePump
+from remora.comm.transport import tune
+from remora.comm.turns import Turns
 from remora.comm.view import Endpoint
 from remora.comm.wire import FRAME_BYTES_MAX, ErrorCode, Kind
 
 log = logging.getLogger(__name__)
 
-ACCEPT_PAUSE_S: Final = 1.0  # after the process ran out of descriptors
+# All that a connection with a held call is looked at for; a send says what is wrong with a socket.
+_WRITABLE: Final = select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP
 
 
 class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     frame_bytes_max: int = FRAME_BYTES_MAX
     queue_bytes_max: int = 64 << 20  # unsent bytes of one connection
+    stall_s: float = 20.0  # that a peer takes none of them while a call of its waits for room
     connections_max: int = 1024
     handshakes_max: int = 64  # unauthenticated connections; over it the oldest goes
     handshake_s: float = 5.0
@@ -86,30 +89,21 @@ class FrameServer:
         limits: ServerLimits | None = None,
     ) -> None:
         self._token = check_token(token)
-        if advertise_ip is None and ipaddress.ip_address(host_ip).is_unspecified:
-            raise ValueError(f"bound to every address ({host_ip}): advertise_ip must say which")
-        self._advertise_ip = advertise_ip
         self._on_frame = on_frame
         self._on_lost = on_lost
         self.limits = limits or ServerLimits()
         self.incarnation = incarnation
         self._pump = pump
-        self._tcp = listen_tcp(host_ip)
-        self._tcp_address = format_tcp(self._tcp)
-        self._unix: socket.socket | None = None
-        self._unix_path: str | None = None
-        if unix:
-            self._unix, self._unix_path = listen_unix()
-        self._listeners = {s.fileno(): s for s in (self._tcp, self._unix) if s is not None}
         self._epoll = select.epoll()
+        self._listeners = Listeners(
+            host_ip, unix=unix, advertise_ip=advertise_ip, epoll=self._epoll
+        )
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        for fd in (self._wake_fd, *self._listeners):
-            self._epoll.register(fd, select.EPOLLIN)
-        self._accept_again_at: float | None = None
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._ids = itertools.count(1)
         self._connections: dict[int, Connection] = {}  # by fd
         self._handshakes: dict[Connection, float] = {}  # -> give up at; in order of time
-        self._ready: list[Connection] = []  # with a complete head
+        self._turns = Turns(self.limits.stall_s, self._on_hold)
         self._fenced: frozenset[str] = frozenset()  # names of peers
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
@@ -120,11 +114,7 @@ class FrameServer:
 
     def endpoint(self, host_label: str) -> Endpoint:
         """What to publish; `host_label` is this process's Ray node."""
-        address = self._tcp_address
-        if (ip := self._advertise_ip) is not None:
-            port = address.rpartition(":")[2]
-            address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-        return Endpoint(host=host_label, tcp_address=address, unix_path=self._unix_path)
+        return self._listeners.endpoint(host_label)
 
     def start(self, name: str = "frame-server") -> None:
         """Runs the loop in a thread of its own, ended by `close`."""
@@ -174,8 +164,9 @@ class FrameServer:
                 self._poll()
                 while self._calls:
                     self._calls.popleft()()
-                if self._ready:
-                    self._handle_one()
+                connection = self._turns.take()
+                if connection is not None:
+                    self._handle(connection)
         finally:
             self._running = False
             self._shut()
@@ -188,7 +179,8 @@ class FrameServer:
                 os.eventfd_write(self._wake_fd, 1)
 
     def _poll(self) -> None:
-        for fd, events in self._wait(0 if self._ready else self._timeout_s()):
+        timeout_s = self._timeout_s()  # timers run while frames wait, too
+        for fd, events in self._wait(0 if self._turns.any_ready else timeout_s):
             connection = self._connections.get(fd)
             if connection is not None:
                 self._on_socket(connection, events)
@@ -196,7 +188,7 @@ class FrameServer:
             elif fd == self._wake_fd:
                 os.eventfd_read(fd)
             elif fd in self._listeners:
-                self._accept(self._listeners[fd])
+                self._accept(fd)
 
     def _wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Descriptors with events; with a pump, those that it leaves to us."""
@@ -219,34 +211,33 @@ class FrameServer:
         except FrameError as error:
             self._close(connection, str(error))
         if connection.head is not None:
-            self._ready.append(connection)
+            self._turns.add(connection)
 
     def _timeout_s(self) -> float | None:
         """Seconds until the next timer, having run those that are due; None = no timer."""
-        if not self._handshakes and self._accept_again_at is None:
+        turns, listeners = self._turns, self._listeners
+        if not self._handshakes and not turns.held and listeners.again_at is None:
             return None
         now = time.monotonic()
         for connection, until in list(self._handshakes.items()):
             if until > now:
                 break
             self._close(connection, f"no handshake within {self.limits.handshake_s} s")
-        if self._accept_again_at is not None and self._accept_again_at <= now:
-            self._resume_accept()
-        times = [*itertools.islice(self._handshakes.values(), 1)]
-        if self._accept_again_at is not None:
-            times.append(self._accept_again_at)
+        for connection in turns.due(now):
+            self._on_socket(connection, select.EPOLLOUT)  # the loop may have been busy until now
+        for connection in turns.due(now):
+            stall_s, num_bytes = self.limits.stall_s, connection.queued_bytes
+            self._close(connection, f"slow peer: took none of {num_bytes} bytes in {stall_s} s")
+        if listeners.again_at is not None and listeners.again_at <= now:
+            listeners.resume()
+        times = [t for d in (self._handshakes, turns.held) for t in itertools.islice(d.values(), 1)]
+        if listeners.again_at is not None:
+            times.append(listeners.again_at)
         return max(0.0, min(times) - now) if times else None
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:  # out of descriptors: the listener stays readable, so look away
-            log.warning("cannot accept: %s", error)
-            for fd in self._listeners:
-                self._epoll.modify(fd, 0)
-            self._accept_again_at = time.monotonic() + ACCEPT_PAUSE_S
+    def _accept(self, listener_fd: int) -> None:
+        sock = self._listeners.accept(listener_fd)
+        if sock is None:
             return
         limits = self.limits
         if len(self._connections) >= limits.connections_max:
@@ -279,15 +270,10 @@ class FrameServer:
         self._handshakes[connection] = time.monotonic() + limits.handshake_s
         self._epoll.register(connection.fd, select.EPOLLIN)
 
-    def _resume_accept(self) -> None:
-        self._accept_again_at = None
-        for fd in self._listeners:
-            self._epoll.modify(fd, select.EPOLLIN)
-
     def _on_socket(self, connection: Connection, events: int) -> None:
         try:
-            if events & select.EPOLLOUT:
-                connection.on_writable()
+            if events & _WRITABLE and connection.on_writable():
+                self._turns.on_written(connection)
             if not events & ~select.EPOLLOUT or connection.head is not None:
                 return  # its next frame waits for its turn: read no further
             if not connection.opened:
@@ -296,24 +282,15 @@ class FrameServer:
                 return
             connection.on_readable()
             if connection.head is not None:
-                self._ready.append(connection)
+                self._turns.add(connection)
         except BlockingIOError:
             return
         except (FrameError, AuthError, PeerLostError, OSError) as error:
             self._close(connection, str(error))
 
-    def _handle_one(self) -> None:
-        ready = self._ready
-        if len(ready) == 1:
-            connection = ready.pop()
-        else:
-            connection = min(ready, key=_turn)
-            ready.remove(connection)
-            for other in ready:
-                other.skipped += 1
+    def _handle(self, connection: Connection) -> None:
         frame = connection.head
         assert frame is not None, f"{connection} is ready without a frame"
-        connection.skipped = 0
         try:
             self._dispatch(connection, frame)
             if connection.close_reason is not None:
@@ -321,7 +298,7 @@ class FrameServer:
             del frame  # its memory must be free to be compacted
             connection.consume_head()
             if connection.head is not None:
-                ready.append(connection)
+                self._turns.add(connection)
             else:
                 self._give(connection)
         except FrameError as error:
@@ -362,6 +339,12 @@ class FrameServer:
         events = select.EPOLLIN | select.EPOLLOUT if waits else select.EPOLLIN
         self._epoll.modify(connection.fd, events)
 
+    def _on_hold(self, connection: Connection, held: bool) -> None:
+        events = 0 if held else select.EPOLLIN  # what it sent, unread, would wake us all the time
+        if connection.queued_bytes:
+            events |= select.EPOLLOUT
+        self._epoll.modify(connection.fd, events)
+
     def _on_doomed(self, connection: Connection, reason: str) -> None:
         self.call_soon(lambda: self._close(connection, reason))
 
@@ -373,11 +356,9 @@ class FrameServer:
             self._pump.take(connection)
         del self._connections[connection.fd]
         self._handshakes.pop(connection, None)
-        if connection in self._ready:
-            self._ready.remove(connection)
+        self._turns.remove(connection)
         connection.close(reason)
-        if self._accept_again_at is not None:
-            self._resume_accept()
+        self._listeners.resume()  # there is a descriptor again
         if connection.opened and self._on_lost is not None:
             self._on_lost(connection)
 
@@ -389,12 +370,5 @@ class FrameServer:
             os.close(self._wake_fd)
         for connection in list(self._connections.values()):
             self._close(connection, "server stopped")
-        for listener in self._listeners.values():
-            listener.close()
+        self._listeners.close()
         self._epoll.close()
-
-
-def _turn(connection: Connection) -> tuple[bool, int]:
-    """Sort key: passed over too often first, then fewest rows."""
-    assert connection.head is not None
-    return connection.skipped < SKIPS_MAX, connection.head.header.num_rows

@@ -195,3 +195,18 @@ def dispatch_bytes(num_rows: int, num_pairs: int, row_bytes: int) -> int:
 def combined_rows(num_rows: int, num_pairs: int, *, presummed: bool) -> int:
     """Rows that the answer to a DISPATCH has."""
     return num_rows if presummed else num_pairs
+
+
+def answer_bytes_max(header: Header, region_bytes: int) -> int:
+    """Largest frame that may answer this DISPATCH over the socket, whatever the answer is.
+
+    Args:
+        region_bytes: of the arena that rows go to when they fit; 0: there is none.
+    """
+    presummed = bool(header.flags & Flag.PRESUMMED)
+    num_back = combined_rows(header.num_rows, header.num_pairs, presummed=presummed)
+    num_bytes = num_back * header.width * ITEM_BYTES[header.dtype]
+    if header.flags & Flag.ARENA and header.reply_offset + num_bytes <= region_bytes:
+        num_bytes = 0
+    not_mine_bytes = 4 * header.num_pairs
+    return HEADER_BYTES + max(num_bytes, not_mine_bytes, ERROR_TEXT_BYTES_MAX)

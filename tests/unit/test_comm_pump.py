@@ -150,8 +150,7 @@ def test_a_slow_reader_gets_everything_in_order_or_is_closed() -> None:
         for s, n in enumerate(sizes, 1):
             assert receive(sock) == (Kind.COMBINED, s, n, rows_of(n))
         sender.join()
-    limits = ServerLimits(queue_bytes_max=1 << 20)
-    shard = echo_shard(lambda call: call.rows_ND)
+    limits = ServerLimits(queue_bytes_max=1 << 20, stall_s=0.2)
     with (
         serve(echo_shard(lambda c: c.rows_ND), limits=limits) as (server, lost),
         raw(server) as sock,

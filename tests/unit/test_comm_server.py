@@ -14,9 +14,10 @@ from support.comm_rig import TOKEN, WAIT_S, at_end, echo_body, member, raw_socke
 from remora.comm.auth import ATTACH, CHALLENGE_BYTES, VERDICT_BYTES, ClientHandshake
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import FrameError, PeerLostError
+from remora.comm.native_pump import SKIPS_MAX
 from remora.comm.peer import Peer, PeerLimits
 from remora.comm.peers import PeerSet
-from remora.comm.server import SKIPS_MAX, FrameServer, ServerLimits
+from remora.comm.server import FrameServer, ServerLimits
 from remora.comm.transport import receive_exactly
 from remora.comm.wire import (
     HEADER_BYTES,
