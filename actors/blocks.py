@@ -126,6 +126,14 @@ class BlockManager:
                 else:
                     self._cached[block] = None
 
+    def forget_cached(self) -> None:
+        """What is in no table is free, and what is in one will be after use: what comes is computed
+        otherwise than what is here."""
+        self._free += self._cached
+        self._cached.clear()
+        self._by_key.clear()
+        self._keys = [None] * self.num_blocks
+
     def reclaimable(self, tables: Iterable[Sequence[int]], keep: Collection[int]) -> Iterator[int]:
         """After each of `tables`: blocks outside `keep` that releasing all so far would free."""
         counts: Counter[int] = Counter()

@@ -296,7 +296,14 @@ class DenseEngine:
                 self._why_not = str(failure)
 
     def _adopt(self, view: View, or_none: bool = False) -> None:
-        self._connect(view, or_none)
+        if self._view is not None and view.epoch < self._view.epoch:
+            return  # told before the one that is in use, and queued after it
+        try:
+            self._connect(view, or_none)
+        except ClusterError:
+            if self._view is not None and not or_none:  # some ranks may have gone on already
+                self._connect(self._view, True)
+            raise
         self._view = view
         self._why_not = None
         self._note_status()

@@ -75,6 +75,8 @@ class DenseState:
             case SourceLost():
                 return self._on_source_lost(event)
             case StatusChanged():
+                if event.executor != self._executor:  # they round in different places
+                    self._scheduler.blocks.forget_cached()
                 self._executor, self._epoch = event.executor, event.epoch
                 return []
 

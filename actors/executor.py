@@ -11,10 +11,12 @@ round in different places, so a request belongs to the executor that it started 
 kept in `REMORA_CACHE_DIR` (default `~/.cache/remora`) between starts.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -54,7 +56,19 @@ def use_cache() -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # imports the compiler
 
     if os.environ.get(_CACHE_ENV) in (None, default_cache_dir()):
-        os.environ[_CACHE_ENV] = str(cache_dir() / "inductor")
+        os.environ[_CACHE_ENV] = str(cache_dir() / "inductor" / processor_tag())
+
+
+@functools.cache
+def processor_tag() -> str:
+    """Tells kinds of processors apart: code is compiled for just the one that it runs on, and hosts
+    of several kinds may share a home."""
+    try:
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+    except OSError:  # another system
+        first = platform.processor()
+    kept = [line for line in first.splitlines() if line.startswith(("model name", "flags", "Feat"))]
+    return hashlib.blake2b("\n".join(kept).encode(), digest_size=6).hexdigest()
 
 
 def has_compiler() -> bool:
@@ -75,6 +89,7 @@ def artefact_key(
             num_ranks,
             num_slices,
             kernel_fingerprint(),
+            processor_tag(),
             transformers.__version__,
         ],
         sort_keys=True,

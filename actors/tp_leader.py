@@ -242,10 +242,15 @@ class Leader:
         self._generation += 1
         unique_id = self.group.make_id() if isinstance(self.group, NcclGroup) else b""
         self._tell(Recover(generation=self._generation, unique_id=unique_id))
-        if isinstance(self.group, GlooGroup):
-            self.group.connect(self._generation)
-        elif isinstance(self.group, NcclGroup):
-            self.group.connect(unique_id)
+        self._check_links()  # who has gone is not waited for as long as an exchange may take
+        try:
+            if isinstance(self.group, GlooGroup):
+                self.group.connect(self._generation)
+            elif isinstance(self.group, NcclGroup):
+                self.group.connect(unique_id)
+        except ClusterError as error:
+            self._check_links()
+            raise self._end(f"its ranks do not meet again ({error})") from error
         answers = self._answers(self._timeout_s)
         self._note_lacks(answers)
         errors = self._errors(answers)
@@ -255,10 +260,19 @@ class Leader:
             return None
         return errors[0] if errors else f"{self._uid}: {told}"
 
+    def _check_links(self) -> None:
+        """Raises GroupLostError: a rank has hung up."""
+        for rank, link in self._links.items():
+            try:
+                link.peek()
+            except ClusterError as error:
+                raise self._break(rank, error) from error
+
     def _break(self, rank: int, error: Exception) -> ClusterError:
-        self._broken = (
-            f"{self._name(rank)} is gone ({error}): the tensor-parallel group cannot serve"
-        )
+        return self._end(f"{self._name(rank)} is gone ({error})")
+
+    def _end(self, why: str) -> ClusterError:
+        self._broken = f"{why}: the tensor-parallel group cannot serve"
         self.group.abort(self._broken)
         logger.error("%s", self._broken)
         return GroupLostError(self._broken)

@@ -26,7 +26,7 @@ def test_nothing_is_left_behind(one_ray: None) -> None:
 
 
 def test_however_many_wait_for_its_end_a_member_is_heard(one_ray: None) -> None:
-    """Each life of a coordinator waits for the ends of all members, and leaves that when it dies."""
+    """Each life of a coordinator waits for the ends of all members, and leaves that behind."""
     options = {"num_cpus": 0, "max_concurrency": ACTOR_THREADS, "lifetime": "detached"}
     member = make_member(ShardProcess, "remora/waited-for/shard-0#1", options)
     waiting = [end_of(member) for _ in range(2 * ACTOR_THREADS)]

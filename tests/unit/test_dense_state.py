@@ -185,6 +185,24 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     assert state.stats().prefix_hit_tokens_total == 0
 
 
+@pytest.mark.parametrize(("after", "reused"), [("eager", 8), ("compiled", 0)])
+def test_what_another_executor_computed_is_taken_up_by_nobody(after: str, reused: int) -> None:
+    """They round in different places: a request's tokens would depend on who came before it."""
+    state, runner = DenseState(LIMITS), FakeRunner(LIMITS)
+    state.handle(StatusChanged(executor="eager", epoch=1))
+    found = []
+    for name in ("first", "second"):
+        params = SamplingParams(max_tokens=1)
+        submit = Submit(request_id=name, prompt_ids=[1, 2, 3, 4, 5, 6, 7, 8, 9], params=params)
+        state.handle(RequestArrived(submit, "web"))
+        plan = planned(state)
+        [emit] = state.handle(StepDone(plan.step_id, runner.run(plan)))
+        found.append(emit.outputs.outputs[0].num_cached_tokens)
+        state.handle(StatusChanged(executor=after, epoch=2))
+        state.check_integrity()
+    assert found == [0, reused]
+
+
 def test_integrity_says_the_numbers() -> None:
     state = DenseState(LIMITS)
     arrive(state, "a", "web")

@@ -178,6 +178,44 @@ def test_a_rank_that_goes_ends_the_group_and_no_request(
         assert "dense-0.1 is gone" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("use_unix", [True, False])
+def test_a_rank_that_goes_within_a_step_ends_the_group_and_no_request(
+    cluster: LocalCluster, use_unix: bool
+) -> None:
+    with cluster.dense(num_ranks=2, use_unix=use_unix, exchange_timeout_s=3.0) as dense:
+        dense.ask(asks(1))
+        follower: Any = dense.others[0]._follower
+
+        def ends(*_: Any) -> Any:  # as its process would: all of its sockets close
+            follower._link.shut_down()
+            follower._link.close()
+            if not use_unix:
+                follower._group._gloo = None
+            raise SystemExit
+
+        follower._experts = ends
+        with pytest.raises(PeerLostError):
+            dense.ask(asks(1))
+
+
+def test_a_view_that_one_rank_cannot_take_leaves_all_at_the_old_one(own: LocalCluster) -> None:
+    with own.dense(num_ranks=4, hold_s=5.0) as dense:
+        dense.ask(asks(1))
+        launch = own.shard_launch("shard-1", own.view.placement, incarnation=2)
+        late = ExpertActor(launch)
+        members = (own.view.members[0], late.join().member)
+        view = msgspec.structs.replace(own.view, epoch=2, members=members)
+        late.fence(["dense-0.2"])  # one rank alone cannot reach it
+        try:
+            with pytest.raises(ClusterError, match="cannot be reached"):
+                dense.actor.adopt_view(view)
+            answer = dense.ask(asks(1))[0]
+            assert answer.finish_reason == "length", answer.outputs[-1].error
+        finally:
+            late.stop()
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[LocalCluster]:
     """Shards that a test may end."""
