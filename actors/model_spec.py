@@ -29,7 +29,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ExpertSpec:
     """Tensors of one routed expert: name -> shape, in the layout its class declares."""
 
-    class_name: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # sorted by name, without the expert dimension
     has_gate: bool
     has_bias: bool
@@ -162,7 +161,6 @@ def _site_spec(model_type: str, site: model_build.ExpertsSite) -> tuple[int, Exp
             f"experts interface (missing {missing}, expert counts {sorted(counts)})"
         )
     spec = ExpertSpec(
-        class_name=type(module).__name__,
         shapes=tuple((name, tuple(parameters[name].shape[1:])) for name in sorted(names)),
         has_gate=module.has_gate,
         has_bias=module.has_bias,

@@ -6,7 +6,7 @@ bytes/s alone bound nothing: small experts cost a whole core at a hundredth of t
 ones. Nobody decodes: all of it. Somebody does: `START`, and from there additive increase,
 multiplicative decrease (Chiu and Jain, 1989) on the mean time of a step, which is what a stream
 waits for its next token. What is calm is what steps took between the last operation and this one.
-Elasticity, "copy" (../shared/design/elasticity.md).
+docs/elasticity.md, Copies.
 """
 
 from collections.abc import Mapping

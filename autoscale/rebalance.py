@@ -5,7 +5,7 @@
 
 Layers are independent: a round takes those that save most a moved byte, up to `moves_max` moves,
 and leaves the others as they are. A round moves when what it saves over the horizon is more than
-what moving costs (traffic.md, Method 8), when several plans one after the other say so
+what moving costs (docs/router.md, The online loop), when several plans one after the other say so
 (hysteresis), and not soon after the last one (cooldown).
 
 Units: copies are rows to remote hosts, per token, one way; load is the largest over the mean load

@@ -22,12 +22,12 @@ import autoscale_model as model
 import common
 import numpy as np
 from engines_report import Bar, Spread
+from locations import REQUESTS
 
 from remora.autoscale.autoscale_policy import AutoscalePolicy, parse_policy
 from remora.autoscale.autoscale_sample import AutoscaleState, Sample
 from remora.autoscale.autoscaler import decide
 
-TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "requests"
 MEAN_UNITS = 6.0
 START_S = 30.0  # from the decision until a new unit serves
 FIXED_ATTAINMENT = 0.999
@@ -248,9 +248,9 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--png", type=Path, help="write a picture of it to this file")
     args = parser.parse_args()
-    paths = sorted(TRACES.glob("*.csv")) + sorted(TRACES.glob("*.jsonl"))
+    paths = sorted(REQUESTS.glob("*.csv")) + sorted(REQUESTS.glob("*.jsonl"))
     if not paths:
-        raise SystemExit(f"{TRACES}: no traces; nothing was simulated")
+        raise SystemExit(f"{REQUESTS}: no traces (docs/benchmarks.md); nothing was simulated")
     rows = [row for path in paths for row in measure(path, 5 if args.quick else 10)]
     if args.png is not None:
         picture(rows, args.png)

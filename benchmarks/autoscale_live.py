@@ -41,6 +41,7 @@ from autoscale_replay import (
 )
 from engines_report import Bar, Spread
 from live_streams import deployment, one_node, operate, until
+from locations import REQUESTS
 
 from remora.autoscale.decision_lines import replay
 from remora.cluster.bootstrap import ClusterHandle, cluster_status, ensure_cluster, stop_cluster
@@ -49,7 +50,7 @@ from remora.cluster.connect import connected_service
 from remora.cluster.operation import ScaleTo
 
 NAME = "bench-autoscale"
-TRACE = Path(__file__).resolve().parents[2] / "shared/data/requests/azure_llm_2023_conv.csv"
+TRACE = REQUESTS / "azure_llm_2023_conv.csv"
 SEQUENCES = 4  # that a unit decodes at once; others wait
 UNITS = 2  # of the largest fleet: there are two cores
 MEAN_LOAD = 0.9  # of the window, of what one unit can do
@@ -223,6 +224,8 @@ def of_units(**sections: Any) -> RemoraConfig:
 def main(args: Namespace) -> None:
     """Measure, print, write."""
     arm_s, for_s = (45.0, 6.0) if args.quick else (180.0, 15.0)
+    if not TRACE.is_file():
+        raise SystemExit(f"{TRACE}: not there; it is not in the repository (docs/benchmarks.md)")
     table_R3 = model.read_requests(TRACE)
     with one_node(8), tempfile.TemporaryDirectory() as folder:
         found, window, fleets = asyncio.run(fixed(of_units(), table_R3, arm_s, for_s))

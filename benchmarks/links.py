@@ -21,10 +21,9 @@ import common
 import links_plans
 from engines_report import Bar, Spread
 from links_cluster import RayHosts, log_dir
+from locations import DEMO_MODEL, HERE, TEXTS, text_files
 from netns import Hosts, usable
 
-HERE = Path(__file__).resolve().parent
-TEXT = HERE.parents[1] / "shared" / "data" / "text"
 NUM_HOSTS = 4
 BATCH = 32
 PROMPT_TOKENS = 128
@@ -36,7 +35,7 @@ PLAN_TOKENS_EACH = 2_700  # of each domain
 def checkpoint_of(model: str) -> Path:
     """Directory of `demo` or of a shape of `make_checkpoint.py`."""
     if model == "demo":
-        return HERE.parent / "examples" / "demo-model"
+        return DEMO_MODEL
     from make_checkpoint import SHAPES, write_checkpoint
 
     path = HERE / "out" / model
@@ -47,10 +46,7 @@ def checkpoint_of(model: str) -> Path:
 
 def texts(split: str) -> list[Path]:
     """Text files of one split."""
-    found = sorted(TEXT.glob(f"*.{split}.jsonl"))
-    if not found:
-        raise SystemExit(f"no *.{split}.jsonl in {TEXT}: links.py plans and asks by real texts")
-    return found
+    return text_files(TEXTS, split)
 
 
 def grouped(prompts: Sequence[list[int]], homes: Any, host_of_group: Sequence[int]) -> Any:

@@ -12,11 +12,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from locations import DEMO_MODEL
 from ray_actors import living_names, process_of
 
 from remora.actors.launch import RAY_NAMESPACE, host_label
@@ -29,7 +29,6 @@ from remora.cluster.router_client import RouterClient
 from remora.comm.errors import ClusterError
 from remora.comm.messages import SamplingParams, Submit
 
-MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-model"
 NUM_EXPERTS, NUM_LAYERS = 32, 8  # of the demo model
 NUM_STREAMS = 4
 PROMPTS_EACH = 3  # of a stream, in turn
@@ -58,7 +57,7 @@ def deployment(name: str, *, shards: int = 2, dense: int = 1, **sections: Any) -
     small = {"num_cpus": 0.5, "threads": 1}
     whole: dict[str, Any] = {
         "name": name,
-        "model": str(MODEL),
+        "model": str(DEMO_MODEL),
         "numerics": "exact",
         "executor": "eager",
         "dense": {**small, "groups": dense, "max_model_len": 256, "prefix_caching": False},

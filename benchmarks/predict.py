@@ -21,6 +21,7 @@ from pathlib import Path
 import common
 import numpy as np
 from engines_report import Bar, Spread
+from locations import DEMO_MODEL, TEXTS, text_files
 from numpy.typing import NDArray
 
 from remora.actors.trace_offline import RecordPlan, TextFile, record_texts
@@ -37,7 +38,6 @@ from remora.comm.predict_devices import TwoLayerTable
 from remora.comm.trace import Trace, join
 from remora.comm.trace_reader import read_trace
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 ROWS = 64  # tokens of a batch that is timed
 Scores = Callable[[int], NDArray[np.int32]]  # MoE layer -> [T, E]
 
@@ -54,8 +54,8 @@ class Judged:
 def main() -> None:
     """Learn, judge, print."""
     parser = common.parser(__doc__)
-    parser.add_argument("--model", type=Path, default=SHARED / "models" / "remora-demo")
-    parser.add_argument("--data", type=Path, default=SHARED / "data" / "text")
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--data", type=Path, default=TEXTS)
     parser.add_argument("--plan", type=Path, help="trace to learn from")
     parser.add_argument("--heldout", type=Path, help="trace to judge on")
     parser.add_argument("--devices", type=int, default=8)
@@ -92,7 +92,7 @@ def traces(args: Namespace) -> tuple[Trace, Trace]:
     with tempfile.TemporaryDirectory() as folder:
         for split, share in (("plan", 2), ("heldout", 1)):
             parts = []
-            for path in sorted(args.data.glob(f"*.{split}.jsonl")):
+            for path in text_files(args.data, split):
                 output = Path(folder) / f"{path.stem}.trace"
                 record_texts(
                     str(args.model),

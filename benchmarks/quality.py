@@ -15,6 +15,7 @@ from pathlib import Path
 import common
 import torch
 from engines_report import Bar, Spread
+from locations import DEMO_MODEL, TEXTS, text_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -23,7 +24,6 @@ from support.local_engine import LocalEngine
 from remora.actors.tokenizer import Tokenizer
 from remora.kernels.experts_dtype import ExpertsDtype
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 WINDOW = 256  # tokens, as the demo model was trained
 FORMS: tuple[ExpertsDtype, ...] = ("int8", "int4")
 
@@ -32,7 +32,7 @@ def windows(model: Path, data: Path, per_domain: int) -> dict[str, torch.Tensor]
     """Token windows [B, WINDOW] of each domain's held-out texts."""
     tokenizer = Tokenizer(model)
     found: dict[str, torch.Tensor] = {}
-    for path in sorted(data.glob("*.heldout.jsonl")):
+    for path in text_files(data, "heldout"):
         kept: list[list[int]] = []
         for line in path.read_text().splitlines():
             tokens = tokenizer.encode(json.loads(line))
@@ -66,8 +66,8 @@ def losses_of(model: Path, form: ExpertsDtype, texts: dict[str, torch.Tensor]) -
 def main() -> None:
     """Measure both and print."""
     parser = common.parser(__doc__)
-    parser.add_argument("--model", type=Path, default=SHARED / "models" / "remora-demo")
-    parser.add_argument("--data", type=Path, default=SHARED / "data" / "text")
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--data", type=Path, default=TEXTS)
     args = parser.parse_args()
     texts = windows(args.model, args.data, 2 if args.quick else 8)
     plain = losses_of(args.model, "auto", texts)

@@ -14,12 +14,10 @@ Shape suffixes: T tokens, K top-k, E experts, Z topics.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from locations import ROUTING
 from numpy.typing import NDArray
-
-ROUTING = Path("/work/shared/data/routing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

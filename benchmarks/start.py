@@ -18,7 +18,8 @@ from typing import Any, Final
 import common
 from engines_process import cpu_s
 from engines_report import Bar, Spread
-from live_streams import MODEL, one_node
+from live_streams import one_node
+from locations import DEMO_MODEL
 from ray_actors import process_of
 
 from remora.actors.launch import Progress, coordinator_name, router_name
@@ -85,7 +86,7 @@ def _seconds(reached: Mapping[str, float], phase: str) -> float | str:
 
 if __name__ == "__main__":
     parser = common.parser(__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint directory")
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint directory")
     parser.add_argument("--executor", choices=("compiled", "eager"), default="compiled")
     parser.add_argument("--rounds", type=int, default=5)
     main(parser.parse_args())

@@ -68,7 +68,6 @@ def main() -> None:
 
 def tasks_of(parts: list[str], quick: bool) -> list[Task]:
     """What to run, heaviest first; a trace that is not there is said and left out."""
-    documents = 8 if quick else 24
     shapes = [
         Shape(hosts, per_host, spare)
         for hosts, per_host in ((8, 1), (4, 2), (8, 4))
@@ -86,8 +85,7 @@ def tasks_of(parts: list[str], quick: bool) -> list[Task]:
     for part, kind, trace, own_shapes in wanted:
         if part not in parts:
             continue
-        if kind == "shift":
-            documents = SHIFT_DOCUMENTS
+        documents = SHIFT_DOCUMENTS if kind == "shift" else 8 if quick else 24
         found = load(trace, documents, None)
         if found is None:
             print(f"no data for {trace}: left out", file=sys.stderr)
@@ -187,20 +185,13 @@ def scale(quick: bool) -> list[Bar]:
             target=target if op else None,
         )
 
-    choice = [
-        Bar(
-            name="scale_choice",
-            value=Spread(
-                float(np.median(times.choice_us)), min(times.choice_us), max(times.choice_us)
-            ),
-            unit="us",
-            op="<",
-            target=30,
-        )
-        for _ in times.choice_us[:1]
-    ]
+    found: list[Bar] = []
+    if times.choice_us:
+        median = float(np.median(times.choice_us))
+        value = Spread(median, min(times.choice_us), max(times.choice_us))
+        found.append(Bar(name="scale_choice", value=value, unit="us", op="<", target=30))
     return [
-        *choice,
+        *found,
         bar("scale_plan_cold", times.cold_s, "s", 120),
         bar("scale_plan_warm", times.warm_s, "s", 20),
         bar("scale_copies_vs_eplb", times.copies_vs_eplb, "x"),

@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from locations import ROUTING, TEXTS
 from numpy.typing import NDArray
 
-HERE = Path(__file__).resolve().parent
-SHARED = next(  # beside the checkout, or beside the folder of its worktrees
-    (up / "shared" for up in HERE.parents if (up / "shared/data").is_dir()), HERE / "shared"
-)
 STEP_TOKENS = 32  # of a decode step over the whole deployment
 SEED = 20261128
 
@@ -133,7 +130,7 @@ def join(traces: Sequence[Trace], name: str) -> Trace:
     )
 
 
-def deepseek_v2_lite(folder: Path = SHARED / "data/routing") -> Trace | None:
+def deepseek_v2_lite(folder: Path = ROUTING) -> Trace | None:
     """Real routing of DeepSeek-V2-Lite (26 layers, 64 experts, top-6, width 2,048), no token ids;
     None when the files are not there."""
     traces = []
@@ -159,7 +156,7 @@ def deepseek_v2_lite(folder: Path = SHARED / "data/routing") -> Trace | None:
     return join(traces, "v2lite")
 
 
-def texts(split: str, folder: Path = SHARED / "data/text") -> dict[str, list[str]]:
+def texts(split: str, folder: Path = TEXTS) -> dict[str, list[str]]:
     """Documents of each domain; `split` is "plan" or "heldout". Empty when there are none."""
     found = sorted(folder.glob(f"*.{split}.jsonl"))
     return {

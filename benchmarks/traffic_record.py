@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from locations import DEMO_MODEL, HERE
 from numpy.typing import NDArray
-from traffic_data import HERE, SHARED, Trace, texts
+from traffic_data import Trace, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WINDOW = 256  # tokens of a document that are read
 RECORDED = 48  # held-out documents of a domain
-DEMO = SHARED / "models/remora-demo"
 CACHE = Path(os.environ.get("REMORA_CACHE_DIR", Path.home() / ".cache/remora")) / "traffic"
 
 
-def demo(documents: int, checkpoint: Path = DEMO, name: str = "demo") -> Trace | None:
+def demo(documents: int, checkpoint: Path = DEMO_MODEL, name: str = "demo") -> Trace | None:
     """Routing of the demo model over all domains: `documents` held-out ones of each to judge on,
     twice as many of the other split to plan on. None where checkpoint or documents are missing.
 

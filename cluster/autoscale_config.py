@@ -17,7 +17,8 @@ def policy_in(path: Path) -> dict[str, Any]:
 class AutoscaleConfig(Section):
     """Whether the deployment resizes itself (docs/autoscaling.md)."""
 
-    policy: AutoscalePolicy | Path | None = None  # or the file of one; None: it does not
+    policy: AutoscalePolicy | Path | None = None  # of a pool, or the file of one; None: it does not
+    # between two samples of the pool
     sample_every_s: Annotated[float, Field(ge=0.1, le=300, allow_inf_nan=False)] = 5.0
     log_dir: Path | None = None  # of its decisions; None: beside the coordinator's log
 

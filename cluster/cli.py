@@ -1,11 +1,13 @@
 """The command `remora`: one configuration path, `--json` everywhere.
 
 Exit statuses: 0 done; 1 the cluster failed, or a replay differs; 2 what was asked for cannot be
-(configuration, model, weights), or the command line; 3 there is no such deployment.
+(configuration, model, weights), or the command line; 3 there is no such deployment; 141 nobody
+reads the output any more.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +24,7 @@ from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
 
 OK, FAILED, USAGE = 0, 1, 2
+UNREAD = 128 + 13  # what a shell says of a command that SIGPIPE ended
 
 # flag -> key of the configuration, type, help
 _FLAGS: tuple[tuple[str, str, type, str], ...] = (
@@ -32,7 +35,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--dense-groups", "dense.groups", int, "dense groups"),
     ("--shards", "experts.shards", int, "expert shards"),
     ("--slots", "experts.slots", int, "experts that a shard has room for in each layer"),
-    ("--placement", "experts.placement", str, "contiguous, or a placement file"),
+    ("--placement", "experts.placement", str, "contiguous, latest, or a placement file"),
     ("--max-model-len", "dense.max_model_len", int, "tokens of the longest sequence"),
     ("--max-num-seqs", "dense.max_num_seqs", int, "sequences in one step"),
     ("--kv-cache-tokens", "dense.kv_cache_tokens", int, "tokens that one group's KV pages hold"),
@@ -46,6 +49,17 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(argv)
+    try:
+        status = _run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_gone():
+            raise
+        return UNREAD
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
     except UserError as error:
@@ -286,6 +300,19 @@ def _which(name: str | None, ray_address: str | None) -> tuple[str | None, Insta
     if instance is not None:
         use_token(instance)
     return name, instance
+
+
+def _output_is_gone() -> bool:
+    """Whether it is standard output that nobody reads (`| head`); it is thrown away then, or the
+    interpreter would try again to write it when it ends."""
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:

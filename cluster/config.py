@@ -31,7 +31,7 @@ class _Placed(Section):
     """What Ray needs to place one actor, and how many threads torch may use inside it."""
 
     num_cpus: Fraction = 1.0  # logical CPUs, as Ray counts them
-    num_gpus: Fraction = 0.0
+    num_gpus: Fraction = 0.0  # the same of GPUs
     resources: dict[str, float] = Field(default_factory=dict)  # Ray custom resources
     labels: dict[str, str] = Field(default_factory=dict)  # Ray node labels that must match
     threads: Positive | None = None  # None: a host's cores, shared out
@@ -46,17 +46,19 @@ class _Placed(Section):
 class DenseConfig(_Placed):
     """The dense groups: attention, norms, gates, shared experts, LM head and KV pages."""
 
-    groups: Annotated[int, Field(ge=1, le=1024)] = 1
+    groups: Annotated[int, Field(ge=1, le=1024)] = 1  # dense groups, each with its own requests
     tensor_parallel: Literal[1, 2, 4] = 1  # ranks of one group; must divide the heads
-    # Which rank takes which rows to the shards: docs/token-shuffle.md.
+    # which rank takes which rows to the shards (docs/token-shuffle.md)
     token_shuffle: Literal["auto", "none", "exact", "speculative"] = "auto"
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64  # sequences in one step
     max_tokens_per_step: Annotated[int, Field(ge=1, le=1 << 20)] = 512  # prefill chunk + decode
     max_model_len: Positive | None = None  # tokens, prompt + output; None: the model's own
-    kv_cache_tokens: Positive | None = None  # at most one of these two;
+    # of one group; at most one of kv_cache_*
+    kv_cache_tokens: Positive | None = None
+    # the same in memory; neither: 1,024 tokens for each of max_num_seqs
     kv_cache_gib: Annotated[float, Field(gt=0, le=1 << 20, allow_inf_nan=False)] | None = None
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16  # tokens in one KV page; only 16 today
-    prefix_caching: bool = True
+    prefix_caching: bool = True  # prompts that begin alike share KV pages
     max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = 4096  # sequences queued in one group
 
     @model_validator(mode="after")
@@ -105,7 +107,7 @@ class DenseConfig(_Placed):
 class ExpertsConfig(_Placed):
     """The expert shards: slots of expert weights, stateless per call."""
 
-    shards: Annotated[int, Field(ge=1, le=4096)] = 2
+    shards: Annotated[int, Field(ge=1, le=4096)] = 2  # expert shards
     slots: Positive | None = None  # of a shard in a MoE layer; None: what the placement needs
     # latest: what was last decided (router.state_dir); or a placement file (docs/placement.md)
     placement: Literal["contiguous", "latest"] | Path = "contiguous"
@@ -120,7 +122,7 @@ class RebalanceConfig(Section):
     horizon_tokens: Annotated[float, Field(gt=0, le=1e15)] = 1e6  # that it will serve
     gain_min: Annotated[float, Field(ge=0, le=1)] = 0.05  # share of the cost that it must save
     confirmations: Annotated[int, Field(ge=1, le=100)] = 2  # plans in a row that must say so
-    cooldown_s: Annotated[float, Field(ge=0, le=1e7)] = 600.0
+    cooldown_s: Annotated[float, Field(ge=0, le=1e7)] = 600.0  # between two moves
     tokens_min: Annotated[float, Field(ge=1, le=1e12)] = 5_000.0  # of statistics
     moves_max: Positive = 4096  # experts in one round, over all layers
 
@@ -128,7 +130,7 @@ class RebalanceConfig(Section):
 class RouterConfig(Section):
     """The router: dense groups for requests, statistics of traffic, plans (docs/router.md)."""
 
-    enabled: bool = True
+    enabled: bool = True  # without it ingresses choose alone, and nothing is counted
     bind_address: str | None = None  # of its gRPC server; None: that of the data plane
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: one that is free
     route_timeout_s: Seconds = 0.05  # an ingress decides alone after this
@@ -178,12 +180,12 @@ class RemoraConfig(Section):
     name: Name = "remora"  # deployment: names actors, the Serve application and its routes
     model: str = Field(min_length=1)  # checkpoint directory, or hub id
     served_model_name: str | None = None  # None: the last part of `model`
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's
     experts_dtype: ExpertsDtype = "auto"  # int8, int4: quantised at load
-    numerics: Literal["fast", "exact"] = "fast"
-    executor: Literal["auto", "eager", "compiled"] = "auto"
+    numerics: Literal["fast", "exact"] = "fast"  # exact: tokens depend on the request alone
+    executor: Literal["auto", "eager", "compiled"] = "auto"  # of decoder layers
     bind_address: str = "127.0.0.1"  # of the data plane's TCP listeners
-    start_timeout_s: Seconds = 900.0
+    start_timeout_s: Seconds = 900.0  # until all is up, and for who joins later
     dense: DenseConfig = DenseConfig()
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()

@@ -42,7 +42,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("remora_engine_steps", "Steps of the dense group", lambda s: s.steps_total),
 )
 
-_COORDINATOR: tuple[tuple[str, str], ...] = (
+COORDINATOR_GAUGES: tuple[tuple[str, str], ...] = (
     (
         "remora_rebalance_predicted_gain_ratio",
         "Share of copies and load that the last move was to save",
@@ -202,7 +202,7 @@ class _RouterCollector(Collector):
             total.add_metric([who], count)
         yield total
         values = self._coordinator()
-        for name, text in _COORDINATOR:
+        for name, text in COORDINATOR_GAUGES:
             if name in values:
                 yield GaugeMetricFamily(name, text, value=values[name])
 

@@ -117,7 +117,7 @@ def run_trace(options: Namespace) -> int:
     }
     if not options.dry_run:
         write_placement(options.output, found.placement)
-        report["written"] = str(options.output)
+        report |= {"written": str(options.output), "trace": str(options.trace)}
     return _print(report, options.json)
 
 

@@ -150,8 +150,16 @@ def report_text(report: dict[str, Any]) -> str:
     if "not_applied" in report:
         lines.append(f"not applied: {report['not_applied']}")
     if report.get("written"):
-        lines.append(f"written to {report['written']}, for starts with experts.placement: latest")
+        lines.append(_written_text(report["written"], from_trace="trace" in report))
     return "\n".join(lines)
+
+
+def _written_text(file: str, *, from_trace: bool) -> str:
+    if from_trace:  # of no deployment: nobody looks for it there
+        return (
+            f"written to {file}: start with --placement {file}, or remora placement import {file}"
+        )
+    return f"written to {file}, for starts with experts.placement: latest"
 
 
 def _fields(layer: LayerOutcome) -> dict[str, Any]:

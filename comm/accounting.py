@@ -41,10 +41,6 @@ class LinkCounters(ctypes.Structure):
     losses: int  # connections lost
     _fields_ = [(name, ctypes.c_int64) for name in COUNTER_NAMES]
 
-    def as_dict(self) -> dict[str, int]:
-        """Every counter by name."""
-        return {name: getattr(self, name) for name in COUNTER_NAMES}
-
 
 @dataclass(slots=True)
 class TrafficCounters:

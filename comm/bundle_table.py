@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 NO_VALUE: Final = 0xFFFF  # sorts behind every expert
 ROWS_MIN: Final = 64  # a table begins with room for these
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 

@@ -14,7 +14,7 @@ repair at the moment of dispatch what a placement planned from yesterday's traff
 of our own host are priced as if they had a little less load than they have (`LOCAL_SHARE`): a pair
 there costs no row back. What stays on our own host is then levelled between its shards
 (`own_host`): there a row is a copy in memory.
-(traffic.md, method 5.)
+(docs/routing.md, Replica choice.)
 
 Everything is integer arithmetic, so that the numba code here, its C++ twin (`csrc/choice.cpp`) and
 the slow twin `choose_naive` agree to the last bit and the result is a function of the arguments.

@@ -9,14 +9,15 @@
     result.moved        # copies that a shard must fetch, against `problem.old_L`
 
 What a placement costs on other tokens: `replay.replay(ids_TK, source_T, held_SE, topology)`.
-To try another planner, give `plan_placement` another `plan_layer` (docs/routing.md).
+To try another planner, give `plan_placement` another `plan_layer` (docs/routing.md); what it
+returns is neither repaired nor replaced.
 
-Method (traffic.md, Objective and Method 2 to 4, 8): seeds, exact local search over partitions
-(`partition_search.py`), replicas by marginal gain (`replica_search.py`), shards relabelled so that
-weights stay. A layer whose load on the planning bundles is more than `Objective.load_margin` over
-EPLB's is repaired: exchanges under steeper load prices. EPLB's placement is taken only where that
-does not help either, or where it has fewer copies, and never in place of an old placement, all of
-which it would move.
+Method (docs/routing.md): seeds, exact local search over partitions (`partition_search.py`),
+replicas by marginal gain (`replica_search.py`), shards relabelled so that weights stay. A layer of
+this search whose load on the planning bundles is more than `Objective.load_margin` over EPLB's is
+repaired: exchanges under steeper load prices. EPLB's placement is taken only where that does not
+help either, or where it has fewer copies, and never in place of an old placement, all of which it
+would move.
 
 Shape suffixes: S shards, H hosts, E experts, L MoE layers.
 """
@@ -87,14 +88,14 @@ def plan_placement(
         seed: of every random decision.
         progress: called after each layer, for long plans.
         threads: that plan layers at once; the result does not depend on it.
-        plan_layer: (bundles, topology, num_experts, old or None, objective, seed) -> held; None is
-            `plan_layer_by_search`.
+        plan_layer: (bundles, topology, num_experts, old or None, objective, seed) -> held, which is
+            taken as it is, so that the result measures this planner alone. None is
+            `plan_layer_by_search`, with repair of the load and EPLB's placement as last resort.
     """
     objective = objective or Objective()
-    plan = plan_layer or plan_layer_by_search
 
     def plan_one(index: int) -> tuple[Held, LayerCost, LayerCost]:
-        return _plan_one(problem, index, plan, objective, seed)
+        return _plan_one(problem, index, plan_layer, objective, seed)
 
     found = []
     with ThreadPoolExecutor(threads) as pool:  # the searches are compiled and hold no lock
@@ -115,17 +116,24 @@ def plan_placement(
 
 
 def _plan_one(
-    problem: GroupingProblem, index: int, plan: LayerPlanner, objective: Objective, seed: int
+    problem: GroupingProblem,
+    index: int,
+    plan_layer: LayerPlanner | None,
+    objective: Objective,
+    seed: int,
 ) -> tuple[Held, LayerCost, LayerCost]:
-    """A layer's placement, its cost, and that of EPLB."""
+    """A layer's placement, its cost, and that of EPLB; repaired unless `plan_layer` is given."""
     bundles, topology = problem.layers[index], problem.topology
     old = problem.old_L[index] if problem.old_L is not None else None
+    plan = plan_layer or plan_layer_by_search
     held = plan(bundles, topology, problem.num_experts, old, objective, seed * 1009 + index)
     assert held.any(0).all() and (held.sum(1) <= topology.slots_S).all(), (
         f"layer {index}: {held.sum(1)} slots used, {held.sum(0).min()} copies of an expert"
     )
     eplb = eplb_held(expert_loads(bundles, problem.num_experts), topology)
     cost, eplb_cost = (bundle_cost(bundles, h, topology, seed=seed) for h in (held, eplb))
+    if plan_layer is not None:
+        return held, cost, eplb_cost
     load_max = max(eplb_cost.load_max_over_mean + objective.load_margin, 1 + objective.load_eps)
     if cost.load_max_over_mean > load_max:
         sample = sample_bundles(bundles, sample_size(topology, objective), seed)

@@ -6,11 +6,11 @@ planned for such sources (`plan_homes_and_placement`) makes them cheaper still.
 
 *When it is decided.* A home is decided from what exists then: at admission from predicted bundles
 of the prompt, or after the first chunk of the prompt (`probe_tokens`) has run under a provisional
-home, from the bundles of that chunk alone. Its KV pages then move with the request (or the chunk is
-computed again), and from there on they pin it.
+home, from the bundles of that chunk alone. The latter is for traces: benchmarks and `joint_plan` do
+it, by `assign_homes`. In a deployment KV pages stay where they are, and so does a request.
 
-A router that admits requests as they come has no mean load to hold hosts to: `assign_admitted`
-prices load instead, the more the higher it is.
+The router, which admits requests as they come, has no mean load to hold hosts to: `assign_admitted`
+prices load instead, the more the higher it is (docs/router.md).
 
 Shape suffixes: Q requests, T tokens, L MoE layers, K top-k, E experts, S shards, H hosts, G groups.
 """

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from remora.comm.errors import ConfigError
 
-UNIQUE_ID_BYTES: Final = 128
 NO_COLOR: Final = -1  # `commSplit`: this rank is in no part of the split
 
 

@@ -1,11 +1,11 @@
-"""What a placement is judged by (traffic.md, Objective)."""
+"""What a placement is judged by (docs/routing.md, The model)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Weights of traffic.md's objective, per token of the planning trace."""
+    """Weights of the objective, per token of the planning trace."""
 
     b_host: float = 1.0  # a row to a remote host
     b_dev: float = 0.125  # a row to a shard, wherever it is

@@ -21,18 +21,13 @@ Tables are integers (`SCALE` is one activation): every rank computes the same fr
 Shape suffixes: T tokens, K top-k, L MoE layers, E experts, V rows of the token table, D devices.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.comm.errors import FrameError
-
-VERSION: Final = 1
 SCALE: Final = 1 << 12
 TOKEN_BYTES_MAX: Final = 256 << 20  # of the counts by token id; over it, ids share rows
 TOKEN_RIDGE: Final = 4.0  # tokens: what has been seen so often is believed half
@@ -173,15 +168,6 @@ class Use:
     layers: int = 1  # previous MoE layers, 0 to 2
 
 
-class _Saved(msgspec.Struct, frozen=True, kw_only=True):
-    top_k: int
-    shape: tuple[int, int, int]  # L, V, E
-    token: bytes  # int16
-    near: bytes
-    far: bytes
-    version: int = VERSION
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
     """Scores experts; immutable. Layers without a previous one are scored by the rest."""
@@ -222,42 +208,6 @@ class Predictor:
             score_TE,
         )
         return score_TE
-
-    def to_bytes(self) -> bytes:
-        """msgpack; `predictor_from_bytes` is the inverse."""
-        num_layers, num_rows, num_experts = self.token_LVE.shape
-        return msgspec.msgpack.encode(
-            _Saved(
-                top_k=self.top_k,
-                shape=(num_layers, num_rows, num_experts),
-                token=self.token_LVE.astype("<i2").tobytes(),
-                near=self.near_LEE.astype("<i2").tobytes(),
-                far=self.far_LEE.astype("<i2").tobytes(),
-            )
-        )
-
-
-def predictor_from_bytes(data: bytes) -> Predictor:
-    """Inverse of `Predictor.to_bytes`.
-
-    Raises:
-        FrameError: it is none, of another version, or its sizes do not agree.
-    """
-    try:
-        saved = msgspec.msgpack.decode(data, type=_Saved)
-    except msgspec.DecodeError as error:
-        raise FrameError(f"no predictor: {error}") from error
-    num_layers, _, num_experts = saved.shape
-    square = (num_layers, num_experts, num_experts)
-    tables = []
-    for text, shape in ((saved.token, saved.shape), (saved.near, square), (saved.far, square)):
-        if min(shape) < 1 or len(text) != 2 * math.prod(shape) or saved.version != VERSION:
-            raise FrameError(
-                f"a predictor of version {saved.version} with tables {shape} in {len(text)} bytes"
-            )
-        tables.append(np.frombuffer(text, "<i2").reshape(shape).astype(np.int16))
-    token_LVE, near_LEE, far_LEE = tables
-    return Predictor(top_k=saved.top_k, token_LVE=token_LVE, near_LEE=near_LEE, far_LEE=far_LEE)
 
 
 def device_scores(score_TE: NDArray[np.int32], held_ED: NDArray[np.int64]) -> NDArray[np.int64]:

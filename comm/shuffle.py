@@ -2,7 +2,7 @@
 
 Ranks of a group hold the same rows; each asks for an equal slice of them. A rank is *near* some
 shards (same host, or same device where ranks share a host), and a row that reaches a near shard
-costs nothing. So rows go to the ranks that are near what they need (traffic.md, method 7):
+costs nothing. So rows go to the ranks that are near what they need (docs/token-shuffle.md):
 
     copy_costs(bundles) or a predictor's scores -> assign (equal slices, least cost) -> slice_order
 

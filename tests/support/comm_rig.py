@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from remora.comm import plan
+from remora.comm.accounting import COUNTER_NAMES, LinkCounters
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Combine
 from remora.comm.expert_protocol import ExpertCall, ExpertService
@@ -207,6 +208,11 @@ def raw_socket(endpoint: Endpoint, *, unix: bool) -> socket.socket:
         sock = socket.create_connection((ip, int(port)))
     sock.settimeout(WAIT_S)
     return sock
+
+
+def counted(link: LinkCounters) -> dict[str, int]:
+    """Every counter of a link by name."""
+    return {name: getattr(link, name) for name in COUNTER_NAMES}
 
 
 def at_end(sock: socket.socket) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.programs import benchmarks_on_path
+from support.programs import BENCHMARKS, benchmarks_on_path
 from support.programs import program as module
 
 
@@ -121,3 +121,12 @@ def test_the_plot_is_svg_with_a_line_for_each_series() -> None:
     first = [tuple(map(float, p.split(","))) for p in lines[0].attrib["points"].split()]
     assert first[0][0] < first[1][0] and first[0][1] > first[1][1]  # right, and up
     assert all(0 <= x <= plot.WIDTH and 0 <= y <= plot.HEIGHT for x, y in first)
+
+
+def test_the_page_says_what_every_program_needs() -> None:
+    """docs/benchmarks.md, What a benchmark needs."""
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    table = page.partition("## What a benchmark needs")[2].partition("\n## ")[0]
+    for path in BENCHMARKS.glob("*.py"):
+        if '__name__ == "__main__"' in path.read_text():
+            assert f"| `{path.stem}` |" in table or f"benchmarks/{path.name}" in table, path.name

@@ -69,6 +69,25 @@ def test_what_cannot_be_is_status_2_and_says_so(
     assert word in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`remora plan ... | head`: no traceback, neither then nor when the interpreter ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(["plan", str(DEMO_MODEL)]) == 141
+        output.flush()
+
+
+def test_another_broken_pipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> int:
+        raise BrokenPipeError("a socket of ours")
+
+    monkeypatch.setattr("remora.cluster.cli._plan", broken)
+    with pytest.raises(BrokenPipeError, match="of ours"):
+        main(["plan", str(DEMO_MODEL)])
+
+
 def test_status_without_any_is_3(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from support.comm_rig import (
     answer,
     at_home,
     close_enough,
+    counted,
     everywhere,
     member,
     random_batch,
@@ -100,7 +101,7 @@ def test_same_bits_and_counters_as_python(
         assert torch.equal(got, twin), seed
         assert not got[num_rows:].any()
     for uid in pair[0].view.placement.slots:
-        ours, twins = (d.counters.link(uid).as_dict() for d in pair)
+        ours, twins = (counted(d.counters.link(uid)) for d in pair)
         assert ours == twins
     assert pair[0].counters.total().sent_frames >= 24
     for peers in sets:
@@ -152,7 +153,7 @@ def test_calls_and_answers_fit_the_frames_that_shards_grant(
                 python_is_not_asked(dispatcher, monkeypatch)
             got = dispatcher.moe(0, *batch, 300)
             assert close_enough(got, at_home(*batch, 300, 0), mode)
-            heard.append(dispatcher.counters.link("shard-0").as_dict())
+            heard.append(counted(dispatcher.counters.link("shard-0")))
             peers.close()
     assert heard[0] == heard[1]
     assert heard[0]["sent_frames"] == -(-300 // rows_max)
@@ -235,7 +236,7 @@ def test_stale_and_foreign_answers_are_dropped_like_in_python(host: str, num_row
             for noise in noises:
                 shard.answers.put(noise)
                 assert torch.equal(dispatcher.moe(0, *batch, num_rows), torch.ones(num_rows, 64))
-            heard.append(peers.counters.link("shard-0").as_dict())
+            heard.append(counted(peers.counters.link("shard-0")))
             assert heard[-1]["stale_replies"] == 4
             peers.close()
         assert heard[0] == heard[1]
@@ -270,7 +271,7 @@ def test_answers_that_cannot_be_end_the_connection(host: str, case: str) -> None
                 shard.answers.get()
             shard.answers.put(lambda f: [answer(f)])
             assert torch.equal(dispatcher.moe(0, *batch, 3), torch.ones(3, 64))
-            outcomes.append((type(caught.value), peers.counters.link("shard-0").as_dict()))
+            outcomes.append((type(caught.value), counted(peers.counters.link("shard-0"))))
             peers.close()
     assert outcomes[0] == outcomes[1]
 

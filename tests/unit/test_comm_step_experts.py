@@ -13,6 +13,7 @@ from support.comm_rig import (
     WAIT_S,
     Shards,
     answer,
+    counted,
     everywhere,
     member,
     random_batch,
@@ -115,7 +116,7 @@ def test_same_bits_as_asked_from_python_and_what_was_routed_is_noted(
                 assert np.array_equal(asked.noted_LTK[place], index[:num_tokens].numpy())
         assert asked.in_python == [] and asked.notes.layers_seen == 2
     for uid in rig.view.placement.slots:
-        assert sets[0].counters.link(uid).as_dict() == sets[1].counters.link(uid).as_dict()
+        assert counted(sets[0].counters.link(uid)) == counted(sets[1].counters.link(uid))
     for peers in sets:
         peers.close()
 

@@ -203,6 +203,23 @@ def test_unequal_shards_are_filled_as_far_as_they_go() -> None:
     assert held.any(0).all() and held.sum(1).tolist() == [3, 7, 10]
 
 
+def test_a_planner_of_ones_own_is_measured_as_it_is() -> None:
+    """Neither repair nor EPLB's placement, whatever load and copies come of it."""
+    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=13)
+    bundles = layer(0, 4)
+    heavy = np.zeros((4, 16), np.bool_)
+    heavy[0, :13] = heavy[1, 13:] = True
+    result = plan_placement(
+        GroupingProblem(layers=(bundles,), num_experts=16, topology=topology),
+        seed=0,
+        plan_layer=lambda *_: heavy.copy(),
+    )
+    assert (result.held_L[0] == heavy).all()
+    cost = replay(bundles.experts_BK, bundles.source_B, heavy, topology, weight_T=bundles.weight_B)
+    assert result.costs_L[0].load_max_over_mean > 2 > result.eplb_costs_L[0].load_max_over_mean
+    assert result.costs_L[0].remote_copies == pytest.approx(cost.remote_copies, rel=0.02)
+
+
 def test_a_plan_over_the_load_is_repaired_and_not_given_up() -> None:
     """Groups by topic, one topic being more frequent: exchanges bring the load under the cap and
     keep much of what grouping saves, which EPLB's placement has none of."""

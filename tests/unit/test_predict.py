@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from remora.comm.errors import FrameError
 from remora.comm.predict import (
     SCALE,
     Predictor,
@@ -19,7 +18,6 @@ from remora.comm.predict import (
     Use,
     device_scores,
     fit,
-    predictor_from_bytes,
     top_experts,
 )
 from remora.comm.predict_devices import TwoLayerTable, device_masks
@@ -162,15 +160,6 @@ def test_scores_and_devices_against_loops(seed: int, num_tokens: int) -> None:
             wanted = wanted + (predictor.far_LEE[2, f] if f >= 0 else 0)
         assert score_TE[t].tolist() == wanted.tolist()
         assert score_TD[t].tolist() == (np.clip(wanted, 0, SCALE) @ held_ED).tolist()
-    again = predictor_from_bytes(predictor.to_bytes())
-    np.testing.assert_array_equal(again.scores(2, token_T, near_TK, far_TK), score_TE)
-
-
-def test_bytes_that_are_no_predictor_are_refused() -> None:
-    data = fit(counts_of(*tokens_of(1, 10))).to_bytes()
-    for bad in (data[:-1], b"", b"\x80", data.replace(b"version\x01", b"version\x02")):
-        with pytest.raises(FrameError, match="predictor"):
-            predictor_from_bytes(bad)
 
 
 def test_the_two_layer_table_knows_the_devices_before() -> None:

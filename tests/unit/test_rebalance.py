@@ -311,8 +311,10 @@ def test_a_trace_is_planned_from_without_a_cluster(
     assert main(asked) == 2
     assert "--output" in capsys.readouterr().out
     out = tmp_path / "new.yaml"
-    assert main([*asked, "--output", str(out)]) == 0
-    capsys.readouterr()
+    assert main([*asked[:-1], "--output", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"start with --placement {out}, or remora placement import {out}" in told
+    assert "latest" not in told, "a trace's file is in nobody's state_dir"
     assert main([*asked, "--placement", str(out), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "keep", "nothing is left to gain"
     assert main([*asked, "--dry-run", "--slots", "1"]) == 2
