@@ -62,6 +62,7 @@ class DenseModel:
         part: which part of the model this is, where it is not the whole.
         device: where it computes (`kernels.device`); tensors of a step come and go on the CPU.
         sliced: layers that divide their rows among the ranks before their gate.
+        pinned: longest sequence that rotary embeddings were pinned to; None: they look at none.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class DenseModel:
         part: Part | None = None,
         device: torch.device = CPU,
         sliced: Sliced | None = None,
+        pinned: int | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self._home = home_of(device)
         self.part = part
         self.sliced = sliced or Sliced()
+        self.pinned = pinned
         self.spec = spec
         self.dtype = dtype
         self.layers = layers
@@ -310,6 +313,7 @@ def build_hollow(
     exact: bool,
     group: Group | None = None,
     slice_rows: bool = False,
+    max_positions: int | None = None,
 ) -> DenseModel:
     """The dense side with zeros for weights, which cost no memory until they are touched.
 
@@ -327,7 +331,7 @@ def build_hollow(
             dense_surgery.assign(model, name, torch.zeros(meta.shape, dtype=meta.dtype))
     for name in owned:
         packer.filled(name)
-    return _finish(model, spec, dtype, None, part, slice_rows=slice_rows)
+    return _finish(model, spec, dtype, max_positions, part, slice_rows=slice_rows)
 
 
 def _prepare(
@@ -354,9 +358,10 @@ def _finish(
         tp_surgery.join(model, part)
     engine_id = steps.new_engine_id(spec.attention)
     dense_surgery.point_config(model, engine_id)
-    dense_surgery.pin_rotary(model, max_positions or spec.max_positions)
+    last = max_positions or spec.max_positions
+    pinned = last if dense_surgery.pin_rotary(model, last) else None
     layers = dense_surgery.wrap_layers(model, engine_id)
     sliced = None
     if part is not None and slice_rows:
         sliced = slice_layers(layers, part, engine_id)
-    return DenseModel(model, spec, dtype, layers, part, device, sliced)
+    return DenseModel(model, spec, dtype, layers, part, device, sliced, pinned)

@@ -187,13 +187,17 @@ def point_config(model: Any, engine_id: int) -> None:
         setattr(config, attention_op.ENGINE_ATTRIBUTE, engine_id)
 
 
-def pin_rotary(model: Any, max_positions: int) -> None:
+def pin_rotary(model: Any, max_positions: int) -> bool:
     """Take the batch out of rotary embeddings that look at the largest position of a step.
 
     Dynamic kinds (`dynamic`, `longrope`) change their frequencies with it, so a request's tokens
     would depend on its neighbours. A row at the last position that will ever be served goes along
     and is thrown away: the choice is then the same in every step.
+
+    Returns:
+        Whether there are any: code that is compiled then holds that position.
     """
+    is_pinned = False
     for module in model.modules():
         if "Rotary" not in type(module).__name__:
             continue
@@ -201,6 +205,8 @@ def pin_rotary(model: Any, max_positions: int) -> None:
         names = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any("dynamic" in str(name) or name == "longrope" for name in names):
             module.forward = _with_last_position(module.forward, max_positions)
+            is_pinned = True
+    return is_pinned
 
 
 def _with_last_position(forward: Callable[..., Any], max_positions: int) -> Callable[..., Any]:

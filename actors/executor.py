@@ -26,12 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 import transformers
 
 from remora.actors.dense_launch import Wish
 from remora.actors.dense_model import DenseModel
-from remora.actors.model_spec import ModelSpec
 from remora.actors.warm import compile_and_warm, warm_up
 from remora.kernels.fingerprint import kernel_fingerprint
 
@@ -76,18 +74,17 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
-def artefact_key(
-    spec: ModelSpec, dtype: torch.dtype, *, exact: bool, num_ranks: int = 1, num_slices: int = 1
-) -> str:
+def artefact_key(model: DenseModel, *, exact: bool) -> str:
     """What compiled artefacts depend on, as 32 hex digits."""
-    config = spec.config.to_dict()
     facts = json.dumps(
         [
-            config,
-            str(dtype),
+            model.spec.config.to_dict(),
+            str(model.dtype),
             exact,
-            num_ranks,
-            num_slices,
+            model.num_ranks,
+            model.num_slices,
+            model.part is None or model.part.group.is_native,
+            model.pinned,
             kernel_fingerprint(),
             processor_tag(),
             transformers.__version__,
@@ -113,14 +110,7 @@ class Executor:
         if not has_compiler():
             self._stay_eager("no C++ compiler found")
             return
-        key = artefact_key(
-            model.spec,
-            model.dtype,
-            exact=exact,
-            num_ranks=model.num_ranks,
-            num_slices=model.num_slices,
-        )
-        self._marker = cache_dir() / "compiled" / key
+        self._marker = cache_dir() / "compiled" / artefact_key(model, exact=exact)
         if wish == "compiled" or self._marker.exists():
             self._switch()
         else:
@@ -216,7 +206,9 @@ class Executor:
                 "dtype": str(self._model.dtype).removeprefix("torch."),
                 "exact": self._exact,
                 "num_ranks": self._model.num_ranks,
+                "is_native": self._model.part is not None and self._model.part.group.is_native,
                 "slice_rows": self._model.num_slices > 1,
+                "max_positions": self._model.pinned,
             }
         )
         with self._log_path().open("wb") as log:

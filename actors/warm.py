@@ -90,9 +90,16 @@ def main() -> None:
     take_threads(1)
     spec = inspect_model(order["model"])
     dtype = resolve_dtype(spec, order["dtype"])
-    group = DryGroup(0, order["num_ranks"]) if order["num_ranks"] > 1 else None
+    group = None
+    if order["num_ranks"] > 1:
+        group = DryGroup(0, order["num_ranks"], is_native=order["is_native"])
     model = build_hollow(
-        spec, dtype=dtype, exact=order["exact"], group=group, slice_rows=order["slice_rows"]
+        spec,
+        dtype=dtype,
+        exact=order["exact"],
+        group=group,
+        slice_rows=order["slice_rows"],
+        max_positions=order["max_positions"],
     )
     compile_and_warm(model, exact=order["exact"])
 

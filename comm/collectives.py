@@ -233,12 +233,13 @@ class PythonGroup:
 class DryGroup(PythonGroup):
     """A group of one rank's imagination: the model of a compiler runs in it.
 
-    Where the C++ kernels are, layers call the same ops as in a `SharedGroup`.
+    Args:
+        is_native: layers call the ops of a `SharedGroup`; None: where there are C++ kernels.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, *, is_native: bool | None = None) -> None:
         super().__init__(rank, size)
-        self.is_native = native_available()
+        self.is_native = native_available() if is_native is None else is_native
         if self.is_native:
             self.forget()
             torch.ops.remora.group_open(self.number, 0, rank, size, 64, 0, 0, [], [])

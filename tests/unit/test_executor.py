@@ -15,10 +15,11 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from remora.actors import dense_engine
 from remora.actors import executor as executor_module
-from remora.actors.dense_model import build_dense
-from remora.actors.executor import Executor
+from remora.actors.dense_model import build_dense, build_hollow
+from remora.actors.executor import Executor, artefact_key
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import inspect_model
+from remora.comm.collectives import DryGroup
 from remora.comm.messages import SamplingParams
 
 
@@ -214,6 +215,34 @@ def test_a_cache_that_cannot_be_written_leaves_layers_eager(
     assert chosen.why_eager is not None and str(blocked) in chosen.why_eager
     assert chosen.why_eager in caplog.text
     assert not chosen.when_idle()
+
+
+@pytest.mark.parametrize(("kind", "differ"), [("dynamic", True), ("default", False)])
+def test_artefacts_are_of_the_longest_sequence_where_code_holds_it(
+    tmp_path: Path, kind: str, differ: bool
+) -> None:
+    rope = dict(rope_type=kind, rope_theta=10000.0, factor=2.0)
+    path = make_checkpoint(tmp_path, "qwen3_moe", rope_parameters=rope)
+    spec = inspect_model(path)
+    keys = {
+        artefact_key(
+            build_hollow(spec, dtype=torch.float32, exact=True, max_positions=longest), exact=True
+        )
+        for longest in (64, 128)
+    }
+    assert len(keys) == 1 + differ
+
+
+def test_artefacts_are_of_the_way_in_which_ranks_exchange(model: Path) -> None:
+    spec, keys = inspect_model(model), set()
+    for is_native in (True, False):
+        group = DryGroup(0, 2, is_native=is_native)
+        try:
+            hollow = build_hollow(spec, dtype=torch.float32, exact=True, group=group)
+            keys.add(artefact_key(hollow, exact=True))
+        finally:
+            group.close()
+    assert len(keys) == 2, "a child that compiles the other one's layers is of no use"
 
 
 def test_our_cache_is_used_unless_another_was_asked_for(
