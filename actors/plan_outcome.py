@@ -24,7 +24,8 @@ class PlanOutcome:
     """A plan against the placement in force; costs on what was reported."""
 
     placement: Placement
-    tokens: float  # weight of the statistics
+    epoch: int  # of the view that it was made against; 0: of none, from a trace
+    tokens: float  # that the statistics tell as much as
     layers: tuple[LayerOutcome, ...]
 
     def mean(self, name: str) -> float:
@@ -41,6 +42,6 @@ class PlanOutcome:
 class PlacementCost:
     """What one placement costs on what was reported."""
 
-    tokens: float
+    tokens: float  # as of a plan
     copies: float
     load: float

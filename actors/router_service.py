@@ -27,7 +27,7 @@ from remora.actors.router_state import (
     ViewAdopted,
 )
 from remora.actors.router_statistics import RouterStatistics
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, FrameError
 from remora.comm.grpc_server import START_S, GrpcServer, bounded
 from remora.comm.router_grpc import (
     METHODS,
@@ -69,16 +69,18 @@ class RouterServer:
         self.statistics = statistics
         self._report_every_s = report_every_s
         self._clock = clock
-        self._state = RouterState()
+        self._state = RouterState(report_every_s)
         self._loads = LoadExchange()
         self._calls: dict[str, int] = dict.fromkeys((m.name for m in METHODS), 0)
         self._num_watchers = 0
         self._rounds = 0
         self._admitted: list[tuple[list[Prompt], asyncio.Future[list[Choice | None]]]] = []
         self._routed = {"flows": 0, "sequences": 0, "alone": 0}
-        self._homes_epoch = 0  # of the view that `HomesLearned` was last made for
+        self._homes_epoch = 0  # of the view that `HomesLearned` was last made for, or is
+        self._learning: asyncio.Task[None] | None = None
+        self._refused: set[str] = set()  # groups of the view whose last sketch could not be used
         self._changed = asyncio.Event()
-        self._workers = ThreadPoolExecutor(2, "remora-router-plan")
+        self._workers = ThreadPoolExecutor(3, "remora-router-plan")  # plan, homes, a sketch
         self._planning = threading.Lock()
         self._server = GrpcServer(
             name="router",
@@ -108,7 +110,7 @@ class RouterServer:
 
     def stop(self) -> None:
         """Refuse new calls, end the others, join."""
-        self._server.stop()
+        self._server.stop()  # its loop ends, and `_learning` with it
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def adopt_view(self, view: View) -> None:
@@ -229,22 +231,46 @@ class RouterServer:
                 now_s=self._clock(),
             )
         )
+        others = self._exchange_loads(request)
         if request.sketch:
-            add = self._loop.run_in_executor(self._workers, self.statistics.add, request.sketch)
-            await add
-            await self._learn_homes()
+            await self._count(request, is_answered=bool(others))
+            self._learn_homes()
         return router_pb2.ReportResponse(
-            epoch=self._state.epoch,
-            report_after_s=self._report_every_s,
-            others_sent=self._exchange_loads(request),
+            epoch=self._state.epoch, report_after_s=self._report_every_s, others_sent=others
         )
 
-    async def _learn_homes(self) -> None:
+    async def _count(self, request: Any, *, is_answered: bool) -> None:
+        """Take in a report's sketch. One that cannot be used is refused, unless that would cost
+        the group an answer that it prices shards by: then the log says so, once."""
+        try:
+            await self._loop.run_in_executor(
+                self._workers, self.statistics.add, request.sketch, request.group or None
+            )
+        except FrameError as unusable:
+            if not is_answered:
+                raise
+            if request.group not in self._refused:
+                logger.warning("a sketch of %s is not counted: %s", request.group, unusable)
+            self._refused.add(request.group)
+        else:
+            self._refused.discard(request.group)
+
+    def _learn_homes(self) -> None:
+        """Have it learned, if it is due, beside the report: it may take longer than one waits."""
         view = self._state.view
-        if view is None or not self.statistics.homes_are_due(view.epoch != self._homes_epoch):
+        if view is None or (self._learning is not None and not self._learning.done()):
             return
-        self._homes_epoch = view.epoch
-        homes = await self._loop.run_in_executor(self._workers, self.statistics.homes, view)
+        if self.statistics.homes_are_due(view.epoch != self._homes_epoch):
+            self._homes_epoch = view.epoch
+            self._learning = self._loop.create_task(self._homes_of(view))
+
+    async def _homes_of(self, view: View) -> None:
+        try:
+            homes = await self._loop.run_in_executor(self._workers, self.statistics.homes, view)
+        except Exception:  # nobody awaits it
+            logger.exception("what tokens cost by host was not learned")
+            self._homes_epoch = 0  # the next report tries again
+            return
         if self._state.view is view:
             self._state.handle(homes)
 

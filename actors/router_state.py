@@ -39,7 +39,9 @@ PREFIX_GROUPS_MAX = 4  # groups remembered of one block, the latest
 KEY_BYTES = 12
 SETTLE_S = 1.0  # a report counts what was routed longer ago than this
 FORGET_S = 60.0  # a group that never reports: what was routed is taken to be over
-SILENT_S = 30.0  # a group that reported and stopped is asked last
+SILENT_S = 30.0  # a group that reported and stopped is asked last, or after
+SILENT_REPORTS = 4  # periods that it let pass, whichever is longer
+REPORTS_S_MAX = 60.0  # `router_reporter.PERIOD_MAX_S`, which is beside what knows Ray
 ROUTED_MAX = 1 << 14  # noted of one group between two reports
 
 
@@ -126,9 +128,9 @@ class _Group:
         while self.routed and now_s - self.routed[0][0] > age_s:
             self.num_routed -= self.routed.popleft()[1]
 
-    def is_silent(self, now_s: float) -> bool:
+    def is_silent(self, now_s: float, silent_s: float) -> bool:
         """It reported once, and stopped."""
-        return self.reported_s is not None and now_s - self.reported_s > SILENT_S
+        return self.reported_s is not None and now_s - self.reported_s > silent_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +144,14 @@ class _Asked:
 
 
 class RouterState:
-    """See the head of this file."""
+    """See the head of this file.
 
-    def __init__(self) -> None:
+    Args:
+        report_every_s: between two reports of a group, which takes `REPORTS_S_MAX` at most.
+    """
+
+    def __init__(self, report_every_s: float = 2.0) -> None:
+        self._silent_s = max(SILENT_S, SILENT_REPORTS * min(report_every_s, REPORTS_S_MAX))
         self.view: View | None = None
         self._groups: dict[str, _Group] = {}
         self._homes = HomesLearned({})
@@ -234,7 +241,7 @@ class RouterState:
                 if uid not in one.prompt.unreachable:
                     cached = cached_Q[q].get(uid, 0) * BLOCK_TOKENS
                     cost_QG[q, g] = self._cost(self._groups[uid], one.prompt, cached, copies_Q[q])
-        silent_G = [self._groups[uid].is_silent(now_s) for uid in groups]
+        silent_G = [self._groups[uid].is_silent(now_s, self._silent_s) for uid in groups]
         cost_QG += SILENT_TOKENS * np.array(silent_G)
         counts = [max(1, one.prompt.num_sequences) for one in asked]
         chosen_Q = assign_admitted(

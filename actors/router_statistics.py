@@ -4,6 +4,7 @@ Histories are saved every `SAVE_EVERY_TOKENS` tokens and when the router stops (
 """
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,8 +61,16 @@ def plan_from(
     topology: Topology,
     seed: int,
     objective: Objective | None = None,
+    *,
+    epoch: int = 0,
+    tokens: float | None = None,
 ) -> PlanOutcome:
-    """The best placement found for `layers` against the one in force."""
+    """The best placement found for `layers` against the one in force.
+
+    Args:
+        epoch: of the view that has it; 0: none has.
+        tokens: that `layers` tell as much as; None: their weight.
+    """
     old_L = tuple(held_of(placement, topology.uids))
     problem = GroupingProblem(
         layers=tuple(layers), num_experts=placement.num_experts, topology=topology, old_L=old_L
@@ -85,17 +94,20 @@ def plan_from(
         placement=placement_from(
             list(result.held_L), uids=topology.uids, moe_layers=placement.moe_layers
         ),
-        tokens=float(np.mean([b.num_tokens for b in layers])),
+        epoch=epoch,
+        tokens=float(np.mean([b.num_tokens for b in layers])) if tokens is None else tokens,
         layers=outcomes,
     )
 
 
-def cost_of(layers: list[LayerBundles], placement: Placement, topology: Topology) -> PlacementCost:
-    """What `placement` costs on `layers`."""
+def cost_of(
+    layers: list[LayerBundles], placement: Placement, topology: Topology, tokens: float
+) -> PlacementCost:
+    """What `placement` costs on `layers`, which tell as much as that many tokens."""
     held_L = held_of(placement, topology.uids)
     costs = [bundle_cost(b, h, topology) for b, h in zip(layers, held_L, strict=True)]
     return PlacementCost(
-        tokens=float(np.mean([b.num_tokens for b in layers])),
+        tokens=tokens,
         copies=float(np.mean([c.copies_per_token for c in costs])),
         load=float(np.mean([c.load_max_over_mean for c in costs])),
     )
@@ -124,25 +136,37 @@ class RouterStatistics:
         self._history: RoutingHistory | None = None
         self._fresh: RoutingHistory | None = None  # since this placement serves, nothing restored
         self._counts: RoutingCounts | None = None  # by token id, of samples
+        self._is_only_restored = False  # the history: no sketch says that it is of this model
+        self._saving = threading.Lock()  # taken before `_lock`
         self._reports = 0
         self._since_homes = 0.0
         self._since_save = 0.0
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes, reporter: str | None = None) -> None:
         """Count one sketch.
+
+        Args:
+            reporter: the group; None: the only one of its host.
 
         Raises:
             FrameError: it is none, or one of another model.
         """
         sketch = decode_sketch(data)
         with self._lock:
+            if self._history is not None and self._is_only_restored:
+                try:
+                    self._history.check(sketch)
+                except FrameError as another:  # a folder that served another model before
+                    self._set_aside(another)
+                    self._history = None
             if self._history is None:
                 self._history = RoutingHistory.of(sketch)
+            before = self._history.tokens_total
+            self._history.add(sketch, reporter)  # first: it says whether the sketch can be used
+            self._is_only_restored = False
             if self._fresh is None:
                 self._fresh = RoutingHistory.of(sketch, FRESH)
-            self._fresh.add(sketch)
-            before = self._history.tokens_total
-            self._history.add(sketch)
+            self._fresh.add(sketch, reporter)
             self._learn(sketch)
             self._reports += 1
             new = self._history.tokens_total - before
@@ -187,6 +211,8 @@ class RouterStatistics:
             ClusterError: too little was reported.
         """
         topology = topology_of(view, self._slots)
+        with self._lock:
+            self._since_homes = 0.0  # counts from here on: it takes seconds
         copies = self.copies_by_host(view)
         with self._lock:
             if self._counts is None:
@@ -199,8 +225,7 @@ class RouterStatistics:
     def copies_by_host(self, view: View) -> dict[str, float]:
         """Remote copies of a token, per layer, by host of its dense group, under `view`."""
         topology = topology_of(view, self._slots)
-        layers = self._bundles(topology)
-        self._since_homes = 0.0
+        layers, _ = self._bundles(topology)
         copies = {}
         held_L = held_of(view.placement, topology.uids)
         for index, host in enumerate(topology.hosts):
@@ -223,7 +248,8 @@ class RouterStatistics:
             ClusterError: too little was reported.
         """
         topology = topology_of(view, self._slots)
-        return plan_from(self._bundles(topology), view.placement, topology, seed)
+        layers, tokens = self._bundles(topology)
+        return plan_from(layers, view.placement, topology, seed, epoch=view.epoch, tokens=tokens)
 
     def start_fresh(self) -> None:
         """Forget what `fresh_cost` is measured on: another placement serves from now on."""
@@ -237,7 +263,8 @@ class RouterStatistics:
             ClusterError: too little came.
         """
         topology = topology_of(view, self._slots)
-        return cost_of(self._bundles(topology, fresh=True), placement, topology)
+        layers, tokens = self._bundles(topology, fresh=True)
+        return cost_of(layers, placement, topology, tokens)
 
     def heat(self) -> dict[tuple[int, int], float]:
         """Tokens of late by (decoder layer, expert); of none where nothing was reported."""
@@ -262,15 +289,18 @@ class RouterStatistics:
                 "tokens_with_ids": self._counts.num_tokens if self._counts else 0.0,
             }
 
-    def _bundles(self, topology: Topology, *, fresh: bool = False) -> list[LayerBundles]:
+    def _bundles(
+        self, topology: Topology, *, fresh: bool = False
+    ) -> tuple[list[LayerBundles], float]:
+        """Of every layer, and how many tokens they tell as much as."""
         with self._lock:
             history = self._fresh if fresh else self._history
-            seen = history.tokens_total if history else 0.0
+            seen = history.mix_tokens() if history else 0.0
             if history is None or seen < PLAN_TOKENS_MIN:
                 raise ClusterError(
                     f"{seen:.0f} tokens were reported: at least {PLAN_TOKENS_MIN:.0f} are needed"
                 )
-            return history.bundles(topology.hosts)
+            return history.bundles(topology.hosts), seen
 
     def restore(self) -> None:
         """Take up what an earlier router saved; what cannot be used is set aside, with a warning:
@@ -280,22 +310,37 @@ class RouterStatistics:
         try:
             history = unpack_history(self._path.read_bytes())
         except (OSError, FrameError) as unusable:
-            logger.warning("%s: %s: statistics begin anew", self._path, unusable)
-            self._path.replace(self._path.with_suffix(".unusable"))
+            self._set_aside(unusable)
             return
         with self._lock:
-            self._history = history
+            self._history, self._is_only_restored = history, True
+
+    def _set_aside(self, why: Exception) -> None:
+        """What was saved is not used, and not lost either."""
+        if self._path is None:
+            return
+        logger.warning("%s: %s: statistics begin anew", self._path, why)
+        try:
+            self._path.replace(self._path.with_suffix(".unusable"))
+        except OSError as failed:
+            logger.warning("%s: cannot be set aside: %s", self._path, failed.strerror)
 
     def save(self) -> None:
         """Keep what was counted for the next router, whole or not at all."""
-        with self._lock:
-            if self._path is None or self._history is None:
-                return
-            data = pack_history(self._history)
-        half = self._path.with_suffix(".half")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            half.write_bytes(data)
-            half.replace(self._path)
-        except OSError as failed:
-            logger.warning("%s: statistics are not kept: %s", self._path, failed.strerror)
+        if self._path is None:
+            return
+        with self._saving:  # two at once would write the same half
+            with self._lock:
+                if self._history is None:
+                    return
+                data = pack_history(self._history)
+            half = self._path.with_suffix(".half")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with half.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())  # else a host that dies may leave an empty file
+                half.replace(self._path)
+            except OSError as failed:
+                logger.warning("%s: statistics are not kept: %s", self._path, failed.strerror)

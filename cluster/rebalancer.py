@@ -5,6 +5,9 @@ What is decided is applied while the deployment serves (`docs/elasticity.md`), a
 the traffic that the router counted, and logged beside what had been predicted.
 """
 
+import contextlib
+import hashlib
+import json
 import logging
 import secrets
 import threading
@@ -17,7 +20,6 @@ from typing import Any, Final, Protocol
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide
 from remora.cluster.decision_log import DecisionLog
-from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_file import LATEST, read_placement, write_placement
 from remora.cluster.rebalance_report import Round, round_of
 from remora.comm.errors import ClusterError, ConfigError, OperationRunsError, RemoraError
@@ -90,7 +92,7 @@ class Rebalancer:
             ClusterError: the router has no plan to give.
         """
         with self._lock:
-            found, report = self._plan()
+            _, found, report = self._plan()
             decision, _ = decide(
                 self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
             )
@@ -111,13 +113,15 @@ class Rebalancer:
         if not self._lock.acquire(blocking=False):
             raise OperationRunsError("a round of rebalancing is being made: one at a time")
         try:
-            found, report = self._plan()
+            before, found, report = self._plan()
             if not found.proposal.layers:
                 reason = "no layer is worth its moves"
                 return self._note(report, {"verdict": "keep", "reason": reason})
             verdict = {"verdict": "move", "reason": "asked for"}
-            self._memory = RebalanceMemory(last_move_s=self._clock())
-            return self._note(self._move(found, report, operation_id, begin), verdict)
+            report = self._move(before, found, report, operation_id, begin)
+            if "not_applied" not in report:
+                self._memory = RebalanceMemory(last_move_s=self._clock())
+            return self._note(report, verdict)
         finally:
             self._lock.release()
 
@@ -146,13 +150,15 @@ class Rebalancer:
         """
         with self._lock:
             self._measure()
-            found, report = self._plan()
-            decision, self._memory = decide(
+            before, found, report = self._plan()
+            decision, memory = decide(
                 self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
             )
             if decision.verdict == "move":
                 operation_id = f"rebalance-{secrets.token_hex(4)}"
-                report = self._move(found, report, operation_id, self._apply)
+                report = self._move(before, found, report, operation_id, self._apply)
+            if "not_applied" not in report:  # else nothing moved: it stays confirmed, for the next
+                self._memory = memory
             return self._note(report, asdict(decision))
 
     def gauges(self) -> dict[str, float]:
@@ -182,24 +188,39 @@ class Rebalancer:
             except Exception:  # of one round; a loop that is silently gone is worse
                 logger.exception("a round of rebalancing failed")
 
-    def _plan(self) -> tuple[Round, dict[str, Any]]:
+    def _plan(self) -> tuple[Placement, Round, dict[str, Any]]:
+        """The placement in force, what a round would change in it, and a report of that."""
         outcome = self._planner.plan(SEED)
-        found = round_of(self._policy, outcome, self._view.placement, **self._bytes)
+        view = self._view  # read once: another may come at any time
+        if outcome.epoch != view.epoch:
+            raise ClusterError(
+                f"the view changed while a plan was made: it is for epoch {outcome.epoch}, and"
+                f" {view.epoch} is in force"
+            )
+        found = round_of(self._policy, outcome, view.placement, **self._bytes)
         moves = [asdict(move) for move in found.moves]
-        return found, {"epoch": self._view.epoch, **found.fields(), "moves": moves}
+        report = {"epoch": view.epoch, **found.fields(), "moves": moves}
+        return view.placement, found, report
 
     def _move(
-        self, found: Round, report: dict[str, Any], operation_id: str, apply: Apply
+        self,
+        before: Placement,
+        found: Round,
+        report: dict[str, Any],
+        operation_id: str,
+        apply: Apply,
     ) -> dict[str, Any]:
-        """Write what is decided, and have it done; what came of both."""
-        before = self._view.placement
+        """Write what is decided, and have it done; what came of both.
+
+        LATEST is written first: a deployment that ends meanwhile, or has no room for it now, starts
+        with it. BEFORE is what the last move that began has replaced.
+        """
         if self._folder is not None:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as failed:
                 text = f"router.state_dir {self._folder}: cannot be made: {failed.strerror}"
                 raise ConfigError(text) from failed
-            write_placement(self._folder / BEFORE, before)
             write_placement(self._folder / LATEST, found.placement)
             report = report | {"written": str(self._folder / LATEST)}
         try:
@@ -209,9 +230,20 @@ class Rebalancer:
             return report | {"not_applied": str(refused)}
         if operation["outcome"] == "failed":
             return report | {"not_applied": operation["reason"], "operation": operation}
-        report = report | {"operation": operation}
+        self._keep_before(before)
+        report = report | {"operation": operation, "placement": _digest(found.placement)}
         done = operation["outcome"] == "done"
         return report | {"applied_epoch": self._view.epoch} if done else report
+
+    def _keep_before(self, before: Placement) -> None:
+        if self._folder is None:
+            return
+        try:
+            write_placement(self._folder / BEFORE, before)
+        except ConfigError as failed:  # the move has begun all the same
+            logger.warning("the gain of a move will not be measured: %s", failed)
+            with contextlib.suppress(OSError):
+                (self._folder / BEFORE).unlink(missing_ok=True)
 
     def _note(self, report: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
         report = report | verdict
@@ -220,7 +252,7 @@ class Rebalancer:
         if self._log is not None:
             self._log.append("decision", line | {"unix_s": unix_s}, unix_s)
         self._last = line | {"unix_s": unix_s}
-        if report["verdict"] == "move":
+        if report["verdict"] == "move" and "not_applied" not in report:
             self._moved = line | {"unix_s": unix_s}
             self._gauges.pop("remora_rebalance_achieved_gain_ratio", None)
         logger.info("rebalance: %s (%s)", report["verdict"], report["reason"])
@@ -230,9 +262,10 @@ class Rebalancer:
         """The last move in the log, with what it achieved if that is known."""
         moved = None
         for line in self._log.lines() if self._log is not None else ():
-            if line["kind"] == "decision" and line["verdict"] == "move":
-                moved = line
-                self._gauges = {}
+            if line["kind"] == "decision":
+                if line["verdict"] == "move" and "not_applied" not in line:
+                    moved = line
+                    self._gauges = {}
             elif line["kind"] == "achieved":
                 achieved = line["achieved_gain_ratio"]
                 self._gauges = {"remora_rebalance_achieved_gain_ratio": achieved}
@@ -243,13 +276,11 @@ class Rebalancer:
         name = "remora_rebalance_achieved_gain_ratio"
         if self._moved is None or self._folder is None or name in self._gauges:
             return
-        latest, before = self._folder / LATEST, self._folder / BEFORE
-        if not (latest.exists() and before.exists()):
-            return
-        if not same_slots(read_placement(latest).slots, self._view.placement.slots):
-            return  # it does not serve yet
+        before, serves = self._folder / BEFORE, self._view.placement
+        if not before.exists() or self._moved.get("placement") != _digest(serves):
+            return  # it does not serve yet, or no more
         try:
-            now = self._planner.fresh_cost(self._view.placement)
+            now = self._planner.fresh_cost(serves)
         except ClusterError as too_little:
             logger.info("the last move is not measured yet: %s", too_little)
             return
@@ -271,3 +302,9 @@ class Rebalancer:
         }
         if self._log is not None:
             self._log.append("achieved", fields, self._wall())
+
+
+def _digest(placement: Placement) -> str:
+    """The same for placements whose shards hold the same, in whatever order experts are named."""
+    held = {uid: [sorted(layer) for layer in layers] for uid, layers in placement.slots.items()}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]

@@ -122,6 +122,10 @@ class Domains:
         affinity_DD = np.einsum("afe,bfe->ab", root_DFE, root_DFE) / root_DFE.shape[1]
         weight_DD = tokens_D[:, None] * tokens_D / (tokens_D[:, None] + tokens_D)
         cost_DD = weight_DD * np.maximum(0.0, 1.0 - affinity_DD)
+        labelled_D = np.array([bool(self.by_number[n].labels) for n in numbers])
+        apart_DD = labelled_D[:, None] != labelled_D  # a name must not take what has none over
+        if len(numbers) > 2:  # else there is no other pair
+            cost_DD[apart_DD] = np.inf
         np.fill_diagonal(cost_DD, np.inf)
         a, b = np.unravel_index(int(cost_DD.argmin()), cost_DD.shape)
         first, second = numbers[int(a)], numbers[int(b)]

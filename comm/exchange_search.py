@@ -316,6 +316,8 @@ def exchange(
         steepness: of the price of load while moves are tried, over that of the dispatch.
         rounds: of candidates, at most; None: `objective.rounds`.
     """
+    if not bundles.num_tokens:  # nothing to weigh an exchange by
+        return held_SE.copy()
     num_shards, num_experts = held_SE.shape
     ids_BK = bundles.experts_BK.astype(np.int64)
     source_B = bundles.source_B.astype(np.int64)

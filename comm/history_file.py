@@ -49,6 +49,7 @@ class _History(msgspec.Struct, frozen=True, kw_only=True):
     tokens_total: float
     next_number: int
     sources: list[str]
+    reported: dict[str, float] = {}  # files of before have none
     domains: list[_Domain]
     cells: list[_Cell]
 
@@ -62,6 +63,7 @@ def pack_history(history: RoutingHistory) -> bytes:
         tokens_total=history.tokens_total,
         next_number=history.domains.next_number,
         sources=list(history.sources),
+        reported=dict(history.reported),
         domains=[
             _Domain(
                 number=number,
@@ -118,6 +120,7 @@ def _restored(packed: _History, limits: HistoryLimits) -> RoutingHistory:
         num_experts=num_experts, top_k=top_k, moe_layers=packed.moe_layers, limits=limits
     )
     history.sources[:] = packed.sources
+    history.reported = {name: tokens for name, tokens in packed.reported.items() if tokens > 0}
     history.tokens_total = packed.tokens_total
     history.domains.next_number = packed.next_number
     num_features = len(feature_layers(num_layers))

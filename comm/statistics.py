@@ -5,7 +5,8 @@
     layers = history.bundles(hosts)                 # list[LayerBundles]: what planners take
 
 A domain remembers long (`half_life_tokens`, of its own tokens); which domains the traffic is made
-of is forgotten fast (`share_half_life_tokens`, of all tokens). So when traffic turns to a domain
+of is forgotten fast (`share_half_life_tokens`, of all tokens, and no faster than everybody who
+reports has reported). So when traffic turns to a domain
 that was seen before, a plan for it does not wait until it has been seen again. Pure: what comes in
 decides, and time is counted in tokens.
 
@@ -63,6 +64,7 @@ class RoutingHistory:
     cells: dict[tuple[int, int, int], HistoryCell] = field(default_factory=dict)
     share: dict[int, float] = field(default_factory=dict)  # recent tokens by domain
     sources: list[str] = field(default_factory=list)
+    reported: dict[str, float] = field(default_factory=dict)  # tokens of one's last sketch
     tokens_total: float = 0.0  # ever added
 
     def __post_init__(self) -> None:
@@ -85,12 +87,24 @@ class RoutingHistory:
         """Memory of bundles."""
         return sum(cell.table.nbytes for cell in self.cells.values())
 
-    def add(self, sketch: RoutingSketch) -> None:
+    def add(self, sketch: RoutingSketch, reporter: str | None = None) -> None:
         """Count what a dense group saw.
+
+        Args:
+            reporter: the group; None: the only one of its host.
 
         Raises:
             FrameError: a sketch of another model, or of one source too many.
         """
+        self.check(sketch)
+        source = self._source(sketch.source)
+        parts = [part for part in sketch.domains if part.tokens > 0]
+        self._fade_shares(reporter or sketch.source, sum(part.tokens for part in parts))
+        for part in parts:
+            self._add_domain(part, source)
+
+    def check(self, sketch: RoutingSketch) -> None:
+        """Raises FrameError: a sketch of another model."""
         shape = (sketch.num_experts, sketch.top_k, sketch.moe_layers)
         if shape != (self.num_experts, self.top_k, self.moe_layers):
             raise FrameError(
@@ -98,10 +112,6 @@ class RoutingHistory:
                 f" {len(sketch.moe_layers)} layers, kept are top {self.top_k} of"
                 f" {self.num_experts} in {len(self.moe_layers)}"
             )
-        source = self._source(sketch.source)
-        for part in sketch.domains:
-            if part.tokens > 0:
-                self._add_domain(part, source)
 
     def bundles(
         self,
@@ -141,6 +151,14 @@ class RoutingHistory:
             load_LE[layer] += scale.get(number, 0.0) * cell.load_E
         return load_LE
 
+    def mix_tokens(self) -> float:
+        """How many tokens the mix of `bundles` tells as much as: Kish's effective sample size.
+        Less than are remembered where a domain that has been seen little has a large share."""
+        scale = self._scales(self.share)
+        weights = [(f, self.domains.by_number[n].tokens) for n, f in scale.items()]
+        total = sum(factor * tokens for factor, tokens in weights)
+        return total**2 / sum(f * f * t for f, t in weights) if total > 0 else 0.0
+
     def recent_shares(self) -> dict[int, float]:
         """Share of recent tokens by domain, adding up to 1."""
         total = sum(self.share.values())
@@ -168,7 +186,7 @@ class RoutingHistory:
         for key, cell in self.cells.items():
             if key[0] == number:
                 cell.decay(factor)
-        self._note_share(number, part.tokens)
+        self.share[number] = self.share.get(number, 0.0) + part.tokens
         self.tokens_total += part.tokens
         for given in part.cells:
             cell = self._cell((number, given.phase, given.layer))
@@ -176,13 +194,30 @@ class RoutingHistory:
             cell.table.add(_with_source(experts_BK, source), weight_B)
             cell.load_E += given.load_E()
 
-    def _note_share(self, number: int, tokens: float) -> None:
-        """As if the tokens had come one by one, the older of them faded already."""
-        time_constant = self.limits.share_half_life_tokens / math.log(2)
+    def _fade_shares(self, reporter: str, tokens: float) -> None:
+        """Make room among recent tokens for a sketch. Once for all of its domains: they came side
+        by side, and one after the other each would fade those that are noted before it."""
+        if tokens <= 0:
+            return
+        time_constant = self._time_constant(reporter, tokens)
+        recent = sum(self.share.values())
         fade = math.exp(-tokens / time_constant)
-        self.share = {n: fade * share for n, share in self.share.items()}
-        recent = -time_constant * math.expm1(-tokens / time_constant)
-        self.share[number] = self.share.get(number, 0.0) + recent
+        if recent > time_constant:  # of larger sketches: no heavier than had they come in small
+            fade *= time_constant / recent
+        self.share = {number: fade * share for number, share in self.share.items()}
+
+    def _time_constant(self, reporter: str, tokens: float) -> float:
+        """In tokens. Where several report, each may have domains of its own: two rounds of
+        reports at least, so that whoever came last does not stand for all of them."""
+        round_tokens = tokens + sum(t for r, t in self.reported.items() if r != reporter)
+        fade = math.exp(-tokens / (2 * round_tokens))  # who reports no more is forgotten
+        least = round_tokens / SOURCES_MAX  # and no more than that many are remembered
+        faded = {r: fade * t for r, t in self.reported.items() if r != reporter}
+        self.reported = {r: t for r, t in faded.items() if t > least} | {reporter: tokens}
+        alone = self.limits.share_half_life_tokens / math.log(2)
+        if len(self.reported) == 1:
+            return alone
+        return max(alone, 2 * sum(self.reported.values()))
 
     def _cell(self, key: tuple[int, int, int]) -> HistoryCell:
         if key not in self.cells:

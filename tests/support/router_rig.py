@@ -1,6 +1,7 @@
 """A router's server on loopback, and what calls it."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,3 +68,11 @@ def channel_to(server: RouterServer) -> Iterator[grpc.Channel]:
     """A channel of a caller that is no process of ours."""
     with grpc.insecure_channel(server.address, options=channel_options()) as channel:
         yield channel
+
+
+def wait_for(is_so: Callable[[], bool], limit_s: float = 20.0) -> None:
+    """Look until something is so."""
+    end_s = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < end_s, f"not so within {limit_s:g} s"
+        time.sleep(0.01)

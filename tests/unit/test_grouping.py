@@ -293,3 +293,16 @@ def test_a_sample_keeps_the_weight_and_takes_heavy_bundles_surely() -> None:
     assert 0.85 < light < 1.15
     all_of_them = sample_bundles(bundles, 5002, 1)
     assert sorted(all_of_them.weight_B.tolist()) == sorted(weight_B.tolist())
+
+
+@pytest.mark.parametrize("num_bundles", [0, 5])
+def test_a_layer_that_nothing_is_known_of_is_left_as_it_is(num_bundles: int) -> None:
+    seen = layer(0, 2)
+    nothing = LayerBundles(
+        experts_BK=seen.experts_BK[:num_bundles],
+        source_B=seen.source_B[:num_bundles],
+        weight_B=np.zeros(num_bundles),
+    )
+    topology = uniform_topology(num_hosts=2, shards_per_host=1, slots=8)
+    held_SE = np.arange(16) // 8 == np.arange(2)[:, None]
+    assert (exchange(nothing, topology, held_SE, QUICK) == held_SE).all()

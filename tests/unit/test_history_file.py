@@ -1,5 +1,9 @@
 """Histories over a router's restart: the same plans, and nothing believed that is damaged."""
 
+import errno
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ from support.router_traffic import encoded, paired_tokens, sketch_of
 from remora.actors.router_statistics import SAVE_EVERY_TOKENS, RouterStatistics
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.history_file import pack_history, unpack_history
+from remora.comm.sketch import encode_sketch
 from remora.comm.statistics import HistoryLimits, RoutingHistory
 
 LAYERS = (1, 2)
@@ -77,6 +82,96 @@ def test_a_restarted_router_plans_as_the_one_before(tmp_path: Path) -> None:
     assert second.plan(view_of(), 0) == first.plan(view_of(), 0)
     with pytest.raises(ClusterError, match="0 tokens"):
         second.fresh_cost(view_of(), view_of().placement)
+
+
+def test_a_plan_says_how_much_it_rests_on() -> None:
+    """A little of a domain that is most of the traffic now, beside much of one that is over."""
+    statistics = RouterStatistics(slots=None, path=None)
+    for seed in range(20):
+        statistics.add(encoded(paired_tokens(2, 5000, seed=seed), "a", LAYERS))
+    for seed in range(3):
+        statistics.add(encoded(paired_tokens(2, 500, seed=seed, num_experts=4), "a", LAYERS))
+    assert 1500 < statistics.plan(view_of(), 0).tokens < 5000
+    assert 1500 < statistics.fresh_cost(view_of(), view_of().placement).tokens < 5000
+    with pytest.raises(ClusterError, match="at least 256 are needed"):
+        turned = RouterStatistics(slots=None, path=None)
+        turned.add(encoded(paired_tokens(2, 200), "a", LAYERS))
+        turned.plan(view_of(), 0)
+
+
+def other_model(num_tokens: int = 1000) -> bytes:
+    ids = paired_tokens(2, num_tokens, num_experts=16)
+    return encode_sketch(sketch_of(ids, source="a", moe_layers=LAYERS, num_experts=16))
+
+
+def test_what_another_model_left_is_set_aside_with_the_first_sketch(tmp_path: Path) -> None:
+    path = tmp_path / "history.msgpack"
+    first = RouterStatistics(slots=None, path=path)
+    first.add(other_model())
+    first.save()
+    second = RouterStatistics(slots=None, path=path)
+    second.restore()
+    second.add(encoded(paired_tokens(2, 2000), "a", LAYERS))
+    assert second.status()["tokens"] == 2000 and second.plan(view_of(), 0).moved_experts == 8
+    assert not path.exists() and path.with_suffix(".unusable").exists()
+    with pytest.raises(FrameError, match="kept are"):
+        second.add(other_model())
+    assert second.status()["tokens"] == 2000, "now it is known which model this is"
+
+
+def test_a_sketch_of_another_model_leaves_nothing_behind() -> None:
+    """Nor when it is the first after a placement changed."""
+    statistics = RouterStatistics(slots=None, path=None)
+    statistics.add(encoded(paired_tokens(2, 2000), "a", LAYERS))
+    statistics.start_fresh()
+    with pytest.raises(FrameError, match="kept are"):
+        statistics.add(other_model())
+    statistics.add(encoded(paired_tokens(2, 2000), "a", LAYERS))
+    assert statistics.fresh_cost(view_of(), view_of().placement).copies > 0
+
+
+def test_a_file_that_cannot_be_set_aside_stops_no_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "history.msgpack"
+    path.write_bytes(b"no history")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    statistics = RouterStatistics(slots=None, path=path)
+    statistics.restore()
+    assert "cannot be set aside: Read-only file system" in caplog.text
+    statistics.add(encoded(paired_tokens(2, 300), "a", LAYERS))
+    assert statistics.status()["tokens"] == 300
+
+
+def test_two_saves_at_once_do_not_write_the_same_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "history.msgpack"
+    statistics = RouterStatistics(slots=None, path=path)
+    statistics.add(encoded(paired_tokens(2, 300), "a", LAYERS))
+    writing, most = 0, 0
+    sync = os.fsync
+
+    def slow(file: int) -> None:
+        nonlocal writing, most
+        writing += 1
+        most = max(most, writing)
+        time.sleep(0.05)
+        sync(file)
+        writing -= 1
+
+    monkeypatch.setattr(os, "fsync", slow)
+    savers = [threading.Thread(target=statistics.save) for _ in range(3)]
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join()
+    assert most == 1, "synced before it takes its place, one at a time"
+    assert unpack_history(path.read_bytes()).tokens_total == 300
 
 
 def test_it_is_saved_now_and_then_and_a_damaged_file_is_set_aside(tmp_path: Path) -> None:

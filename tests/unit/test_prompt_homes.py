@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.router_rig import TOKEN, channel_to, running_router, view_of
+from support.router_rig import TOKEN, channel_to, running_router, view_of, wait_for
 from support.router_traffic import sketch_of
 
 from remora.actors.router_state import Prompt, RouteAsked, RouterState, ViewAdopted
@@ -191,6 +191,7 @@ def test_a_server_learns_homes_from_reports_alone() -> None:
                     group=f"dense-{family}", incarnation=1, sketch=sketch
                 )
                 call(REPORT, report)
+        wait_for(lambda: server._learning is not None and server._learning.done(), 20.0)
         asked = [
             router_pb2.RoutePrompt(token_ids=family_tokens(f, 60, seed=7)[0], num_tokens=4000)
             for f in (1, 0)

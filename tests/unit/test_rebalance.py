@@ -8,77 +8,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.rebalance_rig import LAYERS, Direct, begun, lines, loop, no_room
 from support.router_rig import TOKEN, channel_to, running_router, view_of
 from support.router_traffic import encoded, paired_tokens
 
-from remora.actors.plan_outcome import PlacementCost, PlanOutcome
-from remora.actors.router_statistics import RouterStatistics
+from remora.actors.plan_outcome import PlanOutcome
 from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.cli import main
 from remora.cluster.config import parse_config
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.placement_file import read_placement
 from remora.cluster.rebalance_report import mixed_placement, moves_between, report_text
-from remora.cluster.rebalancer import BEFORE, LATEST, Apply, Rebalancer
+from remora.cluster.rebalancer import BEFORE, LATEST
 from remora.comm import router_pb2
 from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.grpc_base import unary_call
 from remora.comm.router_grpc import PLAN, REPORT, credentials_of, placement_from_message
 from remora.comm.trace import TraceHeader, TraceWriter, make_trace
-from remora.comm.view import Placement, View
-
-LAYERS = (1, 2)
-
-
-class Direct:
-    """The router's statistics asked without a process between."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.statistics = RouterStatistics(slots=None, path=None)
-
-    def report(self, *, shift: int = 0, tokens: int = 4000, seed: int = 0) -> None:
-        for source in ("a", "b"):
-            ids = paired_tokens(len(LAYERS), tokens, seed=seed, shift=shift)
-            self.statistics.add(encoded(ids, source, LAYERS))
-
-    def plan(self, seed: int) -> PlanOutcome:
-        return self.statistics.plan(self.view, seed)
-
-    def fresh_cost(self, placement: Placement) -> PlacementCost:
-        return self.statistics.fresh_cost(self.view, placement)
-
-
-def no_room(operation_id: str, placement: Placement) -> dict[str, Any]:
-    raise ConfigError("no slot is free to begin with")
-
-
-def loop(
-    planner: Direct, folder: Path | None, apply: Apply = no_room, **policy: Any
-) -> tuple[Rebalancer, list[float]]:
-    now = [0.0]
-    settings = {"confirmations": 2, "cooldown_s": 100.0, "tokens_min": 1000.0, **policy}
-    rebalancer = Rebalancer(
-        planner=planner,
-        policy=RebalancePolicy(**settings),
-        view=planner.view,
-        apply=apply,
-        expert_bytes=1000,
-        row_bytes=64,
-        folder=folder,
-        clock=lambda: now[0],
-        wall=lambda: 1_700_000_000.0 + now[0],
-    )
-    return rebalancer, now
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return list(DecisionLog(folder).lines())
+from remora.comm.view import Placement
 
 
 def test_a_pattern_is_found_written_and_measured_after_the_next_start(tmp_path: Path) -> None:
     planner = Direct(view_of())
-    rebalancer, now = loop(planner, tmp_path)
+    rebalancer, now = loop(planner, tmp_path, begun)
     with pytest.raises(ClusterError, match="0 tokens were reported"):
         rebalancer.step()
     planner.report()
@@ -136,7 +88,7 @@ def test_what_was_predicted_and_does_not_come_shows(tmp_path: Path) -> None:
     """The traffic turns after the move: the achieved gain says so, whatever was promised."""
     planner = Direct(view_of())
     planner.report()
-    rebalancer, _ = loop(planner, tmp_path, confirmations=1)
+    rebalancer, _ = loop(planner, tmp_path, begun, confirmations=1)
     predicted = rebalancer.step()["predicted_gain_ratio"]
     served = Direct(view_of(placement=read_placement(tmp_path / LATEST)))
     served.report(shift=1, seed=5)

@@ -7,8 +7,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.router_rig import TOKEN, channel_to, running_router, view_of
+from support.router_rig import TOKEN, channel_to, running_router, view_of, wait_for
+from support.router_traffic import encoded, paired_tokens
 
+from remora.actors.router_state import HomesLearned
 from remora.comm import coordinator_pb2, router_pb2
 from remora.comm.errors import ClusterError
 from remora.comm.grpc_base import MESSAGE_BYTES_MAX, Method, stream_call, unary_call
@@ -25,6 +27,7 @@ from remora.comm.router_grpc import (
     credentials_of,
     placement_from_message,
 )
+from remora.comm.view import View
 
 SOON_S = 20.0
 ASKED = router_pb2.RouteRequest(prompts=[router_pb2.RoutePrompt(token_ids=range(40))])
@@ -140,6 +143,64 @@ def test_messages_are_bounded_and_sketches_checked() -> None:
             error = refused(unbounded, REPORT, large, metadata=credentials_of(TOKEN))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert call(channel, REPORT, router_pb2.ReportRequest(group="dense-0")).report_after_s > 0
+
+
+def report_of(group: int, sketch: bytes = b"") -> Any:
+    return router_pb2.ReportRequest(
+        group=f"dense-{group}",
+        incarnation=1,
+        sketch=sketch,
+        epoch=1,
+        sent=[router_pb2.ShardPairs(pairs=[10 * group + 1, 2]) for _ in range(2)],
+    )
+
+
+def test_a_bad_sketch_costs_no_group_what_the_others_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        call(channel, REPORT, report_of(0))
+        for _ in range(2):
+            call(channel, REPORT, report_of(1, b"no sketch"))
+            answer = call(channel, REPORT, report_of(0, b"no sketch"))
+            assert [list(layer.pairs) for layer in answer.others_sent] == [[11, 2], [11, 2]]
+        assert caplog.text.count("a sketch of dense-0 is not counted") == 1
+
+
+def test_a_report_does_not_wait_for_what_is_learned_from_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Costs by host are looked at beside it, one look at a time; one that failed comes again."""
+    held, looks = threading.Event(), []
+
+    def homes(view: View) -> HomesLearned:
+        looks.append(view.epoch)
+        assert held.wait(SOON_S)
+        if len(looks) == 1:
+            raise RuntimeError("a bug")
+        return HomesLearned({"a": 3.0, "b": 0.5})
+
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        monkeypatch.setattr(server.statistics, "homes", homes)
+        sketch = encoded(paired_tokens(2, 2000), "a", (1, 2))
+        for _ in range(3):
+            call(channel, REPORT, report_of(0, sketch))
+        assert looks == [1]
+        held.set()
+        wait_for(lambda: "was not learned" in caplog.text, SOON_S)
+        call(channel, REPORT, report_of(0, sketch))
+        wait_for(lambda: server._learning is not None and server._learning.done(), SOON_S)
+        assert looks == [1, 1] and call(channel, ROUTE, ASKED).choices[0].group == "dense-1"
+
+
+def test_a_server_that_stops_waits_for_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        monkeypatch.setattr(server.statistics, "homes", lambda _: held.wait(SOON_S))
+        call(channel, REPORT, report_of(0, encoded(paired_tokens(2, 2000), "a", (1, 2))))
+        server.stop()
+        assert server._learning is not None and server._learning.cancelled()
+    held.set()
 
 
 def test_a_plan_without_statistics_says_so() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.router_rig import view_of
 
 from remora.actors import router_state
+from remora.actors.router_reporter import PERIOD_MAX_S
 from remora.actors.router_state import (
     BLOCK_TOKENS,
     COPY_TOKENS,
@@ -202,6 +203,31 @@ def test_more_prompts_than_one_flow_takes_all_get_a_group() -> None:
     choices = state.handle(RouteAsked(prompts=prompts, now_s=0.0))
     groups = [choice.group for choice in choices if choice is not None]
     assert groups.count("dense-0") == groups.count("dense-1") == count // 2
+
+
+@pytest.mark.parametrize(
+    ("period_s", "silent_s"), [(2.0, 30.0), (45.0, 180.0), (600.0, 4 * PERIOD_MAX_S)]
+)
+def test_a_group_is_silent_after_several_periods_of_reports(
+    period_s: float, silent_s: float
+) -> None:
+    """Reporters take a period of PERIOD_MAX_S at most, whatever they are asked for."""
+    state = RouterState(period_s)
+    state.handle(ViewAdopted(view_of(hosts=("a", "b")), 0.0))
+    for number, group in enumerate(("dense-0", "dense-1")):
+        state.handle(
+            LoadReported(
+                group=group,
+                incarnation=1,
+                num_running=8 * number,
+                num_waiting=0,
+                now_s=10.0 * number,
+            )
+        )
+    for after_s, group in ((-1.0, "dense-0"), (1.0, "dense-1")):
+        prompt = Prompt(token_ids=(1,), num_tokens=1)
+        [choice] = state.handle(RouteAsked(prompts=(prompt,), now_s=silent_s + after_s))
+        assert choice is not None and choice.group == group
 
 
 def route(state: RouterState, ids: tuple[int, ...], num_tokens: int = 0) -> Choice:

@@ -134,6 +134,93 @@ def test_domains_are_told_apart_and_mixed_as_recent_traffic_is() -> None:
     assert only[0, 6:].sum() == 0
 
 
+def two_domains(first: int, second: int, seed: int = 0) -> RoutingSketch:
+    """One report of two kinds of traffic, 10,000 tokens of each."""
+    one, other = (sketch_of(tokens_of(seed, 10_000, base)) for base in (first, second))
+    return msgspec.structs.replace(one, domains=[*one.domains, *other.domains])
+
+
+@pytest.mark.parametrize("bases", [(0, 6), (6, 0)])
+def test_domains_of_one_large_report_share_it_in_either_order(bases: tuple[int, int]) -> None:
+    history = RoutingHistory.of(two_domains(*bases))
+    for seed in range(4):
+        history.add(two_domains(*bases, seed=seed))
+        assert sorted(history.recent_shares().values()) == pytest.approx([0.5, 0.5])
+    for layer in range(len(LAYERS)):
+        load_E = history.load_LE()[layer]
+        assert load_E[:6].sum() == pytest.approx(load_E[6:].sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sources", [("h0", "h1"), ("h0", "h0")])
+def test_groups_that_report_in_turn_share_what_is_recent(sources: tuple[str, str]) -> None:
+    """Each of a domain of its own, 10,000 tokens a report, on two hosts or on one."""
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)))
+    for turn in range(8):
+        for number, source in enumerate(sources):
+            sketch = sketch_of(tokens_of(turn, 10_000, 6 * number), source=source)
+            history.add(sketch, f"dense-{number}")
+            shares = history.recent_shares().values()
+            if turn >= 3:  # before, one has told more than the other
+                assert all(0.4 < share < 0.6 for share in shares), (turn, number, shares)
+
+
+def test_a_shift_is_followed_within_5000_tokens_of_small_reports() -> None:
+    """From two groups, after one whose reports were large has gone."""
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)))
+    for seed in range(3):
+        history.add(sketch_of(tokens_of(seed, 20_000, 0)), "gone")
+    for seed in range(300):
+        history.add(sketch_of(tokens_of(seed, 200, 0)), f"dense-{seed % 2}")
+    assert history.reported.keys() == {"dense-0", "dense-1"}
+    for seed in range(25):
+        history.add(sketch_of(tokens_of(seed, 200, 6)), f"dense-{seed % 2}")
+    assert max(history.recent_shares().values()) > 0.95 and history.recent_shares()[1] > 0.95
+
+
+def test_one_group_that_reports_much_at_once_follows_a_shift_as_well() -> None:
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)))
+    for seed in range(3):
+        history.add(sketch_of(tokens_of(seed, 20_000, 0)))
+    for seed in range(10):
+        history.add(sketch_of(tokens_of(seed, 500, 6)))
+    assert history.recent_shares()[1] > 0.95
+
+
+def test_tokens_of_a_mix_are_what_it_rests_on() -> None:
+    """Not what is remembered of a domain that has gone: its long memory says nothing of the new."""
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)))
+    assert history.mix_tokens() == 0
+    for seed in range(20):
+        history.add(sketch_of(tokens_of(seed, 10_000, 0)))
+    alone = history.domains.by_number[0].tokens
+    assert history.mix_tokens() == pytest.approx(alone)
+    for seed in range(3):
+        history.add(sketch_of(tokens_of(seed, 500, 6)))
+    share = history.recent_shares()
+    wanted = 1 / (share[0] ** 2 / alone + share[1] ** 2 / history.domains.by_number[1].tokens)
+    assert history.mix_tokens() == pytest.approx(wanted) and 1500 < wanted < 5000
+    history.share = {n: d.tokens for n, d in history.domains.by_number.items()}
+    assert history.mix_tokens() == pytest.approx(alone + 1500, rel=0.01), "mixed as they were seen"
+
+
+def test_names_do_not_take_over_what_traffic_without_them_has_left() -> None:
+    """A label chooses as traffic without any does, two others choose otherwise: they become one."""
+    kinds = np.repeat(np.eye(3), 10, axis=1) * 100.0
+    domains = Domains(domains_max=3, half_life_tokens=1e9)
+    for label, kind in ((None, 0), ("law", 0), ("code", 1), ("medicine", 2)):
+        histogram_FE = np.stack([kinds[kind]] * 2)
+        number, merged = domains.assign(histogram_FE, label)
+        assert merged is None or 0 not in merged
+        domains.grow(number, histogram_FE, 1000)
+    assert domains.assign(np.stack([kinds[0]] * 2)) == (0, None)
+    assert domains.by_number[0].labels == set() and domains.by_number[0].tokens == 1000
+    few = Domains(domains_max=2, half_life_tokens=1e9)
+    for label in (None, "law", "code"):  # no other pair than one with a name and one without
+        number, _ = few.assign(np.stack([kinds[0]] * 2), label)
+        few.grow(number, np.stack([kinds[0]] * 2), 1000)
+    assert len(few.by_number) == 2
+
+
 def test_strange_requests_do_not_push_domains_together() -> None:
     """Three kinds of traffic, room for four domains, and now and then a request like no other."""
     rng = np.random.default_rng(0)

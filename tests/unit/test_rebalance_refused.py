@@ -1,0 +1,77 @@
+"""Rounds of the online loop that come to nothing: refused, or of a view that is over."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.rebalance_rig import Direct, begun, loop, no_room
+from support.router_rig import view_of
+
+from remora.actors.plan_outcome import PlanOutcome
+from remora.cluster.placement_file import read_placement
+from remora.cluster.rebalancer import BEFORE, LATEST
+from remora.comm.errors import ClusterError
+from remora.comm.view import Placement
+
+
+def test_a_move_that_is_refused_costs_the_next_one_nothing(tmp_path: Path) -> None:
+    """Neither cooldown nor confirmations, nor what is known of the move before it."""
+    planner = Direct(view_of())
+    planner.report()
+    answers: list[Any] = [no_room, begun, no_room]
+
+    def move(operation_id: str, placement: Placement) -> dict[str, Any]:
+        answer: dict[str, Any] = answers.pop(0)(operation_id, placement)
+        return answer
+
+    rebalancer, now = loop(planner, tmp_path, move, cooldown_s=1000.0)
+    assert rebalancer.step()["verdict"] == "confirm"
+    refused = rebalancer.step()
+    assert refused["verdict"] == "move" and "no slot is free" in refused["not_applied"]
+    assert rebalancer.gauges() == {}
+    assert (tmp_path / LATEST).exists() and not (tmp_path / BEFORE).exists()
+    now[0] = 10.0
+    first = rebalancer.step()
+    assert first["verdict"] == "move" and "not_applied" not in first, "at once"
+    first_to = read_placement(tmp_path / LATEST)
+
+    planner.view = view_of(epoch=2, placement=first_to)
+    planner.statistics.start_fresh()
+    rebalancer.adopt_view(planner.view)
+    for seed in range(3):  # another pattern
+        planner.report(shift=1, seed=seed)
+    before = (tmp_path / BEFORE).read_text()
+    assert "not_applied" in rebalancer.move("by hand", move)
+    assert (tmp_path / BEFORE).read_text() == before
+    assert read_placement(tmp_path / LATEST) != first_to, "decided, for the next start"
+    now[0] = 20.0
+    assert rebalancer.step()["verdict"] == "confirm", "the first of this pattern"
+    assert rebalancer.step()["reason"].startswith("the last round was 10 s ago"), "begun, not asked"
+    gauges = rebalancer.gauges()
+    assert gauges["remora_seconds_since_last_rebalance"] == 10.0
+    assert "remora_rebalance_achieved_gain_ratio" in gauges, "the move that serves is measured"
+    assert loop(planner, tmp_path)[0].gauges() == gauges | {
+        "remora_seconds_since_last_rebalance": 0.0
+    }, "and so it stands in the log"
+
+
+def test_a_plan_for_another_view_is_not_applied() -> None:
+    """Experts moved while it was made: what it leaves alone would go back to where it was."""
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, None, begun, confirmations=1)
+    plan = planner.plan
+
+    def slow(seed: int) -> PlanOutcome:
+        outcome = plan(seed)
+        rebalancer.adopt_view(view_of(epoch=2))
+        return outcome
+
+    planner.plan = slow  # type: ignore[method-assign]
+    asked = (rebalancer.propose, rebalancer.step, lambda: rebalancer.move("a", begun))
+    for ask in asked:
+        rebalancer.adopt_view(view_of(epoch=1))
+        with pytest.raises(ClusterError, match="the view changed while a plan was made"):
+            ask()
+    planner.view = view_of(epoch=2)
+    assert rebalancer.step()["verdict"] == "move"
