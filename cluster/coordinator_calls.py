@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -22,6 +22,7 @@ from remora.cluster.operation import (
     Operation,
     Pair,
     Quiesce,
+    Restore,
     Started,
     Step,
     Stop,
@@ -47,7 +48,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 60.0  # then dense ranks that have not answered are fenced
     free_s: float = 60.0
     retry_s: float = 1.0
-    restore_s: float = 1.0  # after a try to restore members that failed; doubled each time
+    restore_s: float = 1.0  # after a try to restore a member that failed; doubled each time
+    patience_s: float = 15.0  # with who comes back, before those that are there go on without it
     replicas: int = 1  # of an expert, where slots allow
     slots_of_joiners: int = 1  # of a layer; at least
     num_copies: int = 0  # second copies of a layer that a shard has room for
@@ -96,9 +98,13 @@ class CoordinatorCalls(ABC):
         self._restores = RestoreTries(limits.restore_s)
         self._until_s: float | None = None  # of the step
         self._logging: Callable[[], None] | None = None  # what follows the log entry
-        self._are_copies_due = False  # to be planned anew, once nothing runs
+        self._are_copies_due = False  # to be planned anew, once nothing runs that gets on
         self._taken_over: set[tuple[str, int]] = set()  # lives that were tried to be taken over
+        self._asked_s: dict[str, float] = {}  # when who joins was asked to start
+        self._loads: Held = {}  # and what it was told to hold
         self._joined: dict[str, Started] = {}
+        self._left_out: list[tuple[str, int]] = []  # lives that were to join, and do not
+        self._blamed: Collection[str] | None = None  # see `_abort`
         self._canaries: dict[str, CanaryResult] = {}
         self._rounds: list[Held] = []
         self._held: Held = {}  # living shards, joiners included
@@ -133,8 +139,11 @@ class CoordinatorCalls(ABC):
         times = [at for at, _ in self._again] + list(self._fenced_again_s.values())
         if self._until_s is not None:
             times.append(self._until_s)
-        if self._restores.due_s is not None and self.operation is None:
-            times.append(self._restores.due_s)
+        if self._may_restore():
+            due_s = self._restores.next_s(self._lacking(), self._now_s)
+            times += [due_s] if due_s is not None else []
+        if self._are_copies_due and self._is_restore() and self._may_restore():
+            times.append(self._stuck_from_s())
         return min(times, default=None)
 
     # -- steps and calls ----------------------------------------------------------------------
@@ -184,17 +193,40 @@ class CoordinatorCalls(ABC):
             return task.view.epoch <= self.view.epoch
         return isinstance(task, Keep | Stop | Fence | Quiesce)
 
-    def _may_give_way(self) -> bool:
-        """Whether the operation that runs is undone when another one is asked for."""
-        return self._is_preparing() and gives_way(self._running().target)
+    def _may_restore(self) -> bool:
+        """Whether a member that is due can begin to come back now."""
+        if self.operation is None:
+            return self._logging is None
+        target = self.operation.target
+        is_open = gives_way(target) or (isinstance(target, Restore) and not self._joined)
+        return is_open and self._is_preparing()
+
+    def _is_restore(self) -> bool:
+        return self.operation is not None and isinstance(self.operation.target, Restore)
+
+    def _stuck_from_s(self) -> float:
+        """When a restore of which nobody is there finds no room, as far as one can tell."""
+        return self._last_asked_s(self._running().joiners) + self._limits.patience_s
+
+    def _last_asked_s(self, uids: Iterable[str]) -> float:
+        return max((self._asked_s[uid] for uid in uids), default=self._now_s)
 
     def _is_preparing(self) -> bool:
         return self._running().step == "prepare" and self._logging is None
 
-    def _silent(self) -> str:
+    def _silent(self) -> list[str]:
         """Who is still to answer."""
         uids = {task.uid for task in self._waiting.values()} | {t.uid for _, t in self._again}
-        return ", ".join(sorted(uids))
+        return sorted(uids)
+
+    def _died(self) -> set[str]:
+        """Members that are to come back, those included that others took over from."""
+        return self.lost | self.lost_dense | (self.former.keys() - self.view.placement.slots.keys())
+
+    def _lacking(self) -> set[str]:
+        """Those of them that do not join already."""
+        joiners = self.operation.joiners.keys() if self.operation is not None else set()
+        return self._died() - joiners
 
     def _living_dense(self) -> list[str]:
         dense = [m.uid for m in self.view.members if m.role == "dense"]

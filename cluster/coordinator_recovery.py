@@ -6,8 +6,8 @@ import msgspec
 
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_state import CoordinatorState
+from remora.cluster.former_places import former_after
 from remora.cluster.operation import Held, Operation
-from remora.cluster.operation_steps import former_after
 from remora.comm.errors import ClusterError
 from remora.comm.view import View
 
@@ -42,8 +42,9 @@ def recovered(
         running = operation
         if record["t"] == "committed":
             former = msgspec.convert(base["former"], Held)
-            before = msgspec.convert(base["view"], View)
-            base["former"] = former_after(operation.target, former, before)
+            before, after = (msgspec.convert(each["view"], View) for each in (base, record))
+            slots = before.placement.slots, after.placement.slots
+            base["former"] = former_after(operation.target, former, *slots)
             base["view"] = record["view"]
             running.round += 1
     state = CoordinatorState(

@@ -7,12 +7,12 @@ first commit is logged an operation that fails is undone, and the old view never
 after it, it is rolled forward. Several rounds are needed where slots are few (`placement_steps`).
 
 A member of the view that dies, shard or dense group, is restored by an operation of the machine's
-own; one that fails is tried again, later each time. Where living shards have second copies of all
-that only dead ones served, they take over first, by another one; the restored shards get it back.
-Shards are asked for second copies whenever an operation is over.
+own (`coordinator_restores`); one that fails is tried again, later each time. Where living shards
+have second copies of all that only dead ones served, they take over first, by another one; the
+restored shards get it back. Shards are asked for second copies whenever an operation is over.
 
-An operation that nobody asked for (`ScaleTo.gives_way`) is undone while it waits for who joins when
-another one is asked for, which begins then.
+An operation that nobody asked for (`Restore`, `ScaleTo.gives_way`) is undone while it waits for
+room when another one is asked for, which begins then.
 
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
@@ -21,6 +21,8 @@ from functools import partial
 
 import msgspec
 
+from remora.cluster.coordinator_restores import MemberRestores
+from remora.cluster.former_places import former_after
 from remora.cluster.operation import (
     Adopt,
     Alarm,
@@ -54,14 +56,12 @@ from remora.cluster.operation import (
     is_dense,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
-from remora.cluster.operation_steps import OperationSteps
-from remora.cluster.second_copies import taken_over
 from remora.comm.errors import ConfigError, OperationIdTakenError, OperationRunsError
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
 
-class CoordinatorState(OperationSteps):
+class CoordinatorState(MemberRestores):
     """See the head of this file.
 
     Args:
@@ -128,7 +128,8 @@ class CoordinatorState(OperationSteps):
             case Tick():
                 self._tick()
         self._restore_lost()
-        if self._are_copies_due and self.operation is None and self._logging is None:
+        is_calm = self.operation is None and self._logging is None
+        if self._are_copies_due and (is_calm or self._is_stuck()):
             self._ask_copies()
         if self._logging is None:
             self.memory = None  # it gets old
@@ -167,7 +168,7 @@ class CoordinatorState(OperationSteps):
         self.incarnations |= operation.joiners
         if operation.round == 0:
             operation.gave_way = gives_way(operation.target)
-            self._abort("the coordinator was started again before the first commit")
+            self._abort("the coordinator was started again before the first commit", ())
         else:
             self._drain()
 
@@ -180,11 +181,8 @@ class CoordinatorState(OperationSteps):
                     f" {known.outcome}; choose a new id"
                 )
             return
-        if self.operation is not None and not self._may_give_way():
-            raise OperationRunsError(
-                f"operation {self.operation.operation_id!r} runs (step {self.operation.step}):"
-                " one at a time"
-            )
+        if self.operation is not None and not self._yields_to(target):
+            raise self._one_at_a_time()
         planned = plan_target(target, self.situation())
         operation = Operation(
             operation_id=operation_id,
@@ -194,17 +192,38 @@ class CoordinatorState(OperationSteps):
             retirees=planned.retirees,
             begun_s=self._now_s,
         )
+        if operation.joiners and not isinstance(target, Restore):
+            self._check_served()
         if self.operation is None:
             self._start(operation)
             return
+        if self._is_restore() and self._is_so(operation):  # who is to come back is not kept off it
+            raise self._one_at_a_time()
         self._queued = operation, self.memory
         self._remember(operation)
-        self.operation.gave_way = True
-        self._abort(f"it gives way to {operation_id!r}")
+        self.operation.gave_way = gives_way(self.operation.target)
+        self._abort(f"it gives way to {operation_id!r}", ())
+
+    def _one_at_a_time(self) -> OperationRunsError:
+        running = self._running()
+        what = f"operation {running.operation_id!r} runs (step {running.step})"
+        return OperationRunsError(f"{what}: one at a time")
+
+    def _is_so(self, operation: Operation) -> bool:
+        """Whether it changes nothing, nor who is to come back."""
+        slots = self.view.placement.slots
+        is_same = former_after(operation.target, self.former, slots, slots) == self.former
+        return is_same and not self._changes_members(operation)
+
+    def _changes_members(self, operation: Operation) -> bool:
+        """Or what they hold."""
+        is_same = same_slots(operation.slots, self.view.placement.slots)
+        return bool(operation.joiners or operation.retirees or not is_same)
 
     def _start(self, operation: Operation) -> None:
         """Raises ConfigError: full shards wait for each other."""
         self._joined.clear()
+        self._left_out.clear()
         self._stopped.clear()
         # full shards that wait for each other are found before anything is started
         joiners = operation.joiners.keys() & operation.slots.keys()
@@ -212,8 +231,9 @@ class CoordinatorState(OperationSteps):
         self._plan_rounds(operation, dict(held_by_living(self.situation())) | joined)
         self.operation = operation
         self._remember(operation)
-        changes = operation.joiners or operation.retirees
-        if not changes and same_slots(operation.slots, self.view.placement.slots):
+        if not self._changes_members(operation):
+            slots = self.view.placement.slots
+            self.former = former_after(operation.target, self.former, slots, slots)
             self._end("done", "it is so already")
             return
         self.incarnations |= operation.joiners
@@ -267,8 +287,10 @@ class CoordinatorState(OperationSteps):
         if fault is not None and self._is_past_commit(task):
             self._put(Alarm(fault))
         elif fault is not None:
-            self._abort(fault)
+            self._failed_by(task.uid, fault)
             return
+        elif isinstance(answer, Started):
+            self._is_there(task.uid)
         self._go_on()
 
     def _call_failed(self, call: int, reason: str) -> None:
@@ -285,7 +307,7 @@ class CoordinatorState(OperationSteps):
         elif isinstance(task, Adopt | Keep | Stop | Fence) and self._is_past_commit(task):
             self._try_again(task, reason)
         else:
-            self._abort(f"{task.uid}: {reason}")
+            self._failed_by(task.uid, f"{task.uid}: {reason}")
 
     def _log_failed(self, reason: str) -> None:
         follow, self._logging = self._logging, None
@@ -313,7 +335,7 @@ class CoordinatorState(OperationSteps):
             if uid in self.lost | self.lost_dense:
                 return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
-            self._restores.lost()
+            self._restores.forget([uid])
             self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)
@@ -327,13 +349,22 @@ class CoordinatorState(OperationSteps):
         self._again = [(at, task) for at, task in self._again if task.uid != uid]
         for call in [c for c, task in self._waiting.items() if task.uid == uid]:
             del self._waiting[call]
-        yields = not joins and self._may_give_way()  # to the restore
-        matters = joins or uid in self.lost or (uid in self.lost_dense and yields)
-        if self.operation.step in BEFORE_COMMIT and matters and self._logging is None:
-            self.operation.gave_way = yields
-            self._abort(f"{uid} died")
+        if self.operation.step not in BEFORE_COMMIT or self._logging is not None:
+            self._go_on()
+        elif joins:
+            self._failed_by(uid, f"{uid} died")
+        elif self._is_in_the_way(uid):
+            self._abort(f"{uid} died", ())
         else:
             self._go_on()
+
+    def _is_in_the_way(self, uid: str) -> bool:
+        """Whether the operation that runs is undone for the sake of a member that has died."""
+        target = self._running().target
+        is_own = isinstance(target, Restore | TakeOver)
+        if self._is_preparing() and (is_own or gives_way(target)):
+            return False  # the one takes it in, the other gives way to it
+        return uid in self.lost or not (is_own or self._living_dense())
 
     def _has_left_older_views(self, uid: str) -> None:
         """When all have, after a restart, shards hear whom they are to refuse."""
@@ -346,7 +377,7 @@ class CoordinatorState(OperationSteps):
         due = [task for at, task in self._again if at <= self._now_s]
         self._again = [(at, task) for at, task in self._again if at > self._now_s]
         for task in due:
-            self._ask(task)
+            self._ask(self._adoption(task.uid) if isinstance(task, Adopt) else task)
         again = [uid for uid, at in self._fenced_again_s.items() if at <= self._now_s]
         for uid in again:
             del self._fenced_again_s[uid]
@@ -357,39 +388,8 @@ class CoordinatorState(OperationSteps):
         if step == "drain":
             self._fence()
         elif step in ("free", "undo"):
-            self._odd(f"{self._silent()} did not answer in step {step}")
+            self._odd(f"{', '.join(self._silent())} did not answer in step {step}")
             self._forget_calls()
             self._go_on()
         else:
-            self._abort(f"{self._silent()} did not answer in step {step}")
-
-    def _restore_lost(self) -> None:
-        """Members that died come back, as an operation of our own; what is served by nobody else
-        is taken over first."""
-        if self.operation is not None or self._logging is not None or self._take_over():
-            return
-        away = self.former.keys() - self.view.placement.slots.keys()
-        lost = self.lost | self.lost_dense | away
-        hopeless = {uid for uid in lost if self._restores.is_hopeless(uid)}
-        if hopeless & away:  # they come back together, or not at all
-            hopeless |= away
-        uids = sorted(lost - hopeless)
-        due_s = self._restores.due_s
-        if not uids:
-            self._restores.due_s = None  # nothing is to be waited for
-        elif due_s is None or due_s <= self._now_s:
-            lives = "-".join(f"{uid}.{self.incarnations[uid] + 1}" for uid in uids)
-            self._request(f"restore-{lives}", Restore(tuple(uids)))
-
-    def _take_over(self) -> bool:
-        """Have living shards serve what only dead ones did, where that is possible; once a life."""
-        lives = {(uid, self.incarnations[uid]) for uid in self.lost}
-        if lives <= self._taken_over:
-            return False
-        self._taken_over = lives
-        lost, placement = frozenset(self.lost), self.view.placement
-        if not taken_over(placement.slots, lost, self.copies, placement.moe_layers):
-            return False
-        names = "-".join(f"{uid}.{life}" for uid, life in sorted(lives))
-        self._request(f"take-over-{names}", TakeOver(tuple(sorted(lost))))
-        return True
+            self._late()

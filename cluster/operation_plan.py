@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
+from remora.cluster.former_places import counts_shards, slots_with
 from remora.cluster.operation import (
     Drain,
     Held,
@@ -70,10 +71,8 @@ def plan_target(target: Target, now: Situation) -> Planned:
             return Planned(slots=slots, joiners={}, retirees=())
         case Restore(uids):
             joiners = {uid: now.incarnations[uid] + 1 for uid in uids}
-            slots = now.view.placement.slots
-            if now.former and now.former.keys() <= {*slots, *uids}:  # all that were away
-                slots = now.former
-            return Planned(slots=dict(slots), joiners=joiners, retirees=())
+            slots = slots_with(uids, now.view.placement.slots, now.former, now.lost)
+            return Planned(slots=slots, joiners=joiners, retirees=())
         case TakeOver(uids):
             slots, layers = now.view.placement.slots, now.view.placement.moe_layers
             taken = taken_over(slots, frozenset(uids), now.copies, layers)
@@ -89,6 +88,8 @@ def plan_target(target: Target, now: Situation) -> Planned:
 def _scale(target: ScaleTo, now: Situation) -> Planned:
     if target.shards is None and target.dense_groups is None:
         raise ConfigError("scale what? a number of shards or of dense groups is needed")
+    if counts_shards(target):  # nobody is away any more
+        now = msgspec.structs.replace(now, former={})
     dense = [m.uid for m in now.view.members if m.role == "dense"]
     retire = {
         kind: tuple(uid for uid in target.retire if is_dense(uid) == (kind == "dense groups"))
@@ -125,11 +126,13 @@ def _drain(target: Drain, now: Situation) -> Planned:
 
 
 def _drained(shards: list[str], target: Drain, now: Situation) -> Planned:
-    """Of shards; with the smallest number of joiners that will do, where that is asked for."""
+    """Of shards; with the smallest number of joiners that will do, where that is asked for. Those
+    that died and stay are waited for only where experts have no slot without them."""
     most = 0 if target.joiners == "none" else len(shards)
-    for num_joiners in range(most):
+    tries = [(again, number) for again in (False, True) for number in range(most + 1)]
+    for again, num_joiners in tries[:-1]:
         try:
-            return _scaled(now, shards, num_joiners)
+            return _scaled(now, shards, num_joiners, again=again)
         except ConfigError:  # experts without a slot
             continue
     return _scaled(now, shards, most)
@@ -176,24 +179,30 @@ def _choose(
     return retirees, count - len(staying)
 
 
-def _scaled(now: Situation, retirees: list[str], num_joiners: int) -> Planned:
+def _scaled(
+    now: Situation, retirees: list[str], num_joiners: int, *, again: bool = True
+) -> Planned:
+    """`again`: shards that died and stay join in a new life; else they are left as they are."""
     slots, placement = now.view.placement.slots, now.view.placement
     if not retirees and not num_joiners:
         return Planned(slots=dict(slots), joiners={}, retirees=())
     staying = [uid for uid in slots if uid not in retirees]
-    again = [uid for uid in staying if uid in now.lost]  # died: in a new life
-    names = [*again, *itertools.islice(_free_uids("shard", SHARDS_MAX, slots), num_joiners)]
+    dead = [uid for uid in staying if uid in now.lost]
+    used = {*slots, *now.former}  # a shard that is away comes back by its name
+    names = [*itertools.islice(_free_uids("shard", SHARDS_MAX, used), num_joiners)]
+    names = [*dead, *names] if again else names
     joiners = {uid: now.incarnations.get(uid, 0) + 1 for uid in names}
     _check_memory(len(names), now)
     num_layers = len(placement.moe_layers)
-    room = {uid: now.room[uid] for uid in staying if uid not in joiners}
+    room = {uid: now.room[uid] for uid in staying if uid not in dead}
     room |= dict.fromkeys(joiners, (joiner_slots(now),) * num_layers)
     hosts = {m.uid: m.endpoint.host for m in now.view.members if m.role == "shard"}
     held = {uid: experts for uid, experts in held_by_living(now).items() if uid in staying}
     spread_slots = spread(
         held, room, hosts, num_experts=placement.num_experts, replicas=now.replicas
     )
-    return Planned(slots=dict(spread_slots), joiners=joiners, retirees=tuple(retirees))
+    left = {} if again else {uid: slots[uid] for uid in dead}
+    return Planned(slots=left | dict(spread_slots), joiners=joiners, retirees=tuple(retirees))
 
 
 def same_slots(one: Held, other: Held) -> bool:

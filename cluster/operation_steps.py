@@ -1,19 +1,19 @@
 """The steps of an operation: what each asks for, and what follows when it has been done. Pure."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import msgspec
 
-from remora.cluster.coordinator_calls import ROUTER, CoordinatorCalls
+from remora.cluster.coordinator_calls import ROUTER
+from remora.cluster.coordinator_fences import CoordinatorFences
 from remora.cluster.copy_sources import copy_sources
+from remora.cluster.former_places import former_after
 from remora.cluster.operation import (
     Adopt,
-    Alarm,
     Canary,
     Copy,
     Drain,
-    Fence,
     Held,
     HoldCopies,
     Keep,
@@ -23,14 +23,12 @@ from remora.cluster.operation import (
     Pair,
     Publish,
     Quiesce,
-    Restore,
     Settled,
     StartDense,
     StartShard,
     Step,
     Stop,
     TakeOver,
-    Target,
     Task,
     is_dense,
 )
@@ -43,13 +41,13 @@ from remora.cluster.operation_plan import (
 from remora.cluster.placement_steps import additions, pairs_of, rounds
 from remora.cluster.second_copies import plan_copies
 from remora.comm.errors import ConfigError
-from remora.comm.view import View
+from remora.comm.view import View, uncovered
 
 STEP_S_MIN: Final = 2.0
 QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
 
 
-class OperationSteps(CoordinatorCalls):
+class OperationSteps(CoordinatorFences):
     """See `CoordinatorState`."""
 
     def _go_on(self) -> None:
@@ -70,43 +68,57 @@ class OperationSteps(CoordinatorCalls):
 
     def _prepare(self) -> None:
         """Who joins starts, loads what it will hold, and listens; nobody asks it anything yet."""
-        operation = self._running()
+        joiners = self._running().joiners
         self._held = dict(held_by_living(self.situation()))
         self._joined.clear()
-        slots = joiner_slots(self.situation())
-        layers = self.view.placement.moe_layers
-        shards = operation.joiners.keys() & operation.slots.keys()
-        joining = {uid: pairs_of(operation.slots[uid], layers) for uid in shards}
-        if must_give_up_copies(len(shards), self.situation()):
+        self._asked_s, self._loads = {}, {}
+        num_shards = sum(not is_dense(uid) for uid in joiners)
+        if must_give_up_copies(num_shards, self.situation()):
             self.copies.clear()
             self._aside_all(HoldCopies(uid=uid, pairs=()) for uid in self._held)
+        self._begin("prepare", self._within(self._limits.prepare_s), self._starts(joiners))
+
+    def _starts(self, uids: Collection[str]) -> list[Task]:
+        """Of some who join."""
+        operation = self._running()
+        slots = joiner_slots(self.situation())
+        layers = self.view.placement.moe_layers
+        joining = {u: pairs_of(operation.slots[u], layers) for u in uids if not is_dense(u)}
+        self._asked_s |= dict.fromkeys(uids, self._now_s)
+        self._loads |= {uid: operation.slots[uid] for uid in joining}
         copies = copy_sources(joining, self._held, layers, self.copies)
         served = {pair for held in self._held.values() for pair in pairs_of(held, layers)}
         urgent = {uid for uid, pairs in joining.items() if not served.issuperset(pairs)}
-        tasks: list[Task] = [
-            StartDense(uid=uid, incarnation=incarnation, is_urgent=not self._living_dense())
+        return [
+            StartDense(
+                uid=uid,
+                incarnation=operation.joiners[uid],
+                is_urgent=not self._living_dense(),
+            )
             if is_dense(uid)
             else StartShard(
                 uid=uid,
-                incarnation=incarnation,
+                incarnation=operation.joiners[uid],
                 experts=operation.slots[uid],
                 num_slots=max(slots, *map(len, operation.slots[uid])),
                 replicas=copies.get(uid, {}),
                 is_urgent=uid in urgent,
                 yields=self._deadline_s() is None and uid not in urgent,
             )
-            for uid, incarnation in operation.joiners.items()
+            for uid in uids
         ]
-        self._begin("prepare", self._within(self._limits.prepare_s), tasks)
 
     def _copy(self) -> None:
         operation = self._running()
         if operation.round == 0:
             for uid in self._joined_shards():
                 self.room[uid] = self._joined[uid].room
-                self._held[uid] = operation.slots[uid]
-        dead = sorted(self.lost - operation.joiners.keys() - set(operation.retirees))
-        if dead:
+                self._held[uid] = self._loads[uid]
+        dead = self._dead(operation)
+        self._held = {uid: held for uid, held in self._held.items() if uid not in dead}
+        members = self.view.placement.slots
+        wanting = {uid: operation.slots[uid] for uid in dead}
+        if additions(members, wanting, self.view.placement.moe_layers):
             self._abort(f"{', '.join(dead)} died")
             return
         try:
@@ -155,9 +167,11 @@ class OperationSteps(CoordinatorCalls):
             return
         members = {m.uid: m for m in self.view.members}
         members |= {uid: started.member for uid, started in self._joined.items()}
-        slots = self._rounds[0]
+        dead = self._dead(operation)
         if len(self._rounds) == 1:
-            slots = {uid: layers for uid, layers in slots.items() if uid in operation.slots}
+            slots = {uid: self._rounds[0].get(uid, held) for uid, held in operation.slots.items()}
+        else:  # who is dead holds, in its next life, what the view says
+            slots = self._rounds[0] | {uid: self.view.placement.slots[uid] for uid in dead}
         placement = msgspec.structs.replace(self.view.placement, slots=slots)
         try:
             placement.check()
@@ -170,9 +184,14 @@ class OperationSteps(CoordinatorCalls):
             if (uid not in operation.retirees if is_dense(uid) else uid in slots)
         )
         self._next = View(epoch=self.view.epoch + 1, members=stay, placement=placement)
+        # nobody can connect to who is dead, and nobody has to before it is restored
+        living = tuple(member for member in stay if member.uid not in dead)
+        offered = msgspec.structs.replace(self._next, members=living)
+        or_none = self._has_gaps(self._next, dead)
         uids = [uid for uid in self._living_dense() if uid not in self.fenced]
-        tasks: list[Task] = [Offer(uid=uid, view=self._next) for uid in uids]
-        tasks += [Adopt(uid=uid, view=self._next) for uid in self._joined if is_dense(uid)]
+        tasks: list[Task] = [Offer(uid=uid, view=offered) for uid in uids]
+        joined = [uid for uid in self._joined if is_dense(uid)]
+        tasks += [Adopt(uid=uid, view=self._next, or_none=or_none) for uid in joined]
         self._begin("commit", self._within(self._limits.commit_s), tasks)
 
     def _commit(self) -> None:
@@ -192,7 +211,8 @@ class OperationSteps(CoordinatorCalls):
             self.lost_dense -= operation.joiners.keys()
         operation.moved += sum(map(len, new.values()))
         operation.round += 1
-        self.former = former_after(operation.target, self.former, self.view)
+        before, after = self.view.placement.slots, self._next.placement.slots
+        self.former = former_after(operation.target, self.former, before, after)
         self.view, self._next = self._next, None
         members = self.view.placement.slots
         self.copies = {uid: found for uid, found in self.copies.items() if uid in members}
@@ -209,13 +229,18 @@ class OperationSteps(CoordinatorCalls):
         retires swaps too, as it finishes what it has; what it does not finish goes on elsewhere."""
         leaving = self._leaving() if self._running().round == 1 else []
         uids = [*self._living_dense(), *leaving, *([ROUTER] if self._has_router else [])]
-        tasks = [Adopt(uid=uid, view=self.view, or_none=uid in self.fenced) for uid in uids]
+        tasks = [self._adoption(uid) for uid in uids]
         self._aside_all(t for t in tasks if t.uid == ROUTER or t.uid in self.fenced)
         waited: list[Task] = [t for t in tasks if t.uid != ROUTER and t.uid not in self.fenced]
         drain_s = self._within(self._limits.drain_s)
         within_s = QUIESCE_SHARE * drain_s
         waited += [Quiesce(uid=uid, within_s=within_s) for uid in leaving]
         self._begin("drain", drain_s, waited)
+
+    def _adoption(self, uid: str) -> Adopt:
+        """Of the view that is committed; where experts died, steps are held until they are back."""
+        or_none = uid in self.fenced or self._has_gaps(self.view, self.lost)
+        return Adopt(uid=uid, view=self.view, or_none=or_none)
 
     def _free(self) -> None:
         operation = self._running()
@@ -224,7 +249,8 @@ class OperationSteps(CoordinatorCalls):
         slots = self.view.placement.slots
         tasks: list[Task] = [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
         gone = [uid for uid in operation.retirees if uid not in self._members()]
-        tasks += [Stop(uid=uid, incarnation=self.incarnations[uid]) for uid in gone]
+        lives = [(uid, self.incarnations[uid]) for uid in gone]
+        tasks += [Stop(uid=uid, incarnation=life) for uid, life in [*lives, *self._left_out]]
         self._begin("free", self._within(self._limits.free_s), tasks)
 
     def _freed(self) -> None:
@@ -244,17 +270,23 @@ class OperationSteps(CoordinatorCalls):
         else:
             self._copy()
 
-    def _abort(self, reason: str) -> None:
-        """Back to the committed view: nobody has left it."""
+    def _abort(self, reason: str, blamed: Collection[str] | None = None) -> None:
+        """Back to the committed view: nobody has left it.
+
+        Args:
+            blamed: members that died and for which this counts as a try in vain; None: all that
+                were to come back.
+        """
         operation = self._running()
         if operation.step == "undo":
             return
-        operation.reason = reason
+        operation.reason, self._blamed = reason, blamed
         self._next = None
         slots = self.view.placement.slots
         members = {(m.uid, m.incarnation) for m in self.view.members}
         joiners = [j for j in operation.joiners.items() if j not in members]
-        tasks: list[Task] = [Stop(uid=uid, incarnation=life) for uid, life in joiners]
+        lives = [*joiners, *self._left_out]
+        tasks: list[Task] = [Stop(uid=uid, incarnation=life) for uid, life in lives]
         tasks += [Keep(uid=u, experts=slots[u]) for u in slots if u not in self.lost]
         for uid, _ in joiners:
             if uid not in slots:
@@ -273,10 +305,6 @@ class OperationSteps(CoordinatorCalls):
         operation = self._running()
         self.operation = None
         self._are_copies_due = True
-        if isinstance(operation.target, Restore):
-            is_done, uids = operation.outcome == "done", operation.target.uids
-            for uid in self._restores.over(uids, is_done=is_done, now_s=self._now_s):
-                self._put(Alarm(f"{uid} could not be restored: {operation.reason}"))
         self._put(Settled(operation))
 
     # -- second copies ------------------------------------------------------------------------
@@ -298,26 +326,7 @@ class OperationSteps(CoordinatorCalls):
             for uid, pairs in planned.items()
         )
 
-    # -- fences -------------------------------------------------------------------------------
-
-    def _fence(self) -> None:
-        """Dense ranks that do not leave the old epoch: no frame of theirs may count any more."""
-        late = [t for t in self._waiting.values() if isinstance(t, Adopt)]
-        late += [t for _, t in self._again if isinstance(t, Adopt)]
-        silent = self._silent()
-        self._forget_calls()
-        self._until_s = self._now_s + self._limits.drain_s
-        if not late:
-            self._odd(f"{silent} did not answer in step drain")
-            self._go_on()
-            return
-        self.fenced |= {task.uid for task in late}
-        self._unsure.clear()  # shards are told all of it
-        self._odd(f"{', '.join(sorted(self.fenced))} fenced: no answer to epoch {self.view.epoch}")
-        self._ask_fenced(task.uid for task in late)  # whoever wakes up is let in again
-        for task in self._fences():
-            self._ask(task)
-        self._go_on()
+    # -- times and members --------------------------------------------------------------------
 
     def _within(self, limit_s: float) -> float:
         """How long a step may take: where the operation has a deadline, not beyond it."""
@@ -339,18 +348,15 @@ class OperationSteps(CoordinatorCalls):
     def _joined_shards(self) -> list[str]:
         return [uid for uid in self._joined if not is_dense(uid)]
 
-    def _let_in(self, uid: str) -> None:
-        self.fenced.discard(uid)
-        self._aside_all(self._fences())
+    def _dead(self, operation: Operation) -> list[str]:
+        """Shards of the view that the operation leaves dead."""
+        anew = operation.joiners.keys() if operation.round == 0 else set()
+        return sorted(self.lost - anew - set(operation.retirees))
 
-    def _ask_fenced(self, uids: Iterable[str]) -> None:
-        """Ranks that shards refuse, so that they cannot connect: to leave what is older first."""
-        self._aside_all(Adopt(uid=uid, view=self.view, or_none=True) for uid in uids)
-
-    def _fences(self) -> list[Fence]:
-        fenced = tuple(sorted(self.fenced))
-        uids = {*self.view.placement.slots, *self._held} - self.lost
-        return [Fence(uid=uid, fenced=fenced) for uid in sorted(uids)]
+    @staticmethod
+    def _has_gaps(view: View, dead: Collection[str]) -> bool:
+        """Whether there is an expert that dead shards alone hold."""
+        return bool(uncovered(view.placement, view.placement.slots.keys() - dead))
 
     # -- checks and plans ---------------------------------------------------------------------
 
@@ -379,22 +385,7 @@ class OperationSteps(CoordinatorCalls):
         for uid in operation.joiners.keys() & operation.slots.keys():
             if uid not in self._joined and operation.round == 0:
                 room[uid] = tuple(max(slots, len(experts)) for experts in operation.slots[uid])
-        found = rounds(held, operation.slots, room)
+        dead = self._dead(operation)  # these take nothing, and nobody counts on them
+        target = {uid: layers for uid, layers in operation.slots.items() if uid not in dead}
+        found = rounds(held, target, room) if target else []
         return [dict(each) for each in found] or [dict(held)]
-
-
-def former_after(target: Target, former: Held, before: View) -> Held:
-    """The placement to which dead shards come back, once an operation has committed a view.
-
-    Args:
-        former: as it was.
-        before: the view that is no more.
-    """
-    if isinstance(target, TakeOver):
-        return former or dict(before.placement.slots)
-    return former if isinstance(target, Restore) and former_left(target, former, before) else {}
-
-
-def former_left(target: Restore, former: Held, before: View) -> bool:
-    """Whether shards are still away when those of `target` are back."""
-    return not former.keys() <= {*before.placement.slots, *target.uids}

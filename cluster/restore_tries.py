@@ -1,4 +1,4 @@
-"""How often members that died were brought back in vain, and when that is tried again. Pure."""
+"""How often members that died were brought back in vain, and when each is tried again. Pure."""
 
 from collections.abc import Collection
 from typing import Final
@@ -7,33 +7,44 @@ RESTORES_MAX: Final = 8  # tries to bring one member back, before somebody must 
 
 
 class RestoreTries:
-    """Of one life of the coordinator.
+    """Of one life of the coordinator; each member by itself, so that one that finds no place keeps
+    no other waiting.
 
-    All that is lost is restored together, so there is one time for the next try: what failed first
-    is tried again after `retry_s`, then after twice as long, and so on. What fails at once (a full
-    disk, a host without memory) has two minutes to get better with a `retry_s` of 1; a member that
-    dies meanwhile does not wait for it.
+    Who has just died is due at once. What failed is due after `retry_s`, then after twice as long,
+    and so on: what fails at once (a full disk, a host without memory) has two minutes to get better
+    with a `retry_s` of 1.
     """
 
     def __init__(self, retry_s: float) -> None:
-        self.due_s: float | None = None  # of the next try; None: at once
         self._retry_s = retry_s
-        self._failed: dict[str, int] = {}  # in a row, by member
+        self._failed: dict[str, int] = {}  # in a row
+        self._due_s: dict[str, float] = {}  # of those that failed
 
-    def lost(self) -> None:
-        """Another member has died."""
-        self.due_s = None
+    def forget(self, uids: Collection[str]) -> None:
+        """These are back, or have died anew."""
+        for uid in uids:
+            self._failed.pop(uid, None)
+            self._due_s.pop(uid, None)
 
-    def over(self, uids: Collection[str], *, is_done: bool, now_s: float) -> list[str]:
-        """A try is over; who of its members was given up with it."""
-        self.due_s = None
-        failed = {uid: self._failed.pop(uid, 0) + 1 for uid in uids}
-        if is_done:
-            return []
-        self._failed |= failed
-        self.due_s = now_s + self._retry_s * 2.0 ** (max(failed.values()) - 1)
-        return [uid for uid in uids if failed[uid] == RESTORES_MAX]
+    def forget_all(self) -> None:
+        """Somebody has looked: all are tried as if for the first time."""
+        self._failed.clear()
+        self._due_s.clear()
 
-    def is_hopeless(self, uid: str) -> bool:
-        """Whether this member is given up."""
-        return self._failed.get(uid, 0) >= RESTORES_MAX
+    def failed(self, uid: str, now_s: float) -> bool:
+        """A try has failed; whether this member is given up with it."""
+        count = self._failed[uid] = self._failed.get(uid, 0) + 1
+        self._due_s[uid] = now_s + self._retry_s * 2.0 ** (count - 1)
+        return count == RESTORES_MAX
+
+    def due(self, uids: Collection[str], now_s: float) -> list[str]:
+        """Who of `uids` is to be tried now."""
+        return [u for u in self.hopeful(uids) if self._due_s.get(u, now_s) <= now_s]
+
+    def next_s(self, uids: Collection[str], now_s: float) -> float | None:
+        """When the first of `uids` is due; None: none ever will be."""
+        return min((self._due_s.get(u, now_s) for u in self.hopeful(uids)), default=None)
+
+    def hopeful(self, uids: Collection[str]) -> list[str]:
+        """Who of `uids` is not given up."""
+        return sorted(uid for uid in uids if self._failed.get(uid, 0) < RESTORES_MAX)

@@ -26,12 +26,12 @@ from remora.cluster.operation import (
     Stop,
     Target,
     Task,
-    is_dense,
 )
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.sim_health import SimHealth
 from remora.cluster.sim_log import SimCrash, SimLog
-from remora.cluster.sim_network import Work, uid_of
+from remora.cluster.sim_network import Violation, Work, uid_of
+from remora.cluster.sim_operator import LOOK
 from remora.comm.errors import ClusterError
 from remora.comm.view import View
 
@@ -46,13 +46,15 @@ LIMITS: Final = Limits(
     drain_s=2.5,  # below HANG_S: a dense group that does not answer is fenced before it is ended
     free_s=5.0,
     retry_s=0.5,
-    restore_s=0.2,
+    restore_s=0.1,
+    patience_s=2.5,  # over what any start takes
     replicas=2,
 )
 RESTART_S: Final = (0.5, 1.5)
 DEATH_TOLD_S: Final = 0.3  # at most
 LATE_S: Final = 6.0  # at most, for an order of a coordinator that died
 EFFECTS_BEFORE_CRASH: Final = 4
+TICKS_MAX: Final = 20  # for one time
 
 
 class SimCoordinator:
@@ -70,6 +72,7 @@ class SimCoordinator:
         self._seen: tuple[str, str, int] | None = None  # operation, step, round
         self._numbers: dict[str, int] = {}  # operation -> number
         self._tick_s: float | None = None
+        self._ticked: tuple[float, int] = (0.0, 0)  # when last, and how often at that time
         self._health: SimHealth | None = None
         self._last_order: tuple[str, Work] | None = None  # to a shard
         world.network.on_death.append(self._on_death)
@@ -118,7 +121,7 @@ class SimCoordinator:
         """As a client's call. Raises ClusterError, ConfigError."""
         if self._runner is None or not self.is_up:
             raise ClusterError("the coordinator does not answer")
-        if not operation_id.startswith(EVACUATE):  # of its own
+        if not operation_id.startswith((EVACUATE, LOOK)):  # not of the history
             self._numbers.setdefault(operation_id, len(self._numbers) + 1)
         try:
             self._runner.request(operation_id, target)
@@ -165,8 +168,7 @@ class SimCoordinator:
                 self._newest[uid] = incarnation
                 self._watched.add((uid, incarnation))
                 reply = self._answer_to(f"{uid}#{incarnation}", settle)
-                start: Any = world.start_dense if is_dense(uid) else world.start_shard
-                self._watch_start(start(task, reply), lost)
+                self._watch_start(world.start(task, reply), lost)
             case Stop(uid=uid, incarnation=incarnation):
                 self._watched.discard((uid, incarnation))
                 world.end(f"{uid}#{incarnation}")
@@ -289,6 +291,10 @@ class SimCoordinator:
         if runner is not self._runner or self._tick_s != due_s:
             return
         self._tick_s = None
+        ticked_s, times = self._ticked
+        self._ticked = (due_s, times + 1 if due_s == ticked_s else 1)
+        if self._ticked[1] > TICKS_MAX:
+            raise Violation(f"7: the coordinator is busy at {due_s} s: {self.operation}")
         try:
             runner.turn(0.0)
             self._observe()
@@ -344,6 +350,9 @@ class SimCoordinator:
             return
         if before is not None:
             self._at(before, "after")
+            ended = self.outcome(before[0])
+            if ended is not None and ended.outcome != "running":
+                self._world.operator.ended(ended)
         if now is not None:
             self._world.trace(f"operation {now[0]}: {now[1]}")
             self._at(now, "before")

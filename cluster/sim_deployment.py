@@ -5,7 +5,8 @@ error of a planned operation, 4 every expert has a verified replica and an epoch
 is freed while a frame by a view that names it can arrive, 6 what is held is back at the baseline,
 7 every operation ends and the next one succeeds, 8 no stream waits longer than a bound. To those
 come 9: second copies take no slot that a view may fill, 10: a dense group that retires is not ended
-while it has requests and time for them.
+while it has requests and time for them, 11: no member stays away longer than a bound once there is
+room for it.
 """
 
 import random
@@ -21,6 +22,8 @@ from remora.cluster.sim_ingress import SimIngress
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS, digest_of, weights_of
 from remora.cluster.sim_network import Clock, Network, Violation, uid_of
 from remora.cluster.sim_nodes import SimNodes
+from remora.cluster.sim_operator import SimOperator
+from remora.cluster.sim_places import SimPlaces
 from remora.cluster.sim_rank import SimRank
 from remora.cluster.sim_routes import SimLink
 from remora.cluster.sim_shard import Asked, NotMine, Reply, SimShard, member_of
@@ -59,9 +62,11 @@ class Deployment:
         self.views: dict[int, View] = {}  # committed, by epoch
         self.faults = Faults(self, faults)
         self.nodes = SimNodes(self)
+        self.places = SimPlaces(self)
         self.coordinator = SimCoordinator(self)
         self.ingress = SimIngress(self)
         self.view = self._first(num_shards, num_dense, room)
+        self.operator = SimOperator(self, set(self.view.placement.slots))
         self.views[1] = self.view
         rooms = {uid: (room,) * len(LAYERS) for uid in self.view.placement.slots}
         self.coordinator.begin(self.view, rooms, MANIFEST)
@@ -87,6 +92,10 @@ class Deployment:
         ranks = [r for p, r in self.ranks.items() if p in members and not r.retires]
         return sorted(ranks, key=lambda r: (r.state.stats().num_running, r.process))
 
+    def lives(self, process: str) -> bool:
+        """Whether a process is there."""
+        return process in self.network.alive
+
     def uids(self) -> list[str]:
         """Who has a link that can be cut."""
         return ["coordinator", *self.ranks_alive(), *self.shards_alive()]
@@ -105,26 +114,17 @@ class Deployment:
 
     # -- what they do to each other -----------------------------------------------------------
 
-    def start_shard(self, task: StartShard, reply: Reply) -> str:
-        """A new process; its name."""
-        shard = SimShard(self, task)
-        assert shard.process not in self.shards, f"{shard.process} is started twice"
-        self.shards[shard.process] = shard
-        self.network.start(shard.process)
-        shard.start(reply)
-        return shard.process
-
-    def start_dense(self, task: StartDense, reply: Reply) -> str:
-        """A new process of a dense group; its name."""
-        rank = SimRank(self, task.uid, task.incarnation)
-        assert rank.process not in self.ranks, f"{rank.process} is started twice"
-        self.ranks[rank.process] = rank
-        self.network.start(rank.process)
-        rank.start(reply)
-        return rank.process
+    def start(self, task: StartShard | StartDense, reply: Reply) -> str:
+        """A new process, once there is room for it; its name."""
+        process = f"{task.uid}#{task.incarnation}"
+        is_known = process in self.shards or process in self.ranks
+        assert not is_known and not self.places.is_waiting(process), f"{process} is started twice"
+        self.places.start(process, partial(self._placed, task, reply))
+        return process
 
     def end(self, process: str) -> None:
         """The coordinator ends a process; invariant 10."""
+        self.places.forget(process)
         rank = self.ranks.get(process)
         if rank is not None and process in self.network.alive and not self.faults.struck:
             time_left = not rank.retires or self.clock.now_s < rank.quiet_until_s
@@ -194,6 +194,16 @@ class Deployment:
         raise Violation(f"3: request {number} of {rank.process} fails: {error}")
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _placed(self, task: StartShard | StartDense, reply: Reply) -> None:
+        started: SimShard | SimRank
+        if isinstance(task, StartShard):
+            started = self.shards[f"{task.uid}#{task.incarnation}"] = SimShard(self, task)
+        else:
+            started = SimRank(self, task.uid, task.incarnation)
+            self.ranks[started.process] = started
+        self.network.start(started.process)
+        started.start(reply)
 
     def _violated(self, text: str) -> None:
         raise Violation(text)

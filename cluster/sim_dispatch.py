@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from remora.cluster.sim_rank import SimRank
 
 CALL_TIMEOUT_S: Final = 4.5
-HOLD_S: Final = 120.0
+HOLD_S: Final = 240.0  # longer than it takes until a member is given up
 LOOK_EVERY_S: Final = 0.5  # as view_inbox.LOOK_EVERY_S
 RETRIES_MAX: Final = 3  # as python_dispatch.RETRIES_MAX, which imports torch
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import msgspec
 import yaml
 
+from remora.cluster.sim_places import MORE
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Kind = Literal[
     "kill", "stop", "cut", "cut one way", "flip", "twice", "out of memory", "short memory",
-    "full disk", "torn log", "drain node",
+    "full disk", "torn log", "drain node", "no place",
 ]  # fmt: skip
 Who = Literal["shard", "joiner", "retiree", "dense", "coordinator"]
 SimStep = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
@@ -36,12 +37,14 @@ STEP_TAKES_S: Final[dict[str, float]] = {  # about; for a moment in the middle o
 OPERATIONS_DRAWN: Final = 3
 # for a process or a link to be silent, seconds: under the time-out of a call, and over every other
 SILENT_S: Final = ((0.1, 1.5), (4.0, 12.0))
+PLACELESS_S: Final = ((1.0, 8.0), (8.0, 40.0), (180.0, 200.0))  # in the last it is given up
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fault. `operation` counts from 1; 0: the first that comes to the step. `for_s` is how
-    long a process is stopped, a link cut, frames come twice, or the disk is full; and how long
-    members may take to leave a host before it goes."""
+    long a process is stopped, a link cut, frames come twice, or the disk is full; how long members
+    may take to leave a host before it goes; and how long a member that dies finds no place anew, or
+    of `joiner` who is more than there were."""
 
     kind: Kind
     who: Who = "shard"
@@ -74,9 +77,14 @@ def read_faults(path: Path) -> tuple[Fault, ...]:
 def draw_faults(chance: random.Random) -> tuple[Fault, ...]:
     """None to three of them, anywhere."""
     faults = []
+    placeless_s = list(
+        PLACELESS_S
+    )  # streams are held through one that is long, and not through two
     for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 3))):
         kind: Kind = chance.choice(get_args(Kind))
-        low, high = chance.choice(SILENT_S)
+        low, high = chance.choice(placeless_s if kind == "no place" else SILENT_S)
+        if (low, high) == PLACELESS_S[-1]:
+            placeless_s.pop()
         faults.append(
             Fault(
                 kind=kind,
@@ -97,6 +105,8 @@ def _draw_who(kind: Kind, chance: random.Random) -> Who:
         return "shard"
     if kind in ("flip", "out of memory"):
         return "joiner" if chance.random() < 0.5 else "shard"
+    if kind == "no place":
+        return chance.choice(("joiner", "shard", "dense", "dense"))
     return chance.choice(("shard", "shard", "joiner", "retiree", "dense", "coordinator"))
 
 
@@ -137,7 +147,7 @@ class Faults:
         return True
 
     def end(self) -> None:
-        """No more faults; what is stopped or cut has its own end."""
+        """No more faults; what is stopped or cut has its own end, and so has want of room."""
         self.is_over = True
         self._armed.clear()
         self.disk_full_until_s = -1.0
@@ -159,6 +169,8 @@ class Faults:
                 if who is None:
                     return
                 self._armed.setdefault(fault.kind, []).append(who)
+            case "no place" if fault.who == "joiner":
+                self._world.places.want(MORE, fault.for_s)
             case _:
                 if not self._strike_process(fault):
                     return
@@ -167,7 +179,7 @@ class Faults:
 
     def _strike_process(self, fault: Fault) -> bool:
         world, network = self._world, self._world.network
-        uid = self._uid(fault.who)
+        uid = self._uid(fault.who, may_be_last=fault.kind in ("kill", "no place"))
         if uid is None:
             return False
         process = world.process_of(uid)
@@ -177,6 +189,9 @@ class Faults:
                     world.coordinator.crash_soon()
                 else:
                     network.kill(process)
+            case "no place":
+                world.places.want(uid, fault.for_s)
+                network.kill(process)
             case "stop":
                 network.stop(process)
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
@@ -207,7 +222,7 @@ class Faults:
         now_s = self._world.clock.now_s
         self.silent.append((uid, now_s, now_s + for_s))
 
-    def _uid(self, who: Who) -> str | None:
+    def _uid(self, who: Who, *, may_be_last: bool = False) -> str | None:
         """Somebody of this kind; None: there is nobody, or nobody that may be spared."""
         world = self._world
         operation = world.coordinator.operation
@@ -215,7 +230,7 @@ class Faults:
             return "coordinator"
         if who == "dense":
             ranks = [uid for uid in world.ranks_alive()]
-            return world.chance.choice(ranks) if len(ranks) > 1 else None
+            return world.chance.choice(ranks) if len(ranks) > (not may_be_last) else None
         shards = world.shards_alive()
         if operation is not None and who == "joiner":
             shards = [uid for uid in shards if uid in operation.joiners]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EVERY_S: Final = 1.2  # on average
 PROMPT_TOKENS: Final = (2, 6)
 NEW_TOKENS: Final = (2, 14)
+RUNNING_MAX: Final = 6  # what comes beyond that is refused, and does not come again
 RETRY_S: Final = 0.2
 # What a stream waits that goes on elsewhere because its dense group has retired, beyond what any
 # request waits for its first token: the step that its group had begun (and does not end), and the
@@ -29,7 +30,9 @@ PROCESS: Final = "ingress#1"
 class _Request:
     """One stream: what was asked, and what is to come next."""
 
-    def __init__(self, number: int, prompt: list[int], max_tokens: int, now_s: float) -> None:
+    def __init__(
+        self, number: int, prompt: list[int], max_tokens: int, now_s: float, hopeless_s: float
+    ) -> None:
         self.number = number
         self.prompt = prompt
         self.max_tokens = max_tokens
@@ -38,8 +41,9 @@ class _Request:
         self.owner = ""  # process
         self.last_s = now_s
         self.longest_gap_s = 0.0
-        self.longest_wait_s = 0.0  # as that, without MOVED_S where it was moved
+        self.longest_wait_s = 0.0  # as that, without MOVED_S where it was moved, or want of room
         self.is_moved = False  # since the last token
+        self.hopeless_s = hopeless_s  # of `SimPlaces`, then
         self.finished: str | None = None
         self.cell: Cell = NOTHING
         for token_id in prompt:
@@ -59,6 +63,7 @@ class SimIngress:
         self.num_errors = 0
         self._world = world
         self._running: dict[str, _Request] = {}  # by name
+        self._unplaced: list[_Request] = []  # as long as there is no dense group
         self._open = True
         world.network.start(PROCESS)
         world.network.on_death.append(self._on_death)
@@ -66,7 +71,7 @@ class SimIngress:
     @property
     def num_running(self) -> int:
         """Requests that are not finished."""
-        return len(self._running)
+        return len(self._running) + len(self._unplaced)
 
     @property
     def longest_gap_s(self) -> float:
@@ -75,7 +80,8 @@ class SimIngress:
 
     @property
     def longest_wait_s(self) -> float:
-        """As `longest_gap_s`, without what it takes to leave a dense group that retires."""
+        """As `longest_gap_s`, without what it takes to leave a dense group that retires, and the
+        time in which there was no room for what was needed."""
         return max((r.longest_wait_s for r in self.requests), default=0.0)
 
     def begin(self) -> None:
@@ -105,15 +111,19 @@ class SimIngress:
             return
         prompt = [chance.randrange(VOCABULARY) for _ in range(chance.randint(*PROMPT_TOKENS))]
         number, now_s = len(self.requests), self._world.clock.now_s
-        request = _Request(number, prompt, chance.randint(*NEW_TOKENS), now_s)
-        self.requests.append(request)
-        self._submit(request)
+        hopeless_s = self._world.places.hopeless_s
+        request = _Request(number, prompt, chance.randint(*NEW_TOKENS), now_s, hopeless_s)
+        if self.num_running < RUNNING_MAX:
+            self.requests.append(request)
+            self._submit(request)
         self._world.clock.after(EVERY_S * 2 * chance.random(), self._arrive)
 
     def _submit(self, request: _Request) -> None:
         ranks = self._world.ranks_by_load()
-        if not ranks:  # all have been ended as hung: until one is back
-            self._world.clock.after(RETRY_S, partial(self._submit, request))
+        if not ranks:  # until one is back
+            if not self._unplaced:
+                self._world.clock.after(RETRY_S, self._submit_all)
+            self._unplaced.append(request)
             return
         rank = ranks[0]
         request.attempt += 1
@@ -129,6 +139,12 @@ class SimIngress:
         deliver = partial(rank.submit, submit, PROCESS)
         self._world.network.send(PROCESS, rank.process, deliver)
 
+    def _submit_all(self) -> None:
+        """Those for which there was no dense group."""
+        requests, self._unplaced = self._unplaced, []
+        for request in requests:
+            self._submit(request)
+
     def _token(self, rank: SimRank, request: _Request, token_id: int) -> None:
         expected = token_of(request.cell)
         if token_id != expected:
@@ -140,6 +156,9 @@ class SimIngress:
         gap_s = now_s - request.last_s
         request.longest_gap_s = max(request.longest_gap_s, gap_s)
         wait_s = gap_s - MOVED_S if request.is_moved else gap_s
+        hopeless_s = self._world.places.hopeless_s
+        wait_s -= hopeless_s - request.hopeless_s
+        request.hopeless_s = hopeless_s
         request.longest_wait_s = max(request.longest_wait_s, wait_s)
         request.is_moved = False
         request.last_s = now_s

@@ -13,9 +13,10 @@ from typing import Final
 
 import msgspec
 
-from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
+from remora.cluster.operation import Drain, PlaceAs, Restore, ScaleTo, Target
 from remora.cluster.operation_plan import same_slots
 from remora.cluster.placement_steps import spread
+from remora.cluster.restore_tries import RESTORES_MAX
 from remora.cluster.sim_coordinator import DEATH_TOLD_S, LIMITS
 from remora.cluster.sim_deployment import Deployment
 from remora.cluster.sim_dispatch import CALL_TIMEOUT_S, HOLD_S
@@ -23,6 +24,7 @@ from remora.cluster.sim_faults import Fault, draw_faults
 from remora.cluster.sim_health import EVERY_S, HANG_S, SILENT
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS
 from remora.cluster.sim_network import Violation, uid_of
+from remora.cluster.sim_operator import EVERY_S as LOOK_S
 from remora.cluster.sim_rank import STEP_S
 from remora.cluster.sim_shard import EXPERT_S, PROCESS_S
 from remora.comm.errors import ClusterError, ConfigError
@@ -38,6 +40,7 @@ REST_S: Final = HOLD_S + 2 * OPERATION_S  # for requests and restored shards, af
 GAP_PLANNED_S: Final = 6 * STEP_S  # longest of a stream while only operations happen
 # A death is told, a process starts, loads every expert, and a view with it goes through its steps.
 RESTORE_S: Final = DEATH_TOLD_S + PROCESS_S[1] + EXPERT_S * len(LAYERS) * NUM_EXPERTS + 1.0
+OTHERS_S: Final = LIMITS.prepare_s + 5.0  # of an operation that is waited for, and waits for room
 FOUND_S: Final = HANG_S + 2 * EVERY_S  # who hangs, at the latest
 EVENTS_MAX: Final = 400_000
 
@@ -231,7 +234,8 @@ class History:
     def _ask_for_another(self) -> None:
         """One operation at a time: the second one is refused while the first one runs."""
         coordinator = self.world.coordinator
-        if coordinator.is_up and coordinator.operation is not None:
+        running = coordinator.operation
+        if coordinator.is_up and running is not None and not isinstance(running.target, Restore):
             with contextlib.suppress(ClusterError):
                 coordinator.request("another", ScaleTo(2))
                 if coordinator.is_up:
@@ -242,8 +246,8 @@ class History:
         return found.reason if found is not None else "nobody knows it"
 
     def _rest(self, when: str) -> None:
-        """Until the coordinator is up and has nothing to do, everybody that is silent is back, and
-        no step waits for an expert."""
+        """Until there is room, the coordinator is up and has nothing to do, everybody is back that
+        is silent or died, and no step waits for an expert."""
         world = self.world
         silent_s = max((until for _, _, until in world.faults.silent), default=0.0)
 
@@ -251,16 +255,18 @@ class History:
             state = world.coordinator
             if world.clock.now_s <= silent_s + 1.0 or not state.is_idle or state.state.fenced:
                 return False
+            if world.places.wanting or world.operator.missing():
+                return False
             # the view of one more operation would end a hold that must end by itself
             alive = world.network.alive
             return not any(r.dispatch.is_holding for p, r in world.ranks.items() if p in alive)
 
         if not world.clock.run(is_calm, world.clock.now_s + REST_S):
-            operation = world.coordinator.operation
-            raise Violation(f"7: no rest {when}: {operation}")
+            operation, missing = world.coordinator.operation, sorted(world.operator.missing())
+            raise Violation(f"7: no rest {when}: {operation}; away: {missing}")
 
     def _check_rest(self) -> None:
-        """Invariants 4, 6 and 8, when nothing happens any more."""
+        """Invariants 4, 6, 8 and 11, when nothing happens any more."""
         world, view = self.world, self.world.coordinator.state.view
         self._check_slots()
         for process, rank in world.ranks.items():
@@ -273,6 +279,11 @@ class History:
         wait_s, bound_s = world.ingress.longest_wait_s, gap_bound_s(world.faults.struck)
         if wait_s > bound_s:
             raise Violation(f"8: a stream waited {wait_s:.2f} s; {bound_s:.2f} s are allowed")
+        away_s, bound_s = world.operator.longest_away_s, bound_s + OTHERS_S
+        if away_s > bound_s:
+            raise Violation(
+                f"11: a member was away for {away_s:.1f} s; {bound_s:.1f} s are allowed"
+            )
 
     def _check_slots(self) -> None:
         """Invariants 4 and 6: who lives is a member, and holds what the view says."""
@@ -302,7 +313,8 @@ def gap_bound_s(struck: list[Fault]) -> float:
 
     Each fault adds what it takes to find it, where somebody must, and to restore what it took. A
     process that hangs is found by its progress; a link that is cut by nobody but its ends, so it
-    adds as long as it is cut, and a call that is under way then, to its time-out.
+    adds as long as it is cut, and a call that is under way then, to its time-out. A member that has
+    found no place is tried again some time after there is room, or when somebody has looked.
     """
     bound_s = GAP_PLANNED_S
     for fault in struck:
@@ -311,6 +323,9 @@ def gap_bound_s(struck: list[Fault]) -> float:
                 bound_s += min(fault.for_s, FOUND_S) + RESTORE_S
             case "cut" | "cut one way":
                 bound_s += fault.for_s + CALL_TIMEOUT_S + RESTORE_S
+            case "no place":
+                num_tries = min(int(fault.for_s / LIMITS.prepare_s), RESTORES_MAX - 1)
+                bound_s += LIMITS.restore_s * 2.0**num_tries + LOOK_S + RESTORE_S
             case _:
                 bound_s += RESTORE_S
     return bound_s

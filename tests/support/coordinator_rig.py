@@ -5,41 +5,33 @@ or after one. The world keeps what shards really hold and what dense ranks reall
 when a rank could ask a living shard for an expert that it does not hold.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
+from support.coordinator_members import LAYERS, Fault, Members, digest, member
 
-from remora.cluster.coordinator_calls import ROUTER, Limits
+from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation import (
-    Adopt,
     Alarm,
-    Answer,
     Answered,
     Ask,
     CallFailed,
-    Canary,
-    CanaryResult,
-    Copy,
+    Drain,
     Effect,
     Event,
-    Fence,
-    HoldCopies,
-    Keep,
     Log,
     LogFailed,
     Logged,
     MemberLost,
-    Offer,
     Operation,
-    Pair,
     Publish,
-    Quiesce,
+    ScaleTo,
     Settled,
     StartDense,
-    Started,
     StartShard,
     Stop,
     Target,
@@ -48,28 +40,18 @@ from remora.cluster.operation import (
     is_dense,
 )
 from remora.cluster.placement_steps import pairs_of
-from remora.comm.view import Endpoint, Member, Placement, View
+from remora.comm.errors import ClusterError
+from remora.comm.view import Placement, View
 
-LAYERS = (1, 3)
-Fault = Literal[
-    "none", "kill before", "kill after", "fail", "hang", "flip", "odd canary", "disk",
-    "crash before", "crash after",
-]  # fmt: skip
+IDLE_MAX = 3  # ticks in a row from which nothing follows
 
 
-def digest(pair: Pair) -> str:
-    return f"digest of {pair[0]}/{pair[1]}"
+def _life_of(task: Task) -> tuple[str, int]:
+    assert isinstance(task, StartShard | StartDense)
+    return task.uid, task.incarnation
 
 
-def member(uid: str, incarnation: int = 1) -> Member:
-    role: Literal["shard", "dense"] = "shard" if uid.startswith("shard") else "dense"
-    number = uid.rpartition("-")[2]
-    endpoint = Endpoint(host=f"host-{number}", tcp_address=f"{uid}:{incarnation}")
-    name = f"{uid}#{incarnation}"
-    return Member(uid=uid, incarnation=incarnation, role=role, endpoint=endpoint, actor_name=name)
-
-
-class World:
+class World(Members):
     """Two dense ranks over shards of `placement`, with `room` slots of each layer.
 
     Args:
@@ -92,23 +74,18 @@ class World:
         self.num_experts = num_experts
         self.limits = Limits(replicas=replicas, num_copies=num_copies)
         self.view = View(epoch=1, members=members, placement=placement)
-        self.shards = {(uid, 1): set(pairs_of(slots[uid], LAYERS)) for uid in slots}
-        self.slots_of = {(uid, 1): room for uid in slots}
-        self.copies: dict[tuple[str, int], set[Pair]] = {}  # second ones
-        self.copies_wanted: dict[tuple[str, int], set[Pair]] = {}
-        self.in_use = {uid: self.view for uid in ("dense-0", "dense-1")}
-        self.dense = dict.fromkeys(self.in_use, 1)  # lives; who has adopted no view is not in use
-        self.quiet: list[str] = []  # retiring groups that finished what they had
-        self.refused: dict[str, tuple[str, ...]] = {}  # by shard
+        super().__init__(self.view, room)
         self.events = 0
         self.fault, self.at = fault, at
         self.now_s = 0.0
         self.settled: list[Operation] = []
+        self.wanted = set(slots)  # shards, by what was decided
         self.alarms: list[str] = []
         self.published = [self.view]
         self.queue: list[Event] = []
         self.hung: set[str] = set()
         self.placeless: set[str] = set()  # Ray finds no place for these when they start
+        self.unplaced: list[Ask] = []  # and keeps looking
         self.late: list[Callable[[], None]] = []  # what hung ranks do when they wake up
         self.manifest = {(n, e): digest((n, e)) for n in LAYERS for e in range(num_experts)}
         self.state = self._machine(
@@ -138,14 +115,28 @@ class World:
             return self.run(operation_id, target)
         return self.state.history[operation_id]
 
-    def settle(self) -> None:
+    def run_until_over(self, operation_id: str, target: Target) -> Operation:
+        """As `run`, without waiting for what else is to happen."""
+        self.ask(operation_id, target)
+        operation = self.state.history[operation_id]
+        while operation.outcome == "running":
+            self.settle(self.state.next_time() or self.now_s)
+        return operation
+
+    def settle(self, until_s: float = math.inf) -> None:
+        """Let the world go on until nothing happens any more, or until a time."""
+        num_idle = 0  # ticks in a row from which nothing followed
         for _ in range(2000):
             if self.queue:
                 self._tell(self.queue.pop(0))
+                num_idle = 0
                 continue
             due = self.state.next_time()
-            if due is None:
+            if due is None or due > until_s:
+                self.now_s = max(self.now_s, until_s if until_s < math.inf else 0.0)
                 return
+            num_idle = num_idle + 1 if due <= self.now_s else 0
+            assert num_idle < IDLE_MAX, f"busy at {self.now_s} s: {self.state.operation}"
             self.now_s = max(self.now_s, due)
             self._tell(Tick())
         raise AssertionError(f"it does not end: {self.state.operation}")
@@ -186,6 +177,12 @@ class World:
         hashes = {(v.epoch, v.view_hash) for v in self.published}
         assert len(hashes) == len({epoch for epoch, _ in hashes}), "one view for each epoch"
 
+    def check_all_back(self) -> None:
+        """Besides that everybody has come back whom nobody has decided against."""
+        self.check_at_rest()
+        assert self.state.lost | self.state.lost_dense == set()
+        assert self.state.view.placement.slots.keys() == self.wanted
+
     def wake(self) -> None:
         """Ranks that hung go on."""
         self.hung.clear()
@@ -203,12 +200,21 @@ class World:
             self.in_use.pop(uid, None)
             self.queue.append(MemberLost(uid, self.dense.pop(uid)))
 
+    def place(self, *uids: str) -> None:
+        """There is room for these again."""
+        self.placeless.difference_update(uids)
+        ready = [ask for ask in self.unplaced if ask.task.uid in uids]
+        self.unplaced = [ask for ask in self.unplaced if ask not in ready]
+        for ask in ready:
+            self._answer(ask, "none")
+
     def restart(self) -> None:
         """The coordinator dies, and another one reads the log."""
         log = msgspec.json.decode(msgspec.json.encode(self.log))
         self.state, operation = recovered(log, self.limits, has_router=True)
         view = self.state.view
         self.queue.clear()
+        self.unplaced.clear()
         self._carry_out(self.state.resume(operation, self.now_s))
         for m in view.members:
             if m.role == "shard" and (m.uid, m.incarnation) not in self.shards:
@@ -217,6 +223,16 @@ class World:
                 self.queue.append(MemberLost(m.uid, m.incarnation))
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _decided(self, operation: Operation) -> None:
+        match operation.target:
+            case ScaleTo(shards=int()) if operation.outcome == "done":
+                self.wanted = set(self.state.view.placement.slots)
+            case ScaleTo() | Drain():
+                if operation.round or operation.outcome == "done":
+                    self.wanted |= {uid for uid in operation.joiners if not is_dense(uid)}
+                gone = operation.target.uids if isinstance(operation.target, Drain) else ()
+                self.wanted -= set(gone) if operation.outcome == "done" else set()
 
     def _machine(self, view: View, room: Any, incarnations: Any) -> CoordinatorState:
         return CoordinatorState(
@@ -232,6 +248,7 @@ class World:
             self.check()
             if isinstance(effect, Settled):
                 self.settled.append(effect.operation)
+                self._decided(effect.operation)
             elif isinstance(effect, Alarm):
                 self.alarms.append(effect.text)
             elif isinstance(effect, Publish):
@@ -274,86 +291,17 @@ class World:
         if here == "fail":
             self.queue.append(CallFailed(ask.call, "it says no"))
             return
-        done = self._do(ask.task, here)
+        task = ask.task
+        if isinstance(task, StartShard | StartDense) and task.uid in self.placeless:
+            self.unplaced.append(ask)
+            return
+        if isinstance(task, Stop):
+            life = (task.uid, task.incarnation)
+            self.unplaced = [a for a in self.unplaced if _life_of(a.task) != life]
+        try:
+            done = self._do(task, here)
+        except ClusterError as failed:
+            self.queue.append(CallFailed(ask.call, str(failed)))
+            return
         if done is not None:
             self.queue.append(Answered(ask.call, done[0]))
-
-    def _do(self, task: Task, here: Fault) -> tuple[Answer] | None:
-        """What came of it; None: nobody answers, since it is dead."""
-        living = next((key for key in self.shards if key[0] == task.uid), None)
-        match task:
-            case StartShard(uid=uid) | StartDense(uid=uid) if uid in self.placeless:
-                return None
-            case StartShard(uid=uid, incarnation=incarnation, experts=experts):
-                key = (uid, incarnation)
-                pairs = pairs_of(experts, LAYERS)
-                self.shards[key], self.slots_of[key] = set(pairs), task.num_slots
-                digests = {pair: digest(pair) for pair in pairs}
-                if here == "flip" and pairs:
-                    digests[pairs[0]] = "other bytes"
-                room = (task.num_slots,) * len(LAYERS)
-                return (Started(member=member(uid, incarnation), digests=digests, room=room),)
-            case StartDense(uid=uid, incarnation=incarnation):
-                self.dense[uid] = incarnation
-                return (Started(member=member(uid, incarnation)),)
-            case Quiesce(uid=uid):
-                if uid not in self.dense:
-                    return None
-                assert all(uid != m.uid for m in self.state.view.members), "it may get requests"
-                self.quiet.append(uid)
-                return (None,)
-            case Stop(uid=uid) if is_dense(uid):
-                if self.dense.get(uid) == task.incarnation:
-                    del self.dense[uid]
-                    self.in_use.pop(uid, None)
-                return (None,)
-            case Stop():
-                self.shards.pop((task.uid, task.incarnation), None)
-                return (None,)
-            case Offer() | Adopt():
-                return self._on_view(task)
-        if living is None:
-            return None
-        held = self.shards[living]
-        copies = self.copies.setdefault(living, set())
-        match task:
-            case HoldCopies(pairs=pairs):
-                assert not held & set(pairs), f"{living} serves {held & set(pairs)}"
-                copies.clear()
-                copies.update(pairs)
-                self.copies_wanted[living] = set(pairs)
-                for n in LAYERS:
-                    assert sum(layer == n for layer, _ in copies) <= self.limits.num_copies
-                return ({pair: digest(pair) for pair in pairs},)
-            case Copy(pairs=pairs):
-                own = set(pairs) & copies  # in slots of their own
-                copies -= own
-                held.update(pairs)
-                for n in LAYERS:
-                    used = sum(layer == n for layer, _ in held - own)
-                    assert used <= self.slots_of[living], f"{living}: {used} experts of layer {n}"
-                told = {pair: digest(pair) for pair in pairs}
-                return (told | ({pairs[0]: "other bytes"} if here == "flip" else {}),)
-            case Canary(pairs=pairs):
-                assert held >= set(pairs), f"{living} has no {set(pairs) - held}"
-                odd = " odd" if here == "odd canary" else ""
-                return (CanaryResult(kernels="k", outputs={p: f"{p}{odd}" for p in pairs}),)
-            case Fence(fenced=fenced):
-                self.refused[task.uid] = fenced
-                return (None,)
-            case Keep(experts=experts):
-                kept = set(pairs_of(experts, LAYERS))
-                copies |= (held - kept) & self.copies_wanted.get(living, set())
-                held &= kept
-                return ((self.slots_of[living],) * len(LAYERS),)
-        raise AssertionError(task)
-
-    def _on_view(self, task: Offer | Adopt) -> tuple[Answer] | None:
-        if task.uid == ROUTER:
-            return (task.view.view_hash,)
-        if task.uid not in self.dense:
-            return None
-        used = self.in_use.get(task.uid)
-        if isinstance(task, Adopt) and (used is None or task.view.epoch >= used.epoch):
-            self.in_use[task.uid] = task.view
-        return (task.view.view_hash,)

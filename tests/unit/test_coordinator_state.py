@@ -21,7 +21,7 @@ from remora.cluster.operation import (
     Target,
     Tick,
 )
-from remora.cluster.restore_tries import RESTORES_MAX, RestoreTries
+from remora.cluster.restore_tries import RESTORES_MAX
 from remora.comm.errors import ClusterError, ConfigError
 
 EIGHT = tuple(range(8))
@@ -333,18 +333,6 @@ def test_a_restore_that_fails_is_tried_again_later_each_time_until_the_disk_has_
     assert [op.outcome for op in it.settled] == ["failed"] * 5 + ["done"]
     assert "7" in it.settled[-1].operation_id, "each try has an id of its own"
     it.check_at_rest()
-
-
-def test_who_dies_meanwhile_does_not_wait_for_the_next_try() -> None:
-    tries = RestoreTries(1.0)
-    assert tries.over(["shard-0"], is_done=False, now_s=10.0) == [] and tries.due_s == 11.0
-    assert tries.over(["shard-0"], is_done=False, now_s=11.0) == [] and tries.due_s == 13.0
-    tries.lost()
-    assert tries.due_s is None
-    assert tries.over(["shard-0", "shard-1"], is_done=False, now_s=12.0) == []
-    assert tries.due_s == 16.0
-    assert tries.over(["shard-0", "shard-1"], is_done=True, now_s=17.0) == []
-    assert tries.over(["shard-0"], is_done=False, now_s=20.0) == [] and tries.due_s == 21.0
 
 
 def test_a_rank_that_hangs_is_fenced_before_its_slots_are_freed_and_let_in_when_it_wakes() -> None:
