@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from remora.actors.launch import actor_name, coordinator_name, router_name
 from remora.actors.router_lookup import router_address
 from remora.cluster.bootstrap import (
@@ -25,6 +27,7 @@ NAME = "dense-elastic"
 HANG_S = 15.0  # two cores, shared: who gets on is not taken for one that hangs
 
 
+@pytest.mark.long
 def test_streams_flow_while_dense_groups_die_come_and_go(live: Any, tmp_path: Path) -> None:
     config = live.deployment(NAME, elastic={"log_dir": str(tmp_path), "hang_s": HANG_S})
     handle = ensure_cluster(config)
