@@ -28,11 +28,10 @@ from remora.cluster.operation import (
     Stop,
     Task,
     gives_way,
-    is_dense,
 )
 from remora.cluster.operation_plan import FreeMemory, Situation
 from remora.cluster.restore_tries import RestoreTries
-from remora.comm.view import View, uncovered
+from remora.comm.view import View
 
 HISTORY_MAX: Final = 64  # operations that are remembered by their id
 RETRIES_MAX: Final = 5  # of a task that must be done in the end
@@ -102,7 +101,6 @@ class CoordinatorCalls(ABC):
         self._are_copies_due = False  # to be planned anew, once nothing runs that gets on
         self._taken_over: set[tuple[str, int]] = set()  # lives that were tried to be taken over
         self._asked_s: dict[str, float] = {}  # when who joins was asked to start
-        self._since_s: dict[str, float] = {}  # the same of its first try since it died
         self._loads: Held = {}  # and what it was told to hold
         self._joined: dict[str, Started] = {}
         self._left_out: list[tuple[str, int]] = []  # lives that were to join, and do not
@@ -196,36 +194,22 @@ class CoordinatorCalls(ABC):
         return isinstance(task, Keep | Stop | Fence | Quiesce)
 
     def _may_restore(self) -> bool:
-        """Whether a member that is due can begin to come back now: nothing runs, or it waits for
-        room, and it is not that requests wait for nobody but those that are there."""
+        """Whether a member that is due can begin to come back now."""
         if self.operation is None:
             return self._logging is None
-        if not self._is_preparing():
-            return False
-        if not self._is_restore():
-            return gives_way(self.operation.target)
-        return not (self._joined and self._is_served(self._joined))
+        target = self.operation.target
+        is_open = gives_way(target) or (isinstance(target, Restore) and not self._joined)
+        return is_open and self._is_preparing()
 
     def _is_restore(self) -> bool:
         return self.operation is not None and isinstance(self.operation.target, Restore)
 
     def _stuck_from_s(self) -> float:
-        """When a restore finds no room, as far as one can tell."""
-        return self._last_since_s(self._running().joiners) + self._limits.patience_s
+        """When a restore of which nobody is there finds no room, as far as one can tell."""
+        return self._last_asked_s(self._running().joiners) + self._limits.patience_s
 
-    def _last_since_s(self, uids: Iterable[str]) -> float:
-        return max((self._since_s[uid] for uid in uids), default=self._now_s)
-
-    def _is_served(self, back: Collection[str] = ()) -> bool:
-        """Whether any request can be, with those of `back` besides those that live: there is a
-        dense group, and all experts."""
-        has_dense = self._living_dense() or any(map(is_dense, back))
-        return bool(has_dense) and not self._has_gaps(self.view, self.lost.difference(back))
-
-    @staticmethod
-    def _has_gaps(view: View, dead: Collection[str]) -> bool:
-        """Whether there is an expert that dead shards alone hold."""
-        return bool(uncovered(view.placement, view.placement.slots.keys() - dead))
+    def _last_asked_s(self, uids: Iterable[str]) -> float:
+        return max((self._asked_s[uid] for uid in uids), default=self._now_s)
 
     def _is_preparing(self) -> bool:
         return self._running().step == "prepare" and self._logging is None

@@ -2,9 +2,8 @@
 
 Those that are due begin an operation (`Restore`); who becomes due while processes start is taken
 in. Where some are there and others take much longer, these are left out and come back by themselves
-afterwards; so is one whose start fails. Where nothing is gained by who is there, and the rest finds
-no room for a while, the operation gives way to whatever is asked for; as long as no request can be
-served, to what need not wait for room itself. Pure.
+afterwards; so is one whose start fails. Where none is there after a while, for want of room, the
+operation gives way to whatever is asked for. Pure.
 """
 
 from abc import abstractmethod
@@ -43,8 +42,10 @@ class MemberRestores(OperationSteps):
     def _restore_lost(self) -> None:
         """Members that died come back, as an operation of our own; what is served by nobody else
         is taken over first."""
+        if not self._may_restore():
+            return
         due = self._restores.due(self._lacking(), self._now_s)
-        if not due or not self._may_restore():
+        if not due:
             return
         if self.operation is None:
             self._begin_own(due)
@@ -96,15 +97,13 @@ class MemberRestores(OperationSteps):
         self._go_on()
 
     def _is_there(self, uid: str) -> None:
-        """One that comes back has started: the others get a few times as long as it took. Where
-        requests wait for nobody else, no more than `patience_s`; where they wait for others, these
-        have all their time, since no view is of use without them."""
-        if not self._is_restore() or not self._is_served(self._joined):
+        """One that comes back has started: the others get a few times as long as it took."""
+        if not self._is_restore() or self._until_s is None:
             return
-        took_s = self._now_s - self._asked_s[uid] if self._is_served() else 0.0
+        took_s = self._now_s - self._asked_s[uid]
         more_s = max(self._limits.patience_s, STRAGGLE_FACTOR * took_s)
-        until_s = max(self._now_s, self._last_since_s(self._silent()) + more_s)
-        self._until_s = until_s if self._until_s is None else min(self._until_s, until_s)
+        until_s = self._last_asked_s(self._silent()) + more_s
+        self._until_s = min(self._until_s, max(self._now_s, until_s))
 
     def _yields_to(self, target: Target) -> bool:
         """Whether the operation that runs is undone, as it waits for who joins, for another one
@@ -115,16 +114,13 @@ class MemberRestores(OperationSteps):
         return self._may_restore()
 
     def _check_served(self) -> None:
-        """For an operation that may wait for room: not before those for whom requests wait.
-
-        Raises:
-            OperationRunsError: there are some.
-        """
+        """Raises OperationRunsError: nobody can be served before members are back that died, so
+        that no operation is to wait for room in their stead."""
         dead = self._restores.hopeful(self._died())
-        if dead and not self._is_served():
+        if dead and (not self._living_dense() or self._has_gaps(self.view, self.lost)):
             raise OperationRunsError(
-                f"no request can be served before {', '.join(dead)} are back: nobody else joins"
-                " before that, or before they are given up"
+                f"requests wait for {', '.join(dead)}: nobody else joins before they are back, or"
+                " are given up"
             )
 
     def _is_stuck(self) -> bool:

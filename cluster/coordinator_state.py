@@ -129,7 +129,7 @@ class CoordinatorState(MemberRestores):
                 self._tick()
         self._restore_lost()
         is_calm = self.operation is None and self._logging is None
-        if self._are_copies_due and is_calm:
+        if self._are_copies_due and (is_calm or self._is_stuck()):
             self._ask_copies()
         if self._logging is None:
             self.memory = None  # it gets old
@@ -336,7 +336,6 @@ class CoordinatorState(MemberRestores):
                 return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
             self._restores.forget([uid])
-            self._since_s.pop(uid, None)
             self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)

@@ -41,7 +41,7 @@ from remora.cluster.operation_plan import (
 from remora.cluster.placement_steps import additions, pairs_of, rounds
 from remora.cluster.second_copies import plan_copies
 from remora.comm.errors import ConfigError
-from remora.comm.view import View
+from remora.comm.view import View, uncovered
 
 STEP_S_MIN: Final = 2.0
 QUIESCE_SHARE: Final = 0.8  # of the time for a drain: a retiring dense group finishes within it
@@ -85,7 +85,6 @@ class OperationSteps(CoordinatorFences):
         layers = self.view.placement.moe_layers
         joining = {u: pairs_of(operation.slots[u], layers) for u in uids if not is_dense(u)}
         self._asked_s |= dict.fromkeys(uids, self._now_s)
-        self._since_s = dict.fromkeys(uids, self._now_s) | self._since_s
         self._loads |= {uid: operation.slots[uid] for uid in joining}
         copies = copy_sources(joining, self._held, layers, self.copies)
         served = {pair for held in self._held.values() for pair in pairs_of(held, layers)}
@@ -353,6 +352,11 @@ class OperationSteps(CoordinatorFences):
         """Shards of the view that the operation leaves dead."""
         anew = operation.joiners.keys() if operation.round == 0 else set()
         return sorted(self.lost - anew - set(operation.retirees))
+
+    @staticmethod
+    def _has_gaps(view: View, dead: Collection[str]) -> bool:
+        """Whether there is an expert that dead shards alone hold."""
+        return bool(uncovered(view.placement, view.placement.slots.keys() - dead))
 
     # -- checks and plans ---------------------------------------------------------------------
 

@@ -40,9 +40,9 @@ class SimOperator:
         if isinstance(target, ScaleTo) and target.shards is not None and is_done:
             self.shards = set(operation.slots)
         elif isinstance(target, ScaleTo | Drain) and (is_done or operation.round):
-            gone = set(operation.retirees) - self._world.view.placement.slots.keys()
             self.shards = self.shards | {u for u in operation.joiners if not is_dense(u)}
-            self.shards -= gone | set(target.uids if isinstance(target, Drain) and is_done else ())
+        if isinstance(target, Drain) and is_done:
+            self.shards = self.shards - set(target.uids)
 
     def members(self) -> set[str]:
         """Those that there are to be, whether they live or not."""

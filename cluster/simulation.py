@@ -20,7 +20,7 @@ from remora.cluster.restore_tries import RESTORES_MAX
 from remora.cluster.sim_coordinator import DEATH_TOLD_S, LIMITS
 from remora.cluster.sim_deployment import Deployment
 from remora.cluster.sim_dispatch import CALL_TIMEOUT_S, HOLD_S
-from remora.cluster.sim_faults import PLACELESS_S, Fault, draw_faults
+from remora.cluster.sim_faults import Fault, draw_faults
 from remora.cluster.sim_health import EVERY_S, HANG_S, SILENT
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS
 from remora.cluster.sim_network import Violation, uid_of
@@ -35,7 +35,7 @@ OPERATIONS: Final = (1, 3)
 ASK_AGAIN_S: Final = 0.3
 BETWEEN_S: Final = (0.1, 1.5)  # operations
 # Every step of an operation has its limit; several rounds and a restart of the coordinator fit in.
-OPERATION_S: Final = 80 * LIMITS.drain_s + PLACELESS_S[-1][1]
+OPERATION_S: Final = 80 * LIMITS.drain_s
 REST_S: Final = HOLD_S + 2 * OPERATION_S  # for requests and restored shards, after the last fault
 GAP_PLANNED_S: Final = 6 * STEP_S  # longest of a stream while only operations happen
 # A death is told, a process starts, loads every expert, and a view with it goes through its steps.

@@ -231,7 +231,6 @@ class World(Members):
             case ScaleTo() | Drain():
                 if operation.round or operation.outcome == "done":
                     self.wanted |= {uid for uid in operation.joiners if not is_dense(uid)}
-                    self.wanted -= set(operation.retirees) - self.state.view.placement.slots.keys()
                 gone = operation.target.uids if isinstance(operation.target, Drain) else ()
                 self.wanted -= set(gone) if operation.outcome == "done" else set()
 

@@ -26,9 +26,9 @@ FAULTS: tuple[Fault, ...] = (
 )  # fmt: skip
 
 
-def without_place(*uids: str, twice: bool = True, room: int = 8) -> World:
+def without_place(*uids: str, twice: bool = True) -> World:
     """These have died, and there is no room for them."""
-    it = World(BOTH if twice else TWO, num_experts=8, room=room, replicas=2 if twice else 1)
+    it = World(BOTH if twice else TWO, num_experts=8, room=8, replicas=2 if twice else 1)
     it.placeless.update(uids)
     for uid in uids:
         it.kill(uid)
@@ -135,17 +135,14 @@ def test_who_is_given_up_and_held_experts_alone_keeps_no_dense_group_away() -> N
     assert ("shard-1", 10) in it.shards
 
 
-@pytest.mark.parametrize("target", [ScaleTo(3), Drain(("shard-0",), "needed")])
-def test_a_shard_that_somebody_else_brought_back_is_restored_when_it_dies_anew(
-    target: Target,
-) -> None:
-    it = without_place("shard-1", twice=False, room=4)
-    it.settle()
+def test_a_shard_that_somebody_else_brought_back_is_restored_when_it_dies_anew() -> None:
+    it = hopeless()
     it.placeless.clear()
-    assert it.run("one", target).joiners.keys() == {"shard-1", "shard-2"}
+    assert it.run("up", ScaleTo(3)).joiners.keys() == {"shard-1", "shard-2"}
     it.kill("shard-1")
     it.settle()
-    it.check_all_back()
+    it.check_at_rest()
+    assert it.state.lost == set()
 
 
 @pytest.mark.parametrize("how", ["fail", "flip", "dies"])
@@ -168,7 +165,6 @@ def test_a_start_that_fails_is_left_out_and_tried_again_later(how: str) -> None:
         it.kill(uid)
     it.settle(0.5)
     assert it.in_use.keys() == it.dense.keys() == {"dense-0", "dense-1"}
-    assert how == "dies" or set(it.dense.values()) == {2}, "nobody had to start again"
     assert it.state.lost == {"shard-1"} and it.state.lost_dense == set()
     it.settle()
     assert tried_s == [0.0, 1.0, 3.0, 7.0]
@@ -202,7 +198,6 @@ def test_who_dies_while_others_start_joins_them_also_in_the_log() -> None:
     it.restart()
     it.settle(200.0)
     assert it.settled[0].reason == "the coordinator was started again before the first commit"
-    assert it.settled[1].begun_s == 100.0, "that is nobody's fault"
     assert it.dense == {"dense-0": 1, "dense-1": 3}, "the life that had begun was ended"
     it.place("shard-1")
     it.settle()
@@ -227,13 +222,13 @@ def test_taking_over_goes_before_those_that_start() -> None:
     it.check_at_rest()
 
 
-@pytest.mark.parametrize("target", [Drain(("shard-1",)), ScaleTo(1), Drain(("dense-1",))])
+@pytest.mark.parametrize("target", [Drain(("shard-1",)), ScaleTo(1), ScaleTo(dense_groups=3)])
 def test_what_is_asked_for_goes_before_a_restore_that_is_stuck(target: Target) -> None:
     it = without_place("shard-1")
     with pytest.raises(OperationRunsError, match=r"restore-shard-1.2' runs \(step prepare\)"):
         it.ask("mine", target)  # it may be there any moment
     it.settle(LIMITS.patience_s)
-    for nothing in (ScaleTo(2), ScaleTo(3, gives_way=True)):
+    for nothing in (ScaleTo(dense_groups=2), ScaleTo(3, gives_way=True)):
         with pytest.raises(OperationRunsError):
             it.ask("other", nothing)
     it.ask("mine", target)
@@ -242,9 +237,9 @@ def test_what_is_asked_for_goes_before_a_restore_that_is_stuck(target: Target) -
     assert (mine.outcome, it.now_s) == ("done", LIMITS.patience_s)
     assert waited.reason == "it gives way to 'mine'"
     assert not waited.gave_way, "nobody has to ask for it again"
-    is_away = target == Drain(("dense-1",))
+    is_away = target == ScaleTo(dense_groups=3)
     running = it.state.operation
-    assert (running.joiners if running else {}) == ({"shard-1": 3} if is_away else {}), "at once"
+    assert (running.joiners if running else {}) == ({"shard-1": 3} if is_away else {})
     it.place("shard-1")
     it.settle()
     it.check_at_rest()

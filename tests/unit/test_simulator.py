@@ -1,28 +1,18 @@
 """The simulator: it replays, says what it did, and finds machines that are broken on purpose."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from remora.actors.dense_state import DenseState
 from remora.actors.expert_state import ExpertState
 from remora.actors.health_state import HealthState
-from remora.cluster import (
-    cli,
-    coordinator_recovery,
-    coordinator_state,
-    operation_plan,
-    operation_steps,
-)
-from remora.cluster.coordinator_restores import MemberRestores
+from remora.cluster import cli, operation_plan
 from remora.cluster.coordinator_state import CoordinatorState
-from remora.cluster.former_places import former_after
-from remora.cluster.operation import Held, Offer, Quiesce, Restore, Step, TakeOver, Target, Task
+from remora.cluster.operation import Quiesce
 from remora.cluster.operation_steps import OperationSteps
-from remora.cluster.restore_tries import RestoreTries
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_faults import Fault, read_faults
 from remora.cluster.sim_log import SimLog
@@ -55,12 +45,6 @@ LOST_AND_NOT_RESTORED = (
     Fault(kind="out of memory", who="joiner", step="over", when="before", operation=1),
 )
 STOPPED = (Fault(kind="stop", who="shard", step="over", when="before", for_s=60.0),)
-STUCK = Fault(kind="no place", who="shard", step="over", when="before", operation=1, for_s=40.0)
-GIVEN_UP = msgspec.structs.replace(STUCK, for_s=190.0)
-KILLED = Fault(kind="kill", who="dense", step="over", when="after", operation=1)
-AND_THEN_KILLED = Fault(kind="kill", who="dense", step="undo", when="after")
-NO_MORE = Fault(kind="no place", who="joiner", step="plan", when="before", operation=1, for_s=40.0)
-KILLED_MEANWHILE = msgspec.structs.replace(KILLED, step="prepare", when="during")
 KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
 Patch = pytest.MonkeyPatch
 
@@ -81,18 +65,6 @@ def test_hosts_that_go_away_are_left_in_time_or_die_with_what_is_there() -> None
         lines = [line for o in outcomes for line in o.trace]
         assert any("operation evacuate-" in line for line in lines)
         assert any("dies with host-" in line for line in lines) == ended
-
-
-def test_members_that_find_no_place_come_back_when_there_is_room() -> None:
-    """Also those that were given up; and streams go on that waited for the last dense group."""
-    group = msgspec.structs.replace(GIVEN_UP, who="dense")
-    for faults in ((GIVEN_UP, KILLED, KILLED), (group, STUCK, KILLED), (NO_MORE, KILLED_MEANWHILE)):
-        outcomes = [run_seed(seed, faults, traced=True) for seed in SEEDS[:6]]
-        assert not [(o.seed, o.violation) for o in outcomes if o.violation is not None]
-        lines = [line for o in outcomes for line in o.trace]
-        assert any("finds no place" in line for line in lines)
-        assert any("were given up" in line for line in lines) == (NO_MORE not in faults)
-        assert group not in faults or max(o.longest_gap_s for o in outcomes) > 150.0
 
 
 def test_faults_of_a_file(tmp_path: Path) -> None:
@@ -156,67 +128,6 @@ def serve_what_was_not_verified(patch: Patch) -> None:
     )
     patch.setattr(OperationSteps, "_digest_fault", lambda *_: None)
     patch.setattr(OperationSteps, "_canary_fault", lambda *_: None)
-
-
-def wait_for_whoever_died(patch: Patch) -> None:
-    """One that finds no place keeps those waiting that are there."""
-    patch.setattr(MemberRestores, "_is_there", lambda *_: None)
-
-
-def take_nobody_in(patch: Patch) -> None:
-    """One that finds no place keeps those waiting that die after it."""
-    patch.setattr(MemberRestores, "_take_in", lambda *_: None)
-
-
-def stop_for_anybody_dead(patch: Patch) -> None:
-    """Also where nothing is to be done with a shard that died."""
-    copy = OperationSteps._copy
-
-    def copied(self: OperationSteps) -> None:
-        dead = self._dead(self._running())
-        if dead:
-            self._abort(f"{dead} died")
-        else:
-            copy(self)
-
-    patch.setattr(OperationSteps, "_copy", copied)
-
-
-def connect_to_the_dead(patch: Patch) -> None:
-    """Dense ranks are offered shards that nobody can reach."""
-    begin = OperationSteps._begin
-
-    def begun(self: OperationSteps, step: Step, limit_s: float, tasks: Iterable[Task]) -> None:
-        view = self._next
-        if step == "commit" and view is not None:
-            tasks = [Offer(uid=t.uid, view=view) if isinstance(t, Offer) else t for t in tasks]
-        begin(self, step, limit_s, tasks)
-
-    patch.setattr(OperationSteps, "_begin", begun)
-
-
-def forget_who_is_away(patch: Patch) -> None:
-    """Whatever else is done once others have taken over."""
-
-    def forgotten(target: Target, former: Held, before: Held, after: Held) -> Held:
-        keeps = isinstance(target, TakeOver | Restore)
-        return former_after(target, former, before, after) if keeps else {}
-
-    for module in (coordinator_state, operation_steps, coordinator_recovery):
-        patch.setattr(module, "former_after", forgotten)
-
-
-def give_up_for_good(patch: Patch) -> None:
-    """Also when somebody has looked."""
-    patch.setattr(RestoreTries, "forget_all", lambda *_: None)
-
-
-def let_an_operation_go_before_the_last_group(patch: Patch) -> None:
-    """Nobody is served as long as it waits for room."""
-    patch.setattr(
-        CoordinatorState, "_is_in_the_way",
-        lambda self, uid: uid in self.lost and not (self._is_preparing() and self._is_restore()),
-    )  # fmt: skip
 
 
 def never_restore(patch: Patch) -> None:
@@ -353,13 +264,6 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (second_copies_are_not_verified, "4:", FLIPPED),
     (nobody_looks_for_progress, "8:", STOPPED),
     (share_slots_with_second_copies, "9:", 2 * FLIPPED_IN_COPY),
-    (wait_for_whoever_died, "8:", (STUCK, KILLED, KILLED)),
-    (take_nobody_in, "7:", (STUCK, KILLED, KILLED)),
-    (stop_for_anybody_dead, "8:", (STUCK, KILLED, KILLED)),
-    (connect_to_the_dead, "11:", (STUCK, AND_THEN_KILLED)),
-    (forget_who_is_away, "7:", (STUCK,)),
-    (give_up_for_good, "7:", (GIVEN_UP,)),
-    (let_an_operation_go_before_the_last_group, "8:", (NO_MORE, KILLED_MEANWHILE)),
 ]
 
 
