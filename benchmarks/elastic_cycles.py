@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/elastic_cycles.py --quick
 
 100 cycles (`--quick`: 5) on a real Ray cluster, without streams and without standbys. Processes,
-memory, ports, shared memory and placement groups of the deployment after the last are compared with
-those after the first: that one makes what is made once (buffers, connections, code).
+memory, ports, shared memory, placement groups and actor classes of the deployment after the last
+are compared with those after the first: that one makes what is made once (buffers, connections,
+code).
 """
 
 import sys
@@ -48,6 +49,7 @@ def cycles(handle: ClusterHandle, count: int) -> list[dict[str, Any]]:
                 "segments": occupied["segments"],
                 "named_segments": occupied["named_segments"],
                 "placement_groups": occupied["placement_groups"],
+                "actor_classes": occupied["actor_classes"],
                 "occupied": occupied,
             }
         )

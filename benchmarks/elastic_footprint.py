@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_list
 from ray.util import list_named_actors
 
 from remora.actors.launch import RAY_NAMESPACE
@@ -20,6 +21,7 @@ def footprint(name: str) -> dict[str, Any]:
         listeners: TCP ports that they listen on. segments: shared memory with or without a name
         that they map. named_segments: entries of /dev/shm but for semaphores of multiprocessing,
         which we have none of and other programs of the machine make. placement_groups: not removed.
+        actor_classes: that Ray was told of, each of which it keeps.
     """
     prefix = f"remora/{name}/"
     names = [a["name"] for a in list_named_actors(all_namespaces=True)]
@@ -35,6 +37,7 @@ def footprint(name: str) -> dict[str, Any]:
         "placement_groups": sum(
             group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()
         ),
+        "actor_classes": len(_internal_kv_list(b"ActorClass", namespace=b"fun")),
     }
 
 

@@ -266,6 +266,12 @@ class OperationRunner:
                 self._wal.replace(self._state.snapshot())
             except WalError as failed:
                 logger.warning("the log stays long: %s", failed)
-        if self._state.operation is None:
-            self._settled()
         self._changed.notify_all()
+        self.soon(self._settle)
+
+    def _settle(self) -> None:
+        """Who waits for the operation has been told before: what comes now may take long."""
+        with self._changed:
+            is_settled = self._state.operation is None and not self._closed
+        if is_settled:
+            self._settled()

@@ -4,6 +4,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import cache
 from typing import Any, Final
 
 import ray
@@ -64,8 +65,15 @@ def answer_of(
 def make_member(kind: type, name: str, options: Mapping[str, Any], *told: Any) -> Any:
     """The actor of a member, or of a standby. Who waits for its end has a thread of its own there
     (`end_of`): a coordinator that died leaves one that waits, and the next ones must be heard."""
+    return _actor_class(kind).options(name=name, **options).remote(*told)
+
+
+@cache
+def _actor_class(kind: type) -> Any:
+    """Ray's class of a kind of member, made once: to tell Ray of one takes 30 ms of a core, and Ray
+    keeps each that it was told of."""
     remote: Any = ray.remote  # its overloads know no groups of a class given later
-    return remote(concurrency_groups={ENDS: 1})(kind).options(name=name, **options).remote(*told)
+    return remote(concurrency_groups={ENDS: 1})(kind)
 
 
 def end_of(handle: Any) -> "Future[None]":
