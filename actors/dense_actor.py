@@ -18,12 +18,12 @@ from remora.actors.dense_load import load_dense, look_at
 from remora.actors.dense_model import DenseModel
 from remora.actors.dense_rank import DenseRank, allocate_pages
 from remora.actors.dense_state import DenseState
+from remora.actors.draft import Known
 from remora.actors.executor import Executor
 from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, advertised_ip, host_label, member_of, take_threads
 from remora.actors.load_sharing import LoadSharing
-from remora.actors.model_spec import ModelSpec
 from remora.actors.nccl_node import NcclNode
 from remora.actors.routing_tap import RoutingTap, tap_of
 from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
@@ -56,10 +56,9 @@ class DenseActor:
     """One dense rank. `cluster` wraps it with `ray.remote`; tests run it in their own process."""
 
     def __init__(
-        self, launch: DenseLaunch, hardware: Hardware | None = None, spec: ModelSpec | None = None
+        self, launch: DenseLaunch, hardware: Hardware | None = None, known: Known | None = None
     ) -> None:
-        self._launch, self._spec = launch, spec
-        self._given = hardware
+        self._launch, self._given, self._known = launch, hardware, known or Known()
         self._progress = Progress(phase="starting")
         self._server: FrameServer | None = None
         self._engine: DenseEngine | None = None
@@ -228,7 +227,7 @@ class DenseActor:
         launch = self._launch
         take_threads(launch.num_threads)
         self._hardware = self._given or Hardware.of(launch.device)
-        spec, dtype = look_at(launch, self._spec)
+        spec, dtype = look_at(launch, self._known.spec)
         self._dtype = str(dtype).removeprefix("torch.")
         self._leader = self._lead()
         form = self._leader.settle_form(launch, spec, dtype) if self._leader else "none"
@@ -240,6 +239,7 @@ class DenseActor:
             leader=self._leader,
             slice_rows=form == "speculative",
             progress=self._note_progress,
+            known=self._known,
         )
         if self._leader is not None:
             self._shuffle = token_shuffle(form, self._leader.group, model.spec, model.sliced)
@@ -325,7 +325,7 @@ class DenseActor:
         )
 
     def _serve(self) -> None:
-        assert self._engine is not None and self._server is not None and self._peers is not None
+        assert self._engine and self._server and self._peers
         try:
             if self._stopping:
                 self._engine.stop()

@@ -5,17 +5,14 @@ from typing import TypeVar
 
 import torch
 
-from remora.actors import dense_surgery, model_build
-from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel, build_dense
+from remora.actors.draft import Known
 from remora.actors.launch import take_threads
 from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
 from remora.actors.thread_policy import run_idle
 from remora.actors.tp_leader import Leader
-from remora.actors.weights import Progress, WeightPlan
-
-NO_ENGINE = -1
+from remora.actors.weights import Progress
 
 T = TypeVar("T")
 
@@ -34,22 +31,6 @@ def look_at(launch: DenseLaunch, spec: ModelSpec | None) -> tuple[ModelSpec, tor
     return _in_time(launch, look)
 
 
-def rehearse(path: str, spec: ModelSpec) -> None:
-    """Do what only the first `build_dense` of a process takes long for, and keep none of it:
-    `transformers` compiles its table of conversions then (1,000 patterns), and we look through the
-    model's classes.
-
-    Of what building the demo model takes a standby when it joins it was more than half: 150 of 230
-    ms of a core that others serve on.
-    """
-    dtype = resolve_dtype(spec, "auto")
-    model = model_build.build_meta(spec.config, dtype)
-    model_build.compute_buffers(model)
-    with Checkpoint.open(path) as checkpoint:
-        WeightPlan(model, checkpoint, dtype)
-    dense_surgery.wrap_layers(model, NO_ENGINE)
-
-
 def load_dense(
     launch: DenseLaunch,
     spec: ModelSpec,
@@ -59,8 +40,9 @@ def load_dense(
     leader: Leader | None,
     slice_rows: bool,
     progress: Progress,
+    known: Known,
 ) -> DenseModel:
-    """As `build_dense`."""
+    """As `build_dense`; what is `known` of the model's structure is used up."""
     return _in_time(
         launch,
         lambda: build_dense(
@@ -73,6 +55,7 @@ def load_dense(
             group=leader.group if leader is not None else None,
             device=device,
             slice_rows=slice_rows,
+            draft=known.take_draft(),
         ),
     )
 

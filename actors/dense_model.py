@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from remora.actors import (
     attention_op,
     dense_surgery,
-    model_build,
     row_linear_patch,
     tp_surgery,
 )
-from remora.actors.checkpoint_files import Checkpoint
 from remora.actors.dense_surgery import CursorLayer
+from remora.actors.draft import Draft, current_draft, structure
 from remora.actors.layer_program import Recording
 from remora.actors.merge_linears import MergeLinears
 from remora.actors.model_spec import ModelSpec
@@ -33,7 +32,7 @@ from remora.actors.step_context import StepContext, steps
 from remora.actors.step_program import Split, StepProgram, split
 from remora.actors.tp_shuffle import Sliced
 from remora.actors.tp_surgery import Part
-from remora.actors.weights import Progress, WeightPlan
+from remora.actors.weights import Progress
 from remora.comm.collectives import DryGroup, Group
 from remora.kernels.device import CPU, home_of
 
@@ -269,6 +268,7 @@ def build_dense(
     group: Group | None = None,
     device: torch.device = CPU,
     slice_rows: bool = False,
+    draft: Draft | None = None,
 ) -> DenseModel:
     """Load the dense side of a checkpoint.
 
@@ -284,15 +284,17 @@ def build_dense(
         device: where it computes; a GPU has torch's linears and Triton's attention.
         slice_rows: layers of the usual shape divide their rows among the ranks before their gate
             (`shuffle_surgery`).
+        draft: made in advance, and used up; it is made again where it is none of this call.
 
     Raises:
         WeightsError: naming file and tensor.
         ConfigError: a group whose size does not divide the heads.
     """
-    model, sites = _prepare(spec, dtype, exact=exact)
+    _register(exact=exact)
+    draft = current_draft(draft, path, spec, dtype)
+    model, sites, plan = draft.model, draft.sites, draft.plan
     owned = dense_surgery.owned_names(model, [site.name for site in sites])
-    with Checkpoint.open(path) as checkpoint:
-        plan = WeightPlan(model, checkpoint, dtype)
+    with draft.checkpoint:
         plan.check_complete(owned)
         part = None
         if group is not None:
@@ -319,7 +321,8 @@ def build_hollow(
 
     For a compiler, which must see everything but the values.
     """
-    model, sites = _prepare(spec, dtype, exact=exact)
+    _register(exact=exact)
+    model, sites = structure(spec, dtype)
     part = None
     if group is not None:
         part, spec = tp_surgery.take_part(model, spec, group)
@@ -334,15 +337,10 @@ def build_hollow(
     return _finish(model, spec, dtype, max_positions, part, slice_rows=slice_rows)
 
 
-def _prepare(
-    spec: ModelSpec, dtype: torch.dtype, *, exact: bool
-) -> tuple[Any, tuple[model_build.ExpertsSite, ...]]:
-    """The model on the meta device and its experts modules."""
+def _register(*, exact: bool) -> None:
+    """What `transformers` calls of ours, before a model is made."""
     attention_op.register_interfaces()
     row_linear_patch.install(exact=exact)
-    model = model_build.build_meta(spec.config, dtype)
-    model_build.compute_buffers(model)
-    return model, model_build.expert_sites(model)
 
 
 def _finish(

@@ -79,12 +79,7 @@ class DenseProcess(LightProcess["DenseActor", DenseLaunch]):
         counter_of(spec).warm()
         return spec
 
-    def _rehearse(self, model: str, spec: "ModelSpec") -> None:
-        from remora.actors.dense_load import rehearse
-
-        rehearse(model, spec)
-
     def _make(self, launch: DenseLaunch) -> "DenseActor":
         from remora.actors.dense_actor import DenseActor
 
-        return DenseActor(launch, spec=self._spec)
+        return DenseActor(launch, known=self._known())

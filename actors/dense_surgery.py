@@ -4,12 +4,9 @@ The model comes on the meta device and is filled tensor by tensor; `nn.Linear` w
 for the kernels as they arrive, so the peak is what the process owns and one tensor more.
 """
 
-import ast
 import functools
-import inspect
-import textwrap
-from collections.abc import Callable, Hashable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -221,31 +218,7 @@ def _with_last_position(forward: Callable[..., Any], max_positions: int) -> Call
 def wrap_layers(model: Any, engine_id: int) -> list[CursorLayer]:
     """Puts every decoder layer into a `CursorLayer`, in the model too; returns them in order."""
     name, layers = model_build.decoder_layers(model)
-    for module in layers.modules():
-        # A number that differs between equal layers would make each of them compile anew.
-        if hasattr(module, "layer_idx") and _only_names_cache(cast(Hashable, type(module))):
-            cast(Any, module).layer_idx = 0
     wrapped = [CursorLayer(layer, index, engine_id) for index, layer in enumerate(layers)]
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList(wrapped))
     return wrapped
-
-
-@functools.cache
-def _only_names_cache(kind: Any) -> bool:
-    """Whether a class uses `layer_idx`, after construction, only to name its part of the cache."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    for function in (node for node in functions if node.name != "__init__"):
-        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-        naming = {
-            id(argument)
-            for call in calls
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "update"
-            for argument in call.args
-        }
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and node.attr == "layer_idx":
-                if id(node) not in naming:
-                    return False
-    return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from remora.actors.actor_thread import ActorThread
+from remora.actors.draft import Known
 from remora.actors.expert_copies import CopyGiver
 from remora.actors.hardware import Hardware
 from remora.actors.launch import (
@@ -25,7 +26,7 @@ from remora.actors.launch import (
     member_of,
     take_threads,
 )
-from remora.actors.model_spec import ModelSpec, inspect_model, resolve_dtype
+from remora.actors.model_spec import inspect_model, resolve_dtype
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.shard_build import build_shard
 from remora.actors.shard_facts import ShardFacts
@@ -52,15 +53,9 @@ class ExpertActor:
     """One expert shard; `shard_process` is the actor class around it."""
 
     def __init__(
-        self,
-        launch: ShardLaunch,
-        hardware: Hardware | None = None,
-        *,
-        spec: ModelSpec | None = None,
+        self, launch: ShardLaunch, hardware: Hardware | None = None, known: Known | None = None
     ) -> None:
-        """`spec`: of the model, where somebody has looked at it already."""
-        self._launch = launch
-        self._spec = spec
+        self._launch, self._known = launch, known or Known()
         self._given = hardware
         self._nccl: NcclShard | None = None
         self._stream: ConductorStream | None = None
@@ -248,7 +243,7 @@ class ExpertActor:
     def _load(self) -> ShardExperts:
         launch = self._launch
         take_threads(launch.num_threads)
-        spec = self._spec or inspect_model(launch.model)
+        spec = self._known.spec or inspect_model(launch.model)
         return build_shard(
             launch.model,
             spec,
@@ -260,6 +255,7 @@ class ExpertActor:
             num_copies=launch.num_copies,
             progress=self._note_progress,
             device=self._hardware.device,
+            draft=self._known.take_draft(),
         )
 
     def _prepare_nccl(self, shard: ShardExperts, nccl: NcclLaunch) -> Callable[[], None]:

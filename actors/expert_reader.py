@@ -2,32 +2,26 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from remora.actors import model_build
-from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.draft import Draft
 from remora.actors.model_spec import ModelSpec
-from remora.actors.weights import WeightPlan
 
 
 class ExpertReader:
     """Reads single experts of a checkpoint, in the served dtype.
 
     Args:
-        checkpoint: may be closed between reads: a read opens what it needs.
+        draft: its checkpoint may be closed between reads: a read opens what it needs.
 
     Attributes:
         sites: the experts modules of the model on the meta device, by decoder layer.
         plan: of all its tensors.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> None:
-        model = model_build.build_meta(spec.config, dtype)
-        model_build.compute_buffers(model)
-        self._checkpoint = checkpoint
-        self.sites: dict[int, Any] = {site.layer: site for site in model_build.expert_sites(model)}
-        self.plan = WeightPlan(model, checkpoint, dtype)
+    def __init__(self, draft: Draft, spec: ModelSpec) -> None:
+        self._checkpoint, self.plan = draft.checkpoint, draft.plan
+        self.sites: dict[int, Any] = {site.layer: site for site in draft.sites}
         self._names = [name for name, _ in spec.expert.shapes]
 
     def targets(self, layer: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from remora.actors.launch import Progress
 from remora.actors.thread_policy import run_idle
 
 if TYPE_CHECKING:
+    from remora.actors.draft import Draft, Known
     from remora.actors.model_spec import ModelSpec
 
 
@@ -70,6 +71,7 @@ class LightProcess(Generic[A, L]):
         self._lock = threading.Lock()
         self._importing = threading.Lock()
         self._spec: ModelSpec | None = None
+        self._drafted: Draft | None = None
         self._actor: A | None = None
         self._begun = threading.Event()  # there is an actor, or there will be none
 
@@ -88,8 +90,8 @@ class LightProcess(Generic[A, L]):
         with objects_that_stay(), self._importing:
             look = partial(self._look_at, model)
             spec = self._spec = run_idle("remora-warm-up", look) if idle else look()
-            if idle:  # who loads next does all of it then
-                run_idle("remora-rehearse", partial(self._rehearse, model, spec))
+            if idle:  # who loads next does it then
+                self._drafted = run_idle("remora-draft", partial(_draft, model, spec))
         return replace(spec, config=None)
 
     def progress(self) -> Progress:
@@ -129,9 +131,6 @@ class LightProcess(Generic[A, L]):
     def _make(self, launch: L) -> A:
         raise NotImplementedError
 
-    def _rehearse(self, model: str, spec: "ModelSpec") -> None:
-        """Do what only the first load of a process takes long for."""
-
     # -- inside -------------------------------------------------------------------------------
 
     def _begin(self, launch: L | None) -> A:
@@ -149,6 +148,13 @@ class LightProcess(Generic[A, L]):
             self._begun.set()
         return self._actor
 
+    def _known(self) -> "Known":
+        """What was seen in advance, for `_make`; a draft is given away."""
+        from remora.actors.draft import Known
+
+        drafted, self._drafted = self._drafted, None
+        return Known(self._spec, drafted)
+
     def _made(self) -> A:
         assert self._actor is not None, "asked before it was started"
         return self._actor
@@ -158,3 +164,10 @@ class LightProcess(Generic[A, L]):
         from remora.actors.model_spec import inspect_model
 
         return inspect_model(model)
+
+
+def _draft(model: str, spec: "ModelSpec") -> "Draft":
+    from remora.actors.draft import draft_model
+    from remora.actors.model_spec import resolve_dtype
+
+    return draft_model(model, spec, resolve_dtype(spec, "auto"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from remora.actors import model_build
-from remora.actors.checkpoint_files import Checkpoint
+from remora.actors.draft import Draft, current_draft
 from remora.actors.expert_gate import find_gate
 from remora.actors.expert_reader import ExpertReader
 from remora.actors.expert_state import ExpertDigest, ExpertState
@@ -40,6 +40,7 @@ def build_shard(
     num_copies: int = 0,
     progress: Progress | None = None,
     device: torch.device = CPU,
+    draft: Draft | None = None,
 ) -> ShardExperts:
     """Load experts of a checkpoint into slots.
 
@@ -56,6 +57,7 @@ def build_shard(
             are filled. None on a GPU.
         progress: called with (bytes done, bytes in all).
         device: where the experts live and compute; rows come and go on the CPU.
+        draft: made in advance, and used up; it is made again where it is none of this call.
 
     Raises:
         WeightsError: naming file and tensor; or a slot does not hold what was written into it.
@@ -66,8 +68,9 @@ def build_shard(
     )
     most = max(map(len, experts_by_layer.values()), default=0)
     assert num_slots is None or most <= num_slots, f"{most} experts of a layer, {num_slots} slots"
-    with Checkpoint.open(path) as checkpoint:
-        reader = ExpertReader(checkpoint, spec, dtype)
+    draft = current_draft(draft, path, spec, dtype)
+    with draft.checkpoint:
+        reader = ExpertReader(draft, spec)
         for index in experts_by_layer:
             reader.check(index)
         counter = _Counter(reader, experts_by_layer, progress)

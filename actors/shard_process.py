@@ -76,4 +76,4 @@ class ShardProcess(LightProcess["ExpertActor", ShardLaunch]):
     def _make(self, launch: ShardLaunch) -> "ExpertActor":
         from remora.actors.expert_actor import ExpertActor
 
-        return ExpertActor(launch, spec=self._spec)
+        return ExpertActor(launch, known=self._known())

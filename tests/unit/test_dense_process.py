@@ -5,16 +5,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from support.checkpoints import make_checkpoint
 from support.imports import HEAVY, imported_at_once
 from support.local_cluster import LocalCluster
 
-from remora.actors import dense_load
+from remora.actors import dense_load, draft
+from remora.actors.dense_model import build_dense
 from remora.actors.dense_process import DenseProcess
+from remora.actors.draft import draft_model
+from remora.actors.model_spec import inspect_model
 from remora.comm import plan
 from remora.comm.routing_counter import RoutingCounter
 
@@ -72,6 +77,7 @@ def test_a_standby_becomes_the_group_that_it_is_told_to_be(
     process.warm_up(launch.model)
     assert compiled == [plan, cluster.spec.moe_layers], "numba's code comes in advance, too"
     monkeypatch.setattr(dense_load, "inspect_model", None)  # it has looked
+    monkeypatch.setattr(draft, "draft_model", None)
     assert process.status()["phase"] == "starting", "it holds nothing, and serves nobody"
     try:
         member = process.start(msgspec.structs.replace(launch, load_idle=True))
@@ -86,27 +92,44 @@ LOADS = """
 import re
 import sys
 from remora.actors import dense_actor
-from remora.actors.dense_load import rehearse
+from remora.actors.draft import draft_model
 from remora.actors.dense_model import build_dense
 from remora.actors.model_spec import inspect_model, resolve_dtype
 
 spec = inspect_model(sys.argv[1])
-if sys.argv[2] == "rehearsed":
-    rehearse(sys.argv[1], spec)
+dtype, draft = resolve_dtype(spec, "auto"), None
+if sys.argv[2] == "drafted":
+    draft = draft_model(sys.argv[1], spec, dtype)
 compile, patterns = re._compiler.compile, []
 re._compiler.compile = lambda *args: patterns.append(args) or compile(*args)
-build_dense(sys.argv[1], spec, dtype=resolve_dtype(spec, "auto"), exact=True)
+build_dense(sys.argv[1], spec, dtype=dtype, exact=True, draft=draft)
 print(len(patterns))
 """
 
 
-def test_who_has_rehearsed_loads_without_compiling_the_conversions(cluster: LocalCluster) -> None:
+def test_who_has_a_draft_loads_without_compiling_the_conversions(cluster: LocalCluster) -> None:
     counts = {}
-    for how in ("rehearsed", "at once"):
+    for how in ("drafted", "at once"):
         arguments = [sys.executable, "-c", LOADS, str(cluster.launch().model), how]
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
         counts[how] = int(done.stdout.split()[-1])
-    assert counts["rehearsed"] < 10 and counts["at once"] > 100, counts
+    assert counts["drafted"] < 10 and counts["at once"] > 100, counts
+
+
+def test_a_draft_is_of_files_as_they_were(tmp_path: Path) -> None:
+    path, other = (make_checkpoint(tmp_path / name, "qwen3_moe") for name in ("one", "other"))
+    spec, dtype = inspect_model(path), torch.float32
+    drafted = draft_model(path, spec, dtype)
+    assert drafted.is_of(str(path), dtype)
+    assert not drafted.is_of(path, torch.bfloat16)
+    assert not drafted.is_of(other, dtype)
+    build = partial(build_dense, path, spec, dtype=dtype, exact=True)
+    assert build(draft=drafted).model is drafted.model
+    file = next(path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes())  # for all we know, others
+    os.utime(file, ns=(0, 0))
+    assert not drafted.is_of(path, dtype)
+    assert build(draft=drafted).model is not drafted.model
 
 
 def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> None:

@@ -12,7 +12,7 @@ from support.checkpoints import make_checkpoint
 from support.imports import HEAVY, imported_at_once
 from support.local_cluster import LocalCluster
 
-from remora.actors import expert_actor, model_spec
+from remora.actors import draft, expert_actor, model_spec
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_process import ShardProcess
 
@@ -84,7 +84,9 @@ def test_what_is_stopped_before_it_started_has_ended(cluster: LocalCluster) -> N
     process.until_end()
 
 
-def test_a_standby_becomes_the_shard_that_it_is_told_to_be(cluster: LocalCluster) -> None:
+def test_a_standby_becomes_the_shard_that_it_is_told_to_be(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch = cluster.shard_launch("shard-0", cluster.view.placement)
     process = ShardProcess()
     seen = process.warm_up(launch.model)
@@ -96,8 +98,11 @@ def test_a_standby_becomes_the_shard_that_it_is_told_to_be(cluster: LocalCluster
         told = msgspec.structs.replace(
             launch, uid="shard-7", incarnation=4, load_idle=True, process_name="remora/standby"
         )
+        monkeypatch.setattr(draft, "draft_model", None)  # it has made one
         facts = process.join(told)
-        assert process._actor is not None and process._actor._spec is spec, "looked at once"
+        assert process._actor is not None
+        known = process._actor._known
+        assert known.spec is spec, "looked at once"
         assert (facts.member.uid, facts.member.incarnation) == ("shard-7", 4)
         assert facts.member.actor_name == "remora/standby"
         assert facts.manifest == cluster.shards[0].facts().manifest
