@@ -65,8 +65,12 @@ COLD: list[tuple[str, Target]] = [
 WARM: list[tuple[str, Target]] = [
     ("settle", halves("shard-0", "shard-1")),
     ("2 to 4 warm", ScaleTo(4)),
-    ("dense added warm", ScaleTo(dense_groups=2)),
 ]
+WARM_DENSE: list[tuple[str, Target]] = [  # 0.2 s, some 20 tokens of a stream: more of them
+    ("dense added warm", ScaleTo(dense_groups=2)),
+    ("alone again", ScaleTo(dense_groups=1)),
+]
+PREPARING = ("settle", "halves", "alone again")  # these only make the next one what it is
 
 
 async def operations(
@@ -91,7 +95,7 @@ async def operations(
             await asyncio.sleep(AFTER_S)
             during = streams.window(begin_s, end_s)
             calm = streams.window(begin_s - min(end_s - begin_s, pause_s), begin_s)
-            if name not in ("settle", "halves"):  # those only make the next one what it is
+            if name not in PREPARING:
                 rows.append(_row(name, found, paired, during, calm))
     return rows, streams
 
@@ -116,13 +120,20 @@ def _row(
     }
 
 
-def warm_scale_up(pause_s: float) -> tuple[list[Any], Streams]:
-    """Rows of a deployment of its own, whose standbys are warm before each operation."""
+def warm_scale_up(pause_s: float, rounds: int) -> tuple[list[Any], Streams]:
+    """Rows of a deployment of its own, whose standbys are warm before each operation.
+
+    Args:
+        rounds: of a dense group more.
+    """
     config = deployment(NAME, elastic={"warm_standby": JOINERS, "warm_dense": 1})
     handle = ensure_cluster(config)
     try:
         _until(_are_warm)
-        return asyncio.run(operations(config, handle, WARM, pause_s, 1, _are_warm))
+        rows, streams = asyncio.run(operations(config, handle, WARM, pause_s, 1, _are_warm))
+        more, seen = asyncio.run(operations(config, handle, WARM_DENSE, pause_s, rounds, _are_warm))
+        streams.add(seen)
+        return rows + more, streams
     finally:
         stop_cluster(NAME)
 
@@ -156,7 +167,7 @@ def main(args: Namespace) -> None:
         cold_s = time.perf_counter() - begin_s
         stop_cluster(NAME)
         for _ in range(rounds):
-            more, seen = warm_scale_up(pause_s)
+            more, seen = warm_scale_up(pause_s, rounds)
             rows += more
             streams.add(seen)
     for failure in streams.failed:
