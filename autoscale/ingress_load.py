@@ -206,5 +206,7 @@ def _offered(
         return 0.0
     accepted, ended = sum(load.accepted for load in known), sum(load.ended for load in known)
     prompt = sum(load.prompt_tokens for load in known) / max(1, accepted)
-    output = sum(load.generated_tokens for load in known) / max(1, ended)
+    # Those under way have had half of theirs, in the mean. Left out, the first sequences of a
+    # deployment would make the length of one out of what all of them got so far.
+    output = sum(load.generated_tokens for load in known) / max(1.0, (ended + accepted) / 2)
     return arrived * (prompt + output) / passed_s

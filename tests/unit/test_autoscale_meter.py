@@ -51,7 +51,7 @@ def test_a_sample_is_what_came_since_the_last_one_of_all_ingresses() -> None:
     first = meter.sample(1.0, units=2, operation=None)
     assert first.load is None and first.ttft_s == {}, "what it counted before is of no interval"
     meter.report(told("a", arrived=120, accepted=110, prompt_tokens=1100, ended=60,
-                      generated_tokens=300, ttft={10: 95}), 5.0)  # fmt: skip
+                      generated_tokens=425, ttft={10: 95}), 5.0)  # fmt: skip
     meter.report(told("b", arrived=7), 5.0)
     second = meter.sample(6.0, units=3, operation="op")
     # 20 sequences in 5 s, of 10 prompt and 5 output tokens each; b's 7 came before it was known
@@ -59,6 +59,29 @@ def test_a_sample_is_what_came_since_the_last_one_of_all_ingresses() -> None:
     assert set(second.ttft_s) == {"p50", "p90", "p95", "p99"}
     assert (second.units, second.operation) == (3, "op")
     assert meter.sample(7.0, units=3, operation=None).load == 0.0, "nothing new is known to come"
+
+
+def test_the_first_sequences_of_a_deployment_are_not_taken_for_one() -> None:
+    """10 a second of 100 prompt and 1,000 output tokens, 20 tokens a second each: before 50 s are
+    over none has ended, and until then what is offered is not known to be more than twice that."""
+    meter, true = LoadMeter(fresh_s=15.0), 10 * 1100.0
+    meter.report(told(), 0.0)
+    meter.sample(0.0, units=1, operation=None)
+    seen = []
+    for at_s in range(5, 305, 5):
+        ages_s = [at_s - number / 10 for number in range(10 * at_s)]
+        got = [min(1000, int(20 * age_s)) for age_s in ages_s]
+        meter.report(
+            told(
+                arrived=len(got), accepted=len(got), prompt_tokens=100 * len(got),
+                ended=got.count(1000), generated_tokens=sum(got),
+            ),
+            float(at_s),
+        )  # fmt: skip
+        load = meter.sample(float(at_s), units=1, operation=None).load
+        assert load is not None
+        seen.append(load / true)
+    assert max(seen) < 1.1 and seen[-1] == pytest.approx(1.0, abs=0.02), seen
 
 
 def test_groups_are_counted_once_and_shards_compared() -> None:
