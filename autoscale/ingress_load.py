@@ -111,8 +111,8 @@ class LoadMeter:
     def __init__(self, fresh_s: float) -> None:
         self._fresh_s = fresh_s
         self._last: dict[str, tuple[float, IngressLoad]] = {}  # by source, in order of arrival
-        self._taken: dict[str, IngressLoad] = {}  # what the last sample went up to
-        self._taken_s: float | None = None
+        self._taken: dict[str, tuple[float, IngressLoad]] = {}  # what the last sample went up to
+        self._rates: dict[str, float] = {}  # sequences a second, as told last
 
     def report(self, load: IngressLoad, at_s: float) -> None:
         """Take what an ingress tells."""
@@ -120,11 +120,12 @@ class LoadMeter:
         self._last[load.source] = (at_s, load)
         if before is None:
             # what it counted before it was known is not of this interval
-            self._taken.setdefault(load.source, load)
+            self._taken.setdefault(load.source, (at_s, load))
         while len(self._last) > SOURCES_MAX:
             oldest = next(iter(self._last))
             del self._last[oldest]
             self._taken.pop(oldest, None)
+            self._rates.pop(oldest, None)
 
     @property
     def sources(self) -> int:
@@ -139,22 +140,22 @@ class LoadMeter:
             units: that the pool has now.
             operation: that runs.
         """
-        fresh = {
-            source: load
-            for source, (then_s, load) in self._last.items()
-            if at_s - then_s <= self._fresh_s
-        }
-        known = {s: load for s, (_, load) in self._last.items()}
-        pairs = [(self._taken[source], load) for source, load in known.items()]
-        passed_s = None if self._taken_s is None else at_s - self._taken_s
-        self._taken, self._taken_s = dict(known), at_s
-        gone = [source for source in known if source not in fresh]
-        for source in gone:  # its last totals are in this sample
-            del self._last[source], self._taken[source]
+        taken, self._taken = self._taken, dict(self._last)
+        pairs = [(taken[source][1], load) for source, (_, load) in self._last.items()]
+        for source, (then_s, load) in self._last.items():
+            from_s, before = taken[source]
+            if then_s > from_s:  # else nothing came from it in this interval: as it was told last
+                self._rates[source] = (load.arrived - before.arrived) / (then_s - from_s)
+        known = [load for _, load in self._last.values()]
+        for source, (then_s, _) in list(self._last.items()):
+            if at_s - then_s > self._fresh_s:  # its last totals are in this sample
+                del self._last[source], self._taken[source]
+                self._rates.pop(source, None)
+        fresh = [load for _, load in self._last.values()]
         if not fresh:
             return Sample(at_s=at_s, units=units, operation=operation)
         groups: dict[str, GroupLoad] = {}
-        for load in fresh.values():  # who reported last knows best
+        for load in fresh:  # who reported last knows best
             groups |= load.groups
         total = sum(group.kv_total for group in groups.values())
         return Sample(
@@ -166,7 +167,7 @@ class LoadMeter:
             waiting=sum(group.waiting for group in groups.values()) if groups else None,
             kv_use=sum(g.kv_used for g in groups.values()) / total if total else None,
             imbalance=_imbalance(groups),
-            load=_offered(pairs, list(known.values()), passed_s),
+            load=_offered(list(self._rates.values()), known),
         )
 
 
@@ -191,22 +192,17 @@ def _imbalance(groups: Mapping[str, GroupLoad]) -> float | None:
     return max(1.0, max(sums) / mean) if mean > 0 else None
 
 
-def _offered(
-    pairs: list[tuple[IngressLoad, IngressLoad]], known: list[IngressLoad], passed_s: float | None
-) -> float | None:
-    """Tokens a second that came: sequences that arrived, at the mean length of all so far.
+def _offered(rates: list[float], known: list[IngressLoad]) -> float | None:
+    """Tokens a second that come: sequences that arrive, at the mean length of all so far.
 
     A pool that cannot keep up generates less than it is asked for, so what is generated is no
     measure of what is offered; and how much a sequence will be is not known when it arrives.
     """
-    if passed_s is None or passed_s <= 0:
+    if not rates:
         return None
-    arrived = sum(new.arrived - old.arrived for old, new in pairs)
-    if arrived == 0:
-        return 0.0
     accepted, ended = sum(load.accepted for load in known), sum(load.ended for load in known)
     prompt = sum(load.prompt_tokens for load in known) / max(1, accepted)
     # Those under way have had half of theirs, in the mean. Left out, the first sequences of a
     # deployment would make the length of one out of what all of them got so far.
     output = sum(load.generated_tokens for load in known) / max(1.0, (ended + accepted) / 2)
-    return arrived * (prompt + output) / passed_s
+    return sum(rates) * (prompt + output)

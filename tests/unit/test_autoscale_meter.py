@@ -58,7 +58,23 @@ def test_a_sample_is_what_came_since_the_last_one_of_all_ingresses() -> None:
     assert second.load == pytest.approx(20 * 15 / 5)
     assert set(second.ttft_s) == {"p50", "p90", "p95", "p99"}
     assert (second.units, second.operation) == (3, "op")
-    assert meter.sample(7.0, units=3, operation=None).load == 0.0, "nothing new is known to come"
+    assert meter.sample(7.0, units=3, operation=None).load == second.load, "as it was told last"
+
+
+def test_samples_between_two_reports_do_not_see_an_idle_pool() -> None:
+    """Reports and samples have the same period and clocks of their own: at times no report falls
+    between two samples, and two between the next."""
+    meter = LoadMeter(fresh_s=15.0)
+    reports_s = [0.1, 5.1, 10.2, 14.9, 20.1, 24.8]
+    loads, waits = [], 0
+    for number in range(6):
+        for at_s in [at_s for at_s in reports_s if 5 * (number - 1) < at_s <= 5 * number]:
+            n = round(20 * at_s)
+            meter.report(told(arrived=n, accepted=n, prompt_tokens=30 * n, ended=n), at_s)
+            waits += 1
+        loads.append(meter.sample(5.0 * number, units=1, operation=None).load)
+    assert waits == len(reports_s)
+    assert loads[:2] == [None, None] and loads[2:] == pytest.approx([600.0] * 4)
 
 
 def test_the_first_sequences_of_a_deployment_are_not_taken_for_one() -> None:
@@ -106,7 +122,9 @@ def test_an_ingress_that_is_gone_says_nothing_any_more() -> None:
     gone = meter.sample(20.0, units=1, operation=None)
     assert gone.waiting is None and gone.load is None and meter.sources == 0
     meter.report(told("a", arrived=5, accepted=5, prompt_tokens=50), 21.0)
-    assert meter.sample(22.0, units=1, operation=None).load == 0.0, "known anew from here on"
+    assert meter.sample(22.0, units=1, operation=None).load is None, "known anew from here on"
+    meter.report(told("a", arrived=5, accepted=5, prompt_tokens=50), 26.0)
+    assert meter.sample(27.0, units=1, operation=None).load == 0.0
 
 
 def test_totals_travel_whole() -> None:
