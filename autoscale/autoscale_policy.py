@@ -88,7 +88,7 @@ class Cooldowns(Section):
 
     up_s: Cooldown = 30.0  # after either; before more units
     down_s: Cooldown = 300.0  # after either; before fewer
-    rebalance_s: Cooldown = 120.0  # for a rebalance to show; then units are added
+    rebalance_s: Cooldown = 120.0  # for a rebalance, or a unit added after it, to show
     rebalance_again_s: Cooldown = 1800.0  # after this, an imbalance is rebalanced first again
 
     @model_validator(mode="after")

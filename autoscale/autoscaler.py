@@ -262,7 +262,9 @@ def _wanted(
     if signals.now.get("imbalance", 0.0) > 1 and units >= 2 and wanted <= units:
         assert state.rebalance_s is not None, "an imbalance that was never rebalanced adds no shard"
         since_s = sample.at_s - state.rebalance_s
-        if since_s >= policy.cooldowns.rebalance_s:
+        # a shard that was added has as long to show as the rebalance had
+        added_s = sample.at_s - (state.rebalance_s if state.up_s is None else state.up_s)
+        if min(since_s, added_s) >= policy.cooldowns.rebalance_s:
             wanted = units + 1
             why = (
                 f"imbalance at {signals.now['imbalance']:.2f} of its target,"

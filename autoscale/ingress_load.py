@@ -158,6 +158,12 @@ class LoadMeter:
         for load in fresh:  # who reported last knows best
             groups |= load.groups
         total = sum(group.kv_total for group in groups.values())
+        # Ratios of shards stay as they were when the last token was computed: of an idle pool they
+        # would be an imbalance for ever.
+        has_worked = any(
+            (old.accepted, old.generated_tokens) != (new.accepted, new.generated_tokens)
+            for old, new in pairs
+        )
         return Sample(
             at_s=at_s,
             units=units,
@@ -166,7 +172,7 @@ class LoadMeter:
             itl_s=_percentiles([(old.itl, new.itl) for old, new in pairs]),
             waiting=sum(group.waiting for group in groups.values()) if groups else None,
             kv_use=sum(g.kv_used for g in groups.values()) / total if total else None,
-            imbalance=_imbalance(groups),
+            imbalance=_imbalance(groups) if has_worked else None,
             load=_offered(list(self._rates.values()), known),
         )
 

@@ -136,6 +136,18 @@ def test_rebalances_first_and_adds_a_shard_second() -> None:
     assert made[-1].verdict == "rebalance", "600 s later it is tried again"
 
 
+def test_a_shard_that_was_added_has_time_to_show_before_another_is() -> None:
+    policy = policy_of(targets=IMBALANCE, cooldowns={**BASE["cooldowns"], "up_s": 10})
+    state, units, added_s = AutoscaleState(), 2, []
+    for number in range(30):
+        sample = sample_of(10.0 * number, units=units, imbalance=2.0)
+        decision, state = decide(policy, state, sample)
+        if decision.verdict == "scale":
+            added_s.append(sample.at_s)
+        units = decision.target_units
+    assert added_s == [80, 140, 200, 260], "rebalanced at 20 s, then 60 s for each"
+
+
 def test_while_a_rebalance_is_to_show_a_queue_still_grows_the_pool() -> None:
     policy = policy_of(targets=IMBALANCE)
     _, state = decisions_of(policy, every(10, 3, imbalance=2.0))

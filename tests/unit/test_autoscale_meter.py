@@ -109,10 +109,20 @@ def test_groups_are_counted_once_and_shards_compared() -> None:
     }
     meter.report(told("b", groups=new), 0.0)
     meter.report(told("a", groups=old), 1.0)
-    meter.report(told("b", groups=new), 2.0)
+    meter.report(told("b", groups=new, generated_tokens=1), 2.0)
     sample = meter.sample(3.0, units=2, operation=None)
     assert (sample.waiting, sample.kv_use) == (3, 4 / 20), "who reported last knows best"
     assert sample.imbalance == pytest.approx(1.25)
+
+
+def test_an_idle_pool_has_no_imbalance_left_over() -> None:
+    meter = LoadMeter(fresh_s=15.0)
+    hot = {"dense-0": group(s0=1.8, s1=0.2)}
+    seen = []
+    for number, tokens in enumerate((0, 50, 90, 90, 90)):
+        meter.report(told(accepted=1, generated_tokens=tokens, groups=hot), 5.0 * number)
+        seen.append(meter.sample(5.0 * number, units=2, operation=None).imbalance)
+    assert seen == [None, 1.8, 1.8, None, None]
 
 
 def test_an_ingress_that_is_gone_says_nothing_any_more() -> None:
