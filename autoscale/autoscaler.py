@@ -12,8 +12,9 @@ Two loops propose a number of units and the larger one counts:
 
 It shrinks when over `down_window_s` no target's ratio reached `down_below`, what stays has room,
 and the forecast agrees. An imbalance is rebalanced first; a shard is added where that did not
-suffice. While an operation runs nothing is decided but to wait, and samples taken meanwhile, or
-with another number of units, say nothing about the pool as it is: windows begin anew.
+suffice. While an operation runs nothing is decided but to wait, and samples taken meanwhile, with
+another number of units, or before a gap of over `window_s`, say nothing about the pool as it is:
+windows begin anew.
 """
 
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) ->
     if sample.operation is not None:
         since_s = None
     else:
-        if since_s is None or (state.samples and state.samples[-1].units != sample.units):
+        if since_s is None or _is_cut_off(policy, state, sample):
             since_s = now_s
         else:
             from_s = now_s - policy.reactive.down_window_s
@@ -136,6 +137,15 @@ def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) ->
     if policy.predictive is not None:
         update |= _foresee(policy.predictive, state, sample)
     return state.model_copy(update=update)
+
+
+def _is_cut_off(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> bool:
+    """Whether the samples before this one say nothing of the pool as it is: it had another number
+    of units, or it was not looked at for so long that what it did meanwhile is not known."""
+    if not state.samples:
+        return False
+    last = state.samples[-1]
+    return last.units != sample.units or sample.at_s - last.at_s > policy.reactive.window_s
 
 
 def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> dict[str, Any]:

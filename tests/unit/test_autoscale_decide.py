@@ -88,6 +88,15 @@ def test_shrinks_only_after_a_whole_quiet_window() -> None:
     assert [n for n, d in enumerate(made) if d.verdict == "scale"] == [18], "120 s after it"
 
 
+def test_a_time_without_samples_is_not_a_quiet_one() -> None:
+    """A coordinator that was busy or stopped: what came meanwhile was not seen."""
+    for gap_s, since_s in ((40.0, 100.0), (1000.0, 1060.0), (30.0, 0.0)):
+        samples = [*every(10, 7), *every(10, 13, 60.0 + gap_s)]
+        made, _ = decisions_of(policy_of(), samples)
+        first = next(n for n, d in enumerate(made) if d.verdict == "scale")
+        assert samples[first].at_s == since_s + 120, f"a whole window after {gap_s} s without any"
+
+
 @pytest.mark.parametrize(("seconds", "verdict"), [(1.21, "keep"), (1.19, "scale")])
 def test_a_latency_near_its_target_keeps_the_pool(seconds: float, verdict: str) -> None:
     """0.6 of 2 s is the line; one sample over it counts for the whole window."""
