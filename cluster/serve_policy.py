@@ -66,17 +66,12 @@ class IngressPolicy:
         seen_s = self._state.seen_s
         if self._wanted is not None and seen_s is not None and now_s - seen_s < self._every_s:
             return self._wanted, {}
-        running, target = context.current_num_replicas, context.target_num_replicas
+        # Of the replicas that were asked for, not of those that run: one that starts is not asked
+        # for twice, and one that finds no room keeps the others from nothing.
+        target = context.target_num_replicas
         ongoing = max(0.0, float(context.total_num_requests))
-        sample = Sample(
-            at_s=now_s,
-            units=running,
-            operation="serve" if running != target else None,
-            ongoing=ongoing,
-            load=ongoing,
-        )
+        sample = Sample(at_s=now_s, units=target, ongoing=ongoing, load=ongoing)
         decision, self._state = decide(self._policy, self._state, sample)
-        # while replicas come or go, what was asked for stays asked for
         self._wanted = target
         if decision.effect != "none":
             change = f"{decision.units} -> {decision.target_units}: {decision.reason}"

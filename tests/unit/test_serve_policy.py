@@ -97,6 +97,16 @@ def test_it_grows_once_while_replicas_start_and_shrinks_later() -> None:
     assert seen.index(4) * 5 >= 60, "not before its window is quiet"
 
 
+def test_a_replica_that_finds_no_room_is_let_go_with_the_load() -> None:
+    """It would be asked for for ever, and Ray's autoscaler would get a node for it."""
+    serve, room = Serve(ingress_policy()), 4
+    for ongoing, target in ((75.0, 8), (0.0, 1)):
+        for _ in range(400):
+            serve.tick(ongoing)
+            serve.running = min(room, serve.target)
+        assert serve.target == target
+
+
 def test_between_samples_it_says_what_it_said() -> None:
     serve = Serve(ingress_policy())
     ticks = [serve.tick(45.0, seconds=0.1) for _ in range(600)]
