@@ -83,14 +83,18 @@ class Autoscaler:
             self._meter.report(load, self._wall())
 
     def step(self) -> Decision:
-        """Sample, decide, log, and act where the policy's mode says so."""
+        """Sample, decide, log, and act where the policy's mode says so. Of one thread at a time."""
         now_s = self._wall()
         operation = self._rebalancing or self._running()
         self._note_end(operation)
+        units = self._units()
         with self._lock:
-            sample = self._meter.sample(now_s, units=self._units(), operation=operation)
+            sample = self._meter.sample(now_s, units=units, operation=operation)
             before = self._state
-            decision, self._state = decide(self._policy, before, sample)
+        # A forecast of the library's takes seconds, in which ingresses report and operators ask.
+        decision, after = decide(self._policy, before, sample)
+        with self._lock:
+            self._state = after
             self._log.decided(before, sample, decision)
             self._last, self._last_s = decision, now_s
             if decision.verdict in ("scale", "rebalance"):

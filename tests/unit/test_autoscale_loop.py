@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from remora.autoscale.autoscale_sample import AutoscaleState
 from remora.autoscale.autoscaler import decide
 from remora.autoscale.decision_lines import Replay, replay
 from remora.autoscale.ingress_load import GroupLoad, IngressLoad, LatencyBins
+from remora.cluster import autoscale_loop
 from remora.cluster.autoscale_log import OLDER_MAX, AutoscaleLog
 from remora.cluster.autoscale_loop import ACTION, Autoscaler
 from remora.cluster.cli import main
@@ -172,6 +174,25 @@ def test_what_is_refused_is_told_and_not_asked_again_at_once(tmp_path: Path) -> 
         assert [line["reason"] for line in logged(tmp_path) if line["kind"] == ACTION] == [
             "the disk is full"
         ]
+
+
+def test_nobody_waits_for_a_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast may take seconds: the calls of ingresses and operators do not wait for it."""
+    asked: list[Any] = []
+
+    def slow(*given: Any) -> Any:
+        other = threading.Thread(
+            target=lambda: asked.append([loop.scaler.status(), loop.scaler.gauges()]), daemon=True
+        )
+        other.start()
+        other.join(5.0)
+        return decide(*given)
+
+    with looping(tmp_path) as loop:
+        monkeypatch.setattr(autoscale_loop, "decide", slow)
+        loop.pass_by(2, waiting=1)
+        assert len(asked) == 2, "they had an answer before there was a decision"
+        assert asked[0][1] == {} and asked[1][0]["last"]["verdict"] == "keep"
 
 
 def test_without_an_ingress_nothing_is_known_and_nothing_done(tmp_path: Path) -> None:
