@@ -80,6 +80,8 @@ def decide(
     A decision to scale or rebalance starts its cooldown whether or not the mode lets it be carried
     out: advice is repeated once a cooldown, not with every sample.
     """
+    if state.seen_s is not None and sample.at_s < state.seen_s - policy.reactive.down_window_s:
+        state = AutoscaleState()  # the clock was set back: not to wait until it has come round
     if state.seen_s is not None and sample.at_s <= state.seen_s:
         reason = f"the sample is of {sample.at_s:.3f} s, not after the last of {state.seen_s:.3f} s"
         return _decision(policy, sample, "wait", sample.units, reason, {}), state

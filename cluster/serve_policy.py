@@ -64,8 +64,9 @@ class IngressPolicy:
         assert context.current_time is not None, "Serve's controller tells the time"
         now_s = context.current_time
         seen_s = self._state.seen_s
-        if self._wanted is not None and seen_s is not None and now_s - seen_s < self._every_s:
-            return self._wanted, {}
+        if self._wanted is not None and seen_s is not None:
+            if 0 <= now_s - seen_s < self._every_s:  # below: its clock was set back
+                return self._wanted, {}
         # Of the replicas that were asked for, not of those that run: one that starts is not asked
         # for twice, and one that finds no room keeps the others from nothing.
         target = context.target_num_replicas

@@ -220,6 +220,19 @@ def test_a_sample_that_is_not_newer_changes_nothing() -> None:
     assert after == state
 
 
+def test_a_clock_that_was_set_back_is_not_waited_for() -> None:
+    policy = policy_of(predictive=PREDICTIVE)
+    lines = [start_line(policy, AutoscaleState())]
+    samples = [*every(10, 20, 10_000), *every(10, 9, 6_400, waiting=500)]
+    made, state = decisions_of(policy, samples)
+    assert [d.verdict for d in made[20:23]] == ["keep", "keep", "scale"], "it begins anew"
+    assert state.since_s == 6_400
+    lines += [decision_line(*pair) for pair in zip(samples, made, strict=True)]
+    assert replay(lines).num_differences == 0
+    made, _ = decisions_of(policy, [*every(10, 3, 500), *every(10, 3, 490)])
+    assert [d.verdict for d in made[3:]] == ["wait", "wait", "wait"], "a little is waited for"
+
+
 def test_the_state_stays_small() -> None:
     _, state = decisions_of(
         policy_of(predictive=PREDICTIVE), every(0.01, SAMPLES_MAX + 50, kv_use=0.7)

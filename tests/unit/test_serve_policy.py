@@ -107,6 +107,14 @@ def test_a_replica_that_finds_no_room_is_let_go_with_the_load() -> None:
         assert serve.target == target
 
 
+def test_a_clock_that_was_set_back_is_not_waited_for() -> None:
+    serve = Serve(ingress_policy())
+    for _ in range(20):
+        serve.tick(15.0)
+    serve.tick(15.0, seconds=-3600.0)
+    assert [serve.tick(75.0) for _ in range(4)][-1] > 2
+
+
 def test_between_samples_it_says_what_it_said() -> None:
     serve = Serve(ingress_policy())
     ticks = [serve.tick(45.0, seconds=0.1) for _ in range(600)]
