@@ -24,6 +24,10 @@ DIFFERENCES_MAX: Final = 1000  # that a report lists; all are counted
 COMPARED: Final = ("verdict", "effect", "units", "target_units")  # not the wording of reasons
 
 
+class _NotWholeError(ConfigError):
+    """A line that is not JSON."""
+
+
 class _Start(Section):
     policy: AutoscalePolicy
     state: AutoscaleState
@@ -52,6 +56,7 @@ class Replay:
     decisions: int
     num_differences: int
     differences: tuple[Difference, ...]  # the first `DIFFERENCES_MAX`
+    cut_off: str | None = None  # what is wrong with the last line, which was left out
 
 
 def start_line(policy: AutoscalePolicy, state: AutoscaleState) -> str:
@@ -82,16 +87,23 @@ def replay(
             something else, not what would have come of it.
 
     Raises:
-        ConfigError: a line that is cut off or no such line, a decision before a start, or no
-            decision at all.
+        ConfigError: a line before the last that is cut off, no such line, a decision before a
+            start, or no decision at all.
     """
     state: AutoscaleState | None = None
     decider: AutoscalePolicy | None = None
     decisions, num_differences = 0, 0
     differences: list[Difference] = []
+    cut_off: _NotWholeError | None = None
     for number, text in enumerate(lines, 1):
+        if cut_off is not None:  # more follows: it is damaged
+            raise cut_off
         where = f"{source}:{number}"
-        kind, fields = _fields(text, where)
+        try:
+            kind, fields = _fields(text, where)
+        except _NotWholeError as error:  # the last one, where a disk was full or a host died
+            cut_off = error
+            continue
         if kind == START:
             start = parse_section(fields, _Start, source=where)
             if policy is None:
@@ -118,9 +130,13 @@ def replay(
                         )
                     )
     if not decisions:
-        raise ConfigError(f"{source}: no line of kind {DECISION}: nothing to replay")
+        nothing = ConfigError(f"{source}: no line of kind {DECISION}: nothing to replay")
+        raise cut_off or nothing
     return Replay(
-        decisions=decisions, num_differences=num_differences, differences=tuple(differences)
+        decisions=decisions,
+        num_differences=num_differences,
+        differences=tuple(differences),
+        cut_off=None if cut_off is None else str(cut_off),
     )
 
 
@@ -131,7 +147,7 @@ def _fields(text: str, where: str) -> tuple[str, dict[str, Any]]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{where}: not a whole JSON line: {error}") from None
+        raise _NotWholeError(f"{where}: not a whole JSON line: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: an object is needed, got {type(data).__name__}")
     kind = str(data.get("kind"))

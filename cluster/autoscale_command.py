@@ -65,6 +65,7 @@ def run_replay(options: Namespace) -> int:
         report = {
             "decisions": found.decisions,
             "num_differences": found.num_differences,
+            "cut_off": found.cut_off,
             "differences": [_fields(difference) for difference in found.differences],
         }
         print(json.dumps(report))
@@ -73,6 +74,8 @@ def run_replay(options: Namespace) -> int:
             print("\n".join(_difference_lines(difference)))
         if found.num_differences > SHOWN_MAX:
             print(f"... and {found.num_differences - SHOWN_MAX} more")
+        if found.cut_off is not None:
+            print(f"left out: {found.cut_off}")
         print(f"{found.decisions} decisions, {found.num_differences} differ")
     return DIFFERS if found.num_differences else OK
 

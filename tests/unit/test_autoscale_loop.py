@@ -258,6 +258,19 @@ def test_a_full_disk_costs_no_line_that_was_written_before(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 1 + OLDER_MAX
 
 
+def test_a_file_that_a_full_disk_ended_replays_up_to_there(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a line is written in part
+    try:
+        filled(tmp_path, lambda number: number < 40, bytes_max=40_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ended = [path for path in tmp_path.glob("*.jsonl.*") if not path.read_text().endswith("\n")]
+    assert ended, "or the disk was not full in the middle of a line"
+    for path in ended:
+        assert replayed(path).cut_off is not None
+
+
 def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
     config = load_config(overrides={"model": "m", "autoscale.policy": str(EXAMPLE)})
     policy = config.autoscale.policy

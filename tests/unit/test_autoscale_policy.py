@@ -165,6 +165,7 @@ def test_damaged_logs_are_refused_by_line(
         ("", "nothing to replay"),
         ("\n".join(lines[1:]), ":1: a decision before"),
         (f"{lines[0]}\n{lines[1][:40]}", ":2: not a whole JSON line"),
+        ("\n".join([*lines[:3], lines[3][:40], *lines[4:]]), ":4: not a whole JSON line"),
         (f"{lines[0]}\n[]", ":2: an object"),
         (f'{lines[0]}\n{{"kind": "autoscale_decision"}}', ":2: a line of kind"),
         (f"{lines[0]}\n{lines[1].replace('waiting', 'waited')}", "unknown key 'sample.waited'"),
@@ -174,3 +175,16 @@ def test_damaged_logs_are_refused_by_line(
         assert word in capsys.readouterr().err
     assert main(["autoscale", "replay", str(tmp_path / "none")]) == 2
     assert "cannot read the log" in capsys.readouterr().err
+
+
+def test_a_log_that_ends_in_the_middle_of_a_line_replays_up_to_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    lines = _log(log)
+    log.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    assert main(["autoscale", "replay", str(log)]) == 0
+    text = capsys.readouterr().out
+    assert "35 decisions, 0 differ" in text and f"left out: {log}:37: not a whole JSON" in text
+    assert main(["autoscale", "replay", str(log), "--json"]) == 0
+    assert ":37: not a whole" in json.loads(capsys.readouterr().out)["cut_off"]
