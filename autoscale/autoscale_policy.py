@@ -16,6 +16,7 @@ from remora.comm.errors import ConfigError
 
 POLICY_BYTES_MAX = 1 << 16
 SAMPLES_MAX = 1024  # remembered; the oldest go first, and windows are as long as what is left
+GAP_STEPS_MAX = 20  # steps without a sample that are filled in; after more the series begins anew
 HISTORY_MAX = 8192  # steps of load that a forecast is made from
 
 Percentile = Literal["p50", "p90", "p95", "p99"]
@@ -250,6 +251,13 @@ def check_windows(policy: AutoscalePolicy, sample_every_s: float) -> None:
         raise ValueError(
             f"sample_every_s = {sample_every_s:g}: window_s = {reactive.window_s:g} would never"
             f" hold samples_min = {reactive.samples_min} samples"
+        )
+    predictive = policy.predictive
+    if predictive is not None and sample_every_s > GAP_STEPS_MAX * predictive.step_s:
+        raise ValueError(
+            f"sample_every_s = {sample_every_s:g}: a forecast from steps of predictive.step_s ="
+            f" {predictive.step_s:g} bridges {GAP_STEPS_MAX} of them, and would never begin: at"
+            f" most {GAP_STEPS_MAX * predictive.step_s:g}"
         )
 
 

@@ -9,11 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy, Percentile
+from remora.autoscale.autoscale_policy import GAP_STEPS_MAX, AutoscalePolicy, Percentile
 from remora.autoscale.forecast import ForecasterName
 from remora.comm.checked import Section
-
-GAP_STEPS_MAX = 20  # steps without a sample that are filled in; after more the series begins anew
 
 Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -127,10 +127,11 @@ def _policy_lines(policy: "AutoscalePolicy") -> list[str]:
         bound = getattr(targets, name)
         if bound is not None:
             held.append(f"{name} <= {bound:g}")
+    paid = " (budget)" if policy.units_max < policy.bounds.max_units else ""
     lines = [
         f"policy of pool {policy.pool}, mode {policy.mode}",
         f"  targets     {', '.join(held)}",
-        f"  units       {policy.bounds.min_units} to {policy.units_max},"
+        f"  units       {policy.bounds.min_units} to {policy.units_max}{paid},"
         f" +{policy.bounds.step_up_max} / -{policy.bounds.step_down_max} a decision",
         f"  windows     up {policy.reactive.window_s:g} s, down {policy.reactive.down_window_s:g} s"
         f" below {policy.reactive.down_below:.0%}",

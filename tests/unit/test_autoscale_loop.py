@@ -289,6 +289,11 @@ def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
         ({}, 15.0, "samples_min = 3"),
         ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
         ({}, 0.01, "sample_every_s"),
+        (
+            {"predictive": {"load_per_unit": 9, "step_s": 0.2, "season_s": 60, "horizon_s": 2}},
+            5.0,
+            "would never begin: at most 4",
+        ),
     ],
 )
 def test_policies_that_cannot_be_held_to(

@@ -95,7 +95,11 @@ def test_check_says_what_a_policy_comes_to(
 ) -> None:
     assert main(["autoscale", "check", str(EXAMPLE)]) == 0
     text = capsys.readouterr().out
-    assert "pool experts, mode advise" in text and "2 to 12" in text and "ttft p99 <= 2 s" in text
+    assert (
+        "pool experts, mode advise" in text
+        and "2 to 12 (budget)," in text
+        and "ttft p99 <= 2 s" in text
+    )
     assert main(["autoscale", "check", str(EXAMPLE), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["units_max"] == 12
     bad = tmp_path / "bad.yaml"
