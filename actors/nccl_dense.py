@@ -260,6 +260,7 @@ class NcclSource:
             home_tables={i: home_shards(t, is_local, link.rank) for i, t in tables.items()},
             replica_tables=tables,
             local_S=np.array(is_local, np.uint8),
+            deadline_s=self._launch.step_timeout_s,
         )
 
     def _view_of(self, roster: Roster) -> View:

@@ -30,6 +30,7 @@ class SourceExchange:
         home_tables: layer -> int64 [E + 1] (`nccl_plan.home_shards`), for decode.
         replica_tables: layer -> int16 [E, R] (`replicas.replica_tables`), for exact.
         local_S: 1 for shards on this host.
+        deadline_s: until the layer before an exact one is over.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class SourceExchange:
         home_tables: Mapping[int, NDArray[np.int64]],
         replica_tables: Mapping[int, NDArray[np.int16]],
         local_S: NDArray[np.uint8],
+        deadline_s: float = 30.0,
     ) -> None:
         self._link = link
+        self._deadline_s = deadline_s
         self.shape = shape
         self._dtype = dtype
         self._at = link.device.torch_device
@@ -85,12 +88,17 @@ class SourceExchange:
     ) -> Tensor:
         """One layer with exact counts. The host reads `index_TK`; not for capture.
 
+        Such a read synchronises the stream, and so does a copy from the host. Behind an operation
+        whose peer is gone that would never end, and nobody could abort: so what came before is
+        waited for first, and nothing is copied behind what is enqueued here.
+
         Returns:
             [T, D] of the rows' dtype, zeros from `num_tokens` on.
 
         Raises:
-            PeerLostError: an expert without a replica, or the link failed.
+            PeerLostError, DeadlineError: as `Link.wait`; an expert without a replica.
         """
+        self._link.wait(self._deadline_s)
         made = plan_source(
             index_TK.cpu().numpy(), weight_TK.float().cpu().numpy(), num_tokens,
             self._replicas[layer], self._local_S, presummed=self.shape.presummed,
@@ -104,6 +112,8 @@ class SourceExchange:
             for rows, pairs in zip(made.rows_S, made.pairs_S, strict=True)
         ]
         counts = torch.tensor(counts_S, dtype=torch.int32).to(self._at)
+        place_KT = torch.from_numpy(np.ascontiguousarray(made.place_TK.T)).to(self._at)
+        gain_KT = torch.from_numpy(np.ascontiguousarray(made.gain_TK.T)).to(self._at)
         back_S = made.rows_S if self.shape.presummed else made.pairs_S
         tensors: dict[tuple[Part, int], Tensor] = {}
         for shard, peer in enumerate(self._peers):
@@ -117,8 +127,6 @@ class SourceExchange:
                 tensors[part, peer] = whole[start : start + size]  # type: ignore[index]
         for ops in (self._counts, self._out, self._back):
             link.run(ops, tensors)
-        place_KT = torch.from_numpy(np.ascontiguousarray(made.place_TK.T)).to(self._at)
-        gain_KT = torch.from_numpy(np.ascontiguousarray(made.gain_TK.T)).to(self._at)
         sum_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32, device=self._at)
         for place_T, gain_T in zip(place_KT, gain_KT, strict=True):
             sum_TD += back_BD.index_select(0, place_T).float() * gain_T[:, None]

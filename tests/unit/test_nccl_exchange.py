@@ -18,7 +18,7 @@ from support.nccl_rig import (
 
 from remora.comm import nccl_plan
 from remora.comm.dispatch import Dispatcher
-from remora.comm.errors import FencedError
+from remora.comm.errors import FencedError, PeerLostError
 from remora.comm.nccl_link import Link
 from remora.comm.nccl_plan import Roster
 from remora.comm.nccl_shard import ShardExchange
@@ -243,6 +243,35 @@ def test_members_at_different_layers_are_found_out() -> None:
     with pytest.raises(ContractError, match="outstanding"):  # the source cannot retire in peace
         run_members(view, body(exact=True))
     run_members(view, body(exact=False))
+
+
+def test_the_host_reads_nothing_behind_a_peer_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU a read or a copy from the host would wait for what never ends, and nobody aborts."""
+    view = view_of(1, random_placement(1, 6, seed=3))
+
+    def body(link: Link, exchange: Exchange) -> None:
+        if isinstance(exchange, ShardExchange):
+            return link.abort("gone")
+        rows = random_batch(8, num_experts=6, width=16)
+        enqueued, run = [], link.run
+        monkeypatch.setattr(link, "run", lambda *args: (enqueued.append(1), run(*args))[1])
+        from_host = torch.from_numpy
+
+        def no_copy(array: Any) -> torch.Tensor:
+            assert not enqueued, "copied behind what may never end"
+            return from_host(array)
+
+        monkeypatch.setattr(torch, "from_numpy", no_copy)
+        exchange.exact(0, *rows, 8)
+        assert enqueued
+        link.note_lost("shard-0 is gone")
+        with pytest.raises(PeerLostError, match="shard-0 is gone"):
+            exchange.exact(2, *rows, 8)
+        return None
+
+    run_members(view, body)
 
 
 def test_every_send_has_its_receive_in_order() -> None:
