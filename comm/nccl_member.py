@@ -42,7 +42,8 @@ class NcclMember:
     Args:
         nccl, device: see `nccl_api`.
         uid, incarnation: this member.
-        reply: sends a message to the conductor; from the owner's thread.
+        reply: sends a message to the conductor; from the owner's thread. A ClusterError says that
+            there is none: what he misses is void for the next one, who builds anew.
         work: enqueues a "decode" or "exact" ticket's layers on a link; it may wait for counts.
         emit: step -> lets its results leave.
         step_deadline_s: of a ticket, from the moment that all of it is enqueued.
@@ -135,14 +136,15 @@ class NcclMember:
                 case machine.Run(ticket):
                     self._run(ticket)
                 case machine.Reply(message):
-                    self._reply(message)
+                    self._tell(message)
                 case machine.Emit(step):
                     self._emit(step)
                 case machine.StartBuild(roster, unique_id):
                     self._start_build(roster, unique_id)
                 case machine.Abandon(generation):
                     with self._lock:
-                        self._building[generation] = False
+                        if generation in self._building:  # else it has just come, or failed
+                            self._building[generation] = False
                 case machine.Abort(generation, why):
                     link = self._take(generation)
                     if link is not None:
@@ -151,6 +153,12 @@ class NcclMember:
                     link = self._take(generation)
                     assert link is not None, f"generation {generation} has no communicator"
                     link.destroy()
+
+    def _tell(self, message: ToConductor) -> None:
+        try:
+            self._reply(message)
+        except ClusterError as error:
+            log.warning("%s: %s is not told: %s", self._uid, type(message).__name__, error)
 
     def _take(self, generation: int) -> Link | None:
         with self._lock:
@@ -185,9 +193,12 @@ class NcclMember:
     def _start_build(self, roster: Roster, unique_id: bytes) -> None:
         with self._lock:
             stuck = sorted(g for g, wanted in self._building.items() if not wanted)
-            self._building[roster.generation] = True
+            if len(stuck) < BUILDS_STUCK_MAX:
+                self._building[roster.generation] = True
         if len(stuck) >= BUILDS_STUCK_MAX:
-            raise ClusterError(f"{self._uid}: communicators of {stuck} never came to be")
+            why = f"{self._uid}: communicators of {stuck} never came to be"
+            self.post(NotBuilt(self._uid, roster.generation, why))  # an owner that goes on says so
+            raise ClusterError(why)
         threading.Thread(
             target=self._build,
             args=(roster, unique_id),
@@ -202,11 +213,13 @@ class NcclMember:
         try:
             with self._device.on_this_thread():
                 comm = self._nccl.NcclCommunicator(len(roster.uids), unique_id, rank)
-        except self._nccl.NcclError as error:
+        except Exception as error:  # whatever it is: the others wait for a word of us
+            log.warning("%s: generation %d is not built", self._uid, generation, exc_info=True)
             with self._lock:
                 wanted = self._building.pop(generation)
             if wanted:
-                self._events.put(NotBuilt(self._uid, generation, str(error)))
+                why = f"{type(error).__name__}: {error}"
+                self._events.put(NotBuilt(self._uid, generation, why))
             return
         link = Link(self._nccl, comm, self._device, roster, self._uid)
         with self._lock:
