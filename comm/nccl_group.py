@@ -93,7 +93,7 @@ class NcclGroup(PythonGroup):
             try:
                 with self._device.on_this_thread():
                     comm = self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
-            except self._nccl.NcclError as error:
+            except Exception as error:  # cupy and torch have errors of their own
                 made.put(error)
                 return
             if given_up.acquire(blocking=False):
@@ -104,7 +104,8 @@ class NcclGroup(PythonGroup):
         threading.Thread(target=make, name=f"nccl-{self._name}", daemon=True).start()
         got = self._made(made, given_up)
         if isinstance(got, Exception):
-            raise ClusterError(f"{self._name}: rank {self.rank} does not join: {got}") from got
+            why = f"{type(got).__name__}: {got}"
+            raise ClusterError(f"{self._name}: rank {self.rank} does not join: {why}") from got
         self._channel = Channel(
             self._nccl, got, self._device,
             name=self._name, uid=f"rank {self.rank}", watch=self._watch,

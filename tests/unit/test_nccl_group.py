@@ -144,6 +144,18 @@ def test_a_rank_that_is_gone_while_the_group_meets() -> None:
         group.connect(group.make_id())
 
 
+def test_a_rank_that_cannot_join_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: cupy has errors beside NcclError, and KeyError(7) for "in progress"."""
+    group = group_of(World(), 0, 2)
+
+    def fails(*_: Any) -> Any:
+        raise KeyError(7)
+
+    monkeypatch.setattr(group._nccl, "NcclCommunicator", fails)
+    with pytest.raises(ClusterError, match=r"rank 0 does not join: KeyError: 7"):
+        group.connect(bytes(128))
+
+
 def test_dry_and_empty_exchanges_move_nothing() -> None:
     world = World()
     groups = [group_of(world, rank, 3) for rank in range(3)]
