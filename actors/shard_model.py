@@ -151,8 +151,12 @@ class ShardExperts:
         *,
         mode: CombineMode,
     ) -> Tensor:
-        """As `forward` on a GPU, whose tensors these are; without waiting. Not held: zeros."""
-        held = self._layers[layer]
+        """As `forward` on a GPU, whose tensors these are; without waiting. Not held: zeros, of any
+        MoE layer: a layer without a slot is asked too where all shards answer every step."""
+        held = self._layers.get(layer)
+        if held is None:
+            num_rows = rows_MD.shape[0] if mode == "presummed" else pair_row_N.shape[0]
+            return rows_MD.new_zeros(num_rows, self.spec.hidden_size)
         assert not isinstance(held.packed, PackedExperts), f"layer {layer} is on the CPU"
         index_N = pair_expert_N.long()
         slot_N = held.slot_there_E[index_N.clamp(min=0)].masked_fill(index_N < 0, -1)
@@ -161,7 +165,10 @@ class ShardExperts:
 
     def missing_there(self, layer: int, experts: Tensor) -> Tensor:
         """Which of `experts` (on the GPU, negative = none) are not held: bool, same shape."""
-        slots = self._layers[layer].slot_there_E[experts.long().clamp(min=0)]
+        held = self._layers.get(layer)
+        if held is None:
+            return experts >= 0
+        slots = held.slot_there_E[experts.long().clamp(min=0)]
         return (experts >= 0) & (slots < 0)
 
     def forward_in_steps(

@@ -10,6 +10,7 @@ import torch
 from support.checkpoints import make_checkpoint
 
 from remora.actors.model_spec import inspect_model
+from remora.actors.nccl_expert import SlotExperts
 from remora.actors.shard_build import build_shard
 from remora.actors.shard_model import ShardExperts
 from remora.kernels.attention import KVPages
@@ -51,6 +52,28 @@ def test_a_shard_on_a_pretended_gpu(architecture: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     exported = exported_slot(there, layer, 3)
     assert all(torch.equal(t, exported[n]) for n, t in exported_slot(here, layer, 3).items())
+
+
+@pytest.mark.parametrize("presummed", [False, True])
+def test_a_layer_without_experts_takes_part_over_nccl(presummed: bool, tmp_path: Path) -> None:
+    """All shards answer every layer of a step; a placement may give one of them nothing of it."""
+    pytest.importorskip("triton")
+    path = make_checkpoint(tmp_path, "mixtral")
+    spec = inspect_model(path)
+    full, empty = spec.moe_layers[:2]
+    held = {full: list(range(8)), empty: []}
+    shard = build_shard(path, spec, held, dtype=torch.float32, exact=False, device=INTERPRETED_GPU)
+    experts = SlotExperts(shard, CPU)
+    rows, none = torch.ones(3, spec.hidden_size), torch.full((3, 2), -1, dtype=torch.int32)
+    out = torch.full((3 if presummed else 6, spec.hidden_size), torch.nan)
+    experts.masked(empty, rows, none, torch.ones(3, 2), out, presummed=presummed)
+    assert torch.equal(out, torch.zeros_like(out))
+    nothing = torch.zeros(0, dtype=torch.int32)
+    back = experts.exact(empty, rows[:0], nothing, nothing, torch.zeros(0), presummed=presummed)
+    assert back.shape == (0, spec.hidden_size) and not experts.fault_1.any()
+    pair = torch.ones(1, dtype=torch.int32)
+    experts.exact(empty, rows, pair, pair, torch.ones(1), presummed=presummed)
+    assert experts.fault_1.any(), "an expert that is not there was taken for zeros"
 
 
 def exported_slot(shard: ShardExperts, layer: int, expert: int) -> dict[str, torch.Tensor]:
