@@ -23,6 +23,10 @@ SPAN: Final = 512  # keys of a span: how a long context is split
 _SHORT_ROWS: Final = 16  # the fewest rows that a tensor core takes
 _LONG_ROWS: Final = 64  # and of every tile in `exact`
 _MERGE_COLUMNS: Final = 64
+# What the spans of a launch leave for the merge. Beyond (at v_dim 128: 32,000 programs in `fast`)
+# there are programs enough without splitting, and 64 sequences of 32,768 keys with the 128 heads
+# of expanded MLA would take 4.3 GiB that no budget knows of.
+SCRATCH_BYTES_MAX: Final = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,22 @@ class _Scratch(NamedTuple):
         weight = torch.empty(shape, dtype=torch.float32, device=device)
         part = torch.empty((*shape, v_dim), dtype=torch.float32, device=device)
         return cls(part, weight, torch.empty_like(weight))
+
+
+def spans_apart(num_units: int, cut: Cut, v_dim: int, num_keys: int) -> int:
+    """Programs that share a tile of short sequences, one a span; 1: it is walked by one.
+
+    A function of shapes alone. In `exact` both ways give the same bits.
+
+    Args:
+        num_units: tiles times the parts of the key/value heads.
+        cut: block sizes.
+        v_dim: width of a value.
+        num_keys: of the longest context.
+    """
+    num_spans = cdiv(num_keys, SPAN)
+    nbytes = 4 * num_units * num_spans * cut.heads * cut.tokens * (v_dim + 2)  # of `_Scratch`
+    return num_spans if nbytes <= SCRATCH_BYTES_MAX else 1
 
 
 def _constants(
@@ -212,6 +232,10 @@ def gpu_attend(
         cut = Cut.of(pages, num_heads, short=short, exact=exact)
         tiles = plan.tiles_of(cut.tokens, short=short)
         if tiles is not None:
-            num_spans = cdiv(tiles.num_keys, SPAN) if short else 1
+            num_spans = 1
+            if short:
+                parts = cdiv(num_heads // pages.num_kv_heads, cut.heads)
+                num_units = tiles.seq_B.shape[0] * pages.num_kv_heads * parts
+                num_spans = spans_apart(num_units, cut, pages.v_dim, tiles.num_keys)
             _launch(out_THd, q_THd, pages, plan, tiles, cut, rules, sinks_H, num_spans)
     return out_THd

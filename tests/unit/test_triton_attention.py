@@ -219,6 +219,28 @@ def test_exact_bits_do_not_depend_on_the_step(name: str, dtype: torch.dtype) -> 
         assert torch.equal(outputs[position], whole[start:end]), (start, end)
 
 
+def test_spans_are_shared_out_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it one program walks them: the same bits, and no memory for partial sums."""
+    case = CASES["gqa"]
+    (s,) = make_sequences(case, [150], torch.float16, seed=11)
+    shared, walked = (make_pages(case, [s], torch.float16) for _ in range(2))
+    for pages in (shared, walked):
+        run_step(case, pages, [(s, 0, 149)], exact=True)
+    (expected,) = run_step(case, shared, [(s, 149, 150)], exact=True)
+    monkeypatch.setattr(gpu_attention, "SCRATCH_BYTES_MAX", 0)
+    monkeypatch.setattr(gpu_attention, "_Scratch", None)
+    assert torch.equal(run_step(case, walked, [(s, 149, 150)], exact=True)[0], expected)
+
+
+def test_no_step_takes_gigabytes_of_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded MLA of 128 heads, 64 sequences of 32,768 keys; and few sequences are shared out."""
+    monkeypatch.setattr(gpu_attention, "SPAN", 512)
+    pages = GpuKVPages.allocate(1, 128, 192, 128, torch.bfloat16, CPU)
+    cut = gpu_attention.Cut.of(pages, 128, short=True, exact=False)
+    assert gpu_attention.spans_apart(64 * 128, cut, 128, 32_768) == 1
+    assert gpu_attention.spans_apart(8, cut, 128, 131_072) == 256
+
+
 def test_equal_calls_give_equal_bits() -> None:
     case = CASES["gqa"]
     sequences = make_sequences(case, [60, 3], torch.float16, seed=5)
