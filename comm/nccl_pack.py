@@ -21,11 +21,12 @@ class SourceBuffers:
         shape: sizes.
         dtype: of rows.
         device: where.
-        generation: written into every message, so that a shard can tell a stray one.
+        tag: of the generation (`Roster.tag`), written into every message, so that a shard can tell
+            a stray one.
     """
 
     def __init__(
-        self, shape: DecodeShape, *, dtype: torch.dtype, device: torch.device, generation: int
+        self, shape: DecodeShape, *, dtype: torch.dtype, device: torch.device, tag: int
     ) -> None:
         self.shape = shape
         c, k, d, s = shape.capacity, shape.top_k, shape.width, shape.num_shards
@@ -35,7 +36,7 @@ class SourceBuffers:
 
         self.rows_CD = zeros(c, d, dtype=dtype)
         self.meta_W = zeros(shape.meta_words, dtype=torch.int32)
-        self.meta_W[0] = generation
+        self.meta_W[0] = tag
         self.back_BD = zeros(s * shape.back_rows + 1, d, dtype=dtype)  # the last row stays zero
         columns = self.meta_W[HEADER_WORDS:].view(3, c, k)
         self._expert_CK, self._shard_CK = columns[0], columns[1]
@@ -129,11 +130,11 @@ class ShardBuffers:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        generation: int,
+        tag: int,
         shard: int,
     ) -> None:
         self.shape = shape
-        self._generation = generation
+        self._tag = tag
         self._shard = shard
         n, c, k, d = shape.num_sources, shape.capacity, shape.top_k, shape.width
 
@@ -172,7 +173,7 @@ class ShardBuffers:
         expert_NCK.copy_(self._sent_NCK)
         expert_NCK.masked_fill_(self._other_NCK, -1)
         self.weight_MK.view(self._other_NCK.shape).copy_(self._weight_NCK)
-        for word, value in ((0, self._generation), (1, layer)):
+        for word, value in ((0, self._tag), (1, layer)):
             torch.ne(self.meta_NW[:, word], value, out=self._stray_N)
             torch.any(self._stray_N, 0, keepdim=True, out=self._any_1)
             self.fault_1.add_(self._any_1)

@@ -35,7 +35,7 @@ from remora.comm.view import View
 from remora.comm.wire import PAIR_BYTES
 
 HEADER_WORDS: Final = 16  # int32 words before the columns of a decode message: one 64-byte line
-COUNT_WORDS: Final = 4  # rows, pairs, layer, generation
+COUNT_WORDS: Final = 4  # rows, pairs, layer, tag
 MEMBERS_MAX: Final = 4096  # of a generation
 
 Mode = Literal["warm", "split", "decode", "exact"]
@@ -87,6 +87,12 @@ class Roster:
         """Shards in rank order."""
         return self.uids[self.num_sources :]
 
+    @property
+    def tag(self) -> int:
+        """The generation as messages between ranks carry it, an int32: its low 31 bits. They are
+        there to tell this generation from those before it, not from one 32,768 views ago."""
+        return self.generation & 0x7FFF_FFFF
+
     def rank_of(self, uid: str) -> int:
         """Rank of a member. Raises KeyError with the roster for a stranger."""
         if uid not in self.uids:
@@ -133,7 +139,7 @@ class DecodeShape:
     """Sizes of a decode exchange; equal on all members of a generation.
 
     A message's `meta` is int32 words: header, experts [C, K], chosen shards [C, K], weights [C, K]
-    (float32 bits). Header: generation, layer.
+    (float32 bits). Header: tag of the generation, layer.
     """
 
     num_sources: int

@@ -87,7 +87,7 @@ class ShardExchange:
             shape,
             dtype=dtype,
             device=self._at,
-            generation=roster.generation,
+            tag=roster.tag,
             shard=link.rank - roster.num_sources,
         )
         link.watch_fault(self.buffers.fault_1)
@@ -128,7 +128,7 @@ class ShardExchange:
         link.wait(self._deadline_s)
         counts = counts_N4.tolist()
         for peer, (_, _, *of) in zip(self._peers, counts, strict=True):
-            if of != [layer, link.roster.generation]:
+            if of != [layer, link.roster.tag]:
                 why = f"{link.roster.uids[peer]} is at {of}, we at layer {layer}"
                 link.abort(why)
                 raise FencedError(why)

@@ -53,9 +53,7 @@ class SourceExchange:
         self._replicas = dict(replica_tables)
         self._local_S = local_S
         roster = link.roster
-        self.buffers = SourceBuffers(
-            shape, dtype=dtype, device=self._at, generation=roster.generation
-        )
+        self.buffers = SourceBuffers(shape, dtype=dtype, device=self._at, tag=roster.tag)
         self._peers = roster.partners(link.rank)
         self._tensors: dict[tuple[Part, int], Tensor] = {}
         for shard, peer in enumerate(self._peers):
@@ -103,13 +101,12 @@ class SourceExchange:
             index_TK.cpu().numpy(), weight_TK.float().cpu().numpy(), num_tokens,
             self._replicas[layer], self._local_S, presummed=self.shape.presummed,
         )  # fmt: skip
-        link, generation = self._link, self._link.roster.generation
+        link, tag = self._link, self._link.roster.tag
         rows_MD = hidden_TD.index_select(0, torch.from_numpy(made.token_M).to(self._at))
         meta_W = torch.from_numpy(made.meta_W).to(self._at)
         back_BD = hidden_TD.new_zeros(made.num_back + 1, hidden_TD.shape[1])
         counts_S = [
-            [rows, pairs, layer, generation]
-            for rows, pairs in zip(made.rows_S, made.pairs_S, strict=True)
+            [rows, pairs, layer, tag] for rows, pairs in zip(made.rows_S, made.pairs_S, strict=True)
         ]
         counts = torch.tensor(counts_S, dtype=torch.int32).to(self._at)
         place_KT = torch.from_numpy(np.ascontiguousarray(made.place_TK.T)).to(self._at)

@@ -147,10 +147,11 @@ Body = Callable[[Link, SourceExchange | ShardExchange], Any]
 def run_members(
     view: View, body: Body, *, dtype: torch.dtype = torch.float32, capacity: int = 8,
     top_k: int = 4, width: int = 16, presummed: bool = False, world: World | None = None,
+    generation: int = 7,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs `body(link, exchange)` on every member of a fresh generation; its results by uid."""
     world = world or World()
-    roster = Roster.of(view, generation=7)
+    roster = Roster.of(view, generation)
     shape = shape_of(view, roster, capacity, top_k=top_k, width=width, presummed=presummed)
     unique_id = FakeNccl(world, "root").get_unique_id()
 

@@ -20,6 +20,7 @@ from remora.comm import nccl_plan
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import FencedError, PeerLostError
 from remora.comm.nccl_link import Link
+from remora.comm.nccl_messages import GENERATIONS_PER_EPOCH
 from remora.comm.nccl_plan import Roster
 from remora.comm.nccl_shard import ShardExchange
 from remora.comm.nccl_source import SourceExchange
@@ -145,6 +146,25 @@ def test_exact_equals_the_framed_transport_bit_by_bit(dtype: torch.dtype, mode: 
     view = view_of(1, placement)
     results = run_members(view, body, dtype=dtype, width=24, presummed=mode == "presummed")
     assert torch.equal(results["dense-0"], framed)
+
+
+def test_generations_of_a_deployment_that_has_had_many_views() -> None:
+    """They start with the view's epoch, and outgrow the int32 that messages carry."""
+    view = view_of(1, random_placement(2, 6, seed=4))
+    rows = random_batch(8, num_experts=6, width=16)
+
+    def body(link: Link, exchange: Exchange) -> Any:
+        if isinstance(exchange, ShardExchange):
+            exchange.exact(2), exchange.decode(2)
+            return link.finish(30.0)
+        exact, decoded = exchange.exact(2, *rows, 8), torch.empty_like(rows[0])
+        exchange.decode(2, *rows, decoded)
+        link.finish(30.0)
+        return exact, decoded
+
+    results = run_members(view, body, generation=40_000 * GENERATIONS_PER_EPOCH + 3)
+    for out in results["dense-0"]:
+        assert close_enough(out, at_home(*rows, 8, 2), "ordered")
 
 
 def test_bytes_on_the_wire_equal_the_formula() -> None:
