@@ -26,7 +26,7 @@ from remora.actors.step_context import ExpertsFn
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.nccl_link import Link
 from remora.comm.nccl_member import NcclMember
-from remora.comm.nccl_messages import Refused, Ticket, ToConductor, ToMember, Wants
+from remora.comm.nccl_messages import Built, Refused, Ticket, ToConductor, ToMember, Wants
 from remora.comm.nccl_plan import DecodeShape, Roster, home_shards
 from remora.comm.nccl_source import SourceExchange
 from remora.comm.replicas import replica_tables
@@ -90,12 +90,13 @@ class NcclSource:
         self._pending: _Pending | None = None
         self._refused: str | None = None
         self._exchanges: dict[tuple[int, int, int], SourceExchange] = {}
+        self._untold: list[Built] = []  # of views that have not reached us
         self.member = NcclMember(
             nccl=hardware.nccl(),
             device=hardware.nccl_device,
             uid=uid,
             incarnation=incarnation,
-            reply=reply,
+            reply=self._tell,
             work=self._work,
             emit=self._emit,
             step_deadline_s=launch.step_timeout_s,
@@ -124,6 +125,9 @@ class NcclSource:
         """`view` is the newest; its communicator may be under way."""
         self._refused = None
         self._views = [*self._views, view][-VIEWS_KEPT:]
+        untold, self._untold = self._untold, []
+        for built in untold:
+            self.member.post(built)  # told, unless it has been stopped meanwhile
 
     def wait_for(self, view: View, timeout_s: float) -> None:
         """Returns when a communicator of the members of `view` is in use.
@@ -158,6 +162,17 @@ class NcclSource:
     def close(self) -> None:
         """Aborts every communicator."""
         self.member.end()
+
+    def _tell(self, message: ToConductor) -> None:
+        """Answers the conductor: with a communicator only once its view is here, as a ticket of it
+        may come next. A view waits in the engine's inbox behind the step that handles the build."""
+        if isinstance(message, Built):
+            roster = self.member.roster_of(message.generation)
+            assert roster is not None, f"{message}, but there is no communicator"
+            if not any(_is_of(roster, view) for view in self._views):
+                self._untold.append(message)
+                return
+        self._reply(message)
 
     def _wait_for_event(self, until_s: float, what: str) -> None:
         if self._refused is not None:

@@ -77,8 +77,12 @@ class NcclMember:
     @property
     def roster_in_use(self) -> Roster | None:
         """Members of the communicator that tickets run on. From any thread."""
+        return self.roster_of(self.state.in_use or 0)
+
+    def roster_of(self, generation: int) -> Roster | None:
+        """Members of a communicator that is there. From any thread."""
         with self._lock:
-            link = self._links.get(self.state.in_use or 0)
+            link = self._links.get(generation)
         return None if link is None else link.roster
 
     def post(self, event: machine.Event) -> None:
