@@ -165,6 +165,7 @@ class ConductorState:
         known = self.next.roster if self.next is not None else self.current
         if known is not None and _members(known) == _members(roster):
             return []
+        self._failures = 0  # of other members, or somebody has looked
         return self._begin(roster)
 
     def _begin(self, roster: Roster) -> list[Instruction]:

@@ -273,6 +273,20 @@ def test_the_generation_before_is_kept_until_the_new_one_has_proved_itself() -> 
     assert isinstance(back[1], member.Run) and state.in_use == 1
 
 
+def test_a_new_view_is_tried_as_often_as_the_first() -> None:
+    """What failed before it says nothing about its members."""
+    state = conductor.ConductorState()
+    for view in (view_of(1, thrice(4), epoch=1), view_of(1, thrice(3), epoch=2)):
+        out = state.handle(conductor.ViewCame(view))
+        for _ in range(conductor.BUILDS_MAX - 1):
+            (make,) = (i for i in out if isinstance(i, conductor.MakeId))
+            out = state.handle(NotBuilt("shard-0", make.generation, "no memory"))
+            assert not any(isinstance(i, conductor.GiveUp) for i in out), view.epoch
+        (make,) = (i for i in out if isinstance(i, conductor.MakeId))
+        out = state.handle(NotBuilt("shard-0", make.generation, "no memory"))
+        assert conductor.GiveUp("shard-0: no memory") in out
+
+
 def test_a_superseded_build_is_abandoned() -> None:
     state = member.MemberState("shard-0", 1)
     state.handle(Build(roster_of(1), b""))
