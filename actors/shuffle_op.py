@@ -49,7 +49,8 @@ def _slice_sum(part: Tensor, engine_id: int, size: int) -> Tensor:
 
 def _slice_rows(rows: Tensor, engine_id: int, size: int) -> Tensor:
     order = _order(engine_id, rows.shape[-2])
-    return rows.index_select(-2, own_slice(order, _groups[engine_id]))
+    own = own_slice(order, _groups[engine_id])  # made on the host, wherever the rows are
+    return rows.index_select(-2, own.to(rows.device))
 
 
 def _restore_rows(rows: Tensor, like: Tensor, engine_id: int) -> Tensor:

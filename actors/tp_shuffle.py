@@ -143,6 +143,7 @@ class TokenShuffle:
             return
         num_real = len(self._token_ids_T)
         rows = gather_slices(index_CK.to(torch.int16), order_T, len(order_T), self.group)
+        self.group.settle()  # it is read here: a peer that has gone must not be waited for
         index_TK = rows[:num_real].to(torch.int64).cpu().numpy()
         cost_TR = self._costs(layer, index_TK)
         own = shuffle.real_rows(self.group.rank, self.group.size, num_real)

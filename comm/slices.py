@@ -5,10 +5,11 @@
 
 Rank r has the rows `order[begin:end]`, begin and end as `part_of` the length of the order says. The
 sum of a row has the bits that `Group.sum` gives it: float32, in the order of the ranks, rounded
-once. Ranks that do not agree on an order do not mix rows up: the exchange fails.
+once. Ranks that do not agree on an order do not mix rows up: the exchange fails (not over NCCL).
 
-In shared memory these are C++ (kernels/csrc/collectives.cpp); over gloo a reduce-scatter is an
-all-to-all of bytes and the sum is taken here. Any other group serves through its sum and gather.
+In shared memory these are C++ (kernels/csrc/group_slices.cpp); over gloo a reduce-scatter is an
+all-to-all of bytes and the sum is taken here. NCCL's group serves through its sum and gather, which
+nobody waits for: there orders are not compared.
 
 Shape suffixes: T rows, D columns, C rows of this rank's slice.
 """
@@ -61,7 +62,7 @@ def gather_slices(rows_CD: Tensor, order_T: Tensor, num_rows: int, group: Group)
     """[num_rows, D] on every rank: row `order_T[i]` is row i of all slices behind each other.
 
     Args:
-        rows_CD: this rank's slice, any dtype.
+        rows_CD: this rank's slice, of a dtype of two bytes at least.
         order_T: int64, as in `sum_slice`. Rows that it leaves out are zeros.
 
     Raises:
@@ -72,7 +73,10 @@ def gather_slices(rows_CD: Tensor, order_T: Tensor, num_rows: int, group: Group)
         return out
     whole = rows_CD.new_zeros((num_rows, rows_CD.shape[1]))
     if not isinstance(group, GlooGroup):
-        whole[order_T] = group.gather_rows(rows_CD, len(order_T))
+        # NCCL sends few dtypes: what is of the same size takes their place, and nobody computes.
+        sent = torch.float16 if rows_CD.dtype.itemsize == 2 else torch.float32
+        gathered = group.gather_rows(rows_CD.contiguous().view(sent), len(order_T))
+        whole[order_T] = gathered.view(rows_CD.dtype)
         return whole
     if group.is_dry:
         return whole

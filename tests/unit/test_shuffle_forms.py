@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import VOCAB, make_checkpoint
 from support.local_engine import LocalEngine
-from support.tp_engine import TpEngine, gloo_groups
+from support.tp_engine import TpEngine, gloo_groups, nccl_groups
 
 from remora.comm.shuffle import Form
 
@@ -51,13 +51,13 @@ def test_all_forms_give_the_same_bits(architecture: str, tmp_path: Path) -> None
             assert torch.equal(mine, plain), form
 
 
-def test_four_ranks_and_gloo(tmp_path: Path) -> None:
+def test_four_ranks_whatever_carries_them(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "qwen2_moe", num_key_value_heads=4)
     whole = LocalEngine.load(path, dtype=torch.float32)
     plain = TpEngine.load_ranks(path, whole, 4)
     expected = plain.greedy(prompts(3), 6)
     plain.close()
-    for groups in (None, gloo_groups(4)):
+    for groups in (None, gloo_groups(4), nccl_groups(4)):
         ranks = TpEngine.load_ranks(path, whole, 4, "speculative", groups)
         assert torch.equal(ranks.greedy(prompts(3), 6), expected)
         ranks.close()

@@ -123,12 +123,15 @@ def test_without_shared_memory_gloo_carries_the_same(
         assert tokens(dense) == expected
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("form", "num_ranks"), [("none", 2), ("none", 4), ("exact", 2), ("speculative", 2)]
+)
 def test_nccl_carries_the_same(
-    cluster: LocalCluster, expected: list[list[int]], num_ranks: int
+    cluster: LocalCluster, expected: list[list[int]], form: str, num_ranks: int
 ) -> None:
     world = World()
-    with cluster.dense(num_ranks=num_ranks, world=world) as dense:
+    options: dict[str, Any] = dict(num_ranks=num_ranks, token_shuffle=form)
+    with cluster.dense(**options, world=world) as dense:
         assert tokens(dense) == expected
     assert world.num_copied_bytes > 0
 
