@@ -31,6 +31,7 @@ from remora.actors.tp_shuffle import TokenShuffle, settle_form
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError, GroupLostError
 from remora.comm.nccl_group import NcclGroup
+from remora.comm.peer import PeerLimits
 from remora.comm.rank_link import (
     Adopt,
     Broke,
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEQUENCE_STEP = 1 << 20  # exchanges that a failed step is away from the next
+# A shard that does not answer keeps a rank so long: its socket, then its handshake. A rank dials
+# one after the other, and who waits for it must not take it for gone meanwhile.
+DIAL_S = 2 * PeerLimits().connect_s
 T = TypeVar("T")
 
 
@@ -67,7 +71,7 @@ class Leader:
     Args:
         uid: of the dense group, for errors.
         ranks: the group.
-        timeout_s: for an answer.
+        timeout_s: for an answer, where a rank need not dial shards.
 
     Attributes:
         epoch: of the view that all ranks have adopted.
@@ -106,7 +110,7 @@ class Leader:
         """
         self._check()
         self._tell(Look())
-        self._note_lacks(self._answers(self._timeout_s))
+        self._note_lacks(self._answers(self._timeout_s + DIAL_S))
         return not self.lacks_experts
 
     def settle_form(self, launch: RankLaunch, spec: ModelSpec, dtype: torch.dtype) -> Form:
@@ -125,7 +129,9 @@ class Leader:
         Args:
             or_none: as `connect_shards`.
         """
-        self.ask(Adopt(view=view, rank_hosts=self.hosts, or_none=or_none))
+        num_shards = sum(member.role == "shard" for member in view.members)
+        adopt = Adopt(view=view, rank_hosts=self.hosts, or_none=or_none)
+        self.ask(adopt, self._timeout_s + num_shards * DIAL_S)
         self.epoch = view.epoch
 
     def take_sent(self, epoch: int) -> list[NDArray[np.int64]] | None:

@@ -4,8 +4,11 @@ Ranks are threads of this process; `tests/live` has them as Ray actors. Eager on
 holds the interpreter's lock, which threads that wait for each other cannot share.
 """
 
-from collections.abc import Iterator
+import functools
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from support.checkpoints import VOCAB, make_checkpoint
 from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
+from remora.actors import dense_actor, tp_actor
 from remora.actors.expert_actor import ExpertActor
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
+from remora.comm.peer import PeerLimits
+from remora.comm.view import Endpoint
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +223,33 @@ def test_a_view_that_one_rank_cannot_take_leaves_all_at_the_old_one(own: LocalCl
             assert answer.finish_reason == "length", answer.outputs[-1].error
         finally:
             late.stop()
+
+
+def test_shards_that_do_not_answer_cost_time_and_not_the_group(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host is gone with its shards: every rank dials them one by one, for longer than a rank may
+    be late in an exchange."""
+    for module in (dense_actor, tp_actor):
+        quick: Any = functools.partial(_with_connect_s, module.peer_limits, 0.3)
+        monkeypatch.setattr(module, "peer_limits", quick)
+    with cluster.dense(num_ranks=2, exchange_timeout_s=0.5) as dense, ExitStack() as silent:
+        first, second = cluster.view.members
+        dead = []
+        for number in range(3):
+            listener = silent.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            endpoint = Endpoint(host="elsewhere", tcp_address=address)
+            uid = f"shard-{2 + number}"
+            dead.append(msgspec.structs.replace(first, uid=uid, endpoint=endpoint))
+        members = (first, second, *dead)
+        view = msgspec.structs.replace(cluster.view, epoch=2, members=members)
+        assert dense.actor.adopt_view(view, or_none=True) == view.view_hash
+        assert dense.actor._leader is not None and dense.actor._leader.epoch == 2
+
+
+def _with_connect_s(limits: Callable[..., PeerLimits], connect_s: float, *args: Any) -> PeerLimits:
+    return msgspec.structs.replace(limits(*args), connect_s=connect_s)
 
 
 @pytest.fixture
