@@ -18,7 +18,7 @@ from torch import Tensor
 
 from remora.actors.dense_launch import ShuffleWish
 from remora.actors.model_spec import ModelSpec
-from remora.comm import shuffle
+from remora.comm import shuffle, shuffle_scores
 from remora.comm.collectives import Group
 from remora.comm.replicas import replica_tables
 from remora.comm.shuffle_cost import GroupFacts, choose_form
@@ -205,7 +205,9 @@ def token_shuffle(
             "speculative".
     """
     scores = None
+    shuffle.warm(group.size)  # not in the first requests' time, also where copies are only counted
     if sliced.layers:
+        shuffle_scores.warm()
         scores = OnlineScores(
             num_layers=len(sliced.layers),
             num_experts=spec.num_experts,

@@ -167,3 +167,10 @@ class OnlineScores:
             for depth, index_TK in enumerate(before[:LAYERS_BEFORE])
         ]
         return np.concatenate(parts, axis=1)
+
+
+def warm() -> None:
+    """Compiles what `OnlineScores` computes with (2 s once on a machine, then from a cache)."""
+    scores = OnlineScores(num_layers=1, num_experts=1, num_ranks=1, vocab_size=1)
+    token_T, before = np.zeros(1, np.int64), [np.zeros((1, 1), np.int64)]
+    scores.learn(0, token_T, before, scores.scores(0, token_T, before))
