@@ -9,7 +9,8 @@ costs nothing. So rows go to the ranks that are near what they need (docs/token-
 All of it is integer arithmetic and deterministic: every rank computes the same order by itself.
 `assign` is exact, not a heuristic: rows start at the rank they like best, then ranks that have too
 many pass rows on along the cheapest paths between ranks (successive shortest paths; Ahuja, Magnanti
-and Orlin, *Network Flows*, 1993, chapter 9).
+and Orlin, *Network Flows*, 1993, chapter 9). Its time grows with the square of the rows, so long
+steps are divided in pieces of `PIECE_ROWS`, each with slices of its own.
 
 Shape suffixes: T rows, R ranks, S shards, E experts, K top-k, H most replicas of one expert.
 """
@@ -27,6 +28,7 @@ Form = Literal["none", "exact", "speculative"]
 
 DEVICE_PRICE: Final = 1  # of a copy between devices of one host
 HOST_PRICE: Final = 8  # of a copy between hosts: links are slower by about that or more
+PIECE_ROWS: Final = 512  # on four ranks at most 1.4 ms, where 4,096 rows at once took 98
 _FAR: Final = np.int64(1) << 62
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -147,8 +149,9 @@ def assign(score_TR, room_R, rank_T):  # type: ignore[no-untyped-def]
     free_R = room_R.copy()
     for t in range(num_rows):
         best = 0
-        for r in range(1, num_ranks):
-            if score_TR[t, r] > score_TR[t, best]:
+        for r in range(1, num_ranks):  # among equals the one with most room: nobody is moved then
+            better = score_TR[t, r] - score_TR[t, best]
+            if better > 0 or (better == 0 and free_R[r] > free_R[best]):
                 best = r
         rank_T[t] = best
         free_R[best] -= 1
@@ -200,9 +203,13 @@ def slice_order(score_TR: NDArray[np.int64], num_rows: int | None = None) -> NDA
         int64 [num_rows]; each slice's rows ascend.
     """
     num_real, num_ranks = score_TR.shape
-    spans = [part_of(rank, num_ranks, num_real) for rank in range(num_ranks)]
     rank_T = np.empty(num_real, np.int64)
-    assign(score_TR, np.array([end - begin for begin, end in spans]), rank_T)
+    piece = PIECE_ROWS // num_ranks * num_ranks  # as many for each rank: the last one decides
+    for begin in range(0, num_real, piece):
+        score_PR = score_TR[begin : begin + piece]
+        spans = [part_of(rank, num_ranks, len(score_PR)) for rank in range(num_ranks)]
+        room_R = np.array([end - first for first, end in spans])
+        assign(score_PR, room_R, rank_T[begin : begin + piece])
     slices = [np.flatnonzero(rank_T == rank) for rank in range(num_ranks)]
     if num_rows is None:
         return np.concatenate(slices)

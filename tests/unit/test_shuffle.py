@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
+from remora.comm import shuffle
 from remora.comm.collectives import part_of
 from remora.comm.shuffle import (
     HOST_PRICE,
+    PIECE_ROWS,
     assign,
     copy_costs,
     copy_prices,
@@ -116,6 +118,40 @@ def test_padding_fills_slices_behind_their_rows(num_real: int, num_rows: int) ->
         assert all(row < num_real for row in rows[:count])
         assert all(row >= num_real for row in rows[count:])
         assert rows == sorted(rows)
+
+
+@settings(max_examples=20)
+@given(num_real=st.integers(500, 1600), num_ranks=st.integers(1, 5), seed=st.integers(0, 99))
+def test_long_steps_are_divided_in_pieces(num_real: int, num_ranks: int, seed: int) -> None:
+    """Slices are as even as ever, and each piece's are the best that there are."""
+    score_TR = np.random.default_rng(seed).integers(0, 9, (num_real, num_ranks))
+    order = slice_order(score_TR)
+    slices = np.split(order, np.cumsum(even_room(num_real, num_ranks))[:-1])
+    rank_T = np.empty(num_real, np.int64)
+    for rank, rows in enumerate(slices):
+        assert rows.tolist() == sorted(rows.tolist())
+        rank_T[rows] = rank
+    piece = PIECE_ROWS // num_ranks * num_ranks
+    for begin in range(0, num_real, piece):
+        part = slice(begin, min(begin + piece, num_real))
+        room_R = even_room(part.stop - begin, num_ranks)
+        assert np.bincount(rank_T[part], minlength=num_ranks).tolist() == room_R.tolist()
+        best_T = assign_naive(score_TR[part], room_R)
+        assert total(score_TR[part], rank_T[part]) == total(score_TR[part], best_T)
+
+
+def test_rows_that_like_all_ranks_alike_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody knows anything of yet needs no search, however long the step."""
+    looks: list[int] = []
+
+    def look(rank: int, *_: object) -> None:
+        looks.append(rank)
+        assert len(looks) <= 4, "once each, at the start"
+
+    monkeypatch.setattr(shuffle, "_cheapest_of", look)
+    rank_T = np.empty(64, np.int64)
+    shuffle.assign.py_func(np.zeros((64, 4), np.int64), even_room(64, 4), rank_T)
+    assert np.bincount(rank_T).tolist() == [16] * 4
 
 
 def test_without_padding_slices_are_as_even_as_runs() -> None:
