@@ -119,7 +119,10 @@ class Leader:
         Raises:
             ClusterError: a rank is gone.
         """
-        form = settle_form(launch.token_shuffle, spec, dtype, self.hosts, exact=launch.exact)
+        scatters = not isinstance(self.group, NcclGroup)
+        form = settle_form(
+            launch.token_shuffle, spec, dtype, self.hosts, exact=launch.exact, scatters=scatters
+        )
         self._tell(Shuffle(form=form))
         return form
 

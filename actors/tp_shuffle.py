@@ -226,11 +226,16 @@ def settle_form(
     rank_hosts: Sequence[str],
     *,
     exact: bool,
+    scatters: bool,
 ) -> shuffle.Form:
     """The form of a deployment; "auto" is what costs least (`comm/shuffle_cost.py`).
 
     It is settled before weights are loaded, hence before the shards are known: they are taken to be
     where the ranks are, one for each. On CPUs a copy inside one host costs nothing.
+
+    Args:
+        exact: numerics.
+        scatters: of the ranks' group, as in `GroupFacts`.
     """
     if wish != "auto":
         return wish
@@ -242,6 +247,7 @@ def settle_form(
         row_bytes=spec.hidden_size * dtype.itemsize,
         replies_per_copy=spec.top_k / 2 if exact else 1.0,
         device_price=0,
+        scatters=scatters,
     )
     return choose_form(facts)
 

@@ -5,7 +5,8 @@ For each form, per token and MoE layer, in bytes times the price of the link the
 
     dispatch     far copies, out and back
     exchanges    none, exact   all-reduce behind attention, gather behind the experts
-                 speculative   reduce-scatter, gather, and the bundles from which ranks learn
+                 speculative   reduce-scatter, gather, and the bundles from which ranks learn; where
+                               the group has no reduce-scatter, all-reduce in its place
 
 Copies come from random bundles sent through the very code that shuffles (`copy_costs`,
 `slice_order`): uniform routing, which real routing beats. All-reduce counts what our groups do:
@@ -48,6 +49,7 @@ class GroupFacts:
     row_bytes: int
     replies_per_copy: float  # rows back for a row out: 1 when presummed, more when ordered
     device_price: int = DEVICE_PRICE  # 0 where ranks and shards share the memory of one host
+    scatters: bool = True  # a slice of a sum takes fewer bytes than all of it (not over NCCL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +74,12 @@ def form_costs(facts: GroupFacts) -> dict[Form, FormCost]:
     link = _link_price(facts)
     gather = (size - 1) * facts.row_bytes * link
     bundles = (size - 1) * 2 * facts.top_k * link
+    whole = (size + 1) * gather
+    sliced = 2 * gather if facts.scatters else whole
     return {
-        "none": FormCost(dispatch=plain * bytes_each, exchange=(size + 1) * gather),
-        "exact": FormCost(dispatch=best * bytes_each, exchange=(size + 1) * gather),
-        "speculative": FormCost(dispatch=guessed * bytes_each, exchange=2 * gather + bundles),
+        "none": FormCost(dispatch=plain * bytes_each, exchange=whole),
+        "exact": FormCost(dispatch=best * bytes_each, exchange=whole),
+        "speculative": FormCost(dispatch=guessed * bytes_each, exchange=sliced + bundles),
     }
 
 

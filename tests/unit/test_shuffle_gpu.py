@@ -1,15 +1,21 @@
 """What the token shuffle must do where rows lie on a GPU and exchanges are only enqueued (NCCL)."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from support.tp_engine import nccl_groups
+from support.tp_engine import gloo_groups, nccl_groups
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from remora.actors import shuffle_op
+from remora.actors.tp_group import Ranks
+from remora.actors.tp_leader import Leader
 from remora.actors.tp_shuffle import TokenShuffle
 from remora.comm.collectives import DryGroup
 from remora.comm.errors import ClusterError
-from remora.comm.shuffle import copy_prices
+from remora.comm.shuffle import Form, copy_prices
 from remora.comm.shuffle_scores import OnlineScores
 
 
@@ -38,5 +44,17 @@ def test_bundles_are_not_read_before_their_exchange_is_over() -> None:
     assert reasons
     with pytest.raises(ClusterError, match="rank 1 is gone"):
         shuffle.close_layer()
+    for group in groups:
+        group.close()
+
+
+@pytest.mark.parametrize(("make", "best"), [(gloo_groups, "speculative"), (nccl_groups, "none")])
+def test_auto_knows_that_nccl_sums_all_rows(make: Callable[[int], list[Any]], best: Form) -> None:
+    """Between hosts, where a reduce-scatter is what makes guessing worth while."""
+    groups = make(2)
+    leader = Leader("dense-0", Ranks(group=groups[0], links={}, hosts=["a", "b"]), 1.0)
+    launch: Any = SimpleNamespace(token_shuffle="auto", exact=False)
+    spec: Any = SimpleNamespace(num_experts=64, top_k=6, hidden_size=2048)
+    assert leader.settle_form(launch, spec, torch.bfloat16) == best
     for group in groups:
         group.close()
