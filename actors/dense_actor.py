@@ -31,7 +31,7 @@ from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import gather_ranks
 from remora.actors.tp_hold import GroupHold
 from remora.actors.tp_leader import Leader, LeaderExecutor, LeaderRank
-from remora.actors.tp_shuffle import TokenShuffle, token_shuffle
+from remora.actors.tp_shuffle import TokenShuffle
 from remora.actors.tp_surgery import whole_text
 from remora.actors.trace_recorder import Recorded, TraceRecorder, header_of
 from remora.actors.view_inbox import ViewInbox
@@ -242,7 +242,7 @@ class DenseActor:
             known=self._known,
         )
         if self._leader is not None:
-            self._shuffle = token_shuffle(form, self._leader.group, model.spec, model.sliced)
+            self._shuffle = self._leader.token_shuffle(form, model)
         self._progress = Progress(phase="compiling", bytes_done=1, bytes_total=1)
         self._executor = self._make_executor(model)
         self._peers = PeerSet(

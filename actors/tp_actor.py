@@ -283,7 +283,7 @@ class RankActor:
             device=self.hardware.device,
             slice_rows=form.form == "speculative",
         )
-        shuffle = token_shuffle(form.form, group, spec, model.sliced)
+        shuffle = token_shuffle(form.form, group, spec, model.sliced, alike=form.alike)
         self._token_shuffle = shuffle
         self._peers = PeerSet(
             token=launch.token,

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 
+import torch
 from torch._C._distributed_c10d import TCPStore
 
 from remora.actors.dense_launch import RankLaunch
@@ -30,6 +31,7 @@ from remora.comm.rank_link import (
     dial_rank_0,
 )
 from remora.comm.view import Endpoint
+from remora.kernels.fingerprint import kernel_fingerprint
 from remora.kernels.native import native_available
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Ranks:
     group: SharedGroup | GlooGroup | NcclGroup
     links: dict[int, Link]
     hosts: list[str]  # of each rank
+    kernels: list[str]  # `kernels_of` each rank
 
 
 def gather_ranks(listener: RankListener, launch: RankLaunch, hardware: Hardware) -> Ranks:
@@ -56,13 +59,20 @@ def gather_ranks(listener: RankListener, launch: RankLaunch, hardware: Hardware)
     found = listener.accept(launch.num_ranks, launch.start_timeout_s)
     listener.close()
     links = {rank: link for rank, (_, link) in sorted(found.items())}
-    hosts = [host_label(), *(found[rank][0].host for rank in sorted(found))]
+    hellos = [found[rank][0] for rank in sorted(found)]
+    hosts = [host_label(), *(hello.host for hello in hellos)]
+    kernels = [kernels_of(hardware), *(hello.kernels for hello in hellos)]
+    if len(set(kernels)) > 1:
+        logger.warning("ranks compute with kernels that differ in last bits: %s", kernels)
+    group: SharedGroup | GlooGroup | NcclGroup
     if launch.device == "cuda":
-        return Ranks(group=_meet_over_nccl(links, launch, hardware), links=links, hosts=hosts)
-    if len(set(hosts)) == 1 and launch.use_unix and native_available():
-        return Ranks(group=_share_memory(links, launch), links=links, hosts=hosts)
-    logger.warning("ranks on %d hosts exchange over gloo, which is slower", len(set(hosts)))
-    return Ranks(group=_meet_over_gloo(links, launch), links=links, hosts=hosts)
+        group = _meet_over_nccl(links, launch, hardware)
+    elif len(set(hosts)) == 1 and launch.use_unix and native_available():
+        group = _share_memory(links, launch)
+    else:
+        logger.warning("ranks on %d hosts exchange over gloo, which is slower", len(set(hosts)))
+        group = _meet_over_gloo(links, launch)
+    return Ranks(group=group, links=links, hosts=hosts, kernels=kernels)
 
 
 def join_ranks(
@@ -73,7 +83,7 @@ def join_ranks(
     Raises:
         PeerLostError, AuthError, DeadlineError, FrameError, ClusterError, ConfigError.
     """
-    hello = Hello(rank=launch.rank, host=host_label())
+    hello = Hello(rank=launch.rank, host=host_label(), kernels=kernels_of(hardware))
     link = dial_rank_0(endpoint, launch.token, hello, DIAL_S)
     setup = link.receive(launch.start_timeout_s)
     if not isinstance(setup, Setup):
@@ -96,6 +106,13 @@ def join_ranks(
         return group, link
     store = _store(setup.store_ip, setup.store_port, launch, is_master=False)
     return _gloo(store, launch), link
+
+
+def kernels_of(hardware: Hardware) -> str:
+    """What the last bits of a rank's results depend on: equal strings, equal bits."""
+    if hardware.device.type != "cuda":
+        return kernel_fingerprint()
+    return f"{kernel_fingerprint()} gpu={torch.cuda.get_device_name(hardware.device)}"
 
 
 def _share_memory(links: dict[int, Link], launch: RankLaunch) -> SharedGroup:

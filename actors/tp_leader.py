@@ -27,7 +27,7 @@ from remora.actors.executor import Executor
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import ExpertsFn
 from remora.actors.tp_group import Ranks
-from remora.actors.tp_shuffle import TokenShuffle, settle_form
+from remora.actors.tp_shuffle import TokenShuffle, settle_form, token_shuffle
 from remora.comm.collectives import GlooGroup, SharedGroup
 from remora.comm.errors import ClusterError, GroupLostError
 from remora.comm.nccl_group import NcclGroup
@@ -82,6 +82,7 @@ class Leader:
     def __init__(self, uid: str, ranks: Ranks, timeout_s: float) -> None:
         self.group = ranks.group
         self.hosts = ranks.hosts
+        self._alike = len(set(ranks.kernels)) == 1
         self.epoch = 0
         self.lacks_experts = False
         self._uid = uid
@@ -123,8 +124,12 @@ class Leader:
         form = settle_form(
             launch.token_shuffle, spec, dtype, self.hosts, exact=launch.exact, scatters=scatters
         )
-        self._tell(Shuffle(form=form))
+        self._tell(Shuffle(form=form, alike=self._alike))
         return form
+
+    def token_shuffle(self, form: Form, model: DenseModel) -> TokenShuffle:
+        """What this rank shuffles with."""
+        return token_shuffle(form, self.group, model.spec, model.sliced, alike=self._alike)
 
     def adopt(self, view: View, or_none: bool) -> None:
         """Every rank connects to the shards of `view`. Raises ClusterError.

@@ -37,6 +37,8 @@ class TokenShuffle:
         scores: predicts what rows will want; None where no layer is divided before its gate.
         sliced: decoder layers that are.
         form: "none": all other layers take runs of rows as they come; else true bundles decide.
+        alike: every rank finds the same true bundles. Ranks of other kernels (another processor)
+            need not: a gate whose last bits differ may choose another expert.
         layers: which layers use what, for people.
     """
 
@@ -48,9 +50,11 @@ class TokenShuffle:
         sliced: Sequence[int] = (),
         scores: RowScores | None = None,
         layers: str = "",
+        alike: bool = True,
     ) -> None:
         self.layers = layers
         self.form = form
+        self._alike = alike
         self.group = group
         self._scores = scores
         self._sliced = {layer: index for index, layer in enumerate(sliced)}
@@ -101,10 +105,12 @@ class TokenShuffle:
         """
         if self._price_RS is None or len(index_TK) == 0:
             return None
-        found_TK = index_TK.cpu().numpy()
         if self.form == "none":
-            self._count(layer, found_TK[begin:end])
+            self._count(layer, index_TK[begin:end].cpu().numpy())
             return None
+        if not self._alike:
+            index_TK = self._gathered(index_TK[begin:end], torch.arange(len(index_TK)))
+        found_TK = index_TK.cpu().numpy()
         self._before = [found_TK, *self._before[: LAYERS_BEFORE - 1]]
         order_T = shuffle.slice_order(-self._costs(layer, found_TK))
         self._count(layer, found_TK[order_T[begin:end]])
@@ -142,14 +148,18 @@ class TokenShuffle:
         if index_CK is None or self._scores is None or self._price_RS is None or order_T is None:
             return
         num_real = len(self._token_ids_T)
-        rows = gather_slices(index_CK.to(torch.int16), order_T, len(order_T), self.group)
-        self.group.settle()  # it is read here: a peer that has gone must not be waited for
-        index_TK = rows[:num_real].to(torch.int64).cpu().numpy()
+        index_TK = self._gathered(index_CK, order_T)[:num_real].cpu().numpy()
         cost_TR = self._costs(layer, index_TK)
         own = shuffle.real_rows(self.group.rank, self.group.size, num_real)
         self._count(layer, index_CK[:own].cpu().numpy())
         self._scores.learn(self._sliced[layer], self._token_ids_T, self._before, cost_TR)
         self._before = [index_TK, *self._before[: LAYERS_BEFORE - 1]]
+
+    def _gathered(self, index_CK: Tensor, order_T: Tensor) -> Tensor:
+        """int64 [T, K]: bundles of all rows, each as the rank has it whose slice the row is in."""
+        rows = gather_slices(index_CK.to(torch.int16), order_T, len(order_T), self.group)
+        self.group.settle()  # they are read next: a peer that has gone must not be waited for
+        return rows.to(torch.int64)
 
     def _costs(self, layer: int, index_TK: NDArray[np.int64]) -> NDArray[np.int64]:
         assert self._price_RS is not None
@@ -195,7 +205,7 @@ class Sliced:
 
 
 def token_shuffle(
-    form: shuffle.Form, group: Group, spec: ModelSpec, sliced: Sliced
+    form: shuffle.Form, group: Group, spec: ModelSpec, sliced: Sliced, *, alike: bool = True
 ) -> TokenShuffle:
     """What a rank of a group shuffles with.
 
@@ -203,6 +213,7 @@ def token_shuffle(
         form: of the deployment.
         sliced: of this rank's model; its other MoE layers are served by "exact" where `form` is
             "speculative".
+        alike: as `TokenShuffle`.
     """
     scores = None
     shuffle.warm(group.size)  # not in the first requests' time, also where copies are only counted
@@ -216,7 +227,9 @@ def token_shuffle(
         )
     layers = str(sliced) if form == "speculative" else f"{form} in all layers"
     log.info("rank %d of %d, token shuffle: %s", group.rank, group.size, layers)
-    return TokenShuffle(group, form=form, sliced=sliced.layers, scores=scores, layers=layers)
+    return TokenShuffle(
+        group, form=form, sliced=sliced.layers, scores=scores, layers=layers, alike=alike
+    )
 
 
 def settle_form(

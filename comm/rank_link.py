@@ -39,6 +39,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     rank: int
     host: str  # label, as in endpoints
+    kernels: str  # what the last bits of its results depend on (`tp_group.kernels_of`)
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -55,6 +56,7 @@ class Shuffle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How rows are divided among the ranks (`comm/shuffle.py`); follows `Setup`, before loading."""
 
     form: Literal["none", "exact", "speculative"]
+    alike: bool  # all ranks compute with the same kernels, hence the same bits
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True):

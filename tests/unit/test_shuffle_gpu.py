@@ -52,7 +52,9 @@ def test_bundles_are_not_read_before_their_exchange_is_over() -> None:
 def test_auto_knows_that_nccl_sums_all_rows(make: Callable[[int], list[Any]], best: Form) -> None:
     """Between hosts, where a reduce-scatter is what makes guessing worth while."""
     groups = make(2)
-    leader = Leader("dense-0", Ranks(group=groups[0], links={}, hosts=["a", "b"]), 1.0)
+    leader = Leader(
+        "dense-0", Ranks(group=groups[0], links={}, hosts=["a", "b"], kernels=["k"] * 2), 1.0
+    )
     launch: Any = SimpleNamespace(token_shuffle="auto", exact=False)
     spec: Any = SimpleNamespace(num_experts=64, top_k=6, hidden_size=2048)
     assert leader.settle_form(launch, spec, torch.bfloat16) == best
