@@ -90,6 +90,7 @@ class Leader:
         self._timeout_s = timeout_s
         self._generation = 0
         self._broken: str | None = None
+        self._shuffle: TokenShuffle | None = None
 
     def ask(self, message: Message, timeout_s: float | None = None) -> None:
         """Have every rank do something and wait until all have.
@@ -128,8 +129,10 @@ class Leader:
         return form
 
     def token_shuffle(self, form: Form, model: DenseModel) -> TokenShuffle:
-        """What this rank shuffles with."""
-        return token_shuffle(form, self.group, model.spec, model.sliced, alike=self._alike)
+        """What this rank shuffles with, until `close`."""
+        made = token_shuffle(form, self.group, model.spec, model.sliced, alike=self._alike)
+        self._shuffle = made
+        return made
 
     def adopt(self, view: View, or_none: bool) -> None:
         """Every rank connects to the shards of `view`. Raises ClusterError.
@@ -201,6 +204,8 @@ class Leader:
         """Let the other ranks go: their loops end with the connections."""
         for link in self._links.values():
             link.close()
+        if self._shuffle is not None:
+            self._shuffle.close()
         self.group.close()
 
     def _check(self) -> None:

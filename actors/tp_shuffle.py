@@ -19,6 +19,7 @@ from torch import Tensor
 from remora.actors.dense_launch import ShuffleWish
 from remora.actors.model_spec import ModelSpec
 from remora.comm import shuffle, shuffle_scores
+from remora.comm.accounting import CollectiveBytes
 from remora.comm.collectives import Group
 from remora.comm.replicas import replica_tables
 from remora.comm.shuffle_cost import GroupFacts, choose_form
@@ -67,6 +68,7 @@ class TokenShuffle:
         self._layer = -1
         self.copies_far = 0  # of our rows, by `copy_prices`; what the shuffle is to keep down
         self.copies_all = 0
+        self._group_bytes: CollectiveBytes | None = None  # of a group that is closed
 
     def adopt(self, view: View, rank_hosts: Sequence[str]) -> None:
         """Prices of the shards of a view from the next step on."""
@@ -176,15 +178,20 @@ class TokenShuffle:
         self.copies_far += int(cost_T2[:, 0].sum())
         self.copies_all += int(cost_T2[:, 1].sum())
 
+    def close(self) -> None:
+        """The group is about to be closed: `status` tells what it had exchanged."""
+        self._group_bytes = self.group.counters()
+
     def status(self) -> dict[str, object]:
         """For `remora status` and phases."""
+        closed = self._group_bytes
         return {
             "form": self.form,
             "layers": self.layers,
             "prices_differ": self._price_RS is not None,
             "copies": self.copies_all,
             "far_copies": self.copies_far,
-            "group_bytes": self.group.counters(),
+            "group_bytes": closed if closed is not None else self.group.counters(),
         }
 
 

@@ -185,6 +185,8 @@ def test_a_rank_that_goes_ends_the_group_and_no_request(
             dense.ask(asks(1))
         dense.actor.until_end()
         assert "dense-0.1 is gone" in caplog.text
+        status = dense.actor.status()  # which the coordinator may ask before it restores the group
+        assert not status["alive"] and status["token_shuffle"]["group_bytes"]["sum"]["calls"] > 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
