@@ -156,7 +156,8 @@ class DenseRank:
         )
         inputs = step_inputs(plan, num_rows)
         if self._shuffle is not None:
-            self._shuffle.begin_step(inputs.input_ids_T, plan.num_tokens)
+            note = self.tap.note_bundles if self.tap else None
+            self._shuffle.begin_step(inputs.input_ids_T, plan.num_tokens, note)
         self.laps.lap("inputs")
 
         def run(experts: ExpertsFn) -> Tensor:

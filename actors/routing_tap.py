@@ -1,6 +1,6 @@
 """Takes what a dense rank's gates choose off the hot path: a copy in the step, the rest elsewhere.
 
-    experts = tap.watch(dispatcher.moe)
+    experts = tap.watch(dispatcher.moe)      # or `note_bundles`, where its rows are a slice
     with tap.step(plan, num_rows):           # engine's thread: one memmove for each MoE layer
         ... experts(...)                     # or `remora::step_experts`, which fills `tap.notes`
     tap.take_sketch("host")                  # any thread
@@ -161,8 +161,13 @@ class RoutingTap:
 
     def _note(self, layer: int, index_TK: Tensor, num_tokens: int) -> None:
         is_whole = num_tokens == self._step_rows and index_TK.shape[0] == self._padded_rows
-        if not is_whole or not index_TK.is_cpu:
-            self.notes.base = 0  # a slice of the step, or ids that it would have to wait for
+        if is_whole and index_TK.is_cpu:  # else a slice of the step, or ids to wait for
+            self.note_bundles(layer, index_TK)
+
+    def note_bundles(self, layer: int, index_TK: Tensor) -> None:
+        """What all rows of the step chose in a layer, once a layer: [T, K] on the CPU; padding may
+        be left out."""
+        if not self.notes.base:
             return
         if index_TK.dtype is not torch.int64 or not index_TK.is_contiguous():
             index_TK = index_TK.to(torch.int64).contiguous()

@@ -8,7 +8,7 @@ not. Shape suffixes: T token rows of the step, R ranks, S shards, K top-k.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,8 @@ from remora.comm.slices import gather_slices
 from remora.comm.view import View
 
 log = logging.getLogger(__name__)
+
+NoteFn = Callable[[int, Tensor], None]  # decoder layer, int64 [T, K]
 
 
 class TokenShuffle:
@@ -66,6 +68,7 @@ class TokenShuffle:
         self._order_T: Tensor | None = None  # of the layer that is open
         self._index_CK: Tensor | None = None  # what its gate chose for our slice
         self._layer = -1
+        self._note: NoteFn | None = None
         self.copies_far = 0  # of our rows, by `copy_prices`; what the shuffle is to keep down
         self.copies_all = 0
         self._group_bytes: CollectiveBytes | None = None  # of a group that is closed
@@ -89,8 +92,13 @@ class TokenShuffle:
         if self._scores is not None:
             self._scores.forget()
 
-    def begin_step(self, token_ids_T: Tensor, num_tokens: int) -> None:
-        """A step of `num_tokens` real rows begins; int64 ids, padding behind."""
+    def begin_step(self, token_ids_T: Tensor, num_tokens: int, note: NoteFn | None = None) -> None:
+        """A step of `num_tokens` real rows begins; int64 ids, padding behind.
+
+        Args:
+            note: told what all real rows chose where the gate saw a slice (`RoutingTap`).
+        """
+        self._note = note
         self._token_ids_T = token_ids_T[:num_tokens].numpy()
         self._before = []
         self._order_T = None
@@ -150,7 +158,10 @@ class TokenShuffle:
         if index_CK is None or self._scores is None or self._price_RS is None or order_T is None:
             return
         num_real = len(self._token_ids_T)
-        index_TK = self._gathered(index_CK, order_T)[:num_real].cpu().numpy()
+        whole_TK = self._gathered(index_CK, order_T)[:num_real].cpu()
+        if self._note is not None:
+            self._note(layer, whole_TK)
+        index_TK = whole_TK.numpy()
         cost_TR = self._costs(layer, index_TK)
         own = shuffle.real_rows(self.group.rank, self.group.size, num_real)
         self._count(layer, index_CK[:own].cpu().numpy())

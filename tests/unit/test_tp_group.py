@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from support.checkpoints import VOCAB, make_checkpoint
 from support.fake_nccl import World
@@ -23,6 +24,7 @@ from remora.actors.expert_actor import ExpertActor
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
 from remora.comm.peer import PeerLimits
+from remora.comm.sketch import decode_sketch
 from remora.comm.view import Endpoint
 
 
@@ -96,6 +98,23 @@ def test_shuffled_rows_say_the_same(
         calls = [{k: v["calls"] for k, v in r["token_shuffle"]["group_bytes"].items()}
                  for r in ranks]  # fmt: skip
         assert all(c == calls[0] for c in calls)
+
+
+def test_statistics_are_those_of_all_rows(cluster: LocalCluster) -> None:
+    """Whoever sees a slice only, the router learns what every token chose."""
+    loads, counted = [], []
+    for form in ("none", "speculative"):
+        options: dict[str, Any] = dict(num_ranks=2, token_shuffle=form)
+        with cluster.dense(**options, prefix_caching=False) as dense:
+            tokens(dense)
+            sketch = decode_sketch(dense.actor.take_sketch())
+        assert sketch.counted_ratio == 1.0
+        counted.append(sketch.tokens_counted)
+        load_LE = np.zeros((len(sketch.moe_layers), sketch.num_experts))
+        for cell in (cell for domain in sketch.domains for cell in domain.cells):
+            load_LE[cell.layer] += cell.load_E()
+        loads.append(load_LE.tolist())
+    assert counted[0] == counted[1] and loads[0] == loads[1]
 
 
 @pytest.mark.parametrize("form", ["exact", "speculative"])
