@@ -4,7 +4,7 @@ import copy
 import importlib
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import yaml
 from support.crd_schema import ROOT, crds_dir, faults, strict
 
 from remora.cluster.config import RemoraConfig, preset_names
-from remora.cluster.node_drain import wait_until_left
-from remora.comm.errors import ClusterError, ConfigError, DeadlineError
+from remora.comm.errors import ConfigError
 
 # Ray Serve, as it is imported, uses what pydantic has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
@@ -238,6 +237,23 @@ def test_probes_and_drain(rendered: dict[str, list[Resource]], overlay: str) -> 
         assert float(hook[start + 3]) < pods[name]["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_change_of_ingresses_cuts_no_stream(
+    rendered: dict[str, list[Resource]], overlay: str
+) -> None:
+    """At each one HAProxy starts anew, and the old process ends after this time, streams or not."""
+    from ray.serve._private import constants  # here, where warnings are filtered
+
+    longest_s = config_of(rendered[overlay]).http.request_timeout_s
+    for pod in pods_of(rendered[overlay]).values():
+        told = {env["name"]: env.get("value") for env in pod["containers"][0]["env"]}
+        assert float(told["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= longest_s
+        unknown = {
+            name for name in told if name.startswith("RAY_") and not hasattr(constants, name)
+        }
+        assert not unknown, "Serve reads no such variable"
+
+
 def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> None:
     small, large = (cluster_of(rendered[overlay]) for overlay in OVERLAYS)
     assert large["enableInTreeAutoscaling"] and large["autoscalerOptions"]["version"] == "v2"
@@ -279,45 +295,6 @@ def test_manifests_are_no_presets() -> None:
     assert preset_names() == ["tiny_cpu"]
 
 
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float, /) -> None:
-        self.now_s += seconds
-
-
-Told = Mapping[str, Any] | ClusterError | None
-
-
-def waited(*told: Told) -> list[str]:
-    """`wait_until_left` over 10 s, told these in turn, and then the last for ever."""
-    answers = iter(told)
-    last: list[Told] = []
-
-    def look() -> Mapping[str, Any] | None:
-        last[:] = [next(answers, *last)]
-        if isinstance(last[0], ClusterError):
-            raise last[0]
-        return last[0]
-
-    return wait_until_left("a", look, within_s=10, clock=Clock())
-
-
-def known(*here: str, stay: Sequence[str] = (), refused: Sequence[str] = ()) -> Told:
-    """Of node a, beside another one."""
-    why = dict(zip("12", refused, strict=False))
-    return {"draining": {"a": [*here], "b": ["shard-9"]}, "stay": [*stay], "refused": why}
-
-
-NOT_YET: Told = {"draining": {"b": ["shard-9"]}, "stay": ["shard-9"], "refused": {}}
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_one_shard_fewer_still_holds_the_model(
     rendered: dict[str, list[Resource]], overlay: str
@@ -327,27 +304,3 @@ def test_one_shard_fewer_still_holds_the_model(
     num_experts = {"demo-model": 32, "Qwen3-30B-A3B": 128}[config.model_id]
     assert config.experts.slots is not None
     assert (config.experts.shards - 1) * config.experts.slots >= num_experts
-
-
-def test_a_pod_waits_until_its_members_have_left() -> None:
-    away = ClusterError("it died")
-    assert waited(NOT_YET, known("dense-0", "shard-0"), away, known("dense-0"), known()) == [
-        "dense-0",
-        "shard-0",
-    ]
-    assert waited(known("shard-0"), NOT_YET) == ["shard-0"], "Ray has ended the node: it was idle"
-    assert waited(known()) == []
-    assert waited(known("shard-0"), None) == ["shard-0"], "the deployment was stopped"
-    assert waited(NOT_YET, None) == [], "an idle node, ended before the coordinator looked"
-
-
-def test_a_pod_says_why_its_members_are_still_there() -> None:
-    refused = known("shard-0", stay=["shard-0", "shard-9"], refused=["no memory"])
-    with pytest.raises(ClusterError, match=r"^shard-0 cannot leave: no memory"):
-        waited(known("shard-0"), refused)
-    with pytest.raises(DeadlineError, match="within 10 s: dense-0, shard-0 are there"):
-        waited(known("dense-0", "shard-0"))
-    with pytest.raises(DeadlineError, match="within 10 s: it died"):
-        waited(ClusterError("it died"))
-    with pytest.raises(DeadlineError, match="did not look"):
-        waited(NOT_YET)
