@@ -13,6 +13,7 @@ import yaml
 from support.crd_schema import ROOT, crds_dir, faults, strict
 
 from remora.cluster.config import RemoraConfig, preset_names
+from remora.cluster.security import API_KEYS_ENV
 from remora.comm.errors import ConfigError
 
 # Ray Serve, as it is imported, uses what pydantic has deprecated.
@@ -252,6 +253,16 @@ def test_a_change_of_ingresses_cuts_no_stream(
             name for name in told if name.startswith("RAY_") and not hasattr(constants, name)
         }
         assert not unknown, "Serve reads no such variable"
+
+
+def test_a_door_that_is_meant_to_be_closed_is(rendered: dict[str, list[Resource]]) -> None:
+    """Keys that are missing, or lie under another name in the secret, must not open it."""
+    for overlay, is_optional in (("cpu-dev", True), ("gpu-autoscaling", False)):
+        for pod in pods_of(rendered[overlay]).values():
+            sources = {env["name"]: env.get("valueFrom") for env in pod["containers"][0]["env"]}
+            keys = sources[API_KEYS_ENV]["secretKeyRef"]
+            assert (keys["name"], keys["key"]) == ("remora-api-keys", "keys")
+            assert keys.get("optional", False) is is_optional
 
 
 def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> None:
