@@ -265,6 +265,21 @@ def test_a_door_that_is_meant_to_be_closed_is(rendered: dict[str, list[Resource]
             assert keys.get("optional", False) is is_optional
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_are_restricted(rendered: dict[str, list[Resource]], overlay: str) -> None:
+    """As the Pod Security Standard of that name says, KubeRay's own container included."""
+    cluster = cluster_of(rendered[overlay])
+    contexts = []
+    if cluster["enableInTreeAutoscaling"]:
+        contexts = [cluster["autoscalerOptions"]["securityContext"]]
+    for pod in pods_of(rendered[overlay]).values():
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        contexts += [container["securityContext"] for container in pod["containers"]]
+    for context in contexts:
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
 def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> None:
     small, large = (cluster_of(rendered[overlay]) for overlay in OVERLAYS)
     assert large["enableInTreeAutoscaling"] and large["autoscalerOptions"]["version"] == "v2"
