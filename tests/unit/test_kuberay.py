@@ -90,6 +90,7 @@ def test_kuberay_takes_it(
 ) -> None:
     service = one(rendered[overlay], "RayService")
     assert service["apiVersion"] == "ray.io/v1"
+    assert not {name for name in service["spec"] if "UnhealthySecond" in name}, "taken, and unused"
     assert faults(service_crd, service) == []
 
 
