@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -191,6 +193,19 @@ def test_actors_find_their_pods(rendered: dict[str, list[Resource]], overlay: st
         assert count == group["replicas"] <= group["maxReplicas"]
         assert group["minReplicas"] <= group["replicas"]
     assert cluster_of(rendered[overlay])["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_page_scales_the_cluster_that_runs(rendered: dict[str, list[Resource]]) -> None:
+    """KubeRay does not pass new numbers of a RayService on to it; the page names what is there."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    found = re.search(r"get raycluster -o name\) --type json -p '(\[.*?\])'", page, re.DOTALL)
+    assert found is not None
+    for change in json.loads(found[1]):
+        assert change["op"] == "replace" and change["value"] == 3
+        _, spec, groups, index, key = change["path"].split("/")
+        assert (spec, groups) == ("spec", "workerGroupSpecs")
+        group = cluster_of(rendered["cpu-dev"])[groups][int(index)]
+        assert group["groupName"] == "expert" and group[key] == 2
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
