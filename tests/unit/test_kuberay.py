@@ -296,6 +296,20 @@ def test_pods_are_restricted(rendered: dict[str, list[Resource]], overlay: str) 
         assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_machines_share_the_pods_of_a_group(
+    rendered: dict[str, list[Resource]], overlay: str
+) -> None:
+    """Replicas of an expert are on different hosts, and those are pods."""
+    for name, pod in pods_of(rendered[overlay]).items():
+        if name in HOLDERS:
+            (spread,) = pod["topologySpreadConstraints"]
+            assert spread["topologyKey"] == "kubernetes.io/hostname" and spread["maxSkew"] == 1
+            assert spread["labelSelector"] == {"matchLabels": {"ray.io/group": name}}
+            assert spread["matchLabelKeys"] == ["ray.io/cluster"]
+            assert spread["whenUnsatisfiable"] == "ScheduleAnyway", "one machine is enough"
+
+
 def test_overlays_differ_as_promised(rendered: dict[str, list[Resource]]) -> None:
     small, large = (cluster_of(rendered[overlay]) for overlay in OVERLAYS)
     assert large["enableInTreeAutoscaling"] and large["autoscalerOptions"]["version"] == "v2"
