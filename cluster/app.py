@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 ONGOING_ABOVE_QUEUE = 1024  # requests Serve lets in above our own bound: refusals are ours to make
 SHUTDOWN_S = 20.0
+# Of the replicas, so many new ones beside those that an upgrade replaces: the old ones serve until
+# they are up, and go on where they do not come up (what must not change under way, a mistake).
+SURGE_PERCENT = 20
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -69,6 +72,7 @@ def application(config: RemoraConfig) -> Application:
     make = serve.deployment(
         name="ingress",
         graceful_shutdown_timeout_s=SHUTDOWN_S,
+        max_surge_percent=SURGE_PERCENT,
         **replicas,
         max_ongoing_requests=http.queue_max + ONGOING_ABOVE_QUEUE,
         ray_actor_options={

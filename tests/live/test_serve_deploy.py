@@ -42,7 +42,8 @@ for line in sys.stdin:
     command = json.loads(line)
     if command["do"] == "status":
         apps = serve.status().applications
-        answer = {n: str(a.status.value) + " " + a.message for n, a in apps.items()}
+        answer = {n: " ".join([a.status.value, a.message, *(d.message for d in
+                  a.deployments.values())]) for n, a in apps.items()}
     elif command["do"] == "complete":
         handle = serve.get_app_handle(name)
         answer = handle.complete.remote(command["body"]).result(timeout_s=120)
@@ -136,14 +137,13 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def url(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Deploys the packaged Serve configuration, as an operator would edit it."""
+def config() -> dict[str, Any]:
+    """The packaged Serve configuration, as an operator would edit it."""
     import remora.manifests
 
     packaged = Path(str(remora.manifests.__file__)).parent / "serve_tiny_cpu.yaml"
-    config = yaml.safe_load(packaged.read_text())
-    port = free_port()
-    config["http_options"]["port"] = port
+    config: dict[str, Any] = yaml.safe_load(packaged.read_text())
+    config["http_options"]["port"] = free_port()
     application = config["applications"][0]
     application["name"] = NAME
     application["args"] |= {
@@ -151,19 +151,30 @@ def url(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> str:
         "model": str(DEMO_MODEL),
         "executor": "eager",
     }
-    path = tmp_path_factory.mktemp("deploy") / "serve.yaml"
+    return config
+
+
+@pytest.fixture(scope="module")
+def url(driver: Driver, config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where it serves."""
+    deploy(driver, config, tmp_path_factory.mktemp("deploy"))
+    driver.wait_for("status", lambda apps: apps.get(NAME, "").startswith("RUNNING"))
+    return f"http://127.0.0.1:{config['http_options']['port']}"
+
+
+def deploy(driver: Driver, config: dict[str, Any], folder: Path) -> None:
+    """`serve deploy`: returns once Serve has taken the configuration, before it has come up."""
+    path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [str(BIN / "serve"), "deploy", "-a", f"http://127.0.0.1:{driver.dashboard}", str(path)],
-        cwd=path.parent,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
         env={**driver.environment, "RAY_AUTH_MODE": "token"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    driver.wait_for("status", lambda apps: apps.get(NAME, "").startswith("RUNNING"))
-    return f"http://127.0.0.1:{port}"
 
 
 def test_an_openai_client(url: str) -> None:
@@ -194,6 +205,36 @@ def test_another_application_calls_the_handle(driver: Driver, url: str) -> None:
     assert pieces[-1]["finish_reason"] == "length"
     over_http = httpx.post(f"{url}/v1/completions", json=body).json()
     assert over_http["choices"][0]["text"] == whole["choices"][0]["text"]
+
+
+def test_an_upgrade_that_cannot_be_leaves_what_serves(
+    driver: Driver, config: dict[str, Any], url: str, tmp_path: Path
+) -> None:
+    """And so does one that can: the old ingress answers until the new one does."""
+    body = {"prompt": "The whale", "max_tokens": 2, "temperature": 0}
+
+    def status_of(**fields: Any) -> int:
+        answer = httpx.post(f"{url}/v1/completions", json=body | fields, timeout=60)
+        return answer.status_code
+
+    def answers_until(wanted: str) -> str:
+        while not (told := str(driver.ask("status")[NAME])).startswith(wanted):
+            assert status_of() == 200, told
+        return told
+
+    (application,) = config["applications"]
+    args = application["args"]
+    refused = {**config, "applications": [{**application, "args": {**args, "numerics": "exact"}}]}
+    deploy(driver, refused, tmp_path)
+    answers_until("DEPLOYING")
+    assert "numerics fast, not exact" in answers_until("DEPLOY_FAILED")
+    assert status_of() == 200
+
+    closed = {**config, "applications": [{**application, "args": {**args, "http.n_max": 1}}]}
+    deploy(driver, closed, tmp_path)
+    answers_until("DEPLOYING")
+    answers_until("RUNNING")
+    assert status_of(n=2) == 400
 
 
 def test_deleting_the_application_takes_the_data_plane_down(driver: Driver, url: str) -> None:

@@ -165,7 +165,8 @@ def test_our_loader_takes_the_application(
     application = application_of(rendered[overlay])
     module, _, function = application["import_path"].partition(":")
     build = getattr(importlib.import_module(module), function)
-    assert build(application["args"]), "Serve gets its application"
+    served = build(application["args"])._bound_deployment._deployment_config
+    assert served.max_surge_percent > 0, "an upgrade ends no ingress before there is another"
     config = config_of(rendered[overlay])
     assert config.name == application["name"], "`remora stop` finds both by one name"
     assert config.bind_address == "0.0.0.0", "pods reach each other over TCP"
