@@ -4,12 +4,18 @@
 node goes away, so that nothing new is placed on it. The deployment's coordinator sees that and
 moves what is there elsewhere, shards and dense groups (`evacuation.py`, docs/elasticity.md); this
 waits until nothing is left (issue 5, item 6; docs/kubernetes.md).
+
+Ray's head may be away just then: it was on the same machine, which is drained, and comes back on
+another one; or all of the Ray cluster is being deleted, and it does not. So long as the first takes
+this waits for it, and then lets the pod end.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from remora.comm.errors import ClusterError, DeadlineError, RemoraError
@@ -17,6 +23,9 @@ from remora.comm.errors import ClusterError, DeadlineError, RemoraError
 OK, FAILED = 0, 1
 LOOK_S = 1.0  # nothing tells a caller when the coordinator is through
 WHY = "its pod ends"
+HEAD_S = 120.0  # that Ray's head may be away; KubeRay has a new one up in less, as a rule
+# How long a process of Ray looks for its head before it ends itself. KubeRay sets 600 s in pods.
+RECONNECT_ENV = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 class Clock(Protocol):
@@ -76,6 +85,22 @@ def wait_until_left(
         clock.sleep(LOOK_S)
 
 
+def once_answered(ask: Callable[[], bool], *, within_s: float, clock: Clock) -> bool:
+    """What `ask` gives, as soon as it gives anything.
+
+    Raises:
+        ClusterError: it has raised that for so long.
+    """
+    until = clock.monotonic() + within_s
+    while True:
+        try:
+            return ask()
+        except ClusterError:
+            if clock.monotonic() + LOOK_S >= until:
+                raise
+        clock.sleep(LOOK_S)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Have this node left; returns the exit status and says on standard error what came of it."""
     parser = argparse.ArgumentParser(prog="remora.cluster.node_drain", description=__doc__)
@@ -84,20 +109,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--within-s", type=float, default=540.0, help="below the pod's grace period (default 540)"
     )
     options = parser.parse_args(argv)
+    until = time.monotonic() + options.within_s
+    os.environ[RECONNECT_ENV] = f"{HEAD_S:g}"  # before Ray is imported: it looks once
     from remora.actors.launch import host_label  # Ray, only where needed
     from remora.cluster.manage_command import connected
     from remora.cluster.node_watch import RayNodes
 
     try:
-        with connected(None) as found:
-            if not found:
+        with ExitStack() as stack:
+            if not once_answered(
+                lambda: stack.enter_context(connected(None)),
+                within_s=min(HEAD_S, options.within_s),
+                clock=time,
+            ):
                 raise ClusterError("no Ray cluster is to be found from here (RAY_ADDRESS)")
             node, nodes = host_label(), RayNodes()
-            nodes.drain(node, WHY, time.time() + options.within_s)
+            left_s = until - time.monotonic()
+            nodes.drain(node, WHY, time.time() + left_s)
             left = wait_until_left(
                 node,  # Ray ends it once nothing is there, which may be at once
                 lambda: _known_of_nodes(options.deployment) if nodes.is_alive(node) else None,
-                within_s=options.within_s,
+                within_s=left_s,
                 clock=time,
             )
     except RemoraError as error:

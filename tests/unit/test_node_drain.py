@@ -1,11 +1,19 @@
 """How a pod that ends waits until its members have left it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from remora.cluster.node_drain import wait_until_left
+from remora.cluster.node_drain import (
+    FAILED,
+    HEAD_S,
+    RECONNECT_ENV,
+    main,
+    once_answered,
+    wait_until_left,
+)
 from remora.comm.errors import ClusterError, DeadlineError
 
 
@@ -70,3 +78,30 @@ def test_a_pod_says_why_its_members_are_still_there() -> None:
         waited(ClusterError("it died"))
     with pytest.raises(DeadlineError, match="did not look"):
         waited(NOT_YET)
+
+
+def test_a_pod_waits_for_a_head_as_long_as_one_may_come() -> None:
+    """It was on the same machine, which is drained; or the whole Ray cluster goes."""
+    clock = Clock()
+
+    def connected_from(at_s: float) -> bool:
+        if clock.now_s < at_s:
+            raise ClusterError(f"nobody answers at {clock.now_s:g}")
+        return True
+
+    assert once_answered(lambda: connected_from(60), within_s=HEAD_S, clock=clock)
+    assert clock.now_s == 60
+    with pytest.raises(ClusterError, match="nobody answers at"):
+        once_answered(lambda: connected_from(1000), within_s=HEAD_S, clock=clock)
+    assert clock.now_s <= 60 + HEAD_S
+
+
+def test_a_pod_does_not_wait_for_a_head_until_its_grace_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When a whole Ray cluster goes, KubeRay's 600 s would keep its pods, and GPUs, for so long."""
+    monkeypatch.setenv(RECONNECT_ENV, "600")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody listens there
+    assert main(["any", "--within-s", "0.5"]) == FAILED
+    assert "preStop: no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
+    assert float(os.environ[RECONNECT_ENV]) == HEAD_S
