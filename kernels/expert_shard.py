@@ -27,7 +27,8 @@ class NativeShard:
         assert native.native_available(), "there are no C++ kernels here"
         self.entry: int = torch.ops.remora.expert_entry()
         self.handle: int = torch.ops.remora.expert_shard_new()
-        weakref.finalize(self, torch.ops.remora.expert_shard_free, self.handle)
+        # Not where the interpreter ends: a thread that serves is still in the kernel then.
+        weakref.finalize(self, torch.ops.remora.expert_shard_free, self.handle).atexit = False
         self._layers: set[int] = set()
 
     def add_layer(

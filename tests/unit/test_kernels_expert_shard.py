@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.isa_script import run_under
 from torch import Tensor
 
 from remora.kernels import native
@@ -202,3 +203,58 @@ def test_a_slot_counts_as_soon_as_it_is_loaded() -> None:
 def test_rows_that_need_padding_are_left_to_python() -> None:
     experts = PackedExperts(2, hidden_size=33, intermediate_size=8, dtype=torch.bfloat16)
     assert not NativeShard().add_layer(0, experts, SILU, torch.arange(2))
+
+
+SCRIPT = """
+import ctypes, resource, threading
+import torch
+from remora.kernels.expert_shard import NativeShard
+from remora.kernels.experts import PackedExperts
+from remora.kernels.gates import SILU
+
+def shard_of(hidden, width):
+    experts = PackedExperts(1, hidden_size=hidden, intermediate_size=width, dtype=torch.bfloat16)
+    shapes = experts.slot_shapes()
+    experts.load_slot(0, {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()})
+    shard = NativeShard()
+    assert shard.add_layer(0, experts, SILU, torch.zeros(1, dtype=torch.int64))
+    return shard
+
+PROTOTYPE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32
+)
+
+def asker(shard, hidden, num_rows_max):
+    rows, out = (torch.zeros(num_rows_max, hidden, dtype=torch.bfloat16) for _ in range(2))
+    row = torch.arange(num_rows_max, dtype=torch.int32)
+    expert, weight = torch.zeros_like(row), torch.ones(num_rows_max)
+    entry = PROTOTYPE(shard.entry)
+
+    def ask(num_rows):
+        call = (ctypes.c_int64 * 8)(
+            rows.data_ptr(), num_rows, row.data_ptr(), expert.data_ptr(), weight.data_ptr(),
+            num_rows, out.data_ptr(), 1,
+        )
+        return entry(shard.handle, 0, ctypes.addressof(call), 1)
+
+    return ask
+"""
+
+
+def test_a_process_may_end_while_a_thread_computes() -> None:
+    """The shard used to be freed under the kernel: a process that ended crashed."""
+    run_under(
+        "amx_bf16",
+        SCRIPT
+        + """
+begun = threading.Event()
+
+def serve():
+    ask = asker(shard_of(1024, 1024), 1024, 150)
+    while ask(150) == 0:
+        begun.set()
+
+threading.Thread(target=serve, daemon=True).start()
+assert begun.wait(60)
+""",
+    )
