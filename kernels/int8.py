@@ -21,9 +21,15 @@ _SCALE_BYTES: Final = 4
 
 
 def quantize(weight_OK: Tensor) -> tuple[Tensor, Tensor]:
-    """(q int8 [O, K], scale float32 [O]) of a weight of any float dtype; all zeros: scale 1."""
+    """(q int8 [O, K], scale float32 [O]) of a weight of any float dtype; all zeros: scale 1.
+
+    Raises:
+        ValueError: a weight that is not finite: one NaN would make zeros of its whole output.
+    """
     weight = weight_OK.detach().float()
     largest_O = weight.abs().amax(dim=1)
+    if not bool(largest_O.isfinite().all()):
+        raise ValueError(f"int8 holds finite weights, got {float(largest_O.max()):g}")
     scale_O = torch.where(largest_O > 0, largest_O / _MAX, torch.ones_like(largest_O))
     q_OK = (weight / scale_O[:, None]).round().clamp(-_MAX, _MAX).to(torch.int8)
     return q_OK, scale_O

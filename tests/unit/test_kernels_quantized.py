@@ -52,6 +52,15 @@ def test_int8_is_near(num_outputs: int, num_inputs: int) -> None:
     assert (error <= 0.5001 * scale[:, None]).all() and int(q.abs().max()) == 127
 
 
+def test_int8_refuses_what_is_not_finite() -> None:
+    """A NaN used to give an output of zeros, an infinity one of NaN: nobody was told."""
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        weight = random_weight(3, 8)
+        weight[1, 5] = bad
+        with pytest.raises(ValueError, match=r"finite weights, got (nan|inf)"):
+            form_of("int8").quantize(weight)
+
+
 @pytest.mark.parametrize("num_outputs,num_inputs", SIZES)
 def test_int4_takes_the_better_of_two_scales(num_outputs: int, num_inputs: int) -> None:
     """Against every scale that there is, one group at a time."""
