@@ -101,7 +101,3 @@ class Memory:
     def int32(self, offset: int, count: int) -> Tensor:
         """`[count]` int32 tensor on the bytes at `offset` (a multiple of 4)."""
         return self._int32.as_strided((count,), (1,), offset >> 2)
-
-    def float32(self, offset: int, count: int) -> Tensor:
-        """`[count]` float32 tensor on the bytes at `offset` (a multiple of 4)."""
-        return self._flat[int(Dtype.FLOAT32)].as_strided((count,), (1,), offset >> 2)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from remora.comm.arena import Memory
@@ -52,7 +53,8 @@ class BadCallError(ClusterError):
 @dataclass(slots=True)
 class ExpertCall:
     """One DISPATCH. Tensors are zero-copy views (of the requester's arena, or of the receive
-    memory) and are **valid until `compute` returns**: copy what must live longer.
+    memory) and are **valid until `compute` returns**: copy what must live longer. Pairs are never
+    in the arena: what they say was checked.
 
     Pairs are sorted by (expert, row); no (row, expert) occurs twice.
     """
@@ -154,7 +156,10 @@ class ExpertService:
         num_back = combined_rows(num_rows, num_pairs, presummed=presummed)
         pairs = offset + pairs_offset(num_rows, row_bytes)
         arena, reply_at = self._reply_place(connection, header, num_back * row_bytes)
-        row_P = memory.int32(pairs, num_pairs)
+        columns = memory.int32(pairs, 3 * num_pairs)
+        if header.flags & Flag.ARENA:  # the requester can write there after we have looked
+            columns = columns.clone()
+        row_P, expert_P, weight_P = columns.view(3, num_pairs)
         if num_pairs and not (row_P.min() >= 0 and row_P.max() < num_rows):
             raise BadCallError(f"pair rows {row_P.min()}..{row_P.max()} of {num_rows} rows")
         call = ExpertCall(
@@ -163,8 +168,8 @@ class ExpertService:
             presummed,
             memory.rows(header.dtype, offset, num_rows, width),
             row_P,
-            memory.int32(pairs + 4 * num_pairs, num_pairs),
-            memory.float32(pairs + 8 * num_pairs, num_pairs),
+            expert_P,
+            weight_P.view(torch.float32),
             (arena or self._scratch).rows(header.dtype, reply_at, num_back, width),
             header.deadline_us,
             connection.peer_name,
