@@ -185,8 +185,8 @@ class NativeLayers:
             routes.view.epoch, self._presummed, self._deadline_s, self._rows_per_call_max,
             self._peers.limits.region_bytes,
             routes.host_S.ctypes.data, routes.own_host, routes.usable_S.ctypes.data,
-            routes.gain.ctypes.data, len(routes.uids), park_address(), wake_address(),
-            tables,
+            routes.gain.ctypes.data, len(routes.uids), self._peers.settled_address,
+            park_address(), wake_address(), tables,
         )  # fmt: skip
 
     def _describe(self, shard: int, peer: Peer) -> None:

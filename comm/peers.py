@@ -10,6 +10,7 @@ While it waits it reads from every peer and writes what a socket did not take be
 ever blocks on a peer that waits for us.
 """
 
+import ctypes
 import logging
 import select
 import time
@@ -56,7 +57,21 @@ class PeerSet:
         self._by_fd: dict[int, Peer] = {}
         self._epoll = select.epoll()
         self._tried = ""  # the last one that `reconnect` dialled
-        self.settled = False  # nobody but the native client has used a connection since it looked
+        self._settled = ctypes.c_uint64(0)  # where the native client reads it
+
+    @property
+    def settled(self) -> bool:
+        """Nobody but the native client has used a connection, or taken a view, since it looked."""
+        return self._settled.value != 0
+
+    @settled.setter
+    def settled(self, settled: bool) -> None:
+        self._settled.value = settled
+
+    @property
+    def settled_address(self) -> int:
+        """Of a 64-bit word that is not 0 while `settled`, for this object's life."""
+        return ctypes.addressof(self._settled)
 
     # -- members -----------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ int64_t now_ns() {
 
 Status Client::begin(const LayerInput& input) {
   const int64_t begun_ns = now_ns();
+  // A layer of this step that Python served may have taken another view: tables are freed then.
+  if (!settled || !*settled) return Status::kNotNative;
   for (const Link& link : links)
     if (link.cell && link.cell->lost) return Status::kNotNative;
   const auto table = tables.find(input.layer);

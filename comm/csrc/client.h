@@ -88,6 +88,7 @@ class Client {
   double deadline_s = 0;
   int64_t rows_per_call_max = 1, region_bytes_asked = 0;
   ShardTable shards;
+  const uint64_t* settled = nullptr;  // 0: what we know of view and connections may be gone
   void (*park)() = nullptr;  // called before other processes get work: the cores are theirs then
   void (*wake)() = nullptr;  // called when they have answered: the cores are ours again
   std::unordered_map<int32_t, ReplicaTable> tables;

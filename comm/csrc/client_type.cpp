@@ -50,10 +50,11 @@ void client_dealloc(PyObject* object) {
 }
 
 // (epoch, presummed, deadline_s, rows_per_call_max, region_bytes, host_S, own_host, usable_S, gain,
-//  num_shards, park, wake, [(layer, table_ER, num_experts, num_replicas, load_S, sent_S), ...])
+//  num_shards, settled, park, wake,
+//  [(layer, table_ER, num_experts, num_replicas, load_S, sent_S), ...])
 PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) {
   const Arguments arguments(items, count);
-  if (!arguments.expect(13)) return nullptr;
+  if (!arguments.expect(14)) return nullptr;
   auto* self = reinterpret_cast<ClientObject*>(object);
   Client& client = self->client;
   client.epoch = arguments.natural(0);
@@ -67,8 +68,9 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   shards.usable_S = arguments.address<const uint8_t>(7);
   shards.gain = arguments.address<const int64_t>(8);
   const int64_t num_shards = shards.num_shards = arguments.integer(9);
-  client.park = reinterpret_cast<void (*)()>(arguments.address<void>(10));
-  client.wake = reinterpret_cast<void (*)()>(arguments.address<void>(11));
+  client.settled = arguments.address<const uint64_t>(10);
+  client.park = reinterpret_cast<void (*)()>(arguments.address<void>(11));
+  client.wake = reinterpret_cast<void (*)()>(arguments.address<void>(12));
   if (PyErr_Occurred()) return nullptr;
   client.shards = shards;
   client.close();
@@ -76,7 +78,7 @@ PyObject* configure(PyObject* object, PyObject* const* items, Py_ssize_t count) 
   self->free_lists.assign(num_shards, nullptr);
   client.links.assign(num_shards, Link{});
   client.tables.clear();
-  PyObject* tables = arguments.object(12);
+  PyObject* tables = arguments.object(13);
   if (!PyList_Check(tables)) return PyErr_Format(PyExc_TypeError, "tables must be a list");
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
     int layer;

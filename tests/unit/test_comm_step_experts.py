@@ -29,6 +29,7 @@ from remora.comm.dispatch import Combine, Dispatcher
 from remora.comm.errors import PeerLostError
 from remora.comm.peers import PeerSet
 from remora.comm.view import View
+from remora.comm.wire import Kind
 from remora.kernels.attention import KVPages, build_plan
 from remora.kernels.native import native_available
 from remora.kernels.step import RoutingNotes, enter_step, leave_step, step_layers
@@ -190,4 +191,43 @@ def test_a_layer_under_way_that_turns_out_unusual_is_finished_in_python(
             answers.put(plain)
             assert torch.equal(asked.ask(2, batch), torch.ones(3, 64))
             assert asked.in_python == []
+        peers.close()
+
+
+def test_a_view_that_a_layer_of_python_takes_is_that_of_the_layers_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They used to be asked for under the old one, by tables that were freed."""
+    answers: queue.Queue[Any] = queue.Queue()
+    epochs: list[int] = []
+
+    def on_frame(connection: Connection, frame: Frame) -> None:
+        connection.outstanding -= 1
+        epochs.append(frame.header.epoch)
+        assert connection.transmit(answers.get(timeout=WAIT_S)(frame), 0, 0)
+
+    with serving(on_frame) as (server, _):
+        peers = PeerSet(token=TOKEN, self_host="b")
+        old, new = (
+            View(
+                epoch=epoch,
+                members=(member(server.endpoint("a")),),
+                placement=everywhere("shard-0"),
+            )
+            for epoch in (1, 2)
+        )
+        dispatcher = Dispatcher(
+            view=old, peers=peers, combine="presummed", refresh_view=lambda epoch: new
+        )
+        hidden, index, weights = random_batch(3)
+        answers.put(answer)
+        dispatcher.moe(0, hidden, index, weights, 3)
+        with Asked(monkeypatch, dispatcher, 3, 3) as asked:
+            not_mine = index[0, :1].int().numpy().tobytes()
+            answers.put(lambda f: answer(f, kind=int(Kind.NOT_MINE), num_rows=0, body=not_mine))
+            answers.put(answer)
+            assert torch.equal(asked.ask(0, (hidden, index.int(), weights)), torch.ones(3, 64))
+            answers.put(answer)
+            assert torch.equal(asked.ask(2, (hidden, index, weights)), torch.ones(3, 64))
+            assert epochs == [1, 1, 2, 2] and asked.in_python == [0, 2]
         peers.close()
