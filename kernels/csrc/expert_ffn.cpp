@@ -81,6 +81,7 @@ struct Run {
   std::optional<TaskRuns> up_runs;
   std::atomic<int64_t> next{0};  // task behind those of `up`
   std::atomic<int64_t> down_left{0};
+  std::atomic<bool> failed{false};  // a worker has: what others wait for may never come
 
   int64_t size() const { return layer.up.shape.element_size(); }
 
@@ -209,8 +210,17 @@ struct Run {
     down(block, 0, layer.down.shape.num_groups(), next, worker);
   }
 
+  // Waits until none is left; false where that will never be.
+  template <class Count>
+  bool none_left(const std::atomic<Count>& left) const {
+    spin_until([&] {
+      return left.load(std::memory_order_acquire) == 0 || failed.load(std::memory_order_relaxed);
+    });
+    return !failed.load(std::memory_order_relaxed);
+  }
+
   void down_task(const ExpertScratch::Task& task, const Worker& worker) {
-    spin_until([&] { return scratch.left[task.block].load(std::memory_order_acquire) == 0; });
+    if (!none_left(scratch.left[task.block])) return;
     down(scratch.blocks[task.block], task.unit * down_groups, down_groups, nullptr, worker);
   }
 
@@ -233,7 +243,7 @@ struct Run {
     const RemoraExpertCall& call = calls[task.block];
     const int64_t begin = task.unit;
     const int64_t end = std::min(call.num_rows, begin + sum_grain());
-    spin_until([&] { return down_left.load(std::memory_order_acquire) == 0; });
+    if (!none_left(down_left)) return;
     const int64_t first = scratch.call_start[task.block];
     float* sums = reinterpret_cast<float*>(tile);
     if (layer.up.shape.bfloat16()) {
@@ -248,6 +258,15 @@ struct Run {
   }
 
   void work(int number) {
+    try {
+      take_tasks(number);
+    } catch (...) {
+      failed.store(true, std::memory_order_relaxed);
+      throw;
+    }
+  }
+
+  void take_tasks(int number) {
     Worker worker;
     worker.tile = own + number * sizes.sum();
     worker.rows = worker.tile + sizes.tile;
@@ -364,7 +383,7 @@ int run_experts(const ExpertLayer& layer, ExpertScratch& scratch, const RemoraEx
   if (verdict != REMORA_EXPERTS_DONE) return verdict;
   try {
     return run_checked(layer, scratch, calls, num_calls);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::bad_alloc&) {  // some rows may be written: whoever is asked next writes all
     return REMORA_EXPERTS_NO_MEMORY;
   }
 }

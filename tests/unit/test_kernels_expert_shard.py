@@ -258,3 +258,25 @@ threading.Thread(target=serve, daemon=True).start()
 assert begun.wait(60)
 """,
     )
+
+
+@pytest.mark.skipif(native.native_isa() == "portable", reason="kernels take no memory here")
+def test_a_worker_without_memory_ends_the_call() -> None:
+    """Its tasks were never done then, and those who waited for them looked for ever."""
+    verdicts = run_under(
+        "avx2",
+        SCRIPT
+        + """
+HIDDEN = 1 << 17  # a group of so many inputs widens to 32 MiB, which the heap never has at hand
+torch.set_num_threads(2)
+ask = asker(shard_of(HIDDEN, 64), HIDDEN, 12)
+print(ask(11))  # few rows: weights are widened in registers
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), limits[1]))
+print(ask(12))
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(ask(12))
+""",
+    )
+    assert verdicts.split() == ["0", "4", "0"]
