@@ -20,6 +20,7 @@ from torch import Tensor
 from remora.comm.arena import Memory
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import ClusterError, FrameError
+from remora.comm.limits import TOP_K_MAX
 from remora.comm.native import native_extension
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.wire import (
@@ -151,6 +152,10 @@ class ExpertService:
             raise BadCallError(
                 f"{num_rows} rows of {row_bytes} bytes and {num_pairs} pairs make "
                 f"{expected} bytes, the body has {header.length}"
+            )
+        if num_pairs > num_rows * TOP_K_MAX:  # the memory that a call takes goes by its pairs
+            raise BadCallError(
+                f"{num_pairs} pairs of {num_rows} rows, allowed are {TOP_K_MAX} of each"
             )
         presummed = bool(header.flags & Flag.PRESUMMED)
         num_back = combined_rows(num_rows, num_pairs, presummed=presummed)

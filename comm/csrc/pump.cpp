@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "choice.h"
+
 namespace remora {
 namespace {
 
@@ -112,7 +114,9 @@ bool Pump::is_ours(const PumpLink& link) const {
       head.width != width || (incarnation && head.incarnation != incarnation))
     return false;
   const uint64_t row_bytes = width * item_bytes(dtype);
-  if (head.length != dispatch_bytes(head.num_rows, head.num_pairs, row_bytes)) return false;
+  if (head.length != dispatch_bytes(head.num_rows, head.num_pairs, row_bytes) ||
+      head.num_pairs > uint64_t{head.num_rows} * kTopKMax)  // a kernel's memory goes by pairs
+    return false;
   if (head.flags & kArena &&
       (!link.arena || head.region >= link.num_regions || head.flags & kChecked ||
        kHeaderBytes + head.length > link.region_bytes || head.reply_offset > link.region_bytes ||

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.comm_rig import (
@@ -45,11 +46,13 @@ from remora.comm.connection import Connection
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
+from remora.comm.limits import TOP_K_MAX
 from remora.comm.native_pump import MERGE_ROWS_MAX, SKIPS_MAX
 from remora.comm.peers import PeerSet
 from remora.comm.server import ServerLimits
 from remora.comm.view import Endpoint, View
 from remora.comm.wire import (
+    ErrorCode,
     Kind,
     encode_frame,
 )
@@ -115,6 +118,24 @@ def test_what_the_kernel_refuses_is_pythons_and_comes_back(host: str) -> None:
             ask(peers, 5, layer=4)
         assert heard[2:] == [(3, WIDTH)] * 2 + [(4, WIDTH)] * 2  # the kernel first, then Python
         assert ask(peers, 5) == rows_of(5) and pump_of(shard).calls_served == 2
+
+
+def test_more_pairs_than_rows_can_have_are_refused() -> None:
+    """A kernel's memory goes by pairs: a frame of 64 MiB could ask for tens of GiB."""
+    shard = echo_shard()
+    row = rows_of(1)
+
+    def of_one_row(sequence: int, num_pairs: int) -> bytes:
+        pairs = bytes(8 * num_pairs) + np.ones(num_pairs, np.float32).tobytes()
+        return frame(sequence, num_pairs=num_pairs, body=row + pairs)
+
+    with serve(shard) as (server, _), raw(server) as sock:
+        sock.sendall(of_one_row(1, TOP_K_MAX + 1))
+        kind, _, code, text = receive(sock)
+        assert (kind, code) == (Kind.ERROR, ErrorCode.BAD_CALL) and b"17 pairs of 1 row" in text
+        sock.sendall(of_one_row(2, TOP_K_MAX))
+        assert receive(sock) == (Kind.COMBINED, 2, 1, row)
+    assert pump_of(shard).calls_served == 1
 
 
 @HOSTS
