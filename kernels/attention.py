@@ -315,7 +315,7 @@ def paged_attention(
         raise ValueError(
             f"queries {tuple(q_THd.shape)}: expected ({plan.num_rows}, H, {pages.k_dim})"
         )
-    if num_heads % pages.num_kv_heads != 0:
+    if num_heads < 1 or num_heads % pages.num_kv_heads != 0:
         raise ValueError(f"{num_heads} query heads over {pages.num_kv_heads} key/value heads")
     if q_THd.dtype != pages.dtype:
         raise ValueError(f"queries {q_THd.dtype}: the pages hold {pages.dtype}")

@@ -19,6 +19,13 @@ namespace {
 
 constexpr int64_t PLAN_HEAD = 5;  // numbers before a plan's arrays
 
+constexpr int64_t LINE_BYTES = 64;  // kernels load whole vectors
+
+// Whether all blocks and heads from `first` on do, their strides in words.
+bool is_aligned(const int32_t* first, int64_t block, int64_t head) {
+  return (reinterpret_cast<uintptr_t>(first) | (block * 4) | (head * 4)) % LINE_BYTES == 0;
+}
+
 // `k_dim` and `v_dim` are the widths of the rows that the caller has.
 Pages open_pages(const at::Tensor& k_pages, const at::Tensor& v_pages, int64_t k_dim, int64_t v_dim) {
   const bool narrow = k_pages.scalar_type() == at::kBFloat16;
@@ -53,6 +60,9 @@ Pages open_pages(const at::Tensor& k_pages, const at::Tensor& v_pages, int64_t k
   pages.element_bytes = static_cast<int>(4 / e);
   pages.words = static_cast<int>(k_pages.size(2));
   pages.width = static_cast<int>(v_pages.size(3));
+  TORCH_CHECK_VALUE(is_aligned(pages.keys, pages.key_block, pages.key_head) &&
+                        is_aligned(pages.values, pages.value_block, pages.value_head),
+                    "KV pages must lie at multiples of ", LINE_BYTES, " bytes");
   return pages;
 }
 
@@ -99,8 +109,8 @@ struct Options {
 
 // The call's rules, kernel and sinks; `sinks` keeps the latter alive.
 void set_rules(Call* call, const Options& options, int64_t num_heads, std::optional<at::Tensor>* sinks) {
-  TORCH_CHECK_VALUE(num_heads % call->pages.num_heads == 0, num_heads, " query heads over ",
-                    call->pages.num_heads, " key/value heads");
+  TORCH_CHECK_VALUE(num_heads > 0 && call->pages.num_heads > 0 && num_heads % call->pages.num_heads == 0,
+                    num_heads, " query heads over ", call->pages.num_heads, " key/value heads");
   call->group = num_heads / call->pages.num_heads;
   call->rules = Rules{static_cast<float>(options.scale), static_cast<float>(options.soft_cap),
                       options.window, options.chunk};

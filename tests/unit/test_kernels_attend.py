@@ -251,6 +251,8 @@ def test_attend_refuses_what_does_not_fit() -> None:
         attend(q, kv, kv, pages, build_plan([0], [1], [[2]], 1), scale=1.0)
     with pytest.raises(ValueError, match="3 query heads over 2"):
         attend(q[:, :3], kv, kv, pages, plan, scale=1.0)
+    with pytest.raises(ValueError, match="0 query heads over 2"):
+        attend(q[:, :0], kv, kv, pages, plan, scale=1.0)
     with pytest.raises(ValueError, match=r"queries|keys"):
         attend(q, kv[:, :1], kv, pages, plan, scale=1.0)
     with pytest.raises(ValueError, match=r"rows|pages take"):
@@ -259,3 +261,17 @@ def test_attend_refuses_what_does_not_fit() -> None:
         attend(q, kv, kv, pages, plan, scale=1.0, sinks_H=torch.zeros(3))
     with pytest.raises(ValueError, match=r"fit the pages|the pages take"):
         attend(q, kv, torch.zeros(1, 2, 1, 30), pages, plan, scale=1.0)
+
+
+@native_only
+def test_attend_refuses_pages_that_its_loads_would_crash_on() -> None:
+    aligned = KVPages.allocate(2, 2, 16, 16, torch.float32)
+    pages = KVPages(
+        k_NJWBE=torch.zeros(aligned.k_NJWBE.numel() + 1)[1:].view(aligned.k_NJWBE.shape),
+        v_NJPDE=aligned.v_NJPDE,
+        k_dim=16,
+        v_dim=16,
+    )
+    q, kv = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
+    with pytest.raises(ValueError, match="multiples of 64 bytes"):
+        attend(q, kv, kv, pages, build_plan([0], [1], [[1]], 1), scale=1.0)
