@@ -271,33 +271,6 @@ def test_a_call_whose_pairs_point_nowhere_is_refused() -> None:
         peers.close()
 
 
-def test_pairs_are_computed_as_they_were_checked() -> None:
-    """A requester can write into its arena meanwhile; a kernel goes by pairs unasked."""
-    seen: list[list[list[float]]] = []
-    asked: list[Call] = []
-
-    def compute(call: ExpertCall) -> Tensor:
-        asked.pop().body[256:304] = b"\x7f" * 48
-        pairs = call.pair_row_P, call.pair_expert_P, call.pair_weight_P
-        seen.append([column.tolist() for column in pairs])
-        return echo(call)
-
-    shard = service(compute, width=16)
-    with serve(shard) as (server, _):
-        peers, peer = connect(server.endpoint("a"), arena_bytes_min=1)
-        rows_ND, body = echo_body(4, 16)
-        call = peer.begin(len(body), rows_ND.nbytes)
-        assert call is not None
-        asked.append(call)
-        call.body[:] = body
-        peers.start(
-            call, flags=Flag.PRESUMMED, num_rows=4, num_pairs=4, width=16, dtype=Dtype.FLOAT32
-        )
-        peers.exchange([call], WAIT_S)
-        assert call.shared and seen == [[[0, 1, 2, 3], [0] * 4, [1.0] * 4]]
-        peers.close()
-
-
 def test_not_mine_is_an_answer() -> None:
     def compute(call: ExpertCall) -> Tensor:
         raise NotMineError([3, 5])

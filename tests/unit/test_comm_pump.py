@@ -18,6 +18,7 @@ from support.comm_rig import (
     as_native,
     at_home,
     close_enough,
+    echo_body,
     everywhere,
     member,
     random_batch,
@@ -27,6 +28,7 @@ from support.comm_rig import (
     toy_compute,
 )
 from support.pump_rig import (
+    FLOAT32,
     WIDTH,
     ask,
     connected,
@@ -42,6 +44,7 @@ from torch import Tensor
 
 from remora.comm import native
 from remora.comm.accounting import expected_call_bytes
+from remora.comm.call import Call
 from remora.comm.connection import Connection
 from remora.comm.dispatch import Dispatcher
 from remora.comm.errors import ClusterError, PeerLostError
@@ -53,6 +56,7 @@ from remora.comm.server import ServerLimits
 from remora.comm.view import Endpoint, View
 from remora.comm.wire import (
     ErrorCode,
+    Flag,
     Kind,
     encode_frame,
 )
@@ -136,6 +140,33 @@ def test_more_pairs_than_rows_can_have_are_refused() -> None:
         sock.sendall(of_one_row(2, TOP_K_MAX))
         assert receive(sock) == (Kind.COMBINED, 2, 1, row)
     assert pump_of(shard).calls_served == 1
+
+
+def test_python_computes_pairs_as_it_checked_them() -> None:
+    """As the pump does: a requester can write into its arena meanwhile."""
+    seen: list[list[list[float]]] = []
+    asked: list[Call] = []
+
+    def compute(call: ExpertCall) -> Tensor:
+        asked.pop().body[4 * 4 * WIDTH :] = b"\x7f" * 48
+        pairs = call.pair_row_P, call.pair_expert_P, call.pair_weight_P
+        seen.append([column.tolist() for column in pairs])
+        return call.out_MD.copy_(call.rows_ND)
+
+    shard = ExpertService(compute, incarnation=1)
+    with (
+        serve(shard) as (server, _),
+        connected(server.endpoint("a"), arena_bytes_min=1) as peers,
+    ):
+        body = echo_body(4, WIDTH)[1]
+        call = peers.peer("shard-0").begin(len(body), 4 * 4 * WIDTH)
+        assert call is not None
+        asked.append(call)
+        call.body[:] = body
+        sizes = {"num_rows": 4, "num_pairs": 4, "width": WIDTH, "dtype": FLOAT32}
+        peers.start(call, flags=Flag.PRESUMMED, **sizes)
+        peers.exchange([call], WAIT_S)
+        assert call.shared and seen == [[[0, 1, 2, 3], [0] * 4, [1.0] * 4]]
 
 
 @HOSTS
