@@ -324,6 +324,7 @@ def test_a_coordinator_that_hangs_in_its_first_start_is_ended_and_leaves_nothing
         stop_cluster(name)
 
 
+@pytest.mark.long
 def test_two_callers_share_a_failure_and_the_name_is_free_again(
     raylets: Cluster, model: Path, expected: list[int], tmp_path: Path
 ) -> None:
