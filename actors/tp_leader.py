@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 SEQUENCE_STEP = 1 << 20  # exchanges that a failed step is away from the next
 # A shard that does not answer keeps a rank so long: its socket, then its handshake. A rank dials
 # one after the other, and who waits for it must not take it for gone meanwhile.
-DIAL_S = 2 * PeerLimits().connect_s
+SHARD_DIAL_S = 2 * PeerLimits().connect_s
 T = TypeVar("T")
 
 
@@ -112,7 +112,7 @@ class Leader:
         """
         self._check()
         self._tell(Look())
-        self._note_lacks(self._answers(self._timeout_s + DIAL_S))
+        self._note_lacks(self._answers(self._timeout_s + SHARD_DIAL_S))
         return not self.lacks_experts
 
     def settle_form(self, launch: RankLaunch, spec: ModelSpec, dtype: torch.dtype) -> Form:
@@ -142,7 +142,7 @@ class Leader:
         """
         num_shards = sum(member.role == "shard" for member in view.members)
         adopt = Adopt(view=view, rank_hosts=self.hosts, or_none=or_none)
-        self.ask(adopt, self._timeout_s + num_shards * DIAL_S)
+        self.ask(adopt, self._timeout_s + num_shards * SHARD_DIAL_S)
         self.epoch = view.epoch
 
     def take_sent(self, epoch: int) -> list[NDArray[np.int64]] | None:
