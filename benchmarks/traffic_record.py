@@ -28,8 +28,7 @@ def demo(documents: int, checkpoint: Path = DEMO_MODEL, name: str = "demo") -> T
     plan, heldout = texts("plan"), texts("heldout")
     if not (checkpoint / "config.json").exists() or not plan or plan.keys() != heldout.keys():
         return None
-    tag = hashlib.sha256(f"{checkpoint.resolve()} {RECORDED} {WINDOW}".encode()).hexdigest()[:12]
-    path = CACHE / f"{name}-{tag}.npz"
+    path = CACHE / f"{name}-{_tag(checkpoint)}.npz"
     if not path.exists():
         chosen = {d: (plan[d][: 2 * RECORDED], heldout[d][:RECORDED]) for d in plan}
         _record(checkpoint, chosen, path)
@@ -65,6 +64,14 @@ def _read(path: Path, name: str) -> Trace:
             expert_bytes=int(arrays["expert_bytes"]),
             token_T=arrays["tokens"].astype(np.int32),
         )
+
+
+def _tag(checkpoint: Path) -> str:
+    """Of what is recorded, wherever it lies: every checkout has the demo model."""
+    tag = hashlib.sha256(f"{RECORDED} {WINDOW}".encode())
+    for path in sorted(p for p in checkpoint.iterdir() if p.suffix in (".json", ".safetensors")):
+        tag.update(path.read_bytes())
+    return tag.hexdigest()[:12]
 
 
 def _record(
