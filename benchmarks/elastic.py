@@ -86,13 +86,13 @@ async def operations(
     async with flowing(config, handle, num_new=NUM_NEW) as streams:
         for number, (name, target) in itertools.product(range(rounds), steps):
             await asyncio.to_thread(_until, ready)
-            begin_s = time.perf_counter()
+            paused_s = time.perf_counter()
             await asyncio.sleep(pause_s)
-            paired = streams.window(begin_s, time.perf_counter())
             begin_s = time.perf_counter()
             found = await operate(handle, f"{name}-{number}", target)
             end_s = time.perf_counter()
             await asyncio.sleep(AFTER_S)
+            paired = streams.window(paused_s, begin_s)
             during = streams.window(begin_s, end_s)
             calm = streams.window(begin_s - min(end_s - begin_s, pause_s), begin_s)
             if name not in PREPARING:

@@ -9,9 +9,11 @@ import asyncio
 import os
 import signal
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -78,11 +80,16 @@ class Window:
 
 
 def window(tokens: list[tuple[float, int, float | None]], begin_s: float, end_s: float) -> Window:
-    """Of (when, tokens, gap before them in the stream: None for a first token)."""
-    inside = [t for t in tokens if begin_s <= t[0] < end_s]
-    gaps = [gap for at, _, gap in tokens if begin_s <= at < end_s + AFTER_S and gap is not None]
+    """Of (when, tokens, gap before them in the stream: None for a first token), in order of time.
+
+    No pass over all tokens: while it took one, those that came would be stamped late.
+    """
+    first, end, over = (
+        bisect_left(tokens, at_s, key=itemgetter(0)) for at_s in (begin_s, end_s, end_s + AFTER_S)
+    )
+    gaps = [gap for _, _, gap in tokens[first:over] if gap is not None]
     return Window(
-        tokens_per_s=sum(count for _, count, _ in inside) / (end_s - begin_s),
+        tokens_per_s=sum(count for _, count, _ in tokens[first:end]) / (end_s - begin_s),
         gap_p99_ms=1e3 * float(np.percentile(gaps, 99)) if gaps else float("inf"),
         gap_max_ms=1e3 * max(gaps, default=float("inf")),
     )
