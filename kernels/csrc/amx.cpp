@@ -103,8 +103,7 @@ bool may_use_tiles() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const bool has_tiles = (edx >> 24 & 1) != 0 && (edx >> 22 & 1) != 0;
-  return has_tiles && __builtin_cpu_supports("avx512vbmi") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // Whether both implementations give the same bits, on rows and weights with tails of everything.

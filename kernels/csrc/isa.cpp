@@ -21,7 +21,9 @@ Isa machine_isa() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // What is compiled for bfloat16 products may permute bytes too, which Cooper Lake cannot.
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                    __builtin_cpu_supports("avx512vbmi");
   if (bf16 && amx::amx_is_there()) {
     if (amx::amx_works()) return Isa::kAmxBf16;
     TORCH_WARN("the AMX tiles of this machine give other sums than they should: avx512_bf16 serves");

@@ -49,11 +49,8 @@ Kernels kernels_here() {
     return {{avx512::panel_float, amx::panel_bfloat16, amx::panel_int8, amx::panel_int4}};
   }
   if (isa() == Isa::kAvx512Bf16) {
-    // Cooper Lake does not permute bytes.
-    const bool permutes = __builtin_cpu_supports("avx512vbmi");
-    return {{avx512::panel_float, avx512_bf16::panel_bfloat16,
-             permutes ? avx512_bf16::panel_int8 : avx512::panel_int8,
-             permutes ? avx512_bf16::panel_int4 : avx512::panel_int4}};
+    return {{avx512::panel_float, avx512_bf16::panel_bfloat16, avx512_bf16::panel_int8,
+             avx512_bf16::panel_int4}};
   }
   if (isa() == Isa::kAvx512) {
     return {{avx512::panel_float, avx512::panel_bfloat16, avx512::panel_int8, avx512::panel_int4}};
