@@ -18,7 +18,12 @@ from remora.cluster.autoscale_command import add_autoscale
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
 from remora.cluster.operation_command import add_how, add_operations, run_operation
-from remora.cluster.rebalance_command import add_rebalance, run_rebalance, run_trace
+from remora.cluster.rebalance_command import (
+    add_rebalance,
+    check_options,
+    run_rebalance,
+    run_trace,
+)
 from remora.cluster.sim_command import add_sim
 from remora.cluster.trace_command import add_trace
 from remora.comm.errors import ClusterError, ConfigError, RemoraError, UserError
@@ -261,6 +266,7 @@ def _operate(options: argparse.Namespace) -> int:
 
 
 def _rebalance(options: argparse.Namespace) -> int:
+    check_options(options)
     if options.trace is not None:
         return run_trace(options)
     name, instance = _which(options.name, options.ray_address)

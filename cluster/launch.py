@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import ray
 import torch
 
@@ -14,7 +13,7 @@ from remora.actors.launch import RAY_NAMESPACE, NcclLaunch, ShardLaunch, thread_
 from remora.actors.model_spec import ModelSpec, resolve_dtype
 from remora.actors.tp_plan import check_heads
 from remora.cluster.config import DenseConfig, ExpertsConfig, RemoraConfig
-from remora.cluster.placement_file import LATEST, check_fits, read_placement
+from remora.cluster.placement_file import LATEST, check_fits, read_placement, whole_placement
 from remora.comm.errors import ConfigError
 from remora.comm.view import Placement, contiguous_placement
 
@@ -153,9 +152,7 @@ def _placement_in(
         shard_uids=uids,
         slots=slots,
     )
-    nothing: tuple[tuple[int, ...], ...] = ((),) * len(spec.moe_layers)
-    whole = {uid: placement.slots.get(uid, nothing) for uid in uids}
-    return msgspec.structs.replace(placement, slots=whole)
+    return whole_placement(placement, uids)
 
 
 def copies_of(config: RemoraConfig, spec: ModelSpec) -> int:

@@ -124,6 +124,14 @@ def check_fits(
                 )
 
 
+def whole_placement(placement: Placement, shard_uids: tuple[str, ...]) -> Placement:
+    """One that `check_fits` these shards, for all of them: those that it does not name hold
+    nothing."""
+    nothing: tuple[tuple[int, ...], ...] = ((),) * len(placement.moe_layers)
+    whole = {uid: placement.slots.get(uid, nothing) for uid in shard_uids}
+    return msgspec.structs.replace(placement, slots=whole)
+
+
 def _fault(placement: Placement) -> str | None:
     """What makes it no placement, if anything does."""
     num_layers, num_experts = len(placement.moe_layers), placement.num_experts

@@ -12,11 +12,15 @@ from remora.comm.checked import parse_section
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from remora.actors.model_spec import ModelSpec
     from remora.comm.topology import Topology
     from remora.comm.trace import Trace
     from remora.comm.view import Placement
 
 OK, FAILED = 0, 1
+HOSTS, SHARDS_PER_HOST = 2, 1  # of a trace, unless something else is said
+_OF_DEPLOYMENT = ("name", "ray_address", "operation_id")
+_OF_TRACE = ("model", "hosts", "shards_per_host", "slots", "placement", "output")
 
 
 def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentParser:
@@ -32,12 +36,24 @@ def add_rebalance(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentPars
     )
     trace = command.add_argument_group("with --trace")
     trace.add_argument("--model", help="checkpoint; default: the one that the trace names")
-    trace.add_argument("--hosts", type=int, default=2, help="hosts (default 2)")
-    trace.add_argument("--shards-per-host", type=int, default=1, help="default 1")
+    trace.add_argument("--hosts", type=int, help=f"hosts (default {HOSTS})")
+    trace.add_argument("--shards-per-host", type=int, help=f"default {SHARDS_PER_HOST}")
     trace.add_argument("--slots", type=int, help="of a shard in a layer; default: no spare ones")
     trace.add_argument("--placement", type=Path, help="the one in force; default: contiguous runs")
     trace.add_argument("--output", type=Path, metavar="FILE", help="where the new one is written")
     return command
+
+
+def check_options(options: Namespace) -> None:
+    """Raises ConfigError where an option is of no use: one of a trace without `--trace` would be
+    dropped, and experts of what serves would move."""
+    from_trace = options.trace is not None
+    names = _OF_DEPLOYMENT if from_trace else _OF_TRACE
+    wrong = [name for name in names if getattr(options, name) is not None]
+    if wrong:
+        named = ["NAME" if name == "name" else f"--{name.replace('_', '-')}" for name in wrong]
+        why = "no deployment is asked with --trace" if from_trace else "of use with --trace alone"
+        raise ConfigError(f"{', '.join(named)}: {why}")
 
 
 def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> int:
@@ -95,6 +111,7 @@ def run_trace(options: Namespace) -> int:
     if not Path(model).is_dir():
         raise ConfigError(f"--model: the trace names {model!r}, which is not here: say where it is")
     spec = inspect_model(model)
+    _check_trace(trace, spec, model)
     topology, placement = _situation(options, trace)
     source_T = _sources(trace, topology)
     layers = [count_bundles(ids_TK, source_T) for ids_TK in trace.experts_LTK]
@@ -121,34 +138,35 @@ def run_trace(options: Namespace) -> int:
     return _print(report, options.json)
 
 
+def _check_trace(trace: "Trace", spec: "ModelSpec", model: str) -> None:
+    """Raises ConfigError: nothing is in it, or it is of another model than `model`."""
+    header = trace.header
+    if not trace.num_tokens:
+        raise ConfigError("--trace: no tokens are in it to plan from")
+    if (header.num_experts, header.moe_layers) != (spec.num_experts, spec.moe_layers):
+        raise ConfigError(
+            f"--model {model}: {spec.num_experts} experts in {len(spec.moe_layers)} MoE layers; the"
+            f" trace is of a model of {header.num_experts} in {len(header.moe_layers)}"
+        )
+
+
 def _situation(options: Namespace, trace: "Trace") -> "tuple[Topology, Placement]":
     """The cluster of the command line, and what its shards hold."""
-    from remora.cluster.placement_file import check_fits, read_placement
+    from remora.cluster.placement_file import check_fits, read_placement, whole_placement
     from remora.comm.topology import uniform_topology
     from remora.comm.view import contiguous_placement
 
     header = trace.header
-    shards = options.hosts * options.shards_per_host
-    if options.hosts < 1 or options.shards_per_host < 1 or shards > header.num_experts:
+    hosts = HOSTS if options.hosts is None else options.hosts
+    per_host = SHARDS_PER_HOST if options.shards_per_host is None else options.shards_per_host
+    shards = hosts * per_host
+    if hosts < 1 or per_host < 1 or shards > header.num_experts:
         raise ConfigError(
-            f"--hosts {options.hosts} x --shards-per-host {options.shards_per_host}:"
+            f"--hosts {hosts} x --shards-per-host {per_host}:"
             f" 1 to {header.num_experts} shards are possible"
         )
-    slots = options.slots or -(-header.num_experts // shards)
-    topology = uniform_topology(
-        num_hosts=options.hosts, shards_per_host=options.shards_per_host, slots=slots
-    )
-    if options.placement is not None:
-        placement = read_placement(options.placement)
-        check_fits(
-            placement,
-            source=str(options.placement),
-            num_experts=header.num_experts,
-            moe_layers=header.moe_layers,
-            shard_uids=topology.uids,
-            slots=slots,
-        )
-        return topology, placement
+    slots = -(-header.num_experts // shards) if options.slots is None else options.slots
+    topology = uniform_topology(num_hosts=hosts, shards_per_host=per_host, slots=slots)
     try:
         placement = contiguous_placement(
             num_experts=header.num_experts,
@@ -158,7 +176,18 @@ def _situation(options: Namespace, trace: "Trace") -> "tuple[Topology, Placement
         )
     except ValueError as wrong:
         raise ConfigError(f"--slots {slots}: {wrong}") from None
-    return topology, placement
+    if options.placement is None:
+        return topology, placement
+    placement = read_placement(options.placement)
+    check_fits(
+        placement,
+        source=str(options.placement),
+        num_experts=header.num_experts,
+        moe_layers=header.moe_layers,
+        shard_uids=topology.uids,
+        slots=slots,
+    )
+    return topology, whole_placement(placement, topology.uids)
 
 
 def _sources(trace: "Trace", topology: "Topology") -> Any:

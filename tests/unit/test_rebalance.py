@@ -273,6 +273,52 @@ def test_a_trace_is_planned_from_without_a_cluster(
     assert "--slots 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--output", "new.yaml"], "--output: of use with --trace alone"),
+        (["--dry-run", "--hosts", "4", "--slots", "9"], "--hosts, --slots: of use with --trace"),
+        (["--trace", "t", "--dry-run", "prod"], "NAME: no deployment is asked"),
+        (["--trace", "t", "--output", "o", "--operation-id", "a"], "--operation-id: no deployment"),
+    ],
+)
+def test_an_option_that_would_be_dropped_is_refused(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who forgot --trace wants a file, and not that experts move."""
+    assert main(["rebalance", *arguments]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_trace_is_checked_against_model_and_placement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_model: Path
+) -> None:
+    num_experts, layers = _shape(small_model)
+
+    def asked(layers: tuple[int, ...], num_tokens: int, *arguments: str) -> tuple[int, str]:
+        header = TraceHeader(
+            model=str(small_model), num_experts=num_experts, top_k=2, moe_layers=layers
+        )
+        ids = paired_tokens(len(layers), num_tokens, num_experts=num_experts).astype(np.int16)
+        with TraceWriter(tmp_path / "t", header, overwrite=True) as writer:
+            requests_T = np.arange(num_tokens, dtype=np.int32)
+            writer.append(make_trace(header, experts_LTK=ids, request_T=requests_T))
+        status = main(["rebalance", "--trace", str(tmp_path / "t"), "--dry-run", *arguments])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    assert asked(layers, 0) == (2, "remora: --trace: no tokens are in it to plan from\n")
+    status, said = asked((*layers, 99), 300)
+    assert status == 2 and f"{num_experts} in {len(layers) + 1}" in said
+    assert asked(layers, 300, "--slots", "0")[0] == 2
+    all_on_one = [list(range(num_experts)) for _ in layers]
+    one = {"num_experts": num_experts, "moe_layers": layers, "slots": {"shard-0": all_on_one}}
+    (tmp_path / "one.yaml").write_text(json.dumps(one))
+    known = ("--placement", str(tmp_path / "one.yaml"), "--slots", str(num_experts))
+    status, said = asked(layers, 300, *known)
+    assert status == 0 and "-> shard-1" in said, "a shard that is not named holds nothing"
+
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.checkpoints import make_checkpoint
