@@ -102,6 +102,8 @@ def record_texts(
         note="teacher forcing",
     )
     window = min(plan.window, spec.max_positions)
+    for file in files:  # before a trace that is there is replaced
+        next(read_texts(file.path), None)
     with TraceWriter(output, header, overwrite=overwrite) as writer:
         model = _load(checkpoint, resolve_dtype(spec, "auto"))
         taken = watch_experts(model)

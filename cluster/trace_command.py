@@ -74,6 +74,8 @@ def _record(options: Namespace) -> int:
 def _record_deployment(options: Namespace) -> int:
     if options.weights:
         raise ConfigError("--weights: gate weights are recorded of texts only")
+    if options.domain:
+        raise ConfigError("--domain: the label of a --text, and there is none")
     if not 0 < options.seconds <= SECONDS_MAX:
         raise ConfigError(f"--seconds {options.seconds:g}: more than 0, at most {SECONDS_MAX:g}")
     name, instance = options.deployment, None
@@ -99,7 +101,7 @@ def _record_deployment(options: Namespace) -> int:
     )
     if found is None:
         return missing(f"there is no deployment {name!r} here", options.json)
-    return _tell(options)
+    return _tell(options, found)
 
 
 def _record_texts(options: Namespace) -> int:
@@ -132,8 +134,10 @@ def _show_progress(num_tokens: int) -> None:
         print(f"\r{num_tokens:,} tokens", end="", file=sys.stderr, flush=True)
 
 
-def _tell(options: Namespace) -> int:
+def _tell(options: Namespace, left_out: int | None = None) -> int:
     found = trace_info(options.output)
+    if left_out is not None:
+        found["tokens_left_out"] = left_out
     print(json.dumps(found) if options.json else info_text(found))
     return OK
 
@@ -210,6 +214,8 @@ def info_text(found: dict[str, Any]) -> str:
         if found[kind]:
             parts = (f"{name} {number:,}" for name, number in found[kind].items())
             lines.append(f"  {kind}: {', '.join(parts)}")
+    if found.get("tokens_left_out"):
+        lines.append(f"  {found['tokens_left_out']:,} tokens more were routed and not recorded")
     if not found["whole"]:
         lines.append("  it is not whole: whoever recorded it did not finish")
     return "\n".join(lines)

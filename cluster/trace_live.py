@@ -42,7 +42,7 @@ def record_deployment(
         tokens_max, seconds: whichever is reached first ends it.
 
     Returns:
-        Tokens written; None: there is no such deployment.
+        Tokens that were routed meanwhile and are not in it; None: there is no such deployment.
 
     Raises:
         ClusterError: a dense group does not answer, or nothing serves.
@@ -70,6 +70,7 @@ def _record(
     headers = _asked({uid: g.start_recording.remote(tokens_max) for uid, g in groups.items()})
     header: TraceHeader = next(iter(headers.values()))
     numbers: dict[tuple[str, int], int] = {}
+    left_out: dict[str, int] = {}
     never = threading.Event()
     until_s = time.monotonic() + seconds
     try:
@@ -80,10 +81,11 @@ def _record(
                 taken = _asked({uid: g.take_recorded.remote() for uid, g in groups.items()})
                 for uid, recorded in taken.items():
                     _write(writer, header, uid, recorded, numbers, tokens_max)
+                    left_out[uid] = recorded.tokens_left_out
                 writer.flush()  # what has been taken is in the file, whatever happens next
                 progress(writer.num_tokens)
                 if writer.num_tokens >= tokens_max or left_s <= TAKE_EVERY_S:
-                    return writer.num_tokens
+                    return sum(left_out.values())
     finally:
         _asked({uid: g.stop_recording.remote() for uid, g in groups.items()})
 

@@ -174,7 +174,7 @@ def test_routing_is_recorded_while_it_serves(
     assert status == 0
     assert (found["tokens"], found["whole"]) == (60, True)
     assert found["decode_tokens"] > 0 and found["requests"] >= 2
-    assert found["sources"] == {"dense-0": 60}
+    assert found["sources"] == {"dense-0": 60} and found["tokens_left_out"] >= 0
     assert run(home, "trace", "record", "--deployment", "no-such", "-o", "x")[0] == 3
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from remora.actors.tokenizer import Tokenizer
 from remora.actors.trace_offline import RecordPlan, TextFile, read_texts, record_texts
 from remora.cluster.cli import main
+from remora.cluster.trace_command import info_text, trace_info
 from remora.comm.errors import TraceError
 from remora.comm.trace_reader import read_trace
 
@@ -86,6 +87,8 @@ def test_the_command_is_bounded_and_tells_what_it_wrote(
     output.write_bytes(output.read_bytes()[:-3])
     assert main(["trace", "info", str(output)]) == 0
     assert "not whole" in capsys.readouterr().out
+    text = info_text(trace_info(output) | {"tokens_left_out": 1234})
+    assert "1,234 tokens more were routed and not recorded" in text
 
 
 @pytest.mark.parametrize(
@@ -93,9 +96,13 @@ def test_the_command_is_bounded_and_tells_what_it_wrote(
     [
         (["trace", "record", "-o", "x", "--text", "y"], "come together"),
         (["trace", "record", "-o", "x", "--weights"], "texts only"),
+        (["trace", "record", "-o", "x", "--domain", "law"], "label of a --text"),
         (["trace", "record", "-o", "x", "--seconds", "0"], "--seconds 0"),
         (["trace", "record", "-o", "x", "--ray-address", "a:1"], "--deployment NAME"),
-        (["trace", "record", str(DEMO_MODEL), "-o", "/no/such/dir/x", "--text", "y"], "written"),
+        (
+            ["trace", "record", str(DEMO_MODEL), "-o", "/no/such/dir/x", "--text", "/etc/hostname"],
+            "written",
+        ),
         (["trace", "info", "/no/such/file"], "cannot be read"),
         (["trace", "info", "/etc/hostname"], "not a routing trace"),
     ],
@@ -105,6 +112,24 @@ def test_mistakes_are_told(
 ) -> None:
     assert main([*arguments, "--json"]) == 2
     assert word in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(None, "cannot be read"), ("{", "no JSON"), (b"\xff", "cannot be read")]
+)
+def test_a_text_that_cannot_be_read_costs_no_trace(
+    content: str | bytes | None, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither one that is there, with --force, nor a second try without it."""
+    text, output = tmp_path / "t.jsonl", tmp_path / "t.trace"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = ["trace", "record", str(DEMO_MODEL), "--text", str(text), "-o", str(output)]
+    assert main(arguments) == 2
+    assert word in capsys.readouterr().err and not output.exists()
+    output.write_bytes(b"what was recorded before")
+    assert main([*arguments, "--force"]) == 2
+    assert output.read_bytes() == b"what was recorded before"
 
 
 def test_lines_that_are_no_text(tmp_path: Path) -> None:
