@@ -30,6 +30,7 @@ VERSION: Final = 1
 SKETCH_BYTES_MAX: Final = 2 << 20
 DOMAINS_MAX: Final = 64
 LABEL_CHARS_MAX: Final = 64
+HOST_CHARS_MAX: Final = 256
 LAYERS_MAX: Final = 1024
 EXPERTS_MAX: Final = 1 << 15
 FEATURE_LAYERS_MAX: Final = 4  # of the MoE layers, evenly apart: what a domain is told by
@@ -163,6 +164,8 @@ def check_sketch(sketch: RoutingSketch) -> None:
     """Raises FrameError when a sketch contradicts itself."""
     if sketch.version != VERSION:
         raise FrameError(f"a routing sketch of version {sketch.version}, not {VERSION}")
+    if len(sketch.source) > HOST_CHARS_MAX:
+        raise FrameError(f"a host of {len(sketch.source)} characters, at most {HOST_CHARS_MAX}")
     num_layers = len(sketch.moe_layers)
     shape_ok = (
         1 <= sketch.num_experts < EXPERTS_MAX

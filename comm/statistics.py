@@ -27,6 +27,7 @@ from remora.comm.errors import FrameError
 from remora.comm.sketch import PHASES, DomainSketch, RoutingSketch
 
 SOURCES_MAX = 4096
+GONE = ""  # the name of hosts whose names are forgotten; none has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ class RoutingHistory:
             reporter: the group; None: the only one of its host.
 
         Raises:
-            FrameError: a sketch of another model, or of one source too many.
+            FrameError: a sketch of another model.
         """
         self.check(sketch)
         source = self._source(sketch.source)
@@ -173,9 +174,21 @@ class RoutingHistory:
     def _source(self, name: str) -> int:
         if name not in self.sources:
             if len(self.sources) >= SOURCES_MAX:
-                raise FrameError(f"routing sketches of more than {SOURCES_MAX} hosts")
+                self._forget_sources()
             self.sources.append(name)
         return self.sources.index(name)
+
+    def _forget_sources(self) -> None:
+        """Of the half of the hosts that came first the names are forgotten, not what they sent:
+        most are gone, since a machine has another name after each start of Ray. One that is not
+        is named anew."""
+        num_gone = SOURCES_MAX // 2
+        self.sources = [GONE, *self.sources[num_gone:]]
+        for cell in self.cells.values():
+            rows, weights = cell.table.rows.copy(), cell.table.weights.copy()
+            rows[:, 0] = np.maximum(rows[:, 0].astype(np.int64) - (num_gone - 1), 0)
+            cell.table.clear()
+            cell.table.add(rows, weights)
 
     def _add_domain(self, part: DomainSketch, source: int) -> None:
         histogram_FE = part.histogram_FE(self.num_experts)

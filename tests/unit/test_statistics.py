@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
 from remora.comm.domains import Domains
 from remora.comm.errors import FrameError
+from remora.comm.history_file import pack_history, unpack_history
 from remora.comm.routing_counter import RoutingCounter, Run
 from remora.comm.sketch import (
     LABEL_CHARS_MAX,
@@ -186,6 +187,31 @@ def test_one_group_that_reports_much_at_once_follows_a_shift_as_well() -> None:
     assert history.recent_shares()[1] > 0.95
 
 
+def test_hosts_beyond_the_bound_cost_the_oldest_their_names_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each start of Ray names its machines anew: there is no end of names over the years."""
+    monkeypatch.setattr("remora.comm.statistics.SOURCES_MAX", 6)
+    history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)), FOREVER)
+    for number in range(23):
+        history.add(sketch_of(tokens_of(number, 100, 0), source=f"host-{number}"))
+        assert len(history.sources) <= 6
+    history = unpack_history(pack_history(history), FOREVER)
+    late = [name for name in history.sources if name]
+    assert late == [f"host-{number}" for number in range(23 - len(late), 23)] and len(late) >= 3
+    for layer, found in enumerate(history.bundles(late)):
+        tokens = np.bincount(found.source_B + 1, found.weight_B)
+        assert tokens == pytest.approx([100 * (23 - len(late)), *[100] * len(late)])
+        newest = LayerBundles(
+            experts_BK=found.experts_BK[found.source_B == len(late) - 1],
+            source_B=found.source_B[found.source_B == len(late) - 1],
+            weight_B=found.weight_B[found.source_B == len(late) - 1],
+        )
+        ids_TK = tokens_of(22, 100, 0)[layer]
+        wanted = count_bundles(ids_TK, np.full(100, len(late) - 1))
+        assert as_dict(newest) == pytest.approx(as_dict(wanted))
+
+
 def test_tokens_of_a_mix_are_what_it_rests_on() -> None:
     """Not what is remembered of a domain that has gone: its long memory says nothing of the new."""
     history = RoutingHistory.of(sketch_of(tokens_of(0, 1, 0)))
@@ -333,7 +359,12 @@ def test_sketches_that_lie_are_refused() -> None:
         )
         with pytest.raises(FrameError):
             decode_sketch(encode_sketch(lying))
-    for fields in ({"version": 2}, {"top_k": 99}, {"tokens_seen": (float("nan"), 0.0)}):
+    for fields in (
+        {"version": 2},
+        {"top_k": 99},
+        {"tokens_seen": (float("nan"), 0.0)},
+        {"source": "h" * 257},  # it is remembered
+    ):
         with pytest.raises(FrameError):
             decode_sketch(encode_sketch(msgspec.structs.replace(good, **fields)))
     with pytest.raises(FrameError, match="not a routing sketch"):
