@@ -43,6 +43,7 @@ from remora.comm.view import View
 logger = logging.getLogger(__name__)
 
 PAIRS_MAX: Final = 1 << 40  # in one report, to one shard: totals stay far from overflow
+GROUP_CHARS_MAX: Final = 256  # names are remembered
 
 
 class RouterServer:
@@ -222,6 +223,10 @@ class RouterServer:
             choices = choices[len(prompts) :]
 
     async def _report(self, request: Any) -> Any:
+        if len(request.group) > GROUP_CHARS_MAX:
+            raise ValueError(
+                f"a group of {len(request.group)} characters, at most {GROUP_CHARS_MAX}"
+            )
         self._state.handle(
             LoadReported(
                 group=request.group,
@@ -242,9 +247,15 @@ class RouterServer:
     async def _count(self, request: Any, *, is_answered: bool) -> None:
         """Take in a report's sketch. One that cannot be used is refused, unless that would cost
         the group an answer that it prices shards by: then the log says so, once."""
+        view = self._state.view
+        placement = view.placement if view is not None else None
         try:
             await self._loop.run_in_executor(
-                self._workers, self.statistics.add, request.sketch, request.group or None
+                self._workers,
+                self.statistics.add,
+                request.sketch,
+                request.group or None,
+                placement,
             )
         except FrameError as unusable:
             if not is_answered:
@@ -278,7 +289,8 @@ class RouterServer:
         if not request.sent:
             return []
         rows = [list(layer.pairs) for layer in request.sent]
-        if len({len(row) for row in rows}) != 1 or max(map(max, rows)) > PAIRS_MAX:
+        most = max((pairs for row in rows for pairs in row), default=0)
+        if len({len(row) for row in rows}) != 1 or most > PAIRS_MAX:
             raise ValueError(f"pairs of {len(rows)} layers: as many shards in each, <= {PAIRS_MAX}")
         others_LS = self._loads.report(
             request.group, request.incarnation, request.epoch, np.array(rows, np.int64)

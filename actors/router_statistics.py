@@ -113,6 +113,17 @@ def cost_of(
     )
 
 
+def _check_model(sketch: RoutingSketch, placement: Placement | None) -> None:
+    """The first sketch says what is counted from then on: one from elsewhere must not."""
+    if placement is None:
+        return
+    if (sketch.num_experts, sketch.moe_layers) != (placement.num_experts, placement.moe_layers):
+        raise FrameError(
+            f"a sketch of {sketch.num_experts} experts in {len(sketch.moe_layers)} layers, of"
+            f" another model than serves: {placement.num_experts} in {len(placement.moe_layers)}"
+        )
+
+
 class _CopiesOfPrompt:
     def __init__(self, table: PromptCopies) -> None:
         self._table = table
@@ -142,16 +153,20 @@ class RouterStatistics:
         self._since_homes = 0.0
         self._since_save = 0.0
 
-    def add(self, data: bytes, reporter: str | None = None) -> None:
+    def add(
+        self, data: bytes, reporter: str | None = None, placement: Placement | None = None
+    ) -> None:
         """Count one sketch.
 
         Args:
             reporter: the group; None: the only one of its host.
+            placement: in force; None: not known yet.
 
         Raises:
-            FrameError: it is none, or one of another model.
+            FrameError: it is none, or one of another model than serves, or was counted before.
         """
         sketch = decode_sketch(data)
+        _check_model(sketch, placement)
         with self._lock:
             if self._history is not None and self._is_only_restored:
                 try:
@@ -224,8 +239,7 @@ class RouterStatistics:
 
     def copies_by_host(self, view: View) -> dict[str, float]:
         """Remote copies of a token, per layer, by host of its dense group, under `view`."""
-        topology = topology_of(view, self._slots)
-        layers, _ = self._bundles(topology)
+        topology, layers, _ = self._bundles(view)
         copies = {}
         held_L = held_of(view.placement, topology.uids)
         for index, host in enumerate(topology.hosts):
@@ -247,8 +261,7 @@ class RouterStatistics:
         Raises:
             ClusterError: too little was reported.
         """
-        topology = topology_of(view, self._slots)
-        layers, tokens = self._bundles(topology)
+        topology, layers, tokens = self._bundles(view)
         return plan_from(layers, view.placement, topology, seed, epoch=view.epoch, tokens=tokens)
 
     def start_fresh(self) -> None:
@@ -262,8 +275,7 @@ class RouterStatistics:
         Raises:
             ClusterError: too little came.
         """
-        topology = topology_of(view, self._slots)
-        layers, tokens = self._bundles(topology, fresh=True)
+        topology, layers, tokens = self._bundles(view, fresh=True)
         return cost_of(layers, placement, topology, tokens)
 
     def heat(self) -> dict[tuple[int, int], float]:
@@ -290,17 +302,24 @@ class RouterStatistics:
             }
 
     def _bundles(
-        self, topology: Topology, *, fresh: bool = False
-    ) -> tuple[list[LayerBundles], float]:
-        """Of every layer, and how many tokens they tell as much as."""
+        self, view: View, *, fresh: bool = False
+    ) -> tuple[Topology, list[LayerBundles], float]:
+        """Of every layer, by hosts of `view`, and how many tokens they tell as much as."""
+        topology, placement = topology_of(view, self._slots), view.placement
         with self._lock:
             history = self._fresh if fresh else self._history
+            if history is not None and (history.num_experts, history.moe_layers) != (
+                placement.num_experts,
+                placement.moe_layers,
+            ):
+                history = None  # of a model that was served before, until the first sketch comes
             seen = history.mix_tokens() if history else 0.0
             if history is None or seen < PLAN_TOKENS_MIN:
                 raise ClusterError(
                     f"{seen:.0f} tokens were reported: at least {PLAN_TOKENS_MIN:.0f} are needed"
                 )
-            return history.bundles(topology.hosts), seen
+            layers = history.bundles(topology.hosts)
+        return topology, layers, seen
 
     def restore(self) -> None:
         """Take up what an earlier router saved; what cannot be used is set aside, with a warning:

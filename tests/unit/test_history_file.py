@@ -119,6 +119,27 @@ def test_what_another_model_left_is_set_aside_with_the_first_sketch(tmp_path: Pa
     assert second.status()["tokens"] == 2000, "now it is known which model this is"
 
 
+def test_nothing_is_planned_from_what_another_model_left(tmp_path: Path) -> None:
+    """Before the first sketch of this one: there is nothing yet, and that is what is said."""
+    first = RouterStatistics(slots=None, path=tmp_path / "history.msgpack")
+    first.add(other_model())
+    first.save()
+    second = RouterStatistics(slots=None, path=tmp_path / "history.msgpack")
+    second.restore()
+    with pytest.raises(ClusterError, match="0 tokens were reported"):
+        second.plan(view_of(), 0)
+
+
+def test_the_first_sketch_must_be_of_the_model_that_serves() -> None:
+    """Else every later one, of the deployment's own groups, would be refused for good."""
+    statistics = RouterStatistics(slots=None, path=None)
+    placement = view_of().placement
+    with pytest.raises(FrameError, match="another model than serves"):
+        statistics.add(other_model(), "dense-0", placement)
+    statistics.add(encoded(paired_tokens(2, 300), "a", LAYERS), "dense-0", placement)
+    assert statistics.status()["tokens"] == 300
+
+
 def test_a_sketch_of_another_model_leaves_nothing_behind() -> None:
     """Nor when it is the first after a placement changed."""
     statistics = RouterStatistics(slots=None, path=None)

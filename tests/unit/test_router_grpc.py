@@ -142,6 +142,9 @@ def test_messages_are_bounded_and_sketches_checked() -> None:
         with grpc.insecure_channel(server.address) as unbounded:
             error = refused(unbounded, REPORT, large, metadata=credentials_of(TOKEN))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        long = router_pb2.ReportRequest(group="g" * 257)
+        error = refused(channel, REPORT, long, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "257" in error.details()
         assert call(channel, REPORT, router_pb2.ReportRequest(group="dense-0")).report_after_s > 0
 
 
@@ -165,6 +168,27 @@ def test_a_bad_sketch_costs_no_group_what_the_others_sent(
             answer = call(channel, REPORT, report_of(0, b"no sketch"))
             assert [list(layer.pairs) for layer in answer.others_sent] == [[11, 2], [11, 2]]
         assert caplog.text.count("a sketch of dense-0 is not counted") == 1
+
+
+def test_who_reports_another_model_first_does_not_decide_what_is_counted() -> None:
+    other = encoded(paired_tokens(3, 300), "b", (1, 2, 3))
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        stranger = router_pb2.ReportRequest(group="elsewhere", sketch=other)
+        error = refused(channel, REPORT, stranger, metadata=credentials_of(TOKEN))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "another model than serves" in error.details()
+        call(channel, REPORT, report_of(0, encoded(paired_tokens(2, 300), "a", (1, 2))))
+        assert server.status()["statistics"]["tokens"] == 300
+
+
+def test_pairs_that_are_none_are_refused_in_words() -> None:
+    for sent in ([], [1 << 41, 0], [1]):
+        report = router_pb2.ReportRequest(group="dense-0", incarnation=1, epoch=1)
+        report.sent.extend([router_pb2.ShardPairs(pairs=sent)] * 2)
+        with running_router(view_of()) as server, channel_to(server) as channel:
+            error = refused(channel, REPORT, report, metadata=credentials_of(TOKEN))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details().startswith("pairs of ")
 
 
 def test_a_report_does_not_wait_for_what_is_learned_from_it(
