@@ -14,7 +14,7 @@ import numpy as np
 
 from remora.actors.plan_outcome import LayerOutcome, PlacementCost, PlanOutcome
 from remora.actors.router_state import HomesLearned
-from remora.comm.bundles import LayerBundles
+from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.grouping import GroupingProblem, bundle_cost, plan_placement
 from remora.comm.history_file import pack_history, unpack_history
@@ -53,6 +53,23 @@ def topology_of(view: View, slots: int | None) -> Topology:
         host_of_S=tuple(hosts.index(host_of[uid]) for uid in uids),
         slots_S=tuple(slots or max(map(len, view.placement.slots[uid])) for uid in uids),
     )
+
+
+def with_homes(bundles: LayerBundles, home_G: Sequence[int]) -> LayerBundles:
+    """What came from hosts that serve no more as what those that do will send: spread over them.
+
+    Ray names a machine anew with each start, so that all traffic of before is of such hosts.
+
+    Args:
+        home_G: host of each dense group, an index as in `source_B`.
+    """
+    gone = np.flatnonzero(bundles.source_B == NO_SOURCE)
+    if not len(gone) or not home_G:
+        return bundles
+    heaviest_first = gone[np.argsort(-bundles.weight_B[gone], kind="stable")]
+    source_B = bundles.source_B.copy()
+    source_B[heaviest_first] = np.resize(np.array(home_G, np.int16), len(gone))
+    return count_bundles(bundles.experts_BK, source_B, bundles.weight_B)
 
 
 def plan_from(
@@ -306,6 +323,7 @@ class RouterStatistics:
     ) -> tuple[Topology, list[LayerBundles], float]:
         """Of every layer, by hosts of `view`, and how many tokens they tell as much as."""
         topology, placement = topology_of(view, self._slots), view.placement
+        home_G = [topology.hosts.index(m.endpoint.host) for m in view.members if m.role == "dense"]
         with self._lock:
             history = self._fresh if fresh else self._history
             if history is not None and (history.num_experts, history.moe_layers) != (
@@ -319,7 +337,7 @@ class RouterStatistics:
                     f"{seen:.0f} tokens were reported: at least {PLAN_TOKENS_MIN:.0f} are needed"
                 )
             layers = history.bundles(topology.hosts)
-        return topology, layers, seen
+        return topology, [with_homes(bundles, home_G) for bundles in layers], seen
 
     def restore(self) -> None:
         """Take up what an earlier router saved; what cannot be used is set aside, with a warning:
