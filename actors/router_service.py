@@ -345,7 +345,7 @@ class RouterServer:
             epoch = request.after_epoch
             while True:
                 changed, view = self._changed, self._state.view
-                if view is not None and view.epoch > epoch:
+                if view is not None and view.epoch != epoch:  # a lower one: of a later start
                     epoch = view.epoch
                     yield view_message(view)
                 await changed.wait()

@@ -290,6 +290,8 @@ def test_views_are_told_as_they_come() -> None:
         third = view_of(epoch=3)
         server.adopt_view(third)
         assert next(late).epoch == next(watch).epoch == 3
+        of_before = coordinator_pb2.WatchViewRequest(after_epoch=57)
+        assert next(stream_call(channel, WATCH_VIEW)(of_before, **known)).epoch == 3
         late.cancel()
         watch.cancel()
 
