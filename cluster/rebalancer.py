@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Apply = Callable[[str, Placement], dict[str, Any]]  # operation id, placement -> the operation
 BEFORE: Final = "placement.before.yaml"  # what the last move replaced
 SEED: Final = 0
+MEASURE_EVERY_S: Final = 60.0  # where there are no rounds
 
 
 class Planner(Protocol):
@@ -131,8 +132,8 @@ class Rebalancer:
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def start(self, every_s: float) -> None:
-        """A round every so often, until `close`."""
+    def start(self, every_s: float | None) -> None:
+        """A round every so often, until `close`; None: what moves by hand achieved is measured."""
         self._thread = threading.Thread(
             target=self._run, args=(every_s,), name="remora-rebalance", daemon=True
         )
@@ -143,13 +144,13 @@ class Rebalancer:
         self._closing.set()
 
     def step(self) -> dict[str, Any]:
-        """One round of the loop: plan, decide, log; move when it says so.
+        """One round of the loop: measure, plan, decide, log; move when it says so.
 
         Raises:
             RemoraError: as `move`.
         """
+        self.measure()
         with self._lock:
-            self._measure()
             before, found, report = self._plan()
             decision, memory = decide(
                 self._policy, self._memory, found.proposal, tokens=found.tokens, now_s=self._clock()
@@ -160,6 +161,42 @@ class Rebalancer:
             if "not_applied" not in report:  # else nothing moved: it stays confirmed, for the next
                 self._memory = memory
             return self._note(report, asdict(decision))
+
+    def measure(self) -> None:
+        """Log what the last move achieved, once its placement serves and enough came since."""
+        name = "remora_rebalance_achieved_gain_ratio"
+        moved, serves = self._moved, self._view.placement  # not under the lock: it takes seconds
+        if moved is None or self._folder is None or name in self._gauges:
+            return
+        before = self._folder / BEFORE
+        if not before.exists() or moved.get("placement") != _digest(serves):
+            return  # it does not serve yet, or no more
+        try:
+            now = self._planner.fresh_cost(serves)
+            if now.tokens < self._policy.tokens_min:
+                return
+            then = self._planner.fresh_cost(read_placement(before))
+        except (ClusterError, ConfigError) as missing:
+            logger.info("the last move is not measured yet: %s", missing)
+            return
+        load = self._policy.load_copies
+        costs = [c.copies + load * max(0.0, c.load - 1) for c in (then, now)]
+        gain = 1 - costs[1] / costs[0] if costs[0] > 0 else 0.0
+        fields = {
+            "tokens": round(now.tokens),
+            "predicted_gain_ratio": moved["predicted_gain_ratio"],
+            "achieved_gain_ratio": gain,
+            "copies_before": then.copies,
+            "copies_after": now.copies,
+            "load_before": then.load,
+            "load_after": now.load,
+        }
+        with self._lock:
+            if self._moved is not moved:
+                return  # another one has begun
+            self._gauges[name] = gain
+            if self._log is not None:
+                self._log.append("achieved", fields, self._wall())
 
     def gauges(self) -> dict[str, float]:
         """By metric: predicted and achieved gain, and seconds since the last move."""
@@ -179,10 +216,11 @@ class Rebalancer:
 
     # -- inside, under the lock ---------------------------------------------------------------
 
-    def _run(self, every_s: float) -> None:
-        while not self._closing.wait(every_s):
+    def _run(self, every_s: float | None) -> None:
+        turn = self.measure if every_s is None else self.step
+        while not self._closing.wait(MEASURE_EVERY_S if every_s is None else every_s):
             try:
-                self.step()
+                turn()
             except ClusterError as error:
                 logger.info("no plan yet: %s", error)
             except Exception:  # of one round; a loop that is silently gone is worse
@@ -270,38 +308,6 @@ class Rebalancer:
                 achieved = line["achieved_gain_ratio"]
                 self._gauges = {"remora_rebalance_achieved_gain_ratio": achieved}
         return moved
-
-    def _measure(self) -> None:
-        """Log what the last move achieved, once its placement serves and enough came since."""
-        name = "remora_rebalance_achieved_gain_ratio"
-        if self._moved is None or self._folder is None or name in self._gauges:
-            return
-        before, serves = self._folder / BEFORE, self._view.placement
-        if not before.exists() or self._moved.get("placement") != _digest(serves):
-            return  # it does not serve yet, or no more
-        try:
-            now = self._planner.fresh_cost(serves)
-        except ClusterError as too_little:
-            logger.info("the last move is not measured yet: %s", too_little)
-            return
-        if now.tokens < self._policy.tokens_min:
-            return
-        then = self._planner.fresh_cost(read_placement(before))
-        load = self._policy.load_copies
-        costs = [c.copies + load * max(0.0, c.load - 1) for c in (then, now)]
-        gain = 1 - costs[1] / costs[0] if costs[0] > 0 else 0.0
-        self._gauges[name] = gain
-        fields = {
-            "tokens": round(now.tokens),
-            "predicted_gain_ratio": self._moved["predicted_gain_ratio"],
-            "achieved_gain_ratio": gain,
-            "copies_before": then.copies,
-            "copies_after": now.copies,
-            "load_before": then.load,
-            "load_after": now.load,
-        }
-        if self._log is not None:
-            self._log.append("achieved", fields, self._wall())
 
 
 def _digest(placement: Placement) -> str:

@@ -86,7 +86,7 @@ class RemotePlanner:
 def make_rebalancer(
     config: RemoraConfig, spec: ModelSpec, view: View, handle: Any, *, apply: Apply
 ) -> Rebalancer:
-    """The online loop of a deployment that serves; started where the configuration says so."""
+    """The online loop of a deployment that serves; rounds where the configuration says so."""
     dtype = resolve_dtype(spec, config.dtype)
     rebalancer = Rebalancer(
         planner=RemotePlanner(handle),
@@ -97,8 +97,7 @@ def make_rebalancer(
         row_bytes=2 * spec.hidden_size * dtype.itemsize,
         folder=config.router.state_dir,
     )
-    if config.router.rebalance_every_s is not None:
-        rebalancer.start(config.router.rebalance_every_s)
+    rebalancer.start(config.router.rebalance_every_s)
     return rebalancer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.rebalance_rig import LAYERS, Direct, begun, lines, loop, no_room
-from support.router_rig import TOKEN, channel_to, running_router, view_of
+from support.router_rig import TOKEN, channel_to, running_router, view_of, wait_for
 from support.router_traffic import encoded, paired_tokens
 
 from remora.actors.plan_outcome import PlanOutcome
@@ -173,6 +173,29 @@ def test_what_is_decided_serves_at_once_and_is_measured_on_traffic_since(tmp_pat
     assert rebalancer.step()["verdict"] == "keep"
     achieved = rebalancer.gauges()["remora_rebalance_achieved_gain_ratio"]
     assert achieved == pytest.approx(report["predicted_gain_ratio"], abs=0.05)
+
+
+def test_what_a_move_by_hand_achieved_is_measured_where_there_are_no_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the default: the log would never hear of it."""
+    monkeypatch.setattr("remora.cluster.rebalancer.MEASURE_EVERY_S", 0.01)
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(planner, tmp_path)
+    report = rebalancer.move("a", begun)
+    planner.view = view_of(epoch=2, placement=read_placement(tmp_path / LATEST))
+    planner.statistics.start_fresh()
+    rebalancer.adopt_view(planner.view)
+    planner.report(seed=1)
+    rebalancer.start(None)
+    wait_for(lambda: len(lines(tmp_path)) > 1)
+    rebalancer.close()
+    decided, achieved = lines(tmp_path)
+    assert (decided["verdict"], achieved["kind"]) == ("move", "achieved")
+    gain = achieved["achieved_gain_ratio"]
+    assert gain == pytest.approx(report["predicted_gain_ratio"], abs=0.05)
+    assert rebalancer.gauges()["remora_rebalance_achieved_gain_ratio"] == gain
 
 
 def test_a_round_changes_whole_layers_and_bounds_its_moves(tmp_path: Path) -> None:
