@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 PAIRS_MAX: Final = 1 << 40  # in one report, to one shard: totals stay far from overflow
 GROUP_CHARS_MAX: Final = 256  # names are remembered
+SEQUENCES_MAX: Final = 1 << 16  # of one prompt: a group that is said to have more gets nothing else
 
 
 class RouterServer:
@@ -176,6 +177,10 @@ class RouterServer:
             if len(prompt.token_ids) > PROMPT_TOKENS_MAX:
                 raise ValueError(
                     f"{len(prompt.token_ids)} token ids: at most {PROMPT_TOKENS_MAX} of a prompt"
+                )
+            if prompt.num_sequences > SEQUENCES_MAX:
+                raise ValueError(
+                    f"{prompt.num_sequences} sequences: at most {SEQUENCES_MAX} of a prompt"
                 )
             ids = tuple(prompt.token_ids)
             prompts.append(

@@ -124,12 +124,28 @@ def test_route_answers_every_prompt_and_needs_a_group() -> None:
             ),
             f"{PROMPT_TOKENS_MAX + 1} token ids",
         ),
+        (
+            router_pb2.RouteRequest(prompts=[router_pb2.RoutePrompt(num_sequences=65_537)]),
+            "65537 sequences",
+        ),
     ],
 )
 def test_what_is_beyond_the_bounds_is_refused(request_: Any, complaint: str) -> None:
     with running_router(view_of()) as server, channel_to(server) as channel:
         error = refused(channel, ROUTE, request_, metadata=credentials_of(TOKEN))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and complaint in error.details()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_bytes_that_are_no_message_are_refused_in_words(method: Method) -> None:
+    with running_router(view_of()) as server, channel_to(server) as channel:
+        make = channel.unary_stream if method.is_stream else channel.unary_unary
+        with pytest.raises(grpc.RpcError) as caught:
+            answer = make(method.path)(b"\xff" * 20, timeout=SOON_S, metadata=credentials_of(TOKEN))
+            if method.is_stream:
+                next(answer)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == f"these bytes are no {method.request.DESCRIPTOR.full_name}"
 
 
 def test_messages_are_bounded_and_sketches_checked() -> None:
