@@ -29,7 +29,7 @@ def _facts(router: dict[str, Any]) -> str:
 
 def _known(router: dict[str, Any]) -> str:
     found = router["statistics"]
-    if not found["reports"]:
+    if not found["tokens"]:
         return ""
     labels = f" (named: {', '.join(found['labels'])})" if found["labels"] else ""
     domains = f"{found['domains']} domain{'s' * (found['domains'] != 1)}"

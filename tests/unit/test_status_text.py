@@ -99,7 +99,10 @@ def test_the_router_says_what_it_did_and_what_it_knows() -> None:
     assert lines[1].strip() == "knows 5000 tokens of 1 domain"
     named = ROUTER | {"statistics": ROUTER["statistics"] | {"domains": 2, "labels": ["a", "law"]}}
     assert router_text(named)[1].strip() == "knows 5000 tokens of 2 domains (named: a, law)"
-    silent = ROUTER | {"statistics": {"reports": 0}}
+    nothing = {"reports": 0, "tokens": 0.0}
+    silent = ROUTER | {"statistics": nothing}
+    restored = ROUTER | {"statistics": ROUTER["statistics"] | {"reports": 0}}
+    assert router_text(restored)[1].strip() == "knows 5000 tokens of 1 domain"
     assert len(router_text(silent)) == 1
 
 
