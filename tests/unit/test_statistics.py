@@ -5,6 +5,7 @@ Shape suffixes as in comm/statistics.py.
 
 from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from remora.comm.sketch import (
     Cell,
     DomainSketch,
     RoutingSketch,
+    TokenSample,
     decode_sketch,
     encode_sketch,
     feature_layers,
@@ -373,3 +375,11 @@ def test_sketches_that_lie_are_refused() -> None:
     history = RoutingHistory.of(good)
     with pytest.raises(FrameError, match="kept are"):
         history.add(other)
+
+
+def test_the_page_tells_a_stranger_every_field_of_a_sketch() -> None:
+    page = (Path(__file__).parents[2] / "docs/router.md").read_text(encoding="utf-8")
+    told = page.partition("### A report's sketch")[2].partition("\n## ")[0]
+    for kind in (RoutingSketch, DomainSketch, Cell, TokenSample):
+        for field in msgspec.structs.fields(kind):
+            assert f"`{field.encode_name}`" in told, f"{kind.__name__}.{field.name}"
