@@ -193,25 +193,43 @@ def _signals(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> 
             known = [value for row in ratios if (value := row[name]) is not None]
             if len(known) >= reactive.samples_min:
                 now[name] = median(known)
-    rows = [old.ratios(policy) for old in state.samples]
-    highest: dict[str, float | None] = {}
-    for name in rows[0] if rows else ():
-        highest[name] = _largest([row[name] for row in rows])
     need = None
     if policy.predictive is not None and state.outlook is not None:
         wanted = state.outlook.peak + state.outlook.margin
         need = max(policy.bounds.min_units, ceil(wanted / policy.predictive.load_per_unit))
     return _Signals(
         now=now,
-        highest=highest,
+        highest=_highest(policy, state.samples),
         is_covered=state.since_s is not None and now_s - state.since_s >= reactive.down_window_s,
         need=need,
     )
 
 
-def _largest(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None
+def _highest(policy: AutoscalePolicy, samples: Sequence[Sample]) -> dict[str, float | None]:
+    """The largest ratio of each target; None: it was not always known.
+
+    Who arrived and has no token yet is no unknown for long: a later sample has the latency. So
+    only those samples count that no later one makes up for.
+    """
+    rows = [sample.ratios(policy) for sample in samples]
+    found: dict[str, float | None] = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        if name in ("ttft", "itl"):
+            told = [n for n, sample in enumerate(samples) if _is_told(name, sample, values[n])]
+            later = max(told, default=-1) + 1
+            values = [value for n, value in enumerate(values) if value is not None or n >= later]
+        known = [value for value in values if value is not None]
+        found[name] = max(known, default=0.0) if len(known) == len(values) else None
+    return found
+
+
+def _is_told(name: str, sample: Sample, ratio: float | None) -> bool:
+    """Whether somebody's latency is in a sample; or, between tokens, that first tokens came and no
+    second ones: answers may have one token each."""
+    if name == "ttft":
+        return bool(sample.ttft_s) and ratio is not None
+    return bool(sample.ttft_s) or (bool(sample.itl_s) and ratio is not None)
 
 
 def _judge(

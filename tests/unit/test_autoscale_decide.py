@@ -118,6 +118,33 @@ def test_what_is_not_measured_does_not_shrink_a_pool_unless_it_is_idle() -> None
     assert idle.target_units == 1
 
 
+def test_who_arrived_just_before_a_sample_keeps_no_pool_large() -> None:
+    """A pool with little to do: a request now and then whose first token comes after the sample."""
+    late = [sample_of(10.0 * n, load=1.0 if n % 4 == 2 else 0.0, ttft_s={}) for n in range(14)]
+    came = [
+        sample.model_copy(update={"ttft_s": {"p99": 0.1}}) if n % 4 == 3 else sample
+        for n, sample in enumerate(late)
+    ]
+    made, _ = decisions_of(policy_of(), came)
+    assert [n for n, d in enumerate(made) if d.verdict == "scale"] == [12]
+    waits, _ = decisions_of(policy_of(), [*came[:11], *late[11:]])
+    assert {d.verdict for d in waits} == {"keep"}, "its first token has not come yet"
+    assert "not always measured: ttft" in waits[-1].reason
+    slow = sample_of(110, ttft_s={"p99": 1.9})
+    made, _ = decisions_of(policy_of(), [*came[:11], slow, *came[12:]])
+    assert {d.verdict for d in made} == {"keep"}, "and it had waited long"
+
+
+def test_answers_of_one_token_have_nothing_between_tokens() -> None:
+    targets = {"itl": {"percentile": "p99", "seconds": 0.1}}
+    policy = policy_of(targets=targets)
+    assert last(policy, every(10, 13)).target_units == 1
+    stuck = last(policy, every(10, 13, ttft_s={}))
+    assert stuck.verdict == "keep" and "not always measured: itl" in stuck.reason
+    decoding = [*every(10, 6), sample_of(60, itl_s={"p99": 0.09}), *every(10, 6, 70)]
+    assert last(policy, decoding).verdict == "keep", "some answers are longer, and slow"
+
+
 def test_bounds_hold_whatever_is_asked_for() -> None:
     full = last(policy_of(), every(10, 3, units=8, waiting=5000))
     assert full.verdict == "keep" and "8 units are the most allowed" in full.reason
