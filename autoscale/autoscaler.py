@@ -24,12 +24,7 @@ from statistics import median
 from typing import Any, Final, Literal
 
 from remora.autoscale.autoscale_policy import SAMPLES_MAX, AutoscalePolicy, Predictive
-from remora.autoscale.autoscale_sample import (
-    AutoscaleState,
-    LoadSeries,
-    Outlook,
-    Sample,
-)
+from remora.autoscale.autoscale_sample import AutoscaleState, Outlook, Sample
 from remora.autoscale.forecast import best_forecast
 from remora.comm.checked import Section
 
@@ -80,23 +75,52 @@ def decide(
     A decision to scale or rebalance starts its cooldown whether or not the mode lets it be carried
     out: advice is repeated once a cooldown, not with every sample.
     """
-    if state.seen_s is not None and sample.at_s < state.seen_s - policy.reactive.down_window_s:
-        state = AutoscaleState()  # the clock was set back: not to wait until it has come round
-    if state.seen_s is not None and sample.at_s <= state.seen_s:
+    state = _before(policy, state, sample)
+    if _is_old(state, sample):
         reason = f"the sample is of {sample.at_s:.3f} s, not after the last of {state.seen_s:.3f} s"
         return _decision(policy, sample, "wait", sample.units, reason, {}), state
     state = _remember(policy, state, sample)
+    if policy.predictive is not None:
+        outlook = _foresee(policy.predictive, state, sample)
+        state = state.model_copy(update={"outlook": outlook})
     signals = _signals(policy, state, sample)
     verdict, target, reason = _judge(policy, state, sample, signals)
     inputs = _inputs(policy, state, sample, signals, target)
     decision = _decision(policy, sample, verdict, target, reason, inputs)
-    now_s = sample.at_s
-    if verdict == "rebalance":
-        state = state.model_copy(update={"rebalance_s": now_s})
-    elif verdict == "scale":
-        field = "up_s" if target > sample.units else "down_s"
-        state = state.model_copy(update={field: now_s})
-    return decision, state
+    return decision, _cooling(state, sample, decision)
+
+
+def recall(
+    policy: AutoscalePolicy, state: AutoscaleState, sample: Sample, decision: Decision
+) -> AutoscaleState:
+    """What `decide` remembers of a decision that is in a log, but for its forecast, which takes
+    long to make and is made anew with the next sample."""
+    state = _before(policy, state, sample)
+    if _is_old(state, sample):
+        return state
+    return _cooling(_remember(policy, state, sample), sample, decision)
+
+
+def _before(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> AutoscaleState:
+    """The state, or none where the clock was set back: not to wait until it has come round."""
+    is_back = state.seen_s is not None and (
+        sample.at_s < state.seen_s - policy.reactive.down_window_s
+    )
+    return AutoscaleState() if is_back else state
+
+
+def _is_old(state: AutoscaleState, sample: Sample) -> bool:
+    return state.seen_s is not None and sample.at_s <= state.seen_s
+
+
+def _cooling(state: AutoscaleState, sample: Sample, decision: Decision) -> AutoscaleState:
+    """The state with the cooldown that a decision begins."""
+    if decision.verdict not in ("rebalance", "scale"):
+        return state
+    field = "rebalance_s"
+    if decision.verdict == "scale":
+        field = "up_s" if decision.target_units > sample.units else "down_s"
+    return state.model_copy(update={field: sample.at_s})
 
 
 def _decision(
@@ -119,7 +143,7 @@ def _decision(
 
 
 def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> AutoscaleState:
-    """The state with the sample in its windows and the series, and the forecast renewed."""
+    """The state with the sample in its windows and the series."""
     now_s = sample.at_s
     since_s = state.since_s
     kept: tuple[Sample, ...] = ()
@@ -136,8 +160,13 @@ def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) ->
             kept = kept[-SAMPLES_MAX:]
             since_s = kept[0].at_s
     update: dict[str, Any] = {"samples": kept, "since_s": since_s, "seen_s": now_s}
-    if policy.predictive is not None:
-        update |= _foresee(policy.predictive, state, sample)
+    if (predictive := policy.predictive) is not None and sample.load is not None:
+        update["series"] = state.series.after(
+            now_s,
+            sample.load,
+            step_s=predictive.step_s,
+            steps_max=predictive.history_steps,
+        )
     return state.model_copy(update=update)
 
 
@@ -150,16 +179,9 @@ def _is_cut_off(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) 
     return last.units != sample.units or sample.at_s - last.at_s > policy.reactive.window_s
 
 
-def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> dict[str, Any]:
-    """The series with the sample's load, and the forecast, renewed when a step is over."""
-    series: LoadSeries = state.series
-    if sample.load is not None:
-        series = series.after(
-            sample.at_s,
-            sample.load,
-            step_s=predictive.step_s,
-            steps_max=predictive.history_steps,
-        )
+def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> Outlook | None:
+    """The forecast, renewed when a step is over."""
+    series = state.series
     step = int(sample.at_s // predictive.step_s)
     outlook = state.outlook
     if sample.load is not None and series.closed and (outlook is None or outlook.step != step):
@@ -180,7 +202,7 @@ def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> d
         )
     elif not series.closed or (outlook and step - outlook.step > predictive.horizon_steps):
         outlook = None  # the series began anew, or ended: its forecast says nothing any more
-    return {"series": series, "outlook": outlook}
+    return outlook
 
 
 def _signals(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> _Signals:

@@ -7,13 +7,13 @@ other kinds and keys besides `kind`, such as a time stamp, are left alone.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from remora.autoscale.autoscale_policy import AutoscalePolicy
 from remora.autoscale.autoscale_sample import AutoscaleState, Sample
-from remora.autoscale.autoscaler import Decision, decide
+from remora.autoscale.autoscaler import Decision, decide, recall
 from remora.comm.checked import Section, parse_section
 from remora.comm.errors import ConfigError
 
@@ -94,50 +94,86 @@ def replay(
     decider: AutoscalePolicy | None = None
     decisions, num_differences = 0, 0
     differences: list[Difference] = []
-    cut_off: _NotWholeError | None = None
-    for number, text in enumerate(lines, 1):
-        if cut_off is not None:  # more follows: it is damaged
-            raise cut_off
-        where = f"{source}:{number}"
-        try:
-            kind, fields = _fields(text, where)
-        except _NotWholeError as error:  # the last one, where a disk was full or a host died
-            cut_off = error
-            continue
-        if kind == START:
-            start = parse_section(fields, _Start, source=where)
+    cut_off: list[_NotWholeError] = []
+    for number, entry in _entries(lines, source, cut_off):
+        if isinstance(entry, _Start):
             if policy is None:
-                decider, state = start.policy, start.state
+                decider, state = entry.policy, entry.state
             elif state is None:  # windows and series of the log are in steps of its own policy
                 decider, state = policy, AutoscaleState()
-        elif kind == DECISION:
+        else:
             if state is None or decider is None:
+                where = f"{source}:{number}"
                 raise ConfigError(f"{where}: a decision before a line of kind {START}")
-            line = parse_section(fields, _Line, source=where)
-            replayed, state = decide(decider, state, line.sample)
+            replayed, state = decide(decider, state, entry.sample)
             decisions += 1
-            field = _first_difference(line.decision, replayed)
+            field = _first_difference(entry.decision, replayed)
             if field is not None:
                 num_differences += 1
                 if len(differences) < DIFFERENCES_MAX:
                     differences.append(
                         Difference(
                             line=number,
-                            at_s=line.sample.at_s,
+                            at_s=entry.sample.at_s,
                             field=field,
-                            logged=line.decision,
+                            logged=entry.decision,
                             replayed=replayed,
                         )
                     )
     if not decisions:
         nothing = ConfigError(f"{source}: no line of kind {DECISION}: nothing to replay")
-        raise cut_off or nothing
+        raise cut_off[0] if cut_off else nothing
     return Replay(
         decisions=decisions,
         num_differences=num_differences,
         differences=tuple(differences),
-        cut_off=None if cut_off is None else str(cut_off),
+        cut_off=str(cut_off[0]) if cut_off else None,
     )
+
+
+def recalled(
+    lines: Iterable[str], policy: AutoscalePolicy, *, source: str = "log"
+) -> AutoscaleState:
+    """What a policy remembers at the end of a log; nothing where that is another policy's.
+
+    Decides nothing again, so it takes no forecast's time. A last line that is cut off is left out.
+
+    Raises:
+        ConfigError: as `replay`, but for a log without decisions.
+    """
+    state = AutoscaleState()
+    for _, entry in _entries(lines, source, []):
+        if isinstance(entry, _Line):
+            state = recall(policy, state, entry.sample, entry.decision)
+        elif entry.policy == policy:
+            state = entry.state
+        else:
+            return AutoscaleState()
+    return state
+
+
+def _entries(
+    lines: Iterable[str], source: str, cut_off: list[_NotWholeError]
+) -> Iterator[tuple[int, _Start | _Line]]:
+    """Starts and decisions, each with the number of its line; what is wrong with the last line,
+    where a disk was full or a host died, goes into `cut_off`.
+
+    Raises:
+        ConfigError: a line that is none, or an earlier one that is cut off.
+    """
+    for number, text in enumerate(lines, 1):
+        if cut_off:  # more follows: it is damaged
+            raise cut_off[0]
+        where = f"{source}:{number}"
+        try:
+            kind, fields = _fields(text, where)
+        except _NotWholeError as error:
+            cut_off.append(error)
+            continue
+        if kind == START:
+            yield number, parse_section(fields, _Start, source=where)
+        elif kind == DECISION:
+            yield number, parse_section(fields, _Line, source=where)
 
 
 def _fields(text: str, where: str) -> tuple[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ class AutoscaleConfig(Section):
     policy: AutoscalePolicy | Path | None = None  # of a pool, or the file of one; None: it does not
     # between two samples of the pool
     sample_every_s: Annotated[float, Field(ge=0.1, le=300, allow_inf_nan=False)] = 5.0
-    log_dir: Path | None = None  # of its decisions; None: beside the coordinator's log
+    log_dir: Path | None = None  # of decisions, by deployment; None: beside the coordinator's log
 
     @model_validator(mode="after")
     def _samples_fit(self) -> "AutoscaleConfig":

@@ -14,7 +14,8 @@ from typing import Any, Final, TextIO
 from remora.autoscale.autoscale_policy import AutoscalePolicy
 from remora.autoscale.autoscale_sample import AutoscaleState, Sample
 from remora.autoscale.autoscaler import Decision
-from remora.autoscale.decision_lines import decision_line, start_line
+from remora.autoscale.decision_lines import decision_line, recalled, start_line
+from remora.comm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,18 @@ class AutoscaleLog:
         self._bytes_max = bytes_max
         self._file: TextIO | None = None
         self._num_bytes = 0
+        self._closed = False
+
+    def recalled(self) -> AutoscaleState:
+        """What the policy remembers of the file that is there, which another life has written."""
+        try:
+            with self.path.open(encoding="utf-8") as lines:
+                return recalled(lines, self._policy, source=str(self.path))
+        except FileNotFoundError:
+            return AutoscaleState()
+        except (OSError, UnicodeDecodeError, ConfigError) as failed:
+            logger.warning("%s: nothing is remembered of it: %s", self.path, failed)
+            return AutoscaleState()
 
     def decided(self, before: AutoscaleState, sample: Sample, decision: Decision) -> None:
         """A decision, and the state that it was made in."""
@@ -47,11 +60,17 @@ class AutoscaleLog:
 
     def close(self) -> None:
         """No more lines."""
+        self._closed = True
+        self._end_file()
+
+    def _end_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _append(self, line: str, state: AutoscaleState) -> None:
+        if self._closed:
+            return
         try:
             if self._file is None or self._num_bytes + len(line) > self._bytes_max:
                 self._begin(state)
@@ -59,13 +78,13 @@ class AutoscaleLog:
         except OSError as failed:
             logger.warning("%s: %s: a decision is not logged", self.path, failed.strerror)
             with suppress(OSError):  # what it still holds it cannot write either
-                self.close()
+                self._end_file()
             self._file = None  # what follows a lost line would not replay: begin anew
 
     def _begin(self, state: AutoscaleState) -> None:
         """A file that replays, in the place of the one being written; those before it move on only
         once it has its first line: a disk that is full for a while costs none of them."""
-        self.close()
+        self._end_file()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         begun = self.path.with_name(f"{FILE}.new")
         self._file, self._num_bytes = begun.open("w", encoding="utf-8"), 0

@@ -55,7 +55,7 @@ class Autoscaler:
         self._operations, self._running, self._view = operations, running, view
         self._log, self._wall = log, wall
         self._meter = LoadMeter(FRESH_PERIODS * sample_every_s)
-        self._state = AutoscaleState()
+        self._state: AutoscaleState | None = None  # until the first sample: the log's
         self._lock = threading.Lock()  # guards the meter, the state, the log, and what is shown
         self._rebalancing: str | None = None  # id of a round that is being made
         self._last: Decision | None = None
@@ -84,6 +84,8 @@ class Autoscaler:
 
     def step(self) -> Decision:
         """Sample, decide, log, and act where the policy's mode says so. Of one thread at a time."""
+        if self._state is None:
+            self._state = self._log.recalled()  # of an earlier life: its cooldowns, the load it saw
         now_s = self._wall()
         operation = self._rebalancing or self._running()
         self._note_end(operation)
@@ -204,3 +206,4 @@ class Autoscaler:
         with self._lock:
             self._action = fields | {"unix_s": self._wall()}
             self._log.noted(ACTION, self._action, self._state)
+            assert self._state is not None, "what is noted was decided"

@@ -71,7 +71,8 @@ class Beside:
         autoscale = self._config.autoscale.loaded()
         policy = autoscale.policy
         if isinstance(policy, AutoscalePolicy):
-            folder = autoscale.log_dir or log_folder(self._config)
+            own = autoscale.log_dir
+            folder = own / self._config.name if own is not None else log_folder(self._config)
             self._autoscaler = Autoscaler(
                 policy,
                 sample_every_s=autoscale.sample_every_s,

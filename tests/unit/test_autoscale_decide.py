@@ -10,7 +10,7 @@ from support.autoscaling import BASE, decisions_of, policy_of, sample_of
 from remora.autoscale.autoscale_policy import SAMPLES_MAX, AutoscalePolicy
 from remora.autoscale.autoscale_sample import AutoscaleState, Sample
 from remora.autoscale.autoscaler import Decision, decide
-from remora.autoscale.decision_lines import decision_line, replay, start_line
+from remora.autoscale.decision_lines import decision_line, recalled, replay, start_line
 
 
 def last(policy: AutoscalePolicy, samples: list[Sample]) -> Decision:
@@ -312,6 +312,8 @@ def test_what_holds_always(drawn: list[dict[str, Any]], units: int) -> None:
         assert decision.target_units >= 1
         assert -1 <= decision.target_units - units <= 5  # from 0: to min_units and a step
         units, acted_s = decision.target_units, at_s
+    remembered = recalled(lines, policy)
+    assert remembered.model_copy(update={"outlook": state.outlook}) == state
     if drawn:
         assert replay(lines).num_differences == 0
         half = len(lines) // 2

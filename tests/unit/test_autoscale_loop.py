@@ -164,6 +164,37 @@ def test_an_imbalance_is_rebalanced_and_that_is_waited_for(tmp_path: Path) -> No
     assert replayed(tmp_path / "autoscale.jsonl").num_differences == 0
 
 
+def test_the_next_life_of_a_coordinator_keeps_cooldowns_and_the_load_so_far(
+    tmp_path: Path,
+) -> None:
+    """A pool that had just grown would grow again, and the season of a forecast be lost."""
+    predictive = {"load_per_unit": 1e6, "step_s": 5, "horizon_s": 10, "season_s": 50}
+    how: dict[str, Any] = {"predictive": predictive, "mode": "advise"}
+    with looping(tmp_path, **how) as loop:
+        [up] = [d for d in loop.pass_by(8, waiting=30) if d.verdict == "scale"]
+        assert up.target_units == 3
+    with (tmp_path / "autoscale.jsonl").open("a") as log:
+        log.write('{"kind": "autoscale_deci')  # it died while it wrote
+    with world_operations(tmp_path / "again") as operations:
+        again = Loop(operations, tmp_path, **how)
+        again.now_s = loop.now_s
+        first = again.pass_by(1, waiting=30)[0]
+        assert first.verdict == "wait" and "cooldown" in first.reason
+        again.scaler.close()
+        again.scaler._note("late", "done", "")
+    lines = logged(tmp_path)
+    assert len(lines[0]["state"]["series"]["means"]) == 7, "of 8 samples; the first has no load"
+    assert [line["kind"] for line in lines[1:]] == ["autoscale_decision"], "nothing after its end"
+    assert replayed(tmp_path / "autoscale.jsonl").num_differences == 0
+    with world_operations(tmp_path / "other") as operations:
+        other = Loop(operations, tmp_path, mode="advise")
+        other.now_s = again.now_s
+        assert other.pass_by(3, waiting=30)[-1].verdict == "scale", "of another policy: nothing"
+        other.scaler.close()
+    (tmp_path / "autoscale.jsonl").write_text("{\n{}\n")
+    assert AutoscaleLog(tmp_path, policy_of()).recalled() == AutoscaleState(), "or of a damaged log"
+
+
 def test_what_is_refused_is_told_and_not_asked_again_at_once(tmp_path: Path) -> None:
     with looping(tmp_path) as loop:
         loop.pass_by(2, waiting=30)
