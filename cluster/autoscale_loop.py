@@ -189,8 +189,7 @@ class Autoscaler:
     def _rebalance(self, operation_id: str) -> None:
         """A plan takes up to minutes, so it has a thread; samples meanwhile say that it runs."""
         try:
-            report = self._operations.rebalance(operation_id, dry_run=False)
-            self._note(operation_id, report["verdict"], report["reason"])
+            self._note_round(operation_id, self._operations.rebalance(operation_id, dry_run=False))
         except RemoraError as refused:
             self._note(operation_id, "refused", str(refused))
         except Exception as failure:
@@ -199,11 +198,21 @@ class Autoscaler:
         finally:
             self._rebalancing = None
 
+    def _note_round(self, operation_id: str, report: dict[str, Any]) -> None:
+        """What came of a round: a move, whose end is noted later, or why there is none."""
+        if "not_applied" in report:
+            self._note(operation_id, "refused", report["not_applied"])
+        elif "operation" in report:
+            operation = report["operation"]
+            self._note(operation_id, operation["outcome"], operation["reason"])
+        else:
+            self._note(operation_id, report["verdict"], report["reason"])
+
     def _note(self, operation_id: str, outcome: str, reason: str) -> None:
         fields = {"operation_id": operation_id, "outcome": outcome, "reason": reason}
         if outcome in ("refused", "failed"):
             logger.warning("autoscale %s %s: %s", operation_id, outcome, reason)
         with self._lock:
             self._action = fields | {"unix_s": self._wall()}
-            self._log.noted(ACTION, self._action, self._state)
             assert self._state is not None, "what is noted was decided"
+            self._log.noted(ACTION, self._action, self._state)

@@ -27,6 +27,7 @@ class WorldOperations:
         self.fails: Exception | None = None
         self.planning: threading.Event | None = None
         self.rebalanced = threading.Event()
+        self.no_move: str | None = None  # why rounds cannot move anything
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
         self._note("request")
@@ -55,6 +56,8 @@ class WorldOperations:
         }  # fmt: skip
         if dry_run:
             return report | {"verdict": "confirm"}
+        if self.no_move is not None:
+            return report | {"verdict": "move", "not_applied": self.no_move}
         swapped = {"shard-0": ((2, 1), (0, 1)), "shard-1": ((0, 3), (2, 3))}
         operation = self.runner.request(operation_id, PlaceAs(swapped))
         return report | {"verdict": "move", "operation": operation}

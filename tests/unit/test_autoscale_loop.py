@@ -161,7 +161,23 @@ def test_an_imbalance_is_rebalanced_and_that_is_waited_for(tmp_path: Path) -> No
         assert operation_id.startswith("autoscale-rebalance-")
         loop.operations.wait(operation_id, 20.0)
         assert shards(loop) == 2
+        loop.pass_by(1, waiting=1)
+        assert loop.scaler.status()["action"]["outcome"] == "done"
+    noted = [line["outcome"] for line in logged(tmp_path) if line["kind"] == ACTION]
+    assert noted == ["running", "done"], "begun, and its end"
     assert replayed(tmp_path / "autoscale.jsonl").num_differences == 0
+
+
+def test_a_round_that_cannot_move_is_told_with_its_reason(tmp_path: Path) -> None:
+    with looping(tmp_path, targets={"imbalance": 1.2}) as loop:
+        loop.operations.no_move = "shard-1 has no slot"
+        made = loop.pass_by(5, waiting=1)
+        assert [d.verdict for d in made].count("rebalance") == 1
+        assert loop.operations.rebalanced.wait(20)
+        while loop.scaler.status()["action"] is None:
+            loop.pass_by(1, waiting=1)
+        action = loop.scaler.status()["action"]
+        assert (action["outcome"], action["reason"]) == ("refused", "shard-1 has no slot")
 
 
 def test_the_next_life_of_a_coordinator_keeps_cooldowns_and_the_load_so_far(
