@@ -93,12 +93,13 @@ def add_operation_routes(app: FastAPI, calls: OperationCalls, body_bytes_max: in
 
     @app.post("/v1/ep/scale", response_model=OperationAnswer, responses=begun)
     async def ep_scale(request: Request) -> Response:
-        """So many expert shards there are to be. 202 while it runs, 200 once it is over."""
+        """So many expert shards and dense groups there are to be. 202 while it runs, 200 once it is
+        over."""
         return await begin_of(request, ScaleBody)
 
     @app.post("/v1/ep/drain", response_model=OperationAnswer, responses=begun)
     async def ep_drain(request: Request) -> Response:
-        """Move all experts off some shards, and end those."""
+        """Move all experts off some shards, all requests off some dense groups, and end those."""
         return await begin_of(request, DrainBody)
 
     @app.put("/v1/ep/placement", response_model=OperationAnswer, responses=begun)
