@@ -11,7 +11,7 @@ happened; `during`: while its tasks are under way; `after`: when the step is ove
 import random
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import yaml
@@ -31,6 +31,7 @@ SimStep = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free"
 When = Literal["before", "during", "after"]
 
 FAULTS_MAX: Final = 64
+FOR_S_MAX: Final = 3600.0
 STEP_TAKES_S: Final[dict[str, float]] = {  # about; for a moment in the middle of it
     "prepare": 1.5, "copy": 0.3, "verify": 0.2, "commit": 0.3, "drain": 0.3, "free": 0.01,
 }  # fmt: skip
@@ -50,8 +51,8 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     who: Who = "shard"
     step: SimStep = "copy"
     when: When = "during"
-    operation: int = 0
-    for_s: float = 1.0
+    operation: Annotated[int, msgspec.Meta(ge=0)] = 0
+    for_s: Annotated[float, msgspec.Meta(ge=0.0, le=FOR_S_MAX)] = 1.0
 
     def __str__(self) -> str:
         number = f" of operation {self.operation}" if self.operation else ""

@@ -86,6 +86,10 @@ def test_faults_of_a_file(tmp_path: Path) -> None:
     path.write_text("faults: [{kind: thunder}]")
     with pytest.raises(ConfigError, match="'thunder'"):
         read_faults(path)
+    for number in ("operation: -1", "for_s: -1", "for_s: .nan", "for_s: 1e9"):
+        path.write_text(f"faults: [{{kind: stop, {number}}}]")
+        with pytest.raises(ConfigError, match=number.partition(":")[0]):
+            read_faults(path)
 
 
 # -- machines that are broken on purpose ----------------------------------------------------------
