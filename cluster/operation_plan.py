@@ -113,8 +113,9 @@ def _drain(target: Drain, now: Situation) -> Planned:
     if unknown:
         raise ConfigError(f"no such members: {', '.join(unknown)}")
     dense = [m.uid for m in now.view.members if m.role == "dense"]
-    shards = [uid for uid in target.uids if uid in now.view.placement.slots]
-    groups = [uid for uid in target.uids if uid in dense]
+    uids = dict.fromkeys(target.uids)  # each once
+    shards = [uid for uid in uids if uid in now.view.placement.slots]
+    groups = [uid for uid in uids if uid in dense]
     is_last = bool(groups) and not set(dense) - set(groups) - now.lost
     if is_last and target.joiners == "none":
         raise ConfigError(

@@ -191,6 +191,13 @@ def test_retirees_are_named_or_the_last_ones() -> None:
     assert it.run("gone", Drain(("shard-3",))).reason == "it is so already"
 
 
+def test_who_is_named_twice_is_drained_once() -> None:
+    it = World(TWO, num_experts=8, room=8)
+    drained = it.run("twice", Drain(("shard-0", "dense-1", "shard-0", "dense-1")))
+    assert (drained.outcome, drained.safe_to_delete) == ("done", ("shard-0", "dense-1"))
+    it.check_at_rest()
+
+
 def test_replicas_on_other_hosts_where_slots_allow() -> None:
     it = World(TWO, num_experts=8, room=8, replicas=2)
     it.run("more", ScaleTo(3))
