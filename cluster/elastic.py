@@ -61,6 +61,13 @@ def limits_of(config: RemoraConfig, spec: ModelSpec) -> Limits:
     )
 
 
+def unix_clock() -> Callable[[], float]:
+    """Seconds that only go forwards, about Unix time: what an operation has in the log by the clock
+    of one host is understood by a coordinator that comes back on another one."""
+    offset_s = time.time() - time.monotonic()
+    return lambda: offset_s + time.monotonic()
+
+
 def _may_join(target: Target) -> bool:
     return isinstance(target, ScaleTo) or (isinstance(target, Drain) and target.joiners != "none")
 
@@ -85,6 +92,7 @@ class Elastic:
     ) -> None:
         self._config, self._token, self._wal = config, token, wal
         self._publish, self._changed = publish, changed
+        self._clock = unix_clock()
         self._tasks: MemberTasks | None = None
         self._view: View | None = None  # the committed one
         self._state: CoordinatorState | None = None
@@ -113,7 +121,7 @@ class Elastic:
             has_router=router is not None,
         )
         self._wal.replace(state.snapshot())
-        self._run(state, spec, handles, router, state.begin(time.monotonic()))
+        self._run(state, spec, handles, router, state.begin(self._clock()))
 
     def resume(self, records: list[dict[str, Any]], spec: ModelSpec, router: Any) -> View | None:
         """Take over from a coordinator that died, by its log; None: nothing of it lives.
@@ -140,7 +148,7 @@ class Elastic:
         logger.warning("adopting %s; operation in flight: %s", sorted(living), in_flight)
         for uid, handle in living.items():
             self._changed(uid, handle, "")
-        self._run(state, spec, living, router, state.resume(operation, time.monotonic()))
+        self._run(state, spec, living, router, state.resume(operation, self._clock()))
         gone = {uid: known[uid] for uid in leaving if is_dense(uid) and uid not in lives}
         for uid, incarnation in (lives | gone).items():
             ranks = rank_uids(self._config, uid) if is_dense(uid) else [uid]
@@ -248,6 +256,7 @@ class Elastic:
             ask=tasks.heartbeat,
             hung=self._hung,
             others={ROUTER_LIFE} if router is not None else set(),
+            clock=self._clock,
         )
         ray_nodes = RayNodes()
         self.nodes = NodeWatch(

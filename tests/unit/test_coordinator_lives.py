@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from support.operations import world_operations
 from support.router_rig import view_of
 
 from remora.cluster import coordinator as module
+from remora.cluster import elastic
 from remora.cluster.config import RemoraConfig, load_config
 from remora.cluster.coordinator import Coordinator
 from remora.cluster.elastic import ENDING, Elastic
@@ -157,3 +159,17 @@ def test_the_log_goes_after_all_that_it_tells_of(
     coordinator.stop()
     assert lives.swept == [[ENDING], [ENDING]], "another life would end the rest"
     assert coordinator.phase() == "stopped" and not lives.folder.exists()
+
+
+def test_seconds_of_an_operation_go_on_on_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's monotonic clock counts from its start: what one has written was nonsense to another,
+    and an evacuation that was taken over had no time left, or for ever."""
+    host = SimpleNamespace(unix_s=1e9, up_s=5.0)
+    clocks = SimpleNamespace(time=lambda: host.unix_s, monotonic=lambda: host.up_s)
+    monkeypatch.setattr(elastic, "time", clocks)
+    begun_s = elastic.unix_clock()()
+    host.unix_s, host.up_s = 1e9 + 60, 9e6
+    clock = elastic.unix_clock()
+    assert clock() - begun_s == 60
+    host.unix_s, host.up_s = 5.0, 9e6 + 1  # somebody sets the time
+    assert clock() - begun_s == 61
