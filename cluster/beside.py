@@ -17,7 +17,7 @@ from remora.cluster.autoscale_loop import Autoscaler
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_server import CoordinatorServer
 from remora.cluster.elastic import log_folder
-from remora.cluster.operation import PlaceAs
+from remora.cluster.operation import PlaceAs, taken_by
 from remora.cluster.operation_request import Operations
 from remora.cluster.rebalancer import Rebalancer
 from remora.cluster.router_process import make_rebalancer, router_status
@@ -92,7 +92,8 @@ class Beside:
         """A round now; the operation that it begins is not waited for.
 
         Raises:
-            OperationRunsError: a round or an operation runs.
+            OperationIdTakenError: the id stands for an operation that moves no experts.
+            OperationRunsError: a round is being made.
             ClusterError: nothing serves, the router is off, or it has no plan to give.
         """
         if self._rebalancer is None:
@@ -103,6 +104,8 @@ class Beside:
             known = self._operations.wait(operation_id, 0.0)
         except UnknownOperationError:
             return self._rebalancer.move(operation_id, self._place)
+        if known["kind"] != PlaceAs.__struct_config__.tag:
+            raise taken_by(operation_id, known)
         return {"verdict": "move", "reason": "asked for before", "operation": known}
 
     def exchange(self, load: IngressLoad | None) -> dict[str, float]:

@@ -54,9 +54,10 @@ from remora.cluster.operation import (
     Tick,
     gives_way,
     is_dense,
+    taken_by,
 )
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
-from remora.comm.errors import ConfigError, OperationIdTakenError, OperationRunsError
+from remora.comm.errors import ConfigError, OperationRunsError
 
 BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
@@ -176,10 +177,7 @@ class CoordinatorState(MemberRestores):
         known = self.history.get(operation_id)
         if known is not None:
             if known.target != target:
-                raise OperationIdTakenError(
-                    f"operation {operation_id!r} is another one: {known.public()['kind']},"
-                    f" {known.outcome}; choose a new id"
-                )
+                raise taken_by(operation_id, known.public())
             return
         if self.operation is not None and not self._yields_to(target):
             raise self._one_at_a_time()

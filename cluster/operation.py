@@ -6,10 +6,12 @@ machine (`coordinator_state.py`) walks it through its steps and asks the shell t
 ignored by that number: nothing late can count.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
+from remora.comm.errors import OperationIdTakenError
 from remora.comm.view import Member, View
 
 Step = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
@@ -108,6 +110,14 @@ class Operation(msgspec.Struct, kw_only=True):
         if isinstance(self.target, PlaceAs):
             del fields["target"]
         return fields
+
+
+def taken_by(operation_id: str, known: Mapping[str, object]) -> OperationIdTakenError:
+    """What to raise where an id stands for another operation, `known` (`Operation.public`)."""
+    return OperationIdTakenError(
+        f"operation {operation_id!r} is another one: {known['kind']}, {known['outcome']};"
+        " choose a new id"
+    )
 
 
 # -- what is asked of the shell ------------------------------------------------------------------

@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.operations import world_operations
 from support.rebalance_rig import Direct, begun, loop, no_room
-from support.router_rig import view_of
+from support.router_rig import TOKEN, view_of
 
 from remora.actors.plan_outcome import PlanOutcome
+from remora.cluster import beside
+from remora.cluster.config import parse_config
+from remora.cluster.operation import PlaceAs, ScaleTo
 from remora.cluster.placement_file import read_placement
 from remora.cluster.rebalancer import BEFORE, LATEST
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, OperationIdTakenError
 from remora.comm.view import Placement
 
 
@@ -75,3 +79,28 @@ def test_a_plan_for_another_view_is_not_applied() -> None:
             ask()
     planner.view = view_of(epoch=2)
     assert rebalancer.step()["verdict"] == "move"
+
+
+def test_an_id_that_stands_for_something_else_is_no_round(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A caller that reuses an id was told that its round had been made."""
+    planner = Direct(view_of())
+    rebalancer, _ = loop(planner, None)
+    monkeypatch.setattr(beside, "make_rebalancer", lambda *_, **__: rebalancer)
+    with world_operations(tmp_path) as operations:
+        asked = beside.Beside(
+            parse_config({"model": "m"}), TOKEN, operations, lambda: False,
+            operations.runner.running,
+        )  # fmt: skip
+        spec: Any = None  # of which the rebalancer is made
+        asked.serve(spec, planner.view, object())
+        swapped = {"shard-0": ((2, 1), (0, 1)), "shard-1": ((0, 3), (2, 3))}
+        operations.request("moved", PlaceAs(swapped))
+        moved = operations.wait("moved", 20.0)
+        assert asked.rebalance("moved", dry_run=False)["operation"] == moved
+        operations.request("up", ScaleTo(3))
+        operations.wait("up", 20.0)
+        with pytest.raises(OperationIdTakenError, match="'up' is another one: scale, done"):
+            asked.rebalance("up", dry_run=False)
+        asked.close()
