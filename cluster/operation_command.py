@@ -4,13 +4,14 @@ import json
 import secrets
 import sys
 from argparse import ArgumentParser, Namespace, _SubParsersAction
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
 from remora.comm.checked import parse_section
-from remora.comm.errors import ClusterError, ConfigError
+from remora.comm.errors import ClusterError
 
 if TYPE_CHECKING:
     from remora.cluster.operation_request import DrainBody, PlaceBody, ScaleBody
@@ -60,6 +61,18 @@ def new_operation_id() -> str:
     return f"cli-{secrets.token_hex(4)}"
 
 
+@contextmanager
+def named_when_left(operation_id: str) -> Iterator[None]:
+    """Errors of a cluster, and who is interrupted, say under which id to ask again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"operation {operation_id} goes on: `remora status` tells of it", file=sys.stderr)
+        raise
+    except ClusterError as failure:
+        raise ClusterError(f"{failure} (operation id {operation_id})") from failure
+
+
 def body_of(options: Namespace) -> "ScaleBody | DrainBody | PlaceBody":
     """What a command line asks for.
 
@@ -98,16 +111,12 @@ def run_operation(name: str, instance: Instance | None, options: Namespace) -> i
         cluster = find_cluster(name) if found else None
         if cluster is None:
             return missing(nothing_of(name), options.json)
-        try:
+        with named_when_left(operation_id):
             operation = begin(cluster, body)
             while operation["outcome"] == "running":
                 if not options.json:
                     print(f"{operation_id}: {progress_text(operation)}", file=sys.stderr)
                 operation = cluster.wait(operation_id)
-        except ConfigError:
-            raise
-        except ClusterError as failure:
-            raise ClusterError(f"{failure} (operation id {operation_id})") from failure
     if operation["outcome"] == "failed":
         raise ClusterError(f"operation {operation_id} failed: {operation['reason']}")
     print(json.dumps(operation) if options.json else operation_text(operation))

@@ -2,12 +2,13 @@
 
 import json
 from argparse import ArgumentParser, Namespace, _SubParsersAction
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
-from remora.cluster.operation_command import add_how, new_operation_id
+from remora.cluster.operation_command import add_how, named_when_left, new_operation_id
 from remora.comm.checked import parse_section
 from remora.comm.errors import ConfigError
 
@@ -79,13 +80,14 @@ def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> i
         cluster = find_cluster(name) if found else None
         if cluster is None:
             return missing(nothing_of(name), options.json)
-        report = cluster.rebalance(body.operation_id, dry_run=body.dry_run)
-        if "operation" in report:
-            report["operation"] = operation = cluster.over(body.operation_id)
-            if operation["outcome"] == "failed":
-                report["not_applied"] = operation["reason"]
-            else:
-                report["applied_epoch"] = cluster.view().epoch
+        with nullcontext() if body.dry_run else named_when_left(operation_id):
+            report = cluster.rebalance(operation_id, dry_run=body.dry_run)
+            if "operation" in report:
+                report["operation"] = operation = cluster.over(operation_id)
+                if operation["outcome"] == "failed":
+                    report["not_applied"] = operation["reason"]
+                else:
+                    report["applied_epoch"] = cluster.view().epoch
     return _print(report, options.json)
 
 

@@ -1,5 +1,6 @@
 """What the command line makes of operations, and what it prints of them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from support.programs import benchmarks_on_path
 from support.programs import program as module
 
+from remora.cluster import bootstrap, manage_command
 from remora.cluster.cli import main
 from remora.cluster.cli import parser as cli_parser
 from remora.cluster.manage_command import status_text
@@ -20,7 +22,8 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_command import body_of, operation_text
 from remora.cluster.placement_file import write_placement
-from remora.comm.errors import ConfigError
+from remora.cluster.rebalance_command import run_rebalance
+from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.view import contiguous_placement
 
 
@@ -55,6 +58,37 @@ def test_a_placement_file_is_a_target(tmp_path: Path) -> None:
 def test_without_a_deployment_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "no-such-one", "--shards", "2"]) == 3
     assert "no-such-one" in capsys.readouterr().err
+
+
+class Dying:
+    """A coordinator that dies in the middle of a move."""
+
+    def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
+        if dry_run:
+            raise ClusterError("the router has no plan")
+        return {"operation": {"operation_id": operation_id}}
+
+    left: BaseException = ClusterError("the coordinator died")
+
+    def over(self, operation_id: str) -> dict[str, Any]:
+        raise self.left
+
+
+def test_a_round_whose_end_is_not_known_says_how_to_ask_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "find_cluster", lambda _: Dying())
+    monkeypatch.setattr(manage_command, "connected", lambda _: nullcontext(True))
+    options = cli_parser().parse_args(["rebalance", "demo"])
+    with pytest.raises(ClusterError, match=r"died \(operation id cli-\w+\)"):
+        run_rebalance("demo", None, options)
+    monkeypatch.setattr(Dying, "left", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run_rebalance("demo", None, options)
+    assert " goes on: " in capsys.readouterr().err, "it is not given up by Ctrl-C"
+    options = cli_parser().parse_args(["rebalance", "demo", "--dry-run"])
+    with pytest.raises(ClusterError, match=r"no plan$"):
+        run_rebalance("demo", None, options)
 
 
 def test_operations_for_people() -> None:
