@@ -129,9 +129,10 @@ class Coordinator:
         """Phase, members and their own accounts of themselves; plain data for the CLI."""
         with self._lock:
             phase, failure, view = self._phase, self._failure, self._view
-            handles = dict(self._handles)
-        runner = self._elastic.runner if self._elastic is not None else None
-        members = status_of(handles, starting=phase == "starting")
+            handles, asked, elastic = dict(self._handles), dict(self._asked), self._elastic
+        runner = elastic.runner if elastic is not None else None
+        joining = elastic.joining(handles) if elastic is not None else set()
+        members = status_of(handles, {uid: asked[uid] for uid in joining})
         return {
             "name": self._config.name,
             "model": self._config.model,
@@ -143,9 +144,9 @@ class Coordinator:
             "uptime_s": time.time() - self._started_unix_s,
             "members": members,
             "operations": runner.status() if runner is not None else None,
-            "standbys": self._elastic.standbys.status() if self._elastic is not None else None,
-            "warm_dense": self._elastic.warm_dense.status() if self._elastic is not None else None,
-            "health": self._elastic.health_status() if self._elastic is not None else None,
+            "standbys": elastic.standbys.status() if elastic is not None else None,
+            "warm_dense": elastic.warm_dense.status() if elastic is not None else None,
+            "health": elastic.health_status() if elastic is not None else None,
             **self._beside.status(),
         }
 

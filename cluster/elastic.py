@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
@@ -179,6 +179,13 @@ class Elastic:
         self.runner.come_round()
         return self.health.looks_total, 1
 
+    def joining(self, uids: Iterable[str]) -> set[str]:
+        """Those of some actors, ranks of dense groups included, that start."""
+        if self.runner is None:
+            return set(uids)
+        joiners = self.runner.joiners()
+        return {uid for uid in uids if uid.partition(".")[0] in joiners}
+
     def health_status(self) -> dict[str, object]:
         """Members that hung so far, and nodes that are being drained."""
         health = self.health.status() if self.health is not None else {}
@@ -186,8 +193,14 @@ class Elastic:
 
     def gauges(self) -> dict[str, float]:
         """For the `/metrics` of ingresses, by name."""
-        health = self.health
-        return {} if health is None else {"remora_members_hung": float(health.hung_total)}
+        if self.health is None or self.runner is None:
+            return {}
+        alive = self.runner.replicas_alive()
+        return {
+            "remora_members_hung": float(self.health.hung_total),
+            "remora_experts_without_replica": float(alive["none"]),
+            "remora_experts_with_one_replica": float(alive["one"]),
+        }
 
     def close(self) -> None:
         """Stop; an operation that runs stays where it is. Idempotent."""
@@ -243,6 +256,7 @@ class Elastic:
             perform=tasks.perform,
             publish=self._committed,
             settled=self._fill,
+            clock=self._clock,
         )
         if router is not None:
             tasks.add_router(router)
@@ -256,7 +270,6 @@ class Elastic:
             ask=tasks.heartbeat,
             hung=self._hung,
             others={ROUTER_LIFE} if router is not None else set(),
-            clock=self._clock,
         )
         ray_nodes = RayNodes()
         self.nodes = NodeWatch(

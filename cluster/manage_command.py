@@ -116,6 +116,9 @@ def status_text(status: dict[str, Any]) -> str:
         lines += router_lines(status["router"])
     lines += autoscale_lines(status.get("autoscale"))
     operations = status.get("operations") or {"running": None, "last": []}
+    if alive := operations.get("replicas"):
+        counts = "{none} lost, {one} with one replica, {several} with more".format(**alive)
+        lines.append(f"  experts of all layers: {counts}")
     for operation in [operations["running"]] if operations["running"] else operations["last"][-1:]:
         lines.append(f"  operation {operation_text(operation)}")
     for key, kind in (("standbys", "shards"), ("warm_dense", "dense groups")):
@@ -142,7 +145,7 @@ def _facts(member: dict[str, Any]) -> str:
     if not member["alive"]:
         return str(member.get("error", ""))
     if member["phase"] != "ready":
-        return ""
+        return str(member.get("error", ""))
     if member.get("why_not_serving"):
         return str(member["why_not_serving"])
     if "calls_served" in member:

@@ -65,18 +65,22 @@ def first_answer(pending: Mapping[str, Any], until_s: float) -> Any:
     return _answer(uid, done[0])
 
 
-def status_of(handles: Mapping[str, Any], *, starting: bool) -> dict[str, dict[str, Any]]:
+def status_of(handles: Mapping[str, Any], joining: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What every member says of itself, or what keeps it from that; plain data.
 
     Args:
-        starting: who does not answer waits for a place, or for its imports.
+        joining: who starts, so that no answer means that there is no process yet, by uid; with what
+            each asks of Ray.
     """
     members = {}
     pending = {uid: handle.status.remote() for uid, handle in handles.items()}
     for uid, answer in answers_within(pending, STATUS_S).items():
         if isinstance(answer, _UNANSWERED):
-            phase = "starting" if starting else "serving"
-            members[uid] = {"alive": starting, "phase": phase, "error": "it does not answer"}
+            why = "it does not answer"
+            if uid in joining:
+                why = f"no process yet: it begins, or waits for a place (asks for {joining[uid]})"
+            phase = "starting" if uid in joining else "serving"
+            members[uid] = {"alive": uid in joining, "phase": phase, "error": why}
         elif isinstance(answer, Exception):
             members[uid] = {"alive": False, "error": _first_line(answer)}
         else:

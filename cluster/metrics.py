@@ -53,6 +53,8 @@ COORDINATOR_GAUGES: tuple[tuple[str, str], ...] = (
     ),
     ("remora_seconds_since_last_rebalance", "Since the last move was decided"),
     ("remora_members_hung", "Members ended for want of progress, in the coordinator's life"),
+    ("remora_experts_without_replica", "Experts of all layers that no living shard holds"),
+    ("remora_experts_with_one_replica", "Experts of all layers that one living shard holds"),
     ("remora_autoscale_units", "Units of the pool that the policy is for"),
     ("remora_autoscale_target_units", "Units that the last decision wants"),
     ("remora_autoscale_up", "Decisions for more units since the coordinator's start"),

@@ -1,6 +1,7 @@
 """What an operation comes to: who joins, who retires, who holds what in the end. Pure."""
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
@@ -16,7 +17,7 @@ from remora.cluster.operation import (
     Target,
     is_dense,
 )
-from remora.cluster.placement_steps import Room, spread
+from remora.cluster.placement_steps import Room, pairs_of, spread
 from remora.cluster.second_copies import Copies, taken_over
 from remora.comm.errors import ConfigError
 from remora.comm.view import View
@@ -156,6 +157,16 @@ def held_by_living(now: Situation) -> Held:
     """What living shards of the view hold."""
     slots = now.view.placement.slots
     return {uid: layers for uid, layers in slots.items() if uid not in now.lost}
+
+
+def replicas_alive(now: Situation) -> dict[str, int]:
+    """How many experts, over all layers, no living shard holds, one does, several do."""
+    placement = now.view.placement
+    held = held_by_living(now).values()
+    pairs = Counter(pair for layers in held for pair in pairs_of(layers, placement.moe_layers))
+    one = sum(count == 1 for count in pairs.values())
+    none = len(placement.moe_layers) * placement.num_experts - len(pairs)
+    return {"none": none, "one": one, "several": len(pairs) - one}
 
 
 def _choose(

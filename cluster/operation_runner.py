@@ -33,7 +33,7 @@ from remora.cluster.operation import (
     Task,
     Tick,
 )
-from remora.cluster.operation_plan import FreeMemory
+from remora.cluster.operation_plan import FreeMemory, replicas_alive
 from remora.cluster.wal import RecordLog, WalError
 from remora.comm.errors import ClusterError, UnknownOperationError
 from remora.comm.view import View
@@ -73,6 +73,7 @@ class OperationRunner:
         self._changed = threading.Condition(threading.RLock())  # guards the state
         self._events: queue.SimpleQueue[Event | Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        self._replicas: tuple[tuple[int, frozenset[str]], dict[str, int]] | None = None
         self._thread = threading.Thread(target=self._run, name="remora-operations", daemon=True)
 
     def start(self, effects: list[Effect]) -> None:
@@ -181,7 +182,24 @@ class OperationRunner:
                 "fenced": sorted(state.fenced),
                 "lost": sorted(state.lost | state.lost_dense),
                 "shards": sorted(state.view.placement.slots),
+                "replicas": dict(self.replicas_alive()),
             }
+
+    def replicas_alive(self) -> dict[str, int]:
+        """As the function of that name; counted once for a view and those who died of it."""
+        with self._changed:
+            key = self._state.view.epoch, frozenset(self._state.lost)
+            if self._replicas is None or self._replicas[0] != key:
+                self._replicas = key, replicas_alive(self._state.situation())
+            return self._replicas[1]
+
+    def joiners(self) -> set[str]:
+        """Who joins by the operation that runs, and is no member yet."""
+        with self._changed:
+            operation = self._state.operation
+            joiners = operation.joiners if operation is not None else {}
+            members = {(m.uid, m.incarnation) for m in self._state.view.members}
+            return {uid for uid, life in joiners.items() if (uid, life) not in members}
 
     def running(self) -> str | None:
         """Id of the operation that runs."""

@@ -1,10 +1,16 @@
 """What `remora status` prints for people."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+import ray
 from support.imports import imported_at_once
+from support.operations import world_operations
 
+from remora.cluster import members
 from remora.cluster.manage_command import status_text
+from remora.cluster.operation import PlaceAs, ScaleTo
 
 SHARD: dict[str, Any] = {
     "alive": True,
@@ -75,6 +81,56 @@ def test_what_starts_is_neither_dead_nor_degraded() -> None:
         ["shard-0", "loading"],
         ["shard-1", "starting"],
     ]
+
+
+class Silent:
+    """An actor that gives no answer."""
+
+    @property
+    def status(self) -> Any:
+        return self
+
+    def remote(self) -> None:
+        return None
+
+
+def test_who_waits_for_a_place_is_not_dead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shard that joins has no process until Ray has found a place for it."""
+    with world_operations(tmp_path) as operations:
+        assert operations.runner.joiners() == set()
+        operations.holds = True
+        operations.request("up", ScaleTo(3))
+        assert operations.runner.joiners() == {"shard-2"}
+        operations.release()
+        operations.wait("up", 20.0)
+        assert operations.runner.joiners() == set(), "it is a member"
+
+    def late(pending: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        return {uid: ray.exceptions.GetTimeoutError("late") for uid in pending}
+
+    monkeypatch.setattr(members, "answers_within", late)
+    told = members.status_of({"shard-0": Silent(), "shard-2": Silent()}, {"shard-2": "1 CPU"})
+    lines = text(shard_0=told["shard-0"], shard_2=told["shard-2"]).splitlines()
+    assert lines[-2].split(maxsplit=2) == ["shard-0", "dead", "it does not answer"]
+    assert lines[-1].split(maxsplit=2)[:2] == ["shard-2", "starting"]
+    assert "waits for a place (asks for 1 CPU)" in lines[-1]
+
+
+def test_it_tells_how_many_experts_the_next_death_would_take(tmp_path: Path) -> None:
+    with world_operations(tmp_path) as operations:
+        runner = operations.runner
+        assert runner.replicas_alive() == {"none": 0, "one": 8, "several": 0}
+        runner.request("more", PlaceAs({"shard-0": ((0, 1, 2), (0, 1)), "shard-1": ((2, 3),) * 2}))
+        runner.wait("more", 20.0)
+        assert runner.replicas_alive() == {"none": 0, "one": 7, "several": 1}
+        operations.holds = True  # it is not restored yet
+        runner.lost("shard-1", 1)
+        runner.come_round()
+        told = runner.status()
+    assert told["replicas"] == {"none": 3, "one": 5, "several": 0}
+    status = {"name": "d", "phase": "serving", "model": "m", "numerics": "fast", "epoch": 2}
+    lines = status_text(status | {"members": {}, "operations": told}).splitlines()
+    assert "  experts of all layers: 3 lost, 5 with one replica, 0 with more" in lines
 
 
 ROUTER: dict[str, Any] = {
