@@ -7,6 +7,7 @@
      |   |- UnsupportedModelError an architecture that cannot be served, and why
      |   |- WeightsError          a checkpoint file or tensor that is missing, damaged or unsafe
      |   |- TraceError            a file of routing traces or statistics: damaged, or not writable
+     |   |- PlannerError          a planner of somebody's own returned what is no placement
      |   '- RequestError          an HTTP request (status, param and code of the error body)
      |       '- OverloadedError   429: the bounded queue is full; carries `retry_after_s`
      '- ClusterError              a process or a link of the cluster
@@ -52,6 +53,10 @@ class WeightsError(UserError):
 
 class TraceError(UserError):
     """A file of routing traces or statistics is damaged, of another kind, or cannot be written."""
+
+
+class PlannerError(UserError):
+    """A planner (`plan_layer`) returned what is no placement; the text says what is wrong."""
 
 
 class RequestError(UserError):

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from remora.comm.bundles import LayerBundles, sample_bundles
 from remora.comm.eplb import eplb_held
+from remora.comm.errors import PlannerError
 from remora.comm.exchange_search import within_load
 from remora.comm.layer_plan import expert_loads, plan_layer_by_search, sample_size
 from remora.comm.objective import Objective
@@ -91,6 +92,10 @@ def plan_placement(
         plan_layer: (bundles, topology, num_experts, old or None, objective, seed) -> held, which is
             taken as it is, so that the result measures this planner alone. None is
             `plan_layer_by_search`, with repair of the load and EPLB's placement as last resort.
+
+    Raises:
+        PlannerError: `plan_layer` returned no placement; the text says what is wrong with it. What
+            it raises itself comes through as it is.
     """
     objective = objective or Objective()
 
@@ -127,9 +132,10 @@ def _plan_one(
     old = problem.old_L[index] if problem.old_L is not None else None
     plan = plan_layer or plan_layer_by_search
     held = plan(bundles, topology, problem.num_experts, old, objective, seed * 1009 + index)
-    assert held.any(0).all() and (held.sum(1) <= topology.slots_S).all(), (
-        f"layer {index}: {held.sum(1)} slots used, {held.sum(0).min()} copies of an expert"
-    )
+    fault = held_fault(held, topology, problem.num_experts)
+    assert plan_layer is not None or fault is None, f"layer {index}: {fault}"
+    if fault is not None:
+        raise PlannerError(f"plan_layer, MoE layer number {index}: {fault}")
     eplb = eplb_held(expert_loads(bundles, problem.num_experts), topology)
     cost, eplb_cost = (bundle_cost(bundles, h, topology, seed=seed) for h in (held, eplb))
     if plan_layer is not None:
@@ -143,6 +149,23 @@ def _plan_one(
     if old is None and (far_over or cost.remote_copies > eplb_cost.remote_copies):
         return eplb, eplb_cost, eplb_cost
     return held, cost, eplb_cost
+
+
+def held_fault(held: object, topology: Topology, num_experts: int) -> str | None:
+    """What makes something no placement `[S, E]` of a layer, if anything does."""
+    shape = (topology.num_shards, num_experts)
+    if not isinstance(held, np.ndarray) or held.dtype != np.bool_ or held.shape != shape:
+        got = type(held).__name__
+        if isinstance(held, np.ndarray):
+            got = f"{held.dtype} {list(held.shape)}"
+        return f"returned {got}, needed is a numpy array of bool {list(shape)} (shards, experts)"
+    nowhere = np.flatnonzero(~held.any(0)).tolist()
+    if nowhere:
+        return f"no shard holds experts {', '.join(map(str, nowhere))}"
+    for uid, used, slots in zip(topology.uids, held.sum(1), topology.slots_S, strict=True):
+        if used > slots:
+            return f"{uid} holds {used} experts in {slots} slots"
+    return None
 
 
 def bundle_cost(

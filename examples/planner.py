@@ -89,9 +89,16 @@ def main() -> None:
 
 
 def run(path: Path, num_hosts: int, slots: int | None, output: Path | None) -> None:
-    """All planners on one trace. Raises RemoraError: no trace, or a file that cannot be written."""
+    """All planners on one trace.
+
+    Raises:
+        RemoraError: no trace, a planner that returns no placement, or a file that cannot be
+            written.
+    """
     trace = read_trace(path)
     num_experts = trace.header.num_experts
+    if num_hosts < 1:
+        raise SystemExit(f"planner: --hosts {num_hosts}: at least 1")
     if slots is None:
         slots = min(num_experts, -(-5 * num_experts // (4 * num_hosts)))
     if not num_experts <= num_hosts * slots <= num_hosts * num_experts:

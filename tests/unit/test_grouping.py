@@ -1,6 +1,8 @@
 """Planner: invariants, exact increments against a recount, small cases against brute force."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from remora.comm import partition_search
 from remora.comm.bundles import LayerBundles, count_bundles, sample_bundles
 from remora.comm.eplb import eplb_held
+from remora.comm.errors import PlannerError
 from remora.comm.exchange_search import exchange, within_load
 from remora.comm.grouping import GroupingProblem, plan_placement
 from remora.comm.layer_plan import expert_loads, one_copy, relabel, warm_layer
@@ -218,6 +221,31 @@ def test_a_planner_of_ones_own_is_measured_as_it_is() -> None:
     cost = replay(bundles.experts_BK, bundles.source_B, heavy, topology, weight_T=bundles.weight_B)
     assert result.costs_L[0].load_max_over_mean > 2 > result.eplb_costs_L[0].load_max_over_mean
     assert result.costs_L[0].remote_copies == pytest.approx(cost.remote_copies, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda held: held.T, r"returned bool \[16, 4\], needed is .* bool \[4, 16\]"),
+        (lambda held: held[:, :-1], r"returned bool \[4, 15\]"),
+        (lambda held: held.astype(np.int64), r"returned int64 \[4, 16\]"),
+        (lambda held: held.tolist(), "returned list"),
+        (lambda held: None, "returned NoneType"),
+        (lambda held: held & (np.arange(16) % 7 != 3), "no shard holds experts 3, 10"),
+        (lambda held: held | (np.arange(4) == 2)[:, None], "shard-2 holds 16 experts in 5 slots"),
+    ],
+)
+def test_a_planner_of_ones_own_is_told_what_is_wrong(
+    spoil: Callable[[np.ndarray], object], said: str
+) -> None:
+    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=5)
+
+    def mine(*_: object) -> Any:
+        return spoil(one_copy(np.arange(16) % 4, topology))
+
+    problem = GroupingProblem(layers=(layer(0, 4),), num_experts=16, topology=topology)
+    with pytest.raises(PlannerError, match=f"plan_layer, MoE layer number 0: {said}"):
+        plan_placement(problem, seed=0, plan_layer=mine)
 
 
 def test_a_plan_over_the_load_is_repaired_and_not_given_up() -> None:
