@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from remora.autoscale.autoscale_policy import AutoscalePolicy, check_windows
@@ -17,7 +16,7 @@ from remora.cluster.autoscale_config import AutoscaleConfig
 from remora.cluster.device_rules import Device, check_devices, resolve
 from remora.cluster.http_config import HttpConfig
 from remora.cluster.instances import NAME
-from remora.comm.checked import Section, parse_section, yaml_mapping
+from remora.comm.checked import Section, parse_section, refuse_unknown, yaml_mapping, yaml_value
 from remora.comm.errors import ConfigError
 from remora.kernels.experts_dtype import ExpertsDtype
 
@@ -271,29 +270,40 @@ def load_config(
     it names a directory there; paths are made absolute.
 
     Raises:
-        ConfigError: no such file or preset, not a YAML mapping, or as `parse_config`.
+        ConfigError: no such file or preset, not a YAML mapping, or as `parse_config`; an unknown
+            key is told with the part that has it, a bad value with all of them.
     """
-    data: dict[str, Any] = {}
-    label = "configuration"
+    parts: dict[str, dict[str, Any]] = {}  # by what an error calls them
     if preset is not None:
-        label = f"preset {preset}"
-        data = yaml_mapping(_preset_text(preset), label)
+        parts[f"preset {preset}"] = yaml_mapping(_preset_text(preset), f"preset {preset}")
     if source is not None:
-        path = Path(source)
-        label = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
-        content = yaml_mapping(text, label)
-        model = content.get("model")
-        if isinstance(model, str) and (path.parent / model).is_dir():
-            content["model"] = str((path.parent / model).resolve())
-        data = _merged(data, content)
-    for key, value in (overrides or {}).items():
-        _set_dotted(data, key, value)
+        parts[str(source)] = _file_content(Path(source))
+    data: dict[str, Any] = {}
+    for part in parts.values():
+        data = _merged(data, part)
+    if overrides:
+        parts["overrides"] = {}
+        for key, value in overrides.items():
+            _set_dotted(parts["overrides"], key, value)
+            _set_dotted(data, key, value)  # in the place of a mapping, where `_merged` adds to it
+    for label, part in parts.items():
+        refuse_unknown(part, RemoraConfig, source=label)
+    label = " + ".join(parts) or "configuration"
     config = _with_absolute_paths(parse_config(data, source=label))
     return parse_config(config.to_args(), source=label)  # policies that were read say more
+
+
+def _file_content(path: Path) -> dict[str, Any]:
+    """What a configuration file says. Raises ConfigError: it cannot be read, or is no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+    content = yaml_mapping(text, str(path))
+    model = content.get("model")
+    if isinstance(model, str) and (path.parent / model).is_dir():
+        content["model"] = str((path.parent / model).resolve())
+    return content
 
 
 def _with_absolute_paths(config: RemoraConfig) -> RemoraConfig:
@@ -338,10 +348,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: allowed is KEY=VALUE, such as dense.groups=2")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+    return key.strip(), yaml_value(value, f"override {text!r}")
 
 
 def _preset_text(preset: str) -> str:

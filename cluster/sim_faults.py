@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 import msgspec
-import yaml
 
 from remora.cluster.sim_places import MORE
+from remora.comm.checked import yaml_value
 from remora.comm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,9 +66,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def read_faults(path: Path) -> tuple[Fault, ...]:
     """The faults of a YAML or JSON file. Raises ConfigError: it is none."""
     try:
-        data = yaml.safe_load(path.read_text())
-        found = msgspec.convert(data, _File)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as wrong:
+        found = msgspec.convert(yaml_value(path.read_text(), str(path)), _File)
+    except (OSError, UnicodeDecodeError, msgspec.ValidationError) as wrong:
         raise ConfigError(f"{path}: no file of faults: {wrong}") from None
     if len(found.faults) > FAULTS_MAX:
         raise ConfigError(f"{path}: {len(found.faults)} faults; {FAULTS_MAX} are allowed")

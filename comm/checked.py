@@ -31,11 +31,7 @@ def parse_section(data: Mapping[str, Any], model: type[SectionT], *, source: str
     Raises:
         ConfigError: unknown key (named, with what is allowed and the nearest), or a bad value.
     """
-    for path, allowed in _unknown_keys(data, model, ""):
-        key = path.rpartition(".")[2]
-        near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.6)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ConfigError(f"{source}: unknown key {path!r}{hint}; allowed: {', '.join(allowed)}")
+    refuse_unknown(data, model, source=source)
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
@@ -47,16 +43,46 @@ def parse_section(data: Mapping[str, Any], model: type[SectionT], *, source: str
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
+def refuse_unknown(data: Mapping[str, Any], model: type[BaseModel], *, source: str) -> None:
+    """Raises ConfigError for a key that `model` does not have, at any depth."""
+    for path, allowed in _unknown_keys(data, model, ""):
+        key = path.rpartition(".")[2]
+        near = difflib.get_close_matches(key, allowed, n=2, cutoff=0.6)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ConfigError(f"{source}: unknown key {path!r}{hint}; allowed: {', '.join(allowed)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, as YAML does: PyYAML would forget what came first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands here twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_value(text: str, source: str) -> Any:
+    """What a YAML text says. Raises ConfigError: not YAML, or a mapping with a key twice."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from None
+
+
 def yaml_mapping(text: str, source: str) -> dict[str, Any]:
     """The mapping that a YAML text is; an empty text is an empty one.
 
     Raises:
-        ConfigError: not YAML, or not a mapping.
+        ConfigError: as `yaml_value`, or not a mapping.
     """
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from None
+    data = yaml_value(text, source)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -84,12 +84,36 @@ def test_bad_files_are_config_errors(tmp_path: Path) -> None:
         load_config(preset="tiny-cpu")
 
 
+def test_an_unknown_key_is_told_with_the_part_that_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("dense: {groups: 2}\n")
+    with pytest.raises(ConfigError, match=r"^overrides: unknown key 'dense\.gruops'"):
+        load_config(path, overrides={"model": "m", "dense.gruops": 2})
+    with pytest.raises(ConfigError, match=r"preset tiny_cpu \+ .*c\.yaml \+ overrides: http\.port"):
+        load_config(path, preset="tiny_cpu", overrides={"model": "m", "http.port": 70000})
+    path.write_text("dense: {gruops: 2}\n")
+    with pytest.raises(ConfigError, match=r"^\S*c\.yaml: unknown key 'dense\.gruops'"):
+        load_config(path, overrides={"model": "m", "dense.groups": 2})
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\nhttp: {host: 0.0.0.0}\ndense: {groups: 1}\nhttp: {port: 9000}\n")
+    with pytest.raises(ConfigError, match=r"'http' stands here twice(?s:.*)line 4"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="'zone' stands here twice"):
+        parse_override("experts.labels={zone: a, zone: b}")
+
+
 def test_overrides() -> None:
     assert parse_override("dense.groups=2") == ("dense.groups", 2)
     assert parse_override("experts.labels={zone: a}") == ("experts.labels", {"zone": "a"})
     for bad in ("dense.groups", "=3", "a=[", ""):
         with pytest.raises(ConfigError):
             parse_override(bad)
+    labels = {"model": "m", "experts.labels": {"zone": "a"}}
+    both = load_config(preset="tiny_cpu", overrides=labels | {"experts.shards": 3}).experts
+    assert (both.labels, both.shards, both.num_cpus) == ({"zone": "a"}, 3, 0.25)
     with pytest.raises(ConfigError, match="not a section"):
         load_config(overrides={"model": "m", "model.x": 1})
 
