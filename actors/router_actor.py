@@ -15,6 +15,7 @@ import ray
 from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.comm.errors import ClusterError
+from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,13 @@ class RouterActor:
         self._server.adopt_view(view)
         return view.view_hash
 
-    def plan(self, seed: int) -> PlanOutcome:
+    def plan(self, seed: int, objective: Objective) -> PlanOutcome:
         """A placement for what was reported, against the one in force.
 
         Raises:
             ClusterError: no view yet, too little was reported, or a plan is being made.
         """
-        return self._server.plan(self._known_view(), seed)
+        return self._server.plan(self._known_view(), seed, objective)
 
     def fresh_cost(self, placement: Placement) -> PlacementCost:
         """What a placement of the same shards costs on what came since the one in force serves.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final
 
 import grpc
@@ -29,6 +30,7 @@ from remora.actors.router_state import (
 from remora.actors.router_statistics import RouterStatistics
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.grpc_server import START_S, GrpcServer, bounded
+from remora.comm.objective import Objective
 from remora.comm.router_grpc import (
     METHODS,
     PROMPT_TOKENS_MAX,
@@ -43,6 +45,7 @@ from remora.comm.view import View
 logger = logging.getLogger(__name__)
 
 PAIRS_MAX: Final = 1 << 40  # in one report, to one shard: totals stay far from overflow
+PRICE_MAX: Final = 1e15  # rows or tokens of a plan's prices
 GROUP_CHARS_MAX: Final = 256  # names are remembered
 SEQUENCES_MAX: Final = 1 << 16  # of one prompt: a group that is said to have more gets nothing else
 
@@ -306,7 +309,10 @@ class RouterServer:
 
     async def _plan(self, request: Any) -> Any:
         view = self._view()
-        outcome = await self._loop.run_in_executor(self._workers, self.plan, view, request.seed)
+        objective = _objective_of(request)
+        outcome = await self._loop.run_in_executor(
+            self._workers, self.plan, view, request.seed, objective
+        )
         return router_pb2.PlanResponse(
             epoch=view.epoch,
             placement=placement_message(outcome.placement),
@@ -318,7 +324,7 @@ class RouterServer:
             moved_experts=outcome.moved_experts,
         )
 
-    def plan(self, view: View, seed: int) -> PlanOutcome:
+    def plan(self, view: View, seed: int, objective: Objective) -> PlanOutcome:
         """As `RouterStatistics.plan`; one at a time. Any thread.
 
         Raises:
@@ -327,7 +333,7 @@ class RouterServer:
         if not self._planning.acquire(blocking=False):
             raise ClusterError("a plan is being made; ask again when it is done")
         try:
-            return self.statistics.plan(view, seed)
+            return self.statistics.plan(view, seed, objective)
         finally:
             self._planning.release()
 
@@ -356,3 +362,12 @@ class RouterServer:
                 await changed.wait()
         finally:
             self._num_watchers -= 1
+
+
+def _objective_of(request: Any) -> Objective:
+    """Of a `PlanRequest`, whose zeros are the planner's own figures."""
+    known = {"nu": request.move_rows, "horizon_tokens": request.horizon_tokens}
+    for name, value in known.items():
+        if not 0 <= value <= PRICE_MAX:  # nor what is no number
+            raise ValueError(f"{name} {value:g}: 0 to {PRICE_MAX:g} are allowed")
+    return replace(Objective(), **{name: value for name, value in known.items() if value})

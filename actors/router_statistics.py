@@ -272,14 +272,16 @@ class RouterStatistics:
             copies[host] = float(np.mean([cost.copies_per_token for cost in costs]))
         return copies
 
-    def plan(self, view: View, seed: int) -> PlanOutcome:
+    def plan(self, view: View, seed: int, objective: Objective | None = None) -> PlanOutcome:
         """A placement for what was reported, against that of `view`.
 
         Raises:
             ClusterError: too little was reported.
         """
         topology, layers, tokens = self._bundles(view)
-        return plan_from(layers, view.placement, topology, seed, epoch=view.epoch, tokens=tokens)
+        return plan_from(
+            layers, view.placement, topology, seed, objective, epoch=view.epoch, tokens=tokens
+        )
 
     def start_fresh(self) -> None:
         """Forget what `fresh_cost` is measured on: another placement serves from now on."""

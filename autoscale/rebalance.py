@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from remora.comm.objective import Objective
+
 Verdict = Literal["move", "confirm", "wait", "keep"]
 
 
@@ -79,6 +81,17 @@ class Decision:
 
     verdict: Verdict
     reason: str
+
+
+def objective_of(policy: RebalancePolicy, *, expert_bytes: int, row_bytes: int) -> Objective:
+    """What a plan is judged by: moves at the price that `propose` asks of them. Else a search would
+    leave out moves that are worth it, or make some for which the whole layer is then refused.
+
+    Args:
+        expert_bytes, row_bytes: as of `propose`.
+    """
+    move_rows = policy.margin * expert_bytes / row_bytes
+    return Objective(nu=move_rows, horizon_tokens=policy.horizon_tokens)
 
 
 def propose(

@@ -100,7 +100,7 @@ def run_trace(options: Namespace) -> int:
     """
     from remora.actors.model_spec import inspect_model, resolve_dtype
     from remora.actors.router_statistics import plan_from
-    from remora.autoscale.rebalance import RebalancePolicy
+    from remora.autoscale.rebalance import RebalancePolicy, objective_of
     from remora.cluster.placement_file import write_placement
     from remora.cluster.rebalance_report import round_of
     from remora.comm.bundles import count_bundles
@@ -119,13 +119,12 @@ def run_trace(options: Namespace) -> int:
     layers = [count_bundles(ids_TK, source_T) for ids_TK in trace.experts_LTK]
     dtype = resolve_dtype(spec, "auto")
     policy = RebalancePolicy()
-    found = round_of(
-        policy,
-        plan_from(layers, placement, topology, 0),
-        placement,
-        expert_bytes=spec.expert_nbytes(dtype),
-        row_bytes=2 * spec.hidden_size * dtype.itemsize,
-    )
+    sizes = {
+        "expert_bytes": spec.expert_nbytes(dtype),
+        "row_bytes": 2 * spec.hidden_size * dtype.itemsize,
+    }
+    outcome = plan_from(layers, placement, topology, 0, objective_of(policy, **sizes))
+    found = round_of(policy, outcome, placement, **sizes)
     is_worth = found.proposal.gain_ratio >= policy.gain_min and bool(found.proposal.layers)
     report: dict[str, Any] = {
         "epoch": 0,

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
-from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide
+from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide, objective_of
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.placement_file import LATEST, read_placement, write_placement
 from remora.cluster.rebalance_report import Round, round_of
 from remora.comm.errors import ClusterError, ConfigError, OperationRunsError, RemoraError
+from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ MEASURE_EVERY_S: Final = 60.0  # where there are no rounds
 class Planner(Protocol):
     """What the loop asks the router; each raises ClusterError when it cannot be answered now."""
 
-    def plan(self, seed: int) -> PlanOutcome:
+    def plan(self, seed: int, objective: Objective) -> PlanOutcome:
         """Against the placement in force."""
 
     def fresh_cost(self, placement: Placement) -> PlacementCost:
@@ -228,7 +229,7 @@ class Rebalancer:
 
     def _plan(self) -> tuple[Placement, Round, dict[str, Any]]:
         """The placement in force, what a round would change in it, and a report of that."""
-        outcome = self._planner.plan(SEED)
+        outcome = self._planner.plan(SEED, objective_of(self._policy, **self._bytes))
         view = self._view  # read once: another may come at any time
         if outcome.epoch != view.epoch:
             raise ClusterError(

@@ -14,6 +14,7 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.members import answers_within
 from remora.cluster.rebalancer import Apply, Rebalancer
 from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,9 @@ class RemotePlanner:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def plan(self, seed: int) -> PlanOutcome:
+    def plan(self, seed: int, objective: Objective) -> PlanOutcome:
         """Against the placement in force. Raises ClusterError."""
-        outcome: Any = self._answer(self._handle.plan.remote(seed))
+        outcome: Any = self._answer(self._handle.plan.remote(seed, objective))
         assert isinstance(outcome, PlanOutcome)
         return outcome
 

@@ -11,7 +11,7 @@ class Objective:
     b_dev: float = 0.125  # a row to a shard, wherever it is
     mu: float = 0.0  # times the largest load, in pairs, beyond what the cap does
     kappa: float = 0.0  # times the largest host's ingress, in rows
-    nu: float = 4096.0  # moving one expert's weights, in rows (three matrices: 3 x its width)
+    nu: float = 4096.0  # moving one expert's weights, in rows there and back (1.5 x its width)
     horizon_tokens: float = 1e6  # tokens that the new placement will serve
     load_eps: float = 0.04  # load of every shard <= (1 + load_eps) x mean, where it can be
     load_price: float = 16.0  # rows a token for all of the load over that

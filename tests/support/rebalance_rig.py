@@ -11,6 +11,7 @@ from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.decision_log import DecisionLog
 from remora.cluster.rebalancer import Apply, Rebalancer
 from remora.comm.errors import ConfigError
+from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
 LAYERS = (1, 2)
@@ -28,8 +29,9 @@ class Direct:
             ids = paired_tokens(len(LAYERS), tokens, seed=seed, shift=shift)
             self.statistics.add(encoded(ids, source, LAYERS))
 
-    def plan(self, seed: int) -> PlanOutcome:
-        return self.statistics.plan(self.view, seed)
+    def plan(self, seed: int, objective: Objective) -> PlanOutcome:
+        self.asked = objective
+        return self.statistics.plan(self.view, seed, objective)
 
     def fresh_cost(self, placement: Placement) -> PlacementCost:
         return self.statistics.fresh_cost(self.view, placement)

@@ -15,6 +15,7 @@ from remora.cluster.operation import PlaceAs, ScaleTo
 from remora.cluster.placement_file import read_placement
 from remora.cluster.rebalancer import BEFORE, LATEST
 from remora.comm.errors import ClusterError, OperationIdTakenError
+from remora.comm.objective import Objective
 from remora.comm.view import Placement
 
 
@@ -66,8 +67,8 @@ def test_a_plan_for_another_view_is_not_applied() -> None:
     rebalancer, _ = loop(planner, None, begun, confirmations=1)
     plan = planner.plan
 
-    def slow(seed: int) -> PlanOutcome:
-        outcome = plan(seed)
+    def slow(seed: int, objective: Objective) -> PlanOutcome:
+        outcome = plan(seed, objective)
         rebalancer.adopt_view(view_of(epoch=2))
         return outcome
 
