@@ -70,14 +70,15 @@ class ClusterHandle:
         return gauges
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
-        """As `Coordinator.request`."""
-        pending = self.coordinator.request.remote(operation_id, target)
+        """As `Coordinator.request`; a coordinator that Ray is starting again answers in its next
+        life, since asking twice does nothing twice."""
+        pending = _retried(self.coordinator.request, operation_id, target)
         operation: dict[str, Any] = _call(pending, BEGIN_S)
         return operation
 
     def wait(self, operation_id: str, timeout_s: float = OPERATION_LOOK_S) -> dict[str, Any]:
-        """How an operation is, once it is over or the time is."""
-        pending = self.coordinator.wait.remote(operation_id, timeout_s)
+        """How an operation is, once it is over or the time is; also told by a next life."""
+        pending = _retried(self.coordinator.wait, operation_id, timeout_s)
         operation: dict[str, Any] = _call(pending, timeout_s + BEGIN_S)
         return operation
 
@@ -293,10 +294,10 @@ def _read(method: Any) -> Any:
     return _call(_retried(method), NEXT_LIFE_S)
 
 
-def _retried(method: Any) -> Any:
+def _retried(method: Any, *given: Any) -> Any:
     """A call whose answer a coordinator that Ray is starting again gives in its next life, however
     often that takes a try."""
-    return method.options(max_task_retries=-1).remote()
+    return method.options(max_task_retries=-1).remote(*given)
 
 
 def _call(reference: Any, timeout_s: float | None = None) -> Any:

@@ -103,6 +103,9 @@ async def a_coordinator_dies(live: Any, config: RemoraConfig) -> None:
     before = handle.view()
     async with live.flowing(config, handle) as streams:
         await live.strike(coordinator_name(NAME), signal.SIGKILL)
+        told = await asyncio.to_thread(handle.request, "up", ScaleTo(3))
+        assert told["outcome"] == "done", "asked in the middle of it, and of who remembers"
+        assert (await asyncio.to_thread(handle.wait, "down"))["outcome"] == "done"
         status = await asyncio.to_thread(cluster_status, NAME)
         assert status["phase"] not in OVER, "who asks just then is answered by its next life"
         await streams.one_more()
@@ -115,7 +118,6 @@ async def a_coordinator_dies(live: Any, config: RemoraConfig) -> None:
             return view == before
 
         await live.until(adopted)
-        assert handle.request("up", ScaleTo(3))["outcome"] == "done", "it is remembered"
         down = await live.operate(handle, "last", Drain(("shard-1",)))
         assert down["safe_to_delete"] == ["shard-1"]
         await streams.one_more()
