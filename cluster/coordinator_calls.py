@@ -205,7 +205,7 @@ class CoordinatorCalls(ABC):
         return self.operation is not None and isinstance(self.operation.target, Restore)
 
     def _stuck_from_s(self) -> float:
-        """When a restore of which nobody is there finds no room, as far as one can tell."""
+        """When an operation finds no room of whose joiners none is there, as far as can be told."""
         return self._last_asked_s(self._running().joiners) + self._limits.patience_s
 
     def _last_asked_s(self, uids: Iterable[str]) -> float:

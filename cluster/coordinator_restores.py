@@ -21,6 +21,7 @@ from remora.cluster.operation import (
     TakeOver,
     Target,
     gives_way,
+    has_deadline,
     is_dense,
 )
 from remora.cluster.operation_plan import plan_target
@@ -108,10 +109,12 @@ class MemberRestores(OperationSteps):
     def _yields_to(self, target: Target) -> bool:
         """Whether the operation that runs is undone, as it waits for who joins, for another one
         that is asked for. A restore, for which streams may wait, is given its time first, and goes
-        before what nobody asked for."""
+        before what nobody asked for. So is what somebody asked for, which yields to members alone
+        that must leave a node in time."""
         if self._is_restore():
             return self._is_stuck() and not gives_way(target)
-        return self._may_restore()
+        is_urgent = has_deadline(target) and not has_deadline(self._running().target)
+        return self._may_restore() or (is_urgent and self._finds_no_room())
 
     def _check_served(self) -> None:
         """Raises OperationRunsError: nobody can be served before members are back that died, so
@@ -124,7 +127,11 @@ class MemberRestores(OperationSteps):
             )
 
     def _is_stuck(self) -> bool:
-        is_open = self._is_restore() and self._may_restore()
+        return self._is_restore() and self._may_restore() and self._finds_no_room()
+
+    def _finds_no_room(self) -> bool:
+        """Nobody of those that join is there, as far as one can tell for want of room."""
+        is_open = self._is_preparing() and not self._joined
         return is_open and self._now_s >= self._stuck_from_s()
 
     def _late(self) -> None:

@@ -77,6 +77,11 @@ def gives_way(target: Target) -> bool:
     return isinstance(target, ScaleTo) and target.gives_way
 
 
+def has_deadline(target: Target) -> bool:
+    """Whether it must be over in time: a node goes away."""
+    return isinstance(target, Drain) and target.within_s is not None
+
+
 def is_dense(uid: str) -> bool:
     """Whether a member is a dense group, not a shard."""
     return uid.startswith("dense-")

@@ -60,6 +60,26 @@ def test_what_an_operator_asked_for_gives_way_to_nobody() -> None:
         it.state.request("mine", ScaleTo(1), it.now_s)
 
 
+def test_what_finds_no_place_gives_way_to_members_that_must_leave_a_node() -> None:
+    """They would die with it, while an operation waits for a place as long as a start may take."""
+    leave = Drain(("shard-0",), "needed", 100.0)
+    it = World(TWO, num_experts=8, room=8)
+    it.placeless.add("shard-2")
+    it.ask("up", ScaleTo(3))
+    it.answer_all()
+    with pytest.raises(OperationRunsError, match="'up' runs"):
+        it.state.request("evacuate-shard-0.1:1", leave, it.now_s)
+    it.now_s += it.limits.patience_s
+    with pytest.raises(OperationRunsError, match="'up' runs"):
+        it.state.request("by hand", Drain(("shard-0",)), it.now_s)
+    it.ask("evacuate-shard-0.1:1", leave)
+    it.settle()
+    up, left = it.state.history["up"], it.state.history["evacuate-shard-0.1:1"]
+    assert (up.outcome, up.reason) == ("failed", "it gives way to 'evacuate-shard-0.1:1'")
+    assert (left.outcome, left.safe_to_delete) == ("done", ("shard-0",))
+    it.check_at_rest()
+
+
 def test_a_dead_member_is_restored_before_what_waits_for_room() -> None:
     it = waiting_for_room()
     it.kill("dense-1")
