@@ -155,9 +155,10 @@ class Autoscaler:
         self._counts["rebalance" if decision.verdict == "rebalance" else way] += 1
 
     def _target(self, decision: Decision) -> ScaleTo:
+        """It gives way: while there is no room for it, operators can do what they want."""
         if self._policy.pool == "experts":
-            return ScaleTo(shards=decision.target_units)
-        return ScaleTo(dense_groups=decision.target_units)
+            return ScaleTo(shards=decision.target_units, gives_way=True)
+        return ScaleTo(dense_groups=decision.target_units, gives_way=True)
 
     def _act(self, decision: Decision, operation_id: str) -> None:
         if decision.verdict == "rebalance":

@@ -22,6 +22,7 @@ from remora.cluster.autoscale_loop import ACTION, Autoscaler
 from remora.cluster.cli import main
 from remora.cluster.config import load_config, parse_config
 from remora.cluster.manage_command import status_text
+from remora.cluster.operation import ScaleTo
 from remora.comm.errors import ClusterError, ConfigError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.yaml"
@@ -134,6 +135,22 @@ def test_a_pool_of_dense_groups_is_scaled_by_its_own_number(tmp_path: Path) -> N
         [operation] = loop.operations.runner.status()["last"]
         assert operation["target"]["dense_groups"] == 3
         assert operation["target"]["shards"] is None
+
+
+def test_what_finds_no_room_keeps_no_operator_waiting(tmp_path: Path) -> None:
+    """A policy may allow more units than there is room for, and asks again and again."""
+    with looping(tmp_path) as loop:
+        loop.operations.holds = True  # nobody starts
+        loop.pass_by(8, waiting=30)
+        asked = loop.scaler.status()["action"]
+        assert asked["outcome"] == "running"
+        begun = loop.operations.request("mine", ScaleTo(1))
+        assert begun["outcome"] == "running"
+        loop.operations.release()
+        assert loop.operations.wait("mine", 20.0)["outcome"] == "done"
+        loop.pass_by(1, waiting=1)
+        action = loop.scaler.status()["action"]
+        assert (action["outcome"], action["reason"]) == ("failed", "it gives way to 'mine'")
 
 
 @pytest.mark.parametrize("mode", ["observe", "advise"])
