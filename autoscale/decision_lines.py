@@ -134,7 +134,8 @@ def replay(
 def recalled(
     lines: Iterable[str], policy: AutoscalePolicy, *, source: str = "log"
 ) -> AutoscaleState:
-    """What a policy remembers at the end of a log; nothing where that is another policy's.
+    """What a policy remembers at the end of a log; nothing where that is another policy's, but for
+    its mode: who has looked at what one advises, and has it act, keeps the load that it saw.
 
     Decides nothing again, so it takes no forecast's time. A last line that is cut off is left out.
 
@@ -145,7 +146,7 @@ def recalled(
     for _, entry in _entries(lines, source, []):
         if isinstance(entry, _Line):
             state = recall(policy, state, entry.sample, entry.decision)
-        elif entry.policy == policy:
+        elif entry.policy.model_copy(update={"mode": policy.mode}) == policy:
             state = entry.state
         else:
             return AutoscaleState()

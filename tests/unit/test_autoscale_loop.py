@@ -209,7 +209,7 @@ def test_the_next_life_of_a_coordinator_keeps_cooldowns_and_the_load_so_far(
     with (tmp_path / "autoscale.jsonl").open("a") as log:
         log.write('{"kind": "autoscale_deci')  # it died while it wrote
     with world_operations(tmp_path / "again") as operations:
-        again = Loop(operations, tmp_path, **how)
+        again = Loop(operations, tmp_path, **(how | {"mode": "observe"}))
         again.now_s = loop.now_s
         first = again.pass_by(1, waiting=30)[0]
         assert first.verdict == "wait" and "cooldown" in first.reason
