@@ -107,14 +107,17 @@ class MemberRestores(OperationSteps):
         self._until_s = min(self._until_s, max(self._now_s, until_s))
 
     def _yields_to(self, target: Target) -> bool:
-        """Whether the operation that runs is undone, as it waits for who joins, for another one
-        that is asked for. A restore, for which streams may wait, is given its time first, and goes
-        before what nobody asked for. So is what somebody asked for, which yields to members alone
-        that must leave a node in time."""
+        """Whether the operation that runs is undone, as it waits for who joins, for another one.
+
+        What nobody asked for yields to what is asked for; a restore, for which streams may wait,
+        not before it had some time; and what somebody asked for, after as long, to members alone
+        that must leave a node in time.
+        """
         if self._is_restore():
             return self._is_stuck() and not gives_way(target)
         is_urgent = has_deadline(target) and not has_deadline(self._running().target)
-        return self._may_restore() or (is_urgent and self._finds_no_room())
+        is_asked_for = self._may_restore() and not gives_way(target)
+        return is_asked_for or (is_urgent and self._finds_no_room())
 
     def _check_served(self) -> None:
         """Raises OperationRunsError: nobody can be served before members are back that died, so

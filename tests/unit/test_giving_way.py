@@ -43,6 +43,13 @@ def test_what_waits_for_room_gives_way_to_what_is_asked_for(target: Target) -> N
     it.check_at_rest()
 
 
+def test_what_nobody_asked_for_gives_way_to_nothing_of_that_kind() -> None:
+    """An autoscaler decides, and a replacement begins before it has asked."""
+    it = waiting_for_room()
+    with pytest.raises(OperationRunsError, match="'replace-x:1' runs"):
+        it.state.request("autoscale-scale-1", ScaleTo(4, gives_way=True), it.now_s)
+
+
 def test_a_request_that_cannot_be_leaves_what_waits_alone() -> None:
     it = waiting_for_room()
     with pytest.raises(ConfigError, match="no such members: shard-9"):
