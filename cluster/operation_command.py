@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
 from remora.comm.checked import parse_section
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from remora.cluster.operation_request import DrainBody, PlaceBody, ScaleBody
@@ -77,13 +77,15 @@ def body_of(options: Namespace) -> "ScaleBody | DrainBody | PlaceBody":
     """What a command line asks for.
 
     Raises:
-        ConfigError: a value that is not allowed, or a placement file that is none.
+        ConfigError: no number, a value that is not allowed, or a placement file that is none.
     """
     from remora.cluster.operation_request import DrainBody, PlaceBody, PlacementBody, ScaleBody
     from remora.cluster.placement_file import read_placement
 
     fields: dict[str, Any] = {"operation_id": options.operation_id or new_operation_id()}
     if hasattr(options, "shards"):
+        if options.shards is None and options.dense_groups is None:
+            raise ConfigError("scale what? say --shards N, --dense-groups N, or both")
         fields |= {"shards": options.shards, "dense_groups": options.dense_groups}
         fields["retire"] = tuple(options.retire)
         return parse_section(fields, ScaleBody, source="scale")

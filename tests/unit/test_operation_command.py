@@ -45,6 +45,11 @@ def test_command_lines(arguments: list[str], target: Target, name: str | None) -
     assert body.operation_id == "one"
 
 
+def test_scale_without_a_number_says_which_flags_there_are() -> None:
+    with pytest.raises(ConfigError, match="--shards N, --dense-groups N"):
+        body_of(cli_parser().parse_args(["scale", "demo", "--retire", "shard-0"]))
+
+
 def test_a_placement_file_is_a_target(tmp_path: Path) -> None:
     placement = contiguous_placement(num_experts=4, moe_layers=(1,), shard_uids=("shard-0",))
     write_placement(tmp_path / "p.yaml", placement)
