@@ -62,8 +62,7 @@ async def connected_service(config: RemoraConfig, cluster: ClusterHandle) -> Ser
     if config.autoscale.policy is not None:
         metrics.load = LoadTotals()
         every_s = config.autoscale.sample_every_s
-    if config.router.enabled or metrics.load is not None:
-        service.watch = asyncio.ensure_future(_exchange(cluster, engine, metrics, every_s))
+    service.watch = asyncio.ensure_future(_exchange(cluster, engine, metrics, every_s))
     return service
 
 
