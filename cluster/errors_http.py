@@ -130,6 +130,8 @@ def from_validation(error: ValidationError) -> RequestError:
     if name == "prompt":
         return RequestError(f"{_PROMPT}; got {_shown(fault['input'])}", param="prompt")
     where = ".".join(part for part in loc if part.isidentifier() or part.isdigit())
+    if fault["type"] == "value_error":  # a sentence of our own, with the value
+        return RequestError(f"{where}: {fault['msg'].removeprefix('Value error, ')}", param=name)
     message = fault["msg"][:1].lower() + fault["msg"][1:]
     return RequestError(f"{where}: {message}, got {_shown(fault['input'])}", param=name)
 
