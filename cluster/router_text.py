@@ -22,8 +22,7 @@ def _facts(router: dict[str, Any]) -> str:
     routed = router["routed"]
     return (
         f"{router['address']}, {routed['sequences']} sequences routed,"
-        f" {routed['alone']} by ingresses alone, {router['calls']['Report']} reports,"
-        f" {router['calls']['Plan']} plans asked for"
+        f" {routed['alone']} by ingresses alone, {router['calls']['Report']} reports"
     )
 
 

@@ -151,7 +151,7 @@ def router_text(router: dict[str, Any] | None) -> list[str]:
 def test_the_router_says_what_it_did_and_what_it_knows() -> None:
     lines = router_text(ROUTER)
     assert lines[0].split(maxsplit=2)[:2] == ["router", "ready"]
-    assert "12 sequences routed, 3 by ingresses alone, 7 reports, 2 plans" in lines[0]
+    assert lines[0].endswith("12 sequences routed, 3 by ingresses alone, 7 reports")
     assert lines[1].strip() == "knows 5000 tokens of 1 domain"
     named = ROUTER | {"statistics": ROUTER["statistics"] | {"domains": 2, "labels": ["a", "law"]}}
     assert router_text(named)[1].strip() == "knows 5000 tokens of 2 domains (named: a, law)"
