@@ -90,7 +90,7 @@ def _start_ray(config: RemoraConfig, session: str) -> None:
             runtime_env=neutral_runtime_env(),
             _temp_dir=session,
         )
-    except (ConnectionError, TimeoutError) as error:
+    except Exception as error:  # Ray raises that very class where a node was too slow to come up
         raise ClusterError(f"Ray does not start: {error}") from error
 
 

@@ -12,11 +12,11 @@ from support.serving import DEMO_MODEL
 
 from remora.cluster.config import RemoraConfig, parse_config
 from remora.cluster.instances import Instance, find_instance, written_down
-from remora.comm.errors import ConfigError
+from remora.comm.errors import ClusterError, ConfigError
 
 with warnings.catch_warnings():  # Ray Serve's own, while it is imported
     warnings.simplefilter("ignore")
-    from remora.cluster import serve_command
+    from remora.cluster import local_ray, serve_command
 
 
 class Others:
@@ -86,3 +86,15 @@ def test_what_it_started_it_ends(
     except ConfigError:
         assert refuses
     assert others.stopped == ["prod"] and find_instance("prod") is None
+
+
+def test_a_ray_that_is_too_slow_to_start_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr(local_ray.ray, "init", slow)
+    with pytest.raises(ClusterError, match="Ray does not start: The current node timed out"):
+        with local_ray.own_ray(CONFIG):
+            raise AssertionError("it is not up")
