@@ -33,8 +33,9 @@ from remora.cluster.local_ray import check_free, own_ray, proxy_port, quiet_ray
 from remora.cluster.model_source import local_checkpoint
 from remora.cluster.ray_address import connect
 from remora.cluster.security import ADMIN_KEYS_ENV, API_KEYS_ENV, load_keys
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, ConfigError
 
+KEYS_FILES = {API_KEYS_ENV: "http.api_keys_file", ADMIN_KEYS_ENV: "http.admin_keys_file"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -65,8 +66,14 @@ def _check_ingress(config: RemoraConfig) -> None:
     """What an ingress needs is there: Serve would start it again and again to find out.
 
     Raises:
-        RemoraError: a keys file or the tokenizer cannot be used.
+        RemoraError: a keys file or the tokenizer cannot be used, or keys would not reach it.
     """
+    for variable in (API_KEYS_ENV, ADMIN_KEYS_ENV):
+        if config.ray.address is not None and variable in os.environ:
+            raise ConfigError(
+                f"${variable}: the ingress runs in the Ray cluster at {config.ray.address}, which"
+                f" has another environment: name a file ({KEYS_FILES[variable]}), and unset it here"
+            )
     load_keys(config.http.api_keys_file, API_KEYS_ENV)
     load_keys(config.http.admin_keys_file, ADMIN_KEYS_ENV)
     Tokenizer(config.model)
@@ -196,7 +203,8 @@ def _announce(config: RemoraConfig, url: str, as_json: bool) -> None:
         "max_tokens": 64,
         "stream": True,
     }
-    key = " -H 'Authorization: Bearer <key>'" if config.http.api_keys_file else ""
+    is_open = load_keys(config.http.api_keys_file, API_KEYS_ENV).is_open
+    key = "" if is_open else " -H 'Authorization: Bearer <key>'"
     print(
         f"\nRemora serves {config.model_id} at {url}/v1 ({config.numerics} numerics,"
         f" {config.dense.groups} dense group(s), {config.experts.shards} expert shard(s)). Try:\n\n"

@@ -88,6 +88,29 @@ def test_what_it_started_it_ends(
     assert others.stopped == ["prod"] and find_instance("prod") is None
 
 
+def test_the_command_to_paste_has_the_key_that_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the keys come from: without it the first thing that is tried is answered 401."""
+    monkeypatch.delenv("REMORA_API_KEYS", raising=False)
+    serve_command._announce(CONFIG, "http://there", False)
+    assert "Authorization" not in capsys.readouterr().out
+    monkeypatch.setenv("REMORA_API_KEYS", "secret")
+    serve_command._announce(CONFIG, "http://there", False)
+    said = capsys.readouterr().out
+    assert "-H 'Authorization: Bearer <key>'" in said and "secret" not in said
+
+
+@pytest.mark.parametrize("variable", ["REMORA_API_KEYS", "REMORA_ADMIN_KEYS"])
+def test_keys_that_would_not_reach_the_ingress_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """It runs in the environment of the Ray cluster: its door would be open."""
+    monkeypatch.setenv(variable, "secret")
+    with pytest.raises(ConfigError, match=rf"\${variable}: .* a:1, .*\(http\.\w+_keys_file\)"):
+        serve_command._check_ingress(CONFIG)
+
+
 def test_a_ray_that_is_too_slow_to_start_is_told_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
