@@ -234,9 +234,22 @@ def _bench(options: argparse.Namespace) -> int:
                 "bench MODEL starts a Ray cluster of its own; to measure a deployment that runs in"
                 f" {address}, leave the model out and say --deployment NAME"
             )
+        if options.deployment is not None:
+            raise ConfigError(
+                f"--deployment {options.deployment} measures one that runs: leave MODEL, --config"
+                " and --preset out"
+            )
         from remora.cluster.bench_command import BenchPlan, bench_own
 
         return bench_own(config, BenchPlan(**wanted), as_json=options.json)
+    own = [(flag, key) for flag, key, _, _ in _FLAGS if key != "ray.address"]
+    said = [flag for flag, key in own if getattr(options, key) is not None]
+    said += [f"--{name}" for name in ("eager", "set") if getattr(options, name)]
+    if said:
+        raise ConfigError(
+            f"{', '.join(said)}: only with a MODEL, --config or --preset; a deployment that runs is"
+            " measured as it is"
+        )
     name, instance = _which(options.deployment, address)
     if name is None:
         raise ConfigError("nothing to measure: give a MODEL, or start a deployment (remora serve)")

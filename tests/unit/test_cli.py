@@ -54,6 +54,12 @@ def test_flags_and_set_override_the_preset() -> None:
         ),
         (["status", "--ray-address", "127.0.0.1:1"], "name of the deployment is needed"),
         (["status", "../prod"], "no name of a deployment"),
+        (
+            ["rebalance", "--hosts", "4", "--slots", "9"],
+            "--hosts, --slots: of use with --trace alone",
+        ),
+        (["bench", "--shards", "4", "--eager"], "--shards, --eager: only with a MODEL"),
+        (["bench", "m", "--deployment", "one"], "--deployment one measures one that runs"),
         (["bench"], "nothing to measure"),
         (["bench", "--ray-address", "127.0.0.1:1"], "name of the deployment is needed"),
         (["bench", str(DEMO_MODEL), "--ray-address", "127.0.0.1:1"], "leave the model out"),
@@ -61,8 +67,13 @@ def test_flags_and_set_override_the_preset() -> None:
     ],
 )
 def test_what_cannot_be_is_status_2_and_says_so(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], word: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    word: str,
 ) -> None:
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path))  # a deployment may run here
     assert main([*arguments, "--json"]) == 2
     assert word in json.loads(capsys.readouterr().out)["error"]["message"]
     assert main(arguments) == 2
