@@ -162,7 +162,8 @@ class ElasticConfig(Section):
 class SecurityConfig(Section):
     """How the processes of one cluster know each other."""
 
-    token_file: Path | None = None  # None: a random token, kept by the coordinator
+    # 16 bytes or more, white space at the ends apart; None: a random token, kept by the coordinator
+    token_file: Path | None = None
 
 
 class RayConfig(Section):

@@ -43,8 +43,9 @@ _METRICS = """\
 ## Metrics
 
 `GET /metrics` of an ingress: what that ingress saw, and what dense groups and the coordinator told
-it. A histogram is `_bucket`, `_sum` and `_count`. [statistics.md](statistics.md) says what "lately"
-is."""
+it. A histogram is `_bucket`, `_sum` and `_count`; counters and histograms of what that ingress saw
+have a gauge `_created`, the time of their start, too. [statistics.md](statistics.md) says what
+"lately" is."""
 _POLICY = "AutoscalePolicy"
 
 
