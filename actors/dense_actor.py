@@ -26,7 +26,7 @@ from remora.actors.launch import Progress, advertised_ip, host_label, member_of,
 from remora.actors.load_sharing import LoadSharing
 from remora.actors.nccl_node import NcclNode
 from remora.actors.routing_tap import RoutingTap, tap_of
-from remora.actors.shard_links import connect_shards, peer_limits, traffic_of
+from remora.actors.shard_links import connect_shards, no_view, peer_limits, traffic_of
 from remora.actors.tp_experts import SplitExperts
 from remora.actors.tp_group import gather_ranks
 from remora.actors.tp_hold import GroupHold
@@ -38,7 +38,6 @@ from remora.actors.view_inbox import ViewInbox
 from remora.comm.accounting import TrafficMeter
 from remora.comm.connection import Connection, Frame
 from remora.comm.dispatch import Dispatcher
-from remora.comm.errors import ClusterError
 from remora.comm.messages import EngineStats, Traffic
 from remora.comm.peers import PeerSet
 from remora.comm.rank_link import RankListener
@@ -124,6 +123,8 @@ class DenseActor:
         newest = self._views.tell(view, adopted)
         self._errands.adopt_view(newest)
         self._engine.adopt_view(newest, or_none=or_none, adopted=adopted)
+        if self._node is not None:
+            self._node.wait_for(newest, or_none)
         return view.view_hash
 
     def quiesce(self, within_s: float) -> None:
@@ -251,9 +252,10 @@ class DenseActor:
             name=launch.uid,
             limits=peer_limits(model, launch),
         )
-        self._views = ViewInbox(self._peers.greet, launch.hold_s)
         if launch.nccl is not None:
             self._node = NcclNode(launch, self._hardware, model, self._wake)
+        node = self._node
+        self._views = node.views if node else ViewInbox(self._peers.greet, launch.hold_s)
         rank = self._rank = self._make_rank(model, self._executor, self._views)
         self._tap = rank.tap = tap_of(spec)
         self._meter = TrafficMeter(spec.top_k)
@@ -312,13 +314,13 @@ class DenseActor:
         exact = self._launch.exact
         if self._leader is None or self._shuffle is None:
             step = self._node.source.step if self._node else None
-            return DenseRank(model=model, pages=pages, experts=_no_view, exact=exact, step=step)
+            return DenseRank(model=model, pages=pages, experts=no_view, exact=exact, step=step)
         return LeaderRank(
             leader=self._leader,
             executor=executor,
             model=model,
             pages=pages,
-            experts=_no_view,
+            experts=no_view,
             exact=exact,
             shuffle=self._shuffle,
             hold=GroupHold(views, self._leader, lambda: self._dispatcher, self._connect).wait,
@@ -394,7 +396,3 @@ class DenseActor:
 
     def _note_progress(self, done: int, total: int) -> None:
         self._progress = Progress(phase="loading", bytes_done=done, bytes_total=total)
-
-
-def _no_view(*_: Any) -> Any:
-    raise ClusterError("no view has been adopted yet: shards are still loading")

@@ -35,7 +35,7 @@ from remora.actors.shard_slots import ShardSlots
 from remora.actors.thread_policy import let_senders_finish, run_idle
 from remora.comm.arena import DTYPE_CODES
 from remora.comm.connection import Connection, Frame
-from remora.comm.errors import ClusterError, FrameError
+from remora.comm.errors import FrameError
 from remora.comm.expert_protocol import ExpertCall, ExpertService, NotMineError
 from remora.comm.native_pump import NativeCompute, NativePump
 from remora.comm.server import FrameServer
@@ -131,7 +131,8 @@ class ExpertActor:
         def obey() -> None:
             shard.state.obey(term)
             self._fenced = fenced
-            server.fence(fenced)
+            if self._nccl is None:  # else no row comes without the conductor's ticket
+                server.fence(fenced)
 
         self._changing().between_calls(obey)
 
@@ -201,8 +202,7 @@ class ExpertActor:
         )
 
     def _changing(self) -> ShardSlots:
-        if self._slots is None:
-            raise ClusterError("the slots of a shard cannot change where rows travel over NCCL")
+        assert self._slots is not None, "asked before start returned"
         return self._slots
 
     # -- the shard's own thread ---------------------------------------------------------------
@@ -263,16 +263,17 @@ class ExpertActor:
         from remora.actors.nccl_expert import NcclShard  # numba: 0.3 s of a shard's start
 
         launch = self._launch
-        self._stream = ConductorStream(launch.uid, lambda message: member.take(message))
-        member = self._nccl = NcclShard(
+        node = self._nccl = NcclShard(
             self._hardware,
             uid=launch.uid,
             incarnation=launch.incarnation,
             shard=shard,
             presummed=not launch.exact,
             launch=nccl,
-            reply=self._stream.reply,
+            reply=lambda message: stream.reply(message),
         )
+        stream = ConductorStream(launch.uid, node.take, node.member.lose_conductor)
+        self._stream = stream
         self._server = FrameServer(
             host_ip=launch.bind_ip,
             token=launch.token,
@@ -282,6 +283,7 @@ class ExpertActor:
             incarnation=launch.incarnation,
             advertise_ip=advertised_ip(launch.bind_ip),
         )
+        self._slots = ShardSlots(shard, node.member.call_soon, launch)
         self._server.start(f"remora-{launch.uid}-server")
         self._progress = Progress(phase="ready", bytes_done=1, bytes_total=1)
         logger.info("%s holds %d bytes of experts", launch.uid, shard.nbytes)

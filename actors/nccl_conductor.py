@@ -1,23 +1,26 @@
 """The conductor at work: dials every member of the view and carries out what its machine says.
 
 One for a deployment, in the process of dense rank 0, in a thread of its own. It dials the frame
-servers that members have anyway; a stream that ends says that its member is gone.
+servers that members have anyway; a stream that ends says that its member is gone. Where experts
+have no replica without it, it dials again and again, until it is there or a view does without it.
 """
 
 import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import Final
 
 import msgspec
 
 from remora.comm import nccl_conductor_state as machine
 from remora.comm.aio import AsyncConnection, connect_async
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, DeadlineError
 from remora.comm.nccl_api import Nccl
 from remora.comm.nccl_messages import (
     Commit,
+    NotBuilt,
     Refused,
     ToMember,
     Wants,
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PEER_NAME: Final = "nccl-conductor"  # what members know its streams by
 STOP_S: Final = 10.0
+LOOK_EVERY_S: Final = 1.0  # whether members that experts are missing without can be reached
 
 
 class NcclConductor:
@@ -53,11 +57,15 @@ class NcclConductor:
         self._members: dict[str, Member] = {}
         self._streams: dict[str, AsyncConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._refused: str | None = None
+        self._unreached: dict[str, str] = {}  # uid -> why it could not be dialled
+        self._refused: Refused | None = None  # until a generation begins
+        self._told: Refused | None = None  # what members heard of that
         self._view: View | None = None
         self._loop = asyncio.new_event_loop()
         self._ending = asyncio.Event()
         self._adopting = asyncio.Lock()
+        self._changed = asyncio.Event()  # the machine, or `_refused`
+        self._looking: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name=PEER_NAME, daemon=True)
 
     def start(self) -> None:
@@ -65,8 +73,28 @@ class NcclConductor:
         self._thread.start()
 
     def adopt(self, view: View) -> None:
-        """The newest view, or the same one again after a failure. From any thread."""
+        """The newest view, or the same one again after a failure; an older one is ignored. From
+        any thread."""
         asyncio.run_coroutine_threadsafe(self._adopt(view), self._loop)
+
+    def wait_for(self, view: View, timeout_s: float, *, or_none: bool) -> None:
+        """Returns when all members of `view` that live, or of a newer one, run tickets of one
+        communicator. From any other thread, after `adopt`.
+
+        Args:
+            or_none: also when they cannot for now.
+
+        Raises:
+            ClusterError: they cannot, and why; or not in time.
+        """
+        used = asyncio.run_coroutine_threadsafe(self._until_used(or_none), self._loop)
+        try:
+            used.result(timeout_s)
+        except TimeoutError:
+            used.cancel()
+            raise DeadlineError(f"view {view.epoch}: no communicator in {timeout_s:g} s") from None
+        except CancelledError:
+            raise ClusterError("dense-0, which conducts, has stopped") from None
 
     def close(self) -> None:
         """Ends every stream; members see that. From any thread."""
@@ -87,31 +115,55 @@ class NcclConductor:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _adopt(self, view: View) -> None:
-        """Dial who is new, then tell the machine: what it sends must reach all."""
+        """Dial who is new, or was lost, then tell the machine: what it sends must reach all."""
         async with self._adopting:
-            self._refused, self._view = None, view
+            if self._view is not None and view.epoch < self._view.epoch:
+                return
+            self._view = view
             try:
-                for member in view.members:
-                    await self._reach(member)
-                self._handle(machine.ViewCame(view))
+                await asyncio.gather(*(self._reach(member) for member in view.members))
+                absent = [member.uid for member in view.members if not self._has(member)]
+                self._refused = None
+                self._handle(machine.ViewCame(view, {uid: self._unreached[uid] for uid in absent}))
             except Exception as error:  # told to whoever waits for a step
                 log.exception("view %d is not adopted", view.epoch)
-                self._refuse(f"view {view.epoch}: {error}")
+                self._refuse(f"view {view.epoch}: {type(error).__name__}: {error}")
+
+    async def _until_used(self, or_none: bool) -> None:
+        async with self._adopting:  # what was told before this was asked
+            pass
+        while True:
+            self._changed.clear()
+            if self._refused is not None:
+                if or_none:
+                    return
+                raise ClusterError(self._refused.why)
+            if self._state.current is not None and self._state.next is None:
                 return
-            if self._state.current is None and self._state.next is None:
-                self._refuse(f"view {view.epoch} names members that have been lost")
+            await self._changed.wait()
+
+    async def _look_again(self) -> None:
+        """Until the members that can be reached hold every expert."""
+        while self._refused is not None and self._refused.is_hold and self._view is not None:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await self._adopt(self._view)
+
+    def _has(self, member: Member) -> bool:
+        """Whether there is a stream to this life of a member."""
+        known = self._members.get(member.uid)
+        return known is not None and known.incarnation == member.incarnation
 
     async def _reach(self, member: Member) -> None:
-        """Has a stream to this life of a member. Raises ClusterError naming it."""
-        uid, known = member.uid, self._members.get(member.uid)
-        if known is not None and known.incarnation == member.incarnation:
+        """Has a stream to this life of a member, or knows why not."""
+        uid = member.uid
+        if self._has(member):
             return
-        if known is not None:
+        if uid in self._members:
             self._end(uid, f"{uid} has another life")
         try:
             await self._dial(member)
         except ClusterError as error:
-            raise ClusterError(f"{uid} cannot be reached: {error}") from error
+            self._unreached[uid] = f"{uid} is gone, or cannot be reached: {error}"
 
     async def _dial(self, member: Member) -> None:
         stream = await connect_async(
@@ -138,6 +190,7 @@ class NcclConductor:
     def _end(self, uid: str, why: str) -> None:
         """A member is not one any more."""
         member = self._members.pop(uid)
+        self._unreached[uid] = why
         del self._streams[uid]
         task = self._tasks.pop(uid)
         if task is not asyncio.current_task():
@@ -149,9 +202,10 @@ class NcclConductor:
         message = decode_to_conductor(payload)
         if not isinstance(message, Wants):
             self._handle(message)
-        elif self._refused is not None:
-            self._send(message.uid, Refused(self._refused))
-        else:
+            return
+        if self._refused is not None:
+            self._send(message.uid, self._refused)
+        if self._refused is None or self._refused.is_hold:
             self._wants.want(message.uid, message.num_tokens)
             self._begin()
 
@@ -164,6 +218,7 @@ class NcclConductor:
         for instruction in self._state.handle(event):
             match instruction:
                 case machine.MakeId(generation):
+                    self._refused = self._told = None
                     self._make_id(generation)
                 case machine.Send(uids, message):
                     for uid in uids:
@@ -171,31 +226,34 @@ class NcclConductor:
                     if isinstance(message, Commit):
                         self._wants.committed()
                         self._begin()
-                case machine.NeedView(lost):
-                    if self._is_wanted(lost):  # else it left, or a newer life took its place
-                        self._refuse(lost.why)
+                case machine.Hold(why):
+                    self._refuse(why, is_hold=True)
                 case machine.GiveUp(why):
                     self._refuse(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
-
-    def _is_wanted(self, lost: machine.MemberLost) -> bool:
-        members = self._view.members if self._view is not None else ()
-        return any((m.uid, m.incarnation) == (lost.uid, lost.incarnation) for m in members)
+        self._changed.set()
 
     def _make_id(self, generation: int) -> None:
         nccl = self._nccl()
         try:
             unique_id = nccl.get_unique_id()
         except nccl.NcclError as error:
-            self._refuse(f"NCCL makes no id: {error}")
+            self._handle(NotBuilt("dense-0", generation, f"NCCL makes no id: {error}"))
             return
         self._handle(machine.IdMade(generation, unique_id))
 
-    def _refuse(self, why: str) -> None:
-        """Whoever waits for a step waits in vain, until another view comes."""
+    def _refuse(self, why: str, *, is_hold: bool = False) -> None:
+        """Whoever waits for a step waits in vain, or longer, until another generation begins."""
+        epoch = self._view.epoch if self._view is not None else 0
+        self._refused = Refused(why, epoch, is_hold)
+        self._changed.set()
+        if is_hold and (self._looking is None or self._looking.done()):
+            self._looking = self._loop.create_task(self._look_again())
+        if self._refused == self._told:
+            return
+        self._told = self._refused
         log.error("no step runs over NCCL: %s", why)
-        self._refused = why
         for uid in list(self._streams):
-            self._send(uid, Refused(why))
+            self._send(uid, self._refused)
 
     def _send(self, uid: str, message: ToMember) -> None:
         stream = self._streams.get(uid)

@@ -5,8 +5,9 @@
 
 The rank asks the conductor for a ticket and runs its model under it; a ticket that fails anywhere
 is given again, and the model runs again: it writes the same keys and values into the same pages.
-Tickets of others find it without rows of its own. Legend: T token rows, C capacity, K top-k, D
-width.
+Tickets of others find it without rows of its own. Where the members that live do not hold every
+expert the step is held, and takes the view that has them again (`ViewInbox`). Legend: T token rows,
+C capacity, K top-k, D width.
 """
 
 import logging
@@ -23,6 +24,7 @@ from remora.actors.hardware import Hardware
 from remora.actors.launch import NcclLaunch
 from remora.actors.model_spec import ModelSpec
 from remora.actors.step_context import ExpertsFn
+from remora.actors.view_inbox import ViewInbox
 from remora.comm.errors import ClusterError, DeadlineError, PeerLostError
 from remora.comm.nccl_link import Link
 from remora.comm.nccl_member import NcclMember
@@ -30,11 +32,10 @@ from remora.comm.nccl_messages import Built, Refused, Ticket, ToConductor, ToMem
 from remora.comm.nccl_plan import DecodeShape, Roster, home_shards
 from remora.comm.nccl_source import SourceExchange
 from remora.comm.replicas import replica_tables
-from remora.comm.view import View
+from remora.comm.view import View, uncovered
 
 log = logging.getLogger(__name__)
 
-REFUSAL_LOOK_S = 0.2  # between two looks whether the conductor gave up, while nothing else comes
 VIEWS_KEPT = 4  # newest; a communicator that is in use belongs to one of them
 STEPS_S = 4  # times a step's deadline that a step may take, with the communicators it needs
 
@@ -51,7 +52,8 @@ class _Pending:
 
 
 class NcclSource:
-    """One dense rank. Everything but `take` and `note_refused` is the engine thread's.
+    """One dense rank. Everything but `take`, `lose_conductor` and `look_up` is the engine
+    thread's.
 
     Args:
         hardware: the GPU.
@@ -61,6 +63,8 @@ class NcclSource:
         self_host: label of this host; its shards are asked first.
         reply: sends a message to the conductor; raises ClusterError without one.
         wake: has the engine's thread call `attend` soon. From any thread.
+        views: asked by a step that waits for its ticket.
+        adopt: called by that step with a view that is newer than those seen; it calls `see`.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class NcclSource:
         self_host: str,
         reply: Callable[[ToConductor], None],
         wake: Callable[[], None],
+        views: ViewInbox,
+        adopt: Callable[[View], None],
     ) -> None:
         assert hardware.nccl_device is not None, "NCCL joins GPUs"
         self._uid = uid
@@ -85,12 +91,16 @@ class NcclSource:
         self._launch = launch
         self._self_host = self_host
         self._reply = reply
-        self._wake = wake
+        self._inbox = views
+        self._adopt = adopt
         self._views: list[View] = []  # newest last
+        self._offered: View | None = None  # to come
+        self._view_by_generation: dict[int, View] = {}  # as far as it was looked for
         self._pending: _Pending | None = None
-        self._refused: str | None = None
+        self._asked = False  # the conductor knows of the step that waits
+        self._refused: tuple[Refused, float] | None = None  # until a ticket comes; and since when
         self._exchanges: dict[tuple[int, int, int], SourceExchange] = {}
-        self._untold: list[Built] = []  # of views that have not reached us
+        self._untold: list[Built] = []  # of members that no view here names
         self.member = NcclMember(
             nccl=hardware.nccl(),
             device=hardware.nccl_device,
@@ -100,15 +110,35 @@ class NcclSource:
             work=self._work,
             emit=self._emit,
             step_deadline_s=launch.step_timeout_s,
+            wake=wake,
         )
 
     def take(self, message: ToMember) -> None:
         """A message of the conductor's. From any thread."""
-        if isinstance(message, Refused):
-            self._refused = message.why
-        else:
+        if not isinstance(message, Refused):
+            if isinstance(message, Ticket):
+                self._refused = None
             self.member.post(message)
-        self._wake()
+        elif message.epoch >= self._epoch:  # else a newer view has come since
+            self._refuse(message)
+
+    def lose_conductor(self, why: str) -> None:
+        """Steps wait for another conductor. From any thread."""
+        self._asked = False
+        self.member.lose_conductor(why)
+        self._refuse(Refused(why, self._epoch, is_hold=True))
+
+    def look_up(self) -> None:
+        """Has a step that waits look at its inbox. From any thread."""
+        self.member.call_soon(lambda: None)
+
+    def _refuse(self, refused: Refused) -> None:
+        self._refused = refused, time.monotonic()
+        self.look_up()
+
+    @property
+    def _epoch(self) -> int:
+        return self._views[-1].epoch if self._views else 0
 
     def attend(self) -> None:
         """Handles what has come; what fails is told by the next step."""
@@ -119,41 +149,52 @@ class NcclSource:
             return
         except ClusterError as error:
             log.error("%s: %s", self._uid, error)
-            self._refused = str(error)
+            self._refuse(Refused(str(error), self._epoch))
 
     def see(self, view: View) -> None:
-        """`view` is the newest; its communicator may be under way."""
-        self._refused = None
-        self._views = [*self._views, view][-VIEWS_KEPT:]
+        """`view` is committed; its communicator may be under way.
+
+        Raises:
+            ClusterError: it was seen before, and no step runs by it as yet.
+        """
+        if view.epoch > self._epoch:
+            self._refused = None
+            self._views = [*self._views, view][-VIEWS_KEPT:]
+            self._look_for_views()
+        elif self._refused is not None:
+            raise ClusterError(self._refused[0].why)
+
+    def expect(self, view: View) -> None:
+        """`view` may be committed; its communicator may be needed before: a rank that is to conduct
+        says that it serves when its members have one."""
+        self._offered = view
+        self._look_for_views()
+
+    def _look_for_views(self) -> None:
+        """Another view is known."""
+        self._view_by_generation.clear()
         untold, self._untold = self._untold, []
         for built in untold:
             self.member.post(built)  # told, unless it has been stopped meanwhile
-
-    def wait_for(self, view: View, timeout_s: float) -> None:
-        """Returns when a communicator of the members of `view` is in use.
-
-        Raises:
-            ClusterError: there is none within `timeout_s`, or the conductor gave up.
-        """
-        until_s = time.monotonic() + timeout_s
-        while not self._uses(view):
-            self._wait_for_event(until_s, f"view {view.epoch}: no communicator")
 
     def step(self, num_tokens: int, run: Callable[[ExpertsFn], Tensor]) -> Tensor:
         """What `run(experts)` made in the ticket that was committed.
 
         Raises:
-            ClusterError: no ticket was committed in time, or the conductor gave up.
+            ClusterError: no ticket was committed in time, the conductor gave up, or an expert had
+                no replica for as long as a step is held.
             Exception: `run`'s own.
         """
         pending = self._pending = _Pending(num_tokens, run)
-        until_s = time.monotonic() + STEPS_S * self._launch.step_timeout_s
+        self._asked = False
+        within_s = self._inbox.hold_s + STEPS_S * self._launch.step_timeout_s
+        until_s = time.monotonic() + within_s
         try:
-            self._reply(Wants(self._uid, num_tokens))
             while not pending.is_over and pending.fault is None:
-                self._wait_for_event(until_s, "no step over NCCL was committed")
+                self._wait(num_tokens, until_s)
         finally:
             self._pending = None
+            self._inbox.is_holding = False
         if pending.fault is not None:
             raise pending.fault
         assert pending.result is not None, "committed, but not run"
@@ -169,25 +210,43 @@ class NcclSource:
         if isinstance(message, Built):
             roster = self.member.roster_of(message.generation)
             assert roster is not None, f"{message}, but there is no communicator"
-            if not any(_is_of(roster, view) for view in self._views):
+            if self._find_view(roster) is None:
                 self._untold.append(message)
                 return
         self._reply(message)
 
-    def _wait_for_event(self, until_s: float, what: str) -> None:
-        if self._refused is not None:
-            raise ClusterError(self._refused)
-        left_s = until_s - time.monotonic()
-        if left_s <= 0:
-            raise DeadlineError(f"{self._uid}: {what} in time")
+    def _wait(self, num_tokens: int, until_s: float) -> None:
+        """One event, and whatever else has come for a step that waits."""
+        newest = self._inbox.attend(self._epoch)
+        if newest.epoch > self._epoch:
+            self._adopt(newest)
+        if self._refused is None and not self._asked:
+            self._ask(num_tokens)
         try:
-            self.member.serve_one(min(left_s, REFUSAL_LOOK_S))
+            self.member.serve_one(self._left_s(until_s))
         except queue.Empty:
             return
 
-    def _uses(self, view: View) -> bool:
-        roster = self.member.roster_in_use
-        return roster is not None and _is_of(roster, view)
+    def _ask(self, num_tokens: int) -> None:
+        self._asked = True
+        try:
+            self._reply(Wants(self._uid, num_tokens))
+        except PeerLostError as error:
+            self.lose_conductor(str(error))
+
+    def _left_s(self, until_s: float) -> float:
+        """How long the step may wait for the next event. Raises ClusterError: no longer."""
+        now_s, refused = time.monotonic(), self._refused
+        self._inbox.is_holding = refused is not None and refused[0].is_hold
+        if refused is None:
+            if now_s >= until_s:
+                raise DeadlineError(f"{self._uid}: no step over NCCL was committed in time")
+            return until_s - now_s
+        message, since_s = refused
+        left_s = since_s + (self._inbox.hold_s if message.is_hold else 0.0) - now_s
+        if left_s <= 0:
+            raise ClusterError(message.why)
+        return left_s
 
     # -- under a ticket -----------------------------------------------------------------------
 
@@ -279,11 +338,23 @@ class NcclSource:
         )
 
     def _view_of(self, roster: Roster) -> View:
-        """The newest view whose members are those of `roster`."""
-        for view in reversed(self._views):
-            if _is_of(roster, view):
-                return view
-        raise PeerLostError(f"{self._uid} knows no view of generation {roster.generation}")
+        view = self._find_view(roster)
+        if view is None:
+            raise PeerLostError(f"{self._uid} knows no view of generation {roster.generation}")
+        return view
+
+    def _find_view(self, roster: Roster) -> View | None:
+        """The newest view that names all members of `roster`, whose shards hold every expert of it:
+        others of its members are gone, or to come."""
+        if roster.generation not in self._view_by_generation:
+            lives = set(zip(roster.uids, roster.incarnations, strict=True))
+            fits = [view for view in reversed(self._views) if _serves(lives, roster, view)]
+            if not fits and self._offered is not None and lives == _lives_of(self._offered):
+                fits = [self._offered]
+            if not fits:
+                return None
+            self._view_by_generation[roster.generation] = fits[0]
+        return self._view_by_generation[roster.generation]
 
 
 def shape_of(roster: Roster, spec: ModelSpec, capacity: int, *, presummed: bool) -> DecodeShape:
@@ -299,6 +370,9 @@ def shape_of(roster: Roster, spec: ModelSpec, capacity: int, *, presummed: bool)
     )
 
 
-def _is_of(roster: Roster, view: View) -> bool:
-    lives = {(member.uid, member.incarnation) for member in view.members}
-    return lives == set(zip(roster.uids, roster.incarnations, strict=True))
+def _lives_of(view: View) -> set[tuple[str, int]]:
+    return {(member.uid, member.incarnation) for member in view.members}
+
+
+def _serves(lives: set[tuple[str, int]], roster: Roster, view: View) -> bool:
+    return lives <= _lives_of(view) and not uncovered(view.placement, roster.shard_uids)

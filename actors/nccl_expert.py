@@ -111,7 +111,7 @@ class NcclShard:
         self._deadline_s = launch.step_timeout_s
         self._exchanges: dict[tuple[int, int], ShardExchange] = {}
         self.tickets_total = 0
-        self._member = NcclMember(
+        self.member = NcclMember(
             nccl=hardware.nccl(),
             device=hardware.nccl_device,
             uid=uid,
@@ -125,15 +125,15 @@ class NcclShard:
     def take(self, message: ToMember) -> None:
         """A message of the conductor's; a refusal is the dense ranks' business."""
         if not isinstance(message, Refused):
-            self._member.post(message)
+            self.member.post(message)
 
     def serve(self) -> None:
         """Until `close`. Raises ClusterError when this process must be replaced."""
-        self._member.serve()
+        self.member.serve()
 
     def close(self) -> None:
         """Makes `serve` end after the ticket that runs."""
-        self._member.close()
+        self.member.close()
 
     def _work(self, link: Link, ticket: Ticket) -> None:
         exchange = self._exchange_of(link, ticket.capacity)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
-from remora.actors.dense_launch import RankLaunch
+from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel
 from remora.actors.hardware import Hardware
 from remora.actors.launch import Launch, host_label
 from remora.actors.nccl_conductor import NcclConductor
 from remora.actors.nccl_dense import NcclSource
 from remora.actors.nccl_stream import ConductorStream
+from remora.actors.view_inbox import ViewInbox
 from remora.comm.view import View
 
 CONDUCTOR_UID = "dense-0"
@@ -22,14 +23,24 @@ class NcclNode:
         launch: with `nccl`.
         hardware, model: of the rank.
         wake: has the engine's thread call `source.attend` soon.
+
+    Attributes:
+        views: on their way to the engine's thread; a step that waits takes them too.
     """
 
     def __init__(
-        self, launch: RankLaunch, hardware: Hardware, model: DenseModel, wake: Callable[[], None]
+        self, launch: DenseLaunch, hardware: Hardware, model: DenseModel, wake: Callable[[], None]
     ) -> None:
         assert launch.nccl is not None, f"{launch.uid} exchanges over sockets"
         self._build_s = BUILD_S * launch.nccl.step_timeout_s
-        self.stream = ConductorStream(launch.uid, lambda message: self.source.take(message))
+        self.stream = ConductorStream(
+            launch.uid,
+            lambda message: self.source.take(message),
+            lambda why: self.source.lose_conductor(why),
+        )
+        self.views = ViewInbox(
+            lambda view: self.source.expect(view), launch.hold_s, lambda: self.source.look_up()
+        )
         self.source = NcclSource(
             hardware,
             uid=launch.uid,
@@ -41,19 +52,34 @@ class NcclNode:
             self_host=host_label(),
             reply=self.stream.reply,
             wake=wake,
+            views=self.views,
+            adopt=self.adopt,
         )
         self._conductor = _conductor_of(launch, hardware)
 
     def adopt(self, view: View) -> None:
-        """Exchange with the members of `view`, from the engine's thread.
+        """Exchange with the members of `view`, from the engine's thread. Steps go on by what there
+        is until these have a communicator; the next one waits for it where there is none.
+
+        Raises:
+            ClusterError: `view` is known, and no step runs by it as yet.
+        """
+        if self._conductor is not None:
+            self._conductor.adopt(view)
+        self.source.see(view)
+
+    def wait_for(self, view: View, or_none: bool) -> None:
+        """Returns when the communicator of the members of `view` is in use, for all; where this is
+        not the conductor's process, at once. From any other thread, after `adopt`.
+
+        Args:
+            or_none: also when it is clear that there is none.
 
         Raises:
             ClusterError: they do not come together.
         """
-        self.source.see(view)
         if self._conductor is not None:
-            self._conductor.adopt(view)
-        self.source.wait_for(view, self._build_s)
+            self._conductor.wait_for(view, self._build_s, or_none=or_none)
 
     @property
     def shards(self) -> list[str]:

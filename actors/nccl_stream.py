@@ -8,7 +8,6 @@ from remora.actors.nccl_conductor import PEER_NAME
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import FrameError, PeerLostError
 from remora.comm.nccl_messages import (
-    Refused,
     ToConductor,
     ToMember,
     decode_to_member,
@@ -23,11 +22,15 @@ class ConductorStream:
     Args:
         uid: of this member, for errors.
         take: gets every message, in the frame server's thread.
+        lose: told, there too, that the conductor is gone, or has lost us.
     """
 
-    def __init__(self, uid: str, take: Callable[[ToMember], None]) -> None:
+    def __init__(
+        self, uid: str, take: Callable[[ToMember], None], lose: Callable[[str], None]
+    ) -> None:
         self._uid = uid
         self._take = take
+        self._lose = lose
         self._connection: Connection | None = None
 
     def takes(self, connection: Connection, frame: Frame) -> bool:
@@ -48,7 +51,7 @@ class ConductorStream:
         """A connection of the server has ended."""
         if connection is self._connection:
             self._connection = None
-            self._take(Refused("dense-0, which conducts, is gone"))
+            self._lose("dense-0, which conducts, is gone")
 
     def reply(self, message: ToConductor) -> None:
         """Sends to the conductor. From any thread. Raises PeerLostError without one."""

@@ -1,5 +1,7 @@
 """A dense rank's way to the expert shards: connections, dispatcher, room for its largest calls."""
 
+from typing import Any
+
 from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel
 from remora.actors.view_inbox import ViewInbox
@@ -67,3 +69,8 @@ def traffic_of(meter: TrafficMeter, view: View, peers: PeerSet) -> Traffic:
     members = {m.uid: m for m in view.members if m.role == "shard"}
     local = [uid for uid, m in members.items() if m.endpoint.host == peers.self_host]
     return meter.read({uid: peers.counters.link(uid) for uid in members}, local)
+
+
+def no_view(*_: Any) -> Any:
+    """Experts of a rank that has no view."""
+    raise ClusterError("no view has been adopted yet: shards are still loading")

@@ -25,11 +25,18 @@ class ViewInbox:
     Args:
         greet: connects to the shards of a view; in the routing thread.
         hold_s: longest wait of a layer for what is missing.
+        told: there is something to `attend` to; in the thread that tells it.
     """
 
-    def __init__(self, greet: Callable[[View], None], hold_s: float) -> None:
+    def __init__(
+        self,
+        greet: Callable[[View], None],
+        hold_s: float,
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
         self._greet = greet
-        self._hold_s = hold_s
+        self.hold_s = hold_s
+        self._told = told
         self._changed = threading.Condition()
         self._newest: View | None = None
         self._offers: list[tuple[View, Future[None]]] = []
@@ -51,7 +58,9 @@ class ViewInbox:
             if adopted is not None:
                 self._adoptions.append((self._newest.epoch, adopted))
             self._changed.notify_all()
-            return self._newest
+            newest = self._newest
+        self._told()
+        return newest
 
     def offer(self, view: View, run_soon: Callable[[Callable[[], None]], None]) -> None:
         """Have the routing thread greet a view to come, between two steps or in a hold.
@@ -67,6 +76,7 @@ class ViewInbox:
         with self._changed:
             self._offers.append((view, done))
             self._changed.notify_all()
+        self._told()
         run_soon(self.take_offers)
         try:
             done.result(GREET_S)
@@ -93,20 +103,25 @@ class ViewInbox:
             else:
                 done.set_result(None)
 
+    def attend(self, epoch: int) -> View:
+        """Greet what is offered and settle adoptions, in a step that goes by the view of `epoch`;
+        the newest view."""
+        self.take_offers()
+        self._settle_adoptions(epoch)
+        return self.newest(epoch)
+
     def hold(self, epoch: int, look: Callable[[], bool], held_s: float) -> View | None:
         """As `remora.comm.routes.Hold`."""
         self.is_holding = True
         try:
-            return self._held(epoch, look, time.monotonic() + self._hold_s - held_s)
+            return self._held(epoch, look, time.monotonic() + self.hold_s - held_s)
         finally:
             self.is_holding = False
 
     def _held(self, epoch: int, look: Callable[[], bool], until_s: float) -> View | None:
         look_at_s = time.monotonic() + LOOK_EVERY_S
         while True:
-            self.take_offers()
-            self._settle_adoptions(epoch)
-            if (newest := self.newest(epoch)).epoch > epoch:
+            if (newest := self.attend(epoch)).epoch > epoch:
                 return newest
             now_s = time.monotonic()
             if now_s >= until_s:

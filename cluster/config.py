@@ -207,8 +207,8 @@ class RemoraConfig(Section):
             value = getattr(self.elastic, key)
             if value and self.experts.transport == "nccl":
                 raise ValueError(
-                    f"elastic.{key} = {value} with experts.transport = nccl: nobody joins a"
-                    " communicator yet, and no expert moves; allowed is 0"
+                    f"elastic.{key} = {value} with experts.transport = nccl: only members that died"
+                    " join a communicator yet, and no expert moves; allowed is 0"
                 )
         if self.elastic.warm_dense and self.dense.tensor_parallel > 1:
             raise ValueError("elastic.warm_dense: a group of several ranks has no standby; use 0")

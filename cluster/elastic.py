@@ -164,8 +164,8 @@ class Elastic:
         """
         if self._config.experts.transport == "nccl":
             raise ConfigError(
-                "experts.transport = nccl: a communicator has fixed members yet; scale and move"
-                " experts with transport auto or tcp"
+                "experts.transport = nccl: members that died come back, but none comes or goes yet,"
+                " and no expert moves: scale and move experts with transport auto or tcp"
             )
         memory = None
         if self._tasks is not None and _may_join(target):

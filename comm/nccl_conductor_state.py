@@ -5,8 +5,10 @@ and waits for all of them before the next, so a swap or a failure falls between 
 
 * a view with other members: g+1 is built while tickets of g go on; when all have built it, its
   first ticket ("warm") is the swap;
-* a member lost, or a ticket broken: the generation is stopped for all, the step is not
-  committed, and runs again, under the same number, on the next generation;
+* a member lost, or a ticket broken: the generation is stopped for all, the step is not committed,
+  and runs again, under the same number, on the next generation: that of the members that live.
+  Where they do not hold every expert there is none, and steps are held (`Hold`) until a view, or
+  the members that come back, have one;
 * with `split`, fewer members and all alive: the communicator is split at a step boundary, which
   needs no bootstrap but stops the steps while it lasts, and blocks all members if one hangs.
 
@@ -14,9 +16,11 @@ A new conductor takes over with a newer view: generation numbers start with the 
 let the higher one win.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+
+import msgspec
 
 from remora.comm.nccl_messages import (
     GENERATIONS_PER_EPOCH,
@@ -31,16 +35,18 @@ from remora.comm.nccl_messages import (
     ToMember,
 )
 from remora.comm.nccl_plan import Mode, Roster
-from remora.comm.view import View
+from remora.comm.view import View, uncovered
 
 BUILDS_MAX: Final = 3  # generations in a row that fail before a step was committed
 
 
 @dataclass(frozen=True, slots=True)
 class ViewCame:
-    """The coordinator's newest view."""
+    """The coordinator's newest view, or the same one after another look at who can be reached.
+    `absent` says why of each member that cannot: all others live, whatever was lost before."""
 
     view: View
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +94,10 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class NeedView:
-    """Ask the coordinator for a view without this member."""
+class Hold:
+    """The members of the view that live are no generation: steps wait for others."""
 
-    lost: MemberLost
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,7 @@ class GiveUp:
     why: str
 
 
-Instruction = MakeId | Send | NeedView | GiveUp
+Instruction = MakeId | Send | Hold | GiveUp
 
 
 @dataclass(slots=True)
@@ -130,13 +136,14 @@ class ConductorState:
         self._number = 0
         self._newest = 0
         self._failures = 0  # in a row
-        self._lost: set[tuple[str, int]] = set()
+        self._view: View | None = None
+        self._lost: dict[tuple[str, int], str] = {}  # lives, and why
 
     def handle(self, event: Event) -> list[Instruction]:
         """Applies one event."""
         match event:
-            case ViewCame(view):
-                out = self._view(view)
+            case ViewCame():
+                out = self._view_came(event)
             case IdMade(generation, unique_id):
                 out = self._id(generation, unique_id)
             case Built(uid, generation):
@@ -159,9 +166,31 @@ class ConductorState:
 
     # -- generations ---------------------------------------------------------------------------
 
-    def _view(self, view: View) -> list[Instruction]:
+    def _view_came(self, came: ViewCame) -> list[Instruction]:
+        view = self._view = came.view
+        out: list[Instruction] = []
+        for member in view.members:
+            life = (member.uid, member.incarnation)
+            if member.uid not in came.absent:
+                self._lost.pop(life, None)
+            elif life not in self._lost:
+                out += self._lose(MemberLost(*life, came.absent[member.uid]))
+        return [*out, *self._follow(view), *self._settle()]
+
+    def _follow(self, view: View) -> list[Instruction]:
+        """The members of the view that live are to be the generation in use, where they can."""
+        living = tuple(m for m in view.members if (m.uid, m.incarnation) not in self._lost)
+        shards = {member.uid for member in living if member.role == "shard"}
+        gaps = uncovered(view.placement, shards)
+        if gaps or len(shards) == len(living):
+            what = "layer {} expert {} has no replica".format(*gaps[0]) if gaps else "no dense rank"
+            gone = [self._lost.get((m.uid, m.incarnation)) for m in view.members]
+            why = f"view {view.epoch}: {what}: {'; '.join(sorted(filter(None, gone)))}"
+            return [*self._forget_next(why), Hold(why)]
         first = view.epoch * GENERATIONS_PER_EPOCH
-        roster = Roster.of(view, max(self._newest + 1, first))
+        roster = Roster.of(
+            msgspec.structs.replace(view, members=living), max(self._newest + 1, first)
+        )
         known = self.next.roster if self.next is not None else self.current
         if known is not None and _members(known) == _members(roster):
             return []
@@ -170,8 +199,7 @@ class ConductorState:
 
     def _begin(self, roster: Roster) -> list[Instruction]:
         gone = [uid for uid, life in _members(roster) if (uid, life) in self._lost]
-        if gone:  # a view from before the loss; the one that was asked for will come
-            return []
+        assert not gone, f"{roster} names {gone}, which are lost"
         out = self._forget_next(f"generation {roster.generation} takes its place")
         self._newest = roster.generation
         by_split = self._split and self._can_split(roster)
@@ -213,10 +241,17 @@ class ConductorState:
         return Send(tuple(alive), Stop(roster.generation, why))
 
     def _member_lost(self, lost: MemberLost) -> list[Instruction]:
-        life = (lost.uid, lost.incarnation)
-        if life in self._lost:
+        if (lost.uid, lost.incarnation) in self._lost:
             return []
-        self._lost.add(life)
+        out = self._lose(lost)
+        if self._view is not None:
+            out += self._follow(self._view)
+        return [*out, *self._settle()]
+
+    def _lose(self, lost: MemberLost) -> list[Instruction]:
+        """Generations with this life are over."""
+        life = (lost.uid, lost.incarnation)
+        self._lost[life] = lost.why
         out: list[Instruction] = []
         if self.next is not None and self.next.roster.has(*life):
             out += self._forget_next(lost.why)
@@ -226,7 +261,7 @@ class ConductorState:
         if self.current is not None and self.current.has(*life):
             out.append(self._stop(self.current, lost.why))
             self.current = None
-        return [*out, NeedView(lost), *self._settle()]
+        return out
 
     # -- tickets -------------------------------------------------------------------------------
 
@@ -265,7 +300,7 @@ class ConductorState:
             old, self.current = self.current, roster
             if proving:  # else a newer view came meanwhile: what it began goes on
                 self.next = None
-            left = set(_members(old)) - set(_members(roster)) - self._lost if old else set()
+            left = set(_members(old)) - {*_members(roster), *self._lost} if old else set()
             if old is None or not left:
                 return []
             return [Send(tuple(sorted(uid for uid, _ in left)), Stop(old.generation, "left"))]

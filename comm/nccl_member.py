@@ -3,6 +3,7 @@
     member = NcclMember(nccl=load_nccl(), device=CudaDevice(), uid=..., incarnation=..., ...)
     member.post(message)     # from the control connection's thread, and from any other
     member.serve()           # the thread that owns torch; until `close`
+    member.call_soon(work)   # from any thread: run by the owner between two events
 
 A communicator is created on a side thread while the owner runs tickets: that call blocks until
 every member has come, and nothing can interrupt it. One that is given up meanwhile is left to that
@@ -47,6 +48,8 @@ class NcclMember:
         work: enqueues a "decode" or "exact" ticket's layers on a link; it may wait for counts.
         emit: step -> lets its results leave.
         step_deadline_s: of a ticket, from the moment that all of it is enqueued.
+        wake: there is an event for `serve_one`; in the thread that put it. For an owner that does
+            not wait in it.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class NcclMember:
         work: Callable[[Link, Ticket], None],
         emit: Callable[[int], None],
         step_deadline_s: float = 30.0,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._nccl = nccl
         self._device = device
@@ -68,8 +72,11 @@ class NcclMember:
         self._work = work
         self._emit = emit
         self._step_deadline_s = step_deadline_s
+        self._wake = wake
         self.state = machine.MemberState(uid, incarnation)
-        self._events: queue.SimpleQueue[machine.Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[machine.Event | Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()  # over the two below: side threads and `post` use them
         self._links: dict[int, Link] = {}
         self._building: dict[int, bool] = {}  # generation -> still wanted
@@ -92,7 +99,22 @@ class NcclMember:
                 link = self._links.get(event.generation)
             if link is not None:
                 link.note_lost(event.why)
+        self._put(event)
+
+    def _put(self, event: machine.Event | Callable[[], None]) -> None:
         self._events.put(event)
+        self._wake()
+
+    def lose_conductor(self, why: str) -> None:
+        """Every generation is over, for who conducted counts us as lost. From any thread."""
+        with self._lock:
+            generations = [*self._links, *self._building]
+        for generation in generations:
+            self.post(Stop(generation, why))
+
+    def call_soon(self, work: Callable[[], None]) -> None:
+        """Has the owner run `work`, which raises nothing, between two events. From any thread."""
+        self._put(work)
 
     def close(self) -> None:
         """Makes `serve` end after what it does now. From any thread."""
@@ -122,7 +144,9 @@ class NcclMember:
             ClusterError, Exception: as `serve`.
         """
         event = self._events.get(timeout_s != 0, timeout_s or None)
-        if event is not None:
+        if callable(event):
+            event()
+        elif event is not None:
             self._handle(event)
         return event is not None
 
@@ -223,7 +247,7 @@ class NcclMember:
                 wanted = self._building.pop(generation)
             if wanted:
                 why = f"{type(error).__name__}: {error}"
-                self._events.put(NotBuilt(self._uid, generation, why))
+                self._put(NotBuilt(self._uid, generation, why))
             return
         link = Link(self._nccl, comm, self._device, roster, self._uid)
         with self._lock:
@@ -231,6 +255,6 @@ class NcclMember:
             if wanted:
                 self._links[generation] = link
         if wanted:
-            self._events.put(Built(self._uid, generation))
+            self._put(Built(self._uid, generation))
         else:
             link.abort("given up while it was created")

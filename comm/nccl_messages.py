@@ -50,9 +50,15 @@ class Commit(msgspec.Struct, frozen=True, tag="commit"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """No step runs until there is another view."""
+    """No step runs by the view of this epoch, until a ticket comes.
+
+    Steps fail at once; with `is_hold`, when they have waited as long as they may for members that
+    come back.
+    """
 
     why: str
+    epoch: int
+    is_hold: bool = False
 
 
 class Wants(msgspec.Struct, frozen=True, tag="wants"):

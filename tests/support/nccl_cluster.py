@@ -192,12 +192,8 @@ class Cluster:
         match instruction:
             case conductor.MakeId(generation):
                 self.inbox.put(conductor.IdMade(generation, self._root.get_unique_id()))
-            case conductor.NeedView(lost):
-                self.at_commit = {
-                    step: without(view, lost.uid) for step, view in self.at_commit.items()
-                }
-                self.view = without(self.view, lost.uid)
-                self.inbox.put(conductor.ViewCame(self.view))
+            case conductor.Hold(why):
+                raise AssertionError(f"replicas are left: {why}")
             case conductor.GiveUp(why):
                 self.gave_up = why
                 self.inbox.put(None)
@@ -216,7 +212,7 @@ class Cluster:
         if step in self.at_commit:
             epoch = self.view.epoch + 1
             self.view = msgspec.structs.replace(self.at_commit.pop(step), epoch=epoch)
-            self.inbox.put(conductor.ViewCame(self.view))
+            self.inbox.put(conductor.ViewCame(self.view, dict.fromkeys(self.world.dead, "dead")))
         if step == self.num_steps:
             self.inbox.put(None)
         else:
@@ -224,7 +220,8 @@ class Cluster:
 
     def _is_as_viewed(self) -> bool:
         current = self.conductor.current
-        return current is not None and set(current.uids) == {m.uid for m in self.view.members}
+        living = {m.uid for m in self.view.members} - self.world.dead
+        return current is not None and set(current.uids) == living
 
     def check_emitted(self) -> None:
         """Every living source emitted every step, and each is what it must be."""

@@ -28,7 +28,7 @@ from remora.comm.nccl_messages import (
     encode,
 )
 from remora.comm.nccl_plan import Roster
-from remora.comm.view import View
+from remora.comm.view import Placement, View, uncovered
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Simulation:
     def __init__(self, chance: random.Random, num_steps: int, split: bool) -> None:
         self.chance = chance
         self.num_steps = num_steps
+        self.holds = 0
         self.conductor = conductor.ConductorState(split=split)
         self.inbox: deque[Any] = deque()
         self.processes: dict[str, Process] = {}
@@ -69,15 +70,27 @@ class Simulation:
         for one in view.members:
             if one.uid not in self.processes:
                 self.processes[one.uid] = Process(member.MemberState(one.uid, 1))
-        self.inbox.append(conductor.ViewCame(view))
+        self.inbox.append(conductor.ViewCame(view, dict.fromkeys(self.dead, "dead")))
         return view
 
     def _next_view(self, uids: set[str]) -> None:
         members = tuple(m for m in view_of(2, thrice(5)).members if m.uid in uids)
-        placement = thrice(5)  # which experts lie where is of no interest here
+        placement = self._placement([m.uid for m in members if m.role == "shard"])
         self.view = self._publish(
             View(epoch=self.view.epoch + 1, members=members, placement=placement)
         )
+
+    def _placement(self, shards: list[str]) -> Placement:
+        """Everything everywhere, or one replica of each: then nobody can be spared."""
+        whole = thrice(5)
+        alone = self.chance.random() < 0.5
+        experts = range(whole.num_experts)
+        held = {
+            uid: tuple(e for e in experts if not alone or e % len(shards) == i)
+            for i, uid in enumerate(shards)
+        }
+        slots = {uid: (each,) * len(whole.moe_layers) for uid, each in held.items()}
+        return Placement(num_experts=whole.num_experts, moe_layers=whole.moe_layers, slots=slots)
 
     def kill(self, uid: str) -> None:
         self.dead.add(uid)
@@ -185,8 +198,12 @@ class Simulation:
             match instruction:
                 case conductor.MakeId(generation):
                     self.inbox.append(conductor.IdMade(generation, bytes(128)))
-                case conductor.NeedView():
-                    self._next_view({m.uid for m in self.view.members} - self.dead)
+                case conductor.Hold():
+                    shards = {m.uid for m in self.view.members if m.role == "shard"}
+                    living = shards - self.dead
+                    if uncovered(self.view.placement, living):  # else another view is under way
+                        self.holds += 1
+                        self._next_view({m.uid for m in self.view.members} - self.dead)
                 case conductor.GiveUp():
                     self.gave_up = True
                 case conductor.Send(uids, message):
@@ -216,6 +233,16 @@ class Simulation:
             shards = [u for u in victims if u.startswith("shard")]
             if len(shards) > 2:
                 self.kill(self.chance.choice(shards))
+
+
+def once(num_shards: int) -> Placement:
+    """One replica of each expert: nobody can be spared."""
+    whole = thrice(num_shards + 3)
+    held = {
+        f"shard-{i}": (tuple(range(i, whole.num_experts, num_shards)),) * len(whole.moe_layers)
+        for i in range(num_shards)
+    }
+    return Placement(num_experts=whole.num_experts, moe_layers=whole.moe_layers, slots=held)
 
 
 @settings(max_examples=150)
@@ -293,3 +320,48 @@ def test_a_superseded_build_is_abandoned() -> None:
     abandon, start = state.handle(Build(roster_of(2), b""))
     assert abandon == member.Abandon(1) and isinstance(start, member.StartBuild)
     assert state.handle(Built("shard-0", 1)) == [member.Abort(1, "abandoned")]
+
+
+def in_use(state: conductor.ConductorState, out: list[conductor.Instruction]) -> list[str]:
+    """Members of the generation that `out` begins, once it is in use."""
+    (make,) = (i for i in out if isinstance(i, conductor.MakeId))
+    assert state.next is not None
+    uids = state.next.roster.uids
+    state.handle(conductor.IdMade(make.generation, bytes(128)))
+    sent = [i for uid in uids for i in state.handle(Built(uid, make.generation))]
+    (warm,) = (i.message for i in sent if isinstance(i, conductor.Send))
+    assert isinstance(warm, Ticket) and warm.mode == "warm"
+    for uid in uids:
+        state.handle(TicketOver(uid, warm.number))
+    assert state.current is not None
+    return list(state.current.uids)
+
+
+def test_who_is_lost_is_done_without_where_experts_have_replicas() -> None:
+    state, view = conductor.ConductorState(), view_of(1, thrice(4))
+    in_use(state, state.handle(conductor.ViewCame(view)))
+    left = in_use(state, state.handle(conductor.MemberLost("shard-1", 1, "it died")))
+    assert left == ["dense-0", "shard-0", "shard-2", "shard-3"]
+    left = in_use(state, state.handle(conductor.MemberLost("shard-0", 1, "it died")))
+    assert left == ["dense-0", "shard-2", "shard-3"]
+    (*_, hold) = state.handle(conductor.MemberLost("shard-3", 1, "it died"))
+    assert isinstance(hold, conductor.Hold)
+    assert "layer 0 expert" in hold.why and "it died" in hold.why
+
+
+def test_steps_are_held_until_members_can_be_reached_again() -> None:
+    """The same life over a new stream, or a next one by a next view; the step that was wanted runs
+    then."""
+    state, view = conductor.ConductorState(), view_of(1, once(2))
+    in_use(state, state.handle(conductor.ViewCame(view)))
+    state.handle(conductor.StepWanted("exact", sources=("dense-0",)))
+    out = state.handle(conductor.MemberLost("shard-1", 1, "its stream broke"))
+    assert any(isinstance(i, conductor.Hold) for i in out)
+    assert state.running is not None  # the others have not answered that it is over
+    for uid in ("dense-0", "shard-0"):
+        state.handle(TicketBroken(uid, state.running.number, "stopped"))
+    absent = {"shard-1": "no answer"}
+    (hold,) = state.handle(conductor.ViewCame(view, absent))
+    assert isinstance(hold, conductor.Hold)
+    assert "shard-1" in in_use(state, state.handle(conductor.ViewCame(view)))
+    assert state.running is not None and (state.running.mode, state.running.step) == ("exact", 1)
