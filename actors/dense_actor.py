@@ -135,10 +135,12 @@ class DenseActor:
 
     def heartbeat(self) -> tuple[int, int]:
         """Steps so far, and sequences that wait for one; none while the step in flight is held for
-        an expert that the coordinator restores."""
+        an expert that the coordinator restores. Over NCCL with signs of tickets, others' too."""
         stats = self._state.stats() if self._state else EngineStats()
         is_held = self._views is not None and self._views.is_holding
-        return stats.steps_total, 0 if is_held else stats.num_running + stats.num_waiting
+        signs, behind = self._node.beat() if self._node else (0, 0)
+        waiting = stats.num_running + stats.num_waiting + behind
+        return stats.steps_total + signs, 0 if is_held else waiting
 
     def until_end(self) -> None:
         """Returns when this rank serves no more."""

@@ -137,11 +137,12 @@ class ExpertActor:
         self._changing().between_calls(obey)
 
     def heartbeat(self) -> tuple[int, int]:
-        """Answered by the thread that serves, between two calls: that it is, is the progress.
-        Calls served, and nothing that waits."""
-        if self._nccl is None:
-            self._changing().between_calls(lambda: None)
-            self._changing().mind_memory()
+        """Answered by the thread that serves, between two calls (over NCCL also while it waits for
+        others in a ticket): that it is, is the progress. Calls served, and nothing that waits."""
+        if self._nccl is not None:
+            return self._nccl.member.come_round()
+        self._changing().between_calls(lambda: None)
+        self._changing().mind_memory()
         return self._calls_served, 0
 
     def until_end(self) -> None:

@@ -81,6 +81,12 @@ class NcclNode:
         if self._conductor is not None:
             self._conductor.wait_for(view, self._build_s, or_none=or_none)
 
+    def beat(self) -> tuple[int, int]:
+        """Signs of the engine's thread that it gets on in tickets, and 1 while there is something
+        that is to move them. From any thread."""
+        member = self.source.member
+        return member.signs_total, int(member.is_behind)
+
     @property
     def shards(self) -> list[str]:
         """Shards of the communicator in use. From any thread."""

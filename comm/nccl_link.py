@@ -23,6 +23,7 @@ class Link(Channel):
         nccl, comm, device: as `Channel`.
         roster: members.
         uid: this member.
+        watch: as `Channel`.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class Link(Channel):
         roster: Roster,
         uid: str,
         *,
+        watch: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         name = f"generation {roster.generation}"
-        super().__init__(nccl, comm, device, name=name, uid=uid, clock=clock)
+        super().__init__(nccl, comm, device, name=name, uid=uid, watch=watch, clock=clock)
         self.roster = roster
         self.rank = roster.rank_of(uid)
         self._faults: list[Tensor] = []
@@ -88,7 +90,8 @@ class Link(Channel):
             raise self.failed(error) from error
         if child is None:
             return None
-        return Link(self.nccl, child, self.device, into, self.uid, clock=self._clock)
+        watch, clock = self._watch, self._clock
+        return Link(self.nccl, child, self.device, into, self.uid, watch=watch, clock=clock)
 
     def finish(self, deadline_s: float) -> None:
         """End of a step: all of it is over and none of it failed.

@@ -4,6 +4,7 @@
     member.post(message)     # from the control connection's thread, and from any other
     member.serve()           # the thread that owns torch; until `close`
     member.call_soon(work)   # from any thread: run by the owner between two events
+    member.come_round()      # from any thread: a sign of life of the owner
 
 A communicator is created on a side thread while the owner runs tickets: that call blocks until
 every member has come, and nothing can interrupt it. One that is given up meanwhile is left to that
@@ -14,6 +15,7 @@ replaced.
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -35,6 +37,8 @@ from remora.comm.nccl_plan import Roster
 log = logging.getLogger(__name__)
 
 BUILDS_STUCK_MAX: Final = 4
+SIGN_S: Final = 60.0  # for the owner to give a sign
+SIGN_LOOK_S: Final = 1.0  # between two looks whether it has begun to connect meanwhile
 
 
 class NcclMember:
@@ -80,6 +84,8 @@ class NcclMember:
         self._lock = threading.Lock()  # over the two below: side threads and `post` use them
         self._links: dict[int, Link] = {}
         self._building: dict[int, bool] = {}  # generation -> still wanted
+        self._asked: deque[threading.Event] = deque()  # for a sign of life
+        self.signs_total = 0
 
     @property
     def roster_in_use(self) -> Roster | None:
@@ -116,6 +122,37 @@ class NcclMember:
         """Has the owner run `work`, which raises nothing, between two events. From any thread."""
         self._put(work)
 
+    def come_round(self) -> tuple[int, int]:
+        """Returns once the owner has come round: between two events, or while it waits in a ticket
+        for peers, which it does with open eyes. From any other thread.
+
+        In a call that connects peers it cannot be told from one that hangs: then at once.
+
+        Returns:
+            Signs so far; 1 while it connects, else 0: work that is to move the first.
+
+        Raises:
+            DeadlineError: no sign within `SIGN_S`.
+        """
+        asked = threading.Event()
+        self._asked.append(asked)
+        self.call_soon(lambda: None)  # an owner that waits for events
+        for _ in range(round(SIGN_S / SIGN_LOOK_S)):
+            if self._connects():
+                return self.signs_total, 1
+            if asked.wait(SIGN_LOOK_S):
+                return self.signs_total, 0
+        raise DeadlineError(f"{self._uid}: its thread gave no sign for {SIGN_S:g} s")
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there is something that is to move `signs_total`. From any thread."""
+        return self.state.running is not None or not self._events.empty()
+
+    def _connects(self) -> bool:
+        running = self.state.running
+        return running is not None and running.mode in ("warm", "split")
+
     def close(self) -> None:
         """Makes `serve` end after what it does now. From any thread."""
         self._events.put(None)
@@ -144,11 +181,18 @@ class NcclMember:
             ClusterError, Exception: as `serve`.
         """
         event = self._events.get(timeout_s != 0, timeout_s or None)
+        self._give_sign()
         if callable(event):
             event()
         elif event is not None:
             self._handle(event)
         return event is not None
+
+    def _give_sign(self) -> None:
+        """By the owner, wherever it comes by."""
+        self.signs_total += 1
+        while self._asked:
+            self._asked.popleft().set()
 
     def end(self) -> None:
         """Aborts every communicator, also those that are being made."""
@@ -249,7 +293,7 @@ class NcclMember:
                 why = f"{type(error).__name__}: {error}"
                 self._put(NotBuilt(self._uid, generation, why))
             return
-        link = Link(self._nccl, comm, self._device, roster, self._uid)
+        link = Link(self._nccl, comm, self._device, roster, self._uid, watch=self._give_sign)
         with self._lock:
             wanted = self._building.pop(generation)
             if wanted:

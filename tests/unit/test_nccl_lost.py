@@ -4,8 +4,10 @@ The actors and the coordinator's machine are the product's own, NCCL and GPUs ar
 `test_nccl_actors.py`.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,47 @@ def test_a_step_is_held_for_experts_that_died_with_their_only_replica(
     assert d.stream()() == expected
     d.wait_until_restored("restore-shard-1.2")
     assert "shard-1" in d.world.dead and d.shards_in_use() == ["shard-0", "shard-1"]
+
+
+@contextmanager
+def hung(d: Deployed, uid: str) -> Iterator[None]:
+    """The thread of a shard that NCCL is called from does nothing, while others answer."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        assert go_on.wait(2 * SOON_S)
+
+    d.coordinator.members[uid, 1]._nccl.member.call_soon(hang)
+    assert begun.wait(SOON_S)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def test_who_hangs_gives_no_sign_and_who_waits_for_it_does(
+    deployed: Callable[..., Deployed], expected: list[list[int]]
+) -> None:
+    """What the coordinator's `HealthWatch` goes by; one that hangs is replaced like a dead one."""
+    d = deployed("dense-0", num_shards=3, slots=REPLICATED)
+    shards = d.cluster.shards
+    with ThreadPoolExecutor(4) as pool, hung(d, "shard-1"):
+        d.world.patience_s = 0.2  # a launch is asynchronous
+        stream = d.stream()
+        waiting = [shards[i]._nccl.member for i in (0, 2)]  # type: ignore[union-attr]
+        wait_for(lambda: all(member.state.running for member in waiting), SOON_S)
+        silent = pool.submit(shards[1].heartbeat)
+        before = d.dense[0].actor.heartbeat()
+        for _ in range(2):
+            assert all(shards[i].heartbeat()[1] == 0 for i in (0, 2))
+        wait_for(lambda: d.dense[0].actor.heartbeat()[0] > before[0], SOON_S)
+        assert before[1] > 0 and not silent.done()
+        d.world.patience_s = None
+        d.coordinator.die("shard-1")
+        assert stream() == expected
+        d.wait_until_restored("restore-shard-1.2")
+    assert d.shards_in_use() == ["shard-0", "shard-1", "shard-2"]
 
 
 def test_a_dense_group_that_dies_leaves_the_others_in_step_and_comes_back(
