@@ -181,6 +181,9 @@ def test_without_a_router_ingresses_choose_alone(
             try:
                 assert service.serving.engine.router is None
                 await complete(service, PROMPTS[0], max_tokens=4)
+                async with asyncio.timeout(SOON_S):  # the coordinator knows more than its loops
+                    while "remora_members_hung" not in service.serving.metrics.coordinator:
+                        await asyncio.sleep(0.1)
             finally:
                 await service.close()
 
