@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import ray
@@ -28,11 +29,13 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
+from remora.cluster.elastic import log_folder
 from remora.cluster.instances import TOKEN_ENV, Instance, write_down, written_down
 from remora.cluster.local_ray import check_free, own_ray, proxy_port, quiet_ray
 from remora.cluster.model_source import local_checkpoint
 from remora.cluster.ray_address import connect
 from remora.cluster.security import ADMIN_KEYS_ENV, API_KEYS_ENV, load_keys
+from remora.cluster.wal import forget
 from remora.comm.errors import ClusterError, ConfigError
 
 KEYS_FILES = {API_KEYS_ENV: "http.api_keys_file", ADMIN_KEYS_ENV: "http.admin_keys_file"}
@@ -85,7 +88,9 @@ def _bring_up(config: RemoraConfig, stack: ExitStack, console: Console) -> str:
     session, adopted = None, False
     if own:
         config = check_free(config)
+        after_ray = stack.enter_context(ExitStack())
         address, session = stack.enter_context(own_ray(config))
+        after_ray.callback(_forget_log, config, log_folder(config))
     else:
         address = str(config.ray.address)
         quiet_ray()
@@ -167,6 +172,14 @@ def _why_not(name: str) -> str:
     messages = [found.message, *(d.message for d in found.deployments.values())]
     lines = [line for message in messages for line in message.splitlines() if line.strip()]
     return lines[-1].strip() if lines else str(found.status)
+
+
+def _forget_log(config: RemoraConfig, folder: Path) -> None:
+    """The coordinator ended with our own Ray cluster, before it could: nobody will read its log."""
+    forget(folder)
+    if config.elastic.log_dir is None:
+        with suppress(OSError):  # the autoscaler's decisions stay, for `remora autoscale replay`
+            folder.parent.rmdir()
 
 
 def _delete_app(name: str) -> None:

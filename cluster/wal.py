@@ -135,10 +135,7 @@ class Wal:
 
     def remove(self) -> None:
         """Delete the log, and its folder if that is empty: there is nothing left to remember."""
-        self.path.unlink(missing_ok=True)
-        self.path.with_name(f"{FILE}.lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds something else
-            self.path.parent.rmdir()
+        forget(self.path.parent)
         self.close()
 
     def close(self) -> None:
@@ -227,3 +224,11 @@ def decode_records(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
             raise WalError(f"{path}: the record at byte {at} is no JSON object") from wrong
         at += end
     return records, at
+
+
+def forget(folder: Path) -> None:
+    """Delete the log in a folder, and the folder if that leaves it empty; nobody writes it now."""
+    for name in (FILE, f"{FILE}.lock"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it holds something else, or is not there
+        folder.rmdir()

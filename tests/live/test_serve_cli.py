@@ -136,6 +136,7 @@ def end_leaving_nothing(process: subprocess.Popen[str], number: signal.Signals, 
     assert not [pid for pid in below if alive(pid)]
     assert not [path for path in theirs if path.exists()]
     assert list(cwd.glob("remora-*/*.json")) == []
+    assert list(cwd.glob("remora-*/*/*/coordinator.wal*")) == []
 
 
 @pytest.fixture(scope="module")
