@@ -196,23 +196,23 @@ class DenseActor:
         """What was routed since the last call (`comm/sketch.py`), encoded; empty: nothing."""
         return self._tap.take_sketch(host_label()) if self._tap else b""
 
-    def start_recording(self, tokens_max: int) -> TraceHeader:
-        """Record the routing of the next `tokens_max` tokens, for `take_recorded`; anew where
-        something was being recorded."""
+    def start_recording(self, tokens_max: int, name: str) -> TraceHeader:
+        """Record the routing of the next `tokens_max` tokens, for `take_recorded` by that name; in
+        place of what was being recorded."""
         assert self._rank is not None and self._tap is not None, "before start returned"
         header = header_of(self._launch, self._rank.model.spec)
-        self._tap.record(TraceRecorder(header, tokens_max))
+        self._tap.record(TraceRecorder(header, tokens_max, name))
         return header
 
-    def take_recorded(self) -> Recorded:
-        """What was recorded since the last call. Raises ClusterError when nothing is recorded."""
+    def take_recorded(self, name: str) -> Recorded:
+        """What was recorded since the last call. Raises ClusterError: nothing is, by that name."""
         assert self._tap is not None, "take_recorded before start returned"
-        return self._tap.take_recorded()
+        return self._tap.take_recorded(name)
 
-    def stop_recording(self) -> None:
-        """Record no more; what nobody took is gone."""
+    def stop_recording(self, name: str) -> None:
+        """Record no more by that name; what nobody took is gone."""
         if self._tap is not None:
-            self._tap.record(None)
+            self._tap.stop_recording(name)
 
     def stop(self) -> None:
         """Leave after the step in flight and close every socket; returns when it is done."""

@@ -54,17 +54,17 @@ class DenseProcess(LightProcess["DenseActor", DenseLaunch]):
         """As `DenseActor.take_sketch`."""
         return self._made().take_sketch()
 
-    def start_recording(self, tokens_max: int) -> "TraceHeader":
+    def start_recording(self, tokens_max: int, name: str) -> "TraceHeader":
         """As `DenseActor.start_recording`."""
-        return self._made().start_recording(tokens_max)
+        return self._made().start_recording(tokens_max, name)
 
-    def take_recorded(self) -> "Recorded":
+    def take_recorded(self, name: str) -> "Recorded":
         """As `DenseActor.take_recorded`."""
-        return self._made().take_recorded()
+        return self._made().take_recorded(name)
 
-    def stop_recording(self) -> None:
+    def stop_recording(self, name: str) -> None:
         """As `DenseActor.stop_recording`."""
-        self._made().stop_recording()
+        self._made().stop_recording(name)
 
     def _import(self) -> None:
         from remora.actors import dense_actor  # noqa: F401

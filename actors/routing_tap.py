@@ -206,22 +206,30 @@ class RoutingTap:
             sketch = self._counter.take(source)
         return encode_sketch(sketch) if sum(sketch.tokens_seen) else b""
 
-    def record(self, recorder: TraceRecorder | None) -> None:
-        """Give what is counted to a recorder too, from the next step on; None: to none any more."""
+    def record(self, recorder: TraceRecorder) -> None:
+        """Give what is counted to a recorder too, from the next step on; to one before no more."""
         with self._counting:
             self._recorder = recorder
 
-    def take_recorded(self) -> Recorded:
-        """What the recorder has since the last call, the newest step included.
+    def take_recorded(self, name: str) -> Recorded:
+        """What the recorder of that name has since the last call, the newest step included.
 
         Raises:
-            ClusterError: nothing is being recorded.
+            ClusterError: nothing is being recorded, or for somebody else by now.
         """
         with self._counting:
             self._count_all()
             if self._recorder is None:
                 raise ClusterError("nothing is being recorded here")
+            if self._recorder.name != name:
+                raise ClusterError("another recording of this deployment began and took its place")
             return self._recorder.take()
+
+    def stop_recording(self, name: str) -> None:
+        """Forget the recorder of that name, and what nobody took."""
+        with self._counting:
+            if self._recorder is not None and self._recorder.name == name:
+                self._recorder = None
 
     def close(self) -> None:
         """End the counting thread."""

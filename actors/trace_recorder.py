@@ -46,10 +46,12 @@ class TraceRecorder:
 
     Args:
         tokens_max: recorded at most.
+        name: of who asked.
     """
 
-    def __init__(self, header: TraceHeader, tokens_max: int) -> None:
+    def __init__(self, header: TraceHeader, tokens_max: int, name: str) -> None:
         header.check()
+        self.name = name
         self._header = header
         self._tokens_left = tokens_max
         self._left_out = 0

@@ -8,6 +8,7 @@ reads the output any more.
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -324,14 +325,14 @@ def _which(name: str | None, ray_address: str | None) -> tuple[str | None, Insta
 def _output_is_gone() -> bool:
     """Whether it is standard output that nobody reads (`| head`); it is thrown away then, or the
     interpreter would try again to write it when it ends."""
-    try:
-        sys.stdout.flush()  # what could not be written is still there
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    if not any(flags & select.POLLERR for _, flags in look.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
 
 
 def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:

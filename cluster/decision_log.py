@@ -50,6 +50,10 @@ class DecisionLog:
                 continue
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    yield json.loads(line)
+                    found = json.loads(line)
                 except ValueError:
+                    found = None
+                if isinstance(found, dict):
+                    yield found
+                else:
                     logger.warning("%s: a line that is not whole", path)

@@ -4,6 +4,7 @@ The groups go on serving: rows are taken by the thread that counts routing anywa
 fetched every `TAKE_EVERY_S`; a group whose blocks nobody fetches keeps a bounded number of them.
 """
 
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -67,7 +68,8 @@ def _record(
     overwrite: bool,
     progress: Callable[[int], None],
 ) -> int:
-    headers = _asked({uid: g.start_recording.remote(tokens_max) for uid, g in groups.items()})
+    mine = secrets.token_hex(8)  # two at once would take each other's tokens
+    headers = _asked({u: g.start_recording.remote(tokens_max, mine) for u, g in groups.items()})
     header: TraceHeader = next(iter(headers.values()))
     numbers: dict[tuple[str, int], int] = {}
     left_out: dict[str, int] = {}
@@ -78,7 +80,7 @@ def _record(
             while True:
                 left_s = until_s - time.monotonic()
                 never.wait(max(0.0, min(TAKE_EVERY_S, left_s)))
-                taken = _asked({uid: g.take_recorded.remote() for uid, g in groups.items()})
+                taken = _asked({uid: g.take_recorded.remote(mine) for uid, g in groups.items()})
                 for uid, recorded in taken.items():
                     _write(writer, header, uid, recorded, numbers, tokens_max)
                     left_out[uid] = recorded.tokens_left_out
@@ -87,7 +89,7 @@ def _record(
                 if writer.num_tokens >= tokens_max or left_s <= TAKE_EVERY_S:
                     return sum(left_out.values())
     finally:
-        _asked({uid: g.stop_recording.remote() for uid, g in groups.items()})
+        _asked({uid: g.stop_recording.remote(mine) for uid, g in groups.items()})
 
 
 def _write(

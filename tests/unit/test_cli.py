@@ -1,5 +1,6 @@
 """The command line without a cluster: configuration, exit statuses, plan, what is written down."""
 
+import io
 import json
 import os
 import stat
@@ -80,11 +81,16 @@ def test_what_cannot_be_is_status_2_and_says_so(
     assert word in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_unbuffered", [False, True])  # PYTHONUNBUFFERED: nothing is left over
+def test_a_reader_that_leaves_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, is_unbuffered: bool
+) -> None:
     """`remora plan ... | head`: no traceback, neither then nor when the interpreter ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as output:
+    buffering = 0 if is_unbuffered else -1
+    binary = os.fdopen(writer, "wb", buffering)
+    with io.TextIOWrapper(binary, write_through=is_unbuffered) as output:
         monkeypatch.setattr("sys.stdout", output)
         assert main(["plan", str(DEMO_MODEL)]) == 141
         output.flush()

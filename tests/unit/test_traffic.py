@@ -76,16 +76,22 @@ def test_what_is_recorded_of_a_rank_is_what_it_computed(cluster: LocalCluster) -
     with cluster.dense(prefix_caching=False) as client:
         actor = client.actor
         with pytest.raises(ClusterError, match="nothing is being recorded"):
-            actor.take_recorded()
-        header = actor.start_recording(14)
+            actor.take_recorded("one")
+        actor.start_recording(99, "another")
+        header = actor.start_recording(14, "one")
+        with pytest.raises(ClusterError, match="another recording"):
+            actor.take_recorded("another")
+        actor.stop_recording("another")  # which is over: this one goes on
         answers = client.ask([ASK, ASK])
-        recorded = actor.take_recorded()
+        recorded = actor.take_recorded("one")
         blocks = [decode_record(header, data) for data in recorded.blocks]
         trace = join(blocks)
         assert (trace.num_tokens, recorded.tokens_left, recorded.tokens_left_out) == (14, 0, 0)
         client.ask([ASK])
-        assert actor.take_recorded().blocks == []
-        actor.stop_recording()
+        assert actor.take_recorded("one").blocks == []
+        actor.stop_recording("one")
+        with pytest.raises(ClusterError, match="nothing is being recorded"):
+            actor.take_recorded("one")
     for number in np.unique(trace.request_T):
         rows = trace.select(trace.request_T == number)
         ids = [*PROMPT, *answers[0].token_ids][: rows.num_tokens]
