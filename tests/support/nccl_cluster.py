@@ -72,6 +72,7 @@ class Cluster:
         at_commit: step -> a view to publish when that step is committed.
         split: a generation may be made by `commSplit`.
         patient: no step is asked for while the members in use are not those of the view.
+        deadline_s: of a step, and of an exact layer.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class Cluster:
         at_commit: dict[int, View] | None = None,
         split: bool = False,
         patient: bool = False,
+        deadline_s: float = 30.0,
     ) -> None:
+        self._deadline_s = deadline_s
         self.patient = patient
         self._wanted: int | None = None
         self.world = World()
@@ -122,7 +125,7 @@ class Cluster:
                 options = {"top_k": TOP_K, "width": WIDTH, "presummed": False}
                 shape = shape_of(view, link.roster, CAPACITY, **options)
                 make = source_of if link.roster.is_source(link.rank) else shard_of
-                exchanges[generation] = make(link, view, shape, torch.float32)
+                exchanges[generation] = make(link, view, shape, torch.float32, self._deadline_s)
             return exchanges[generation]
 
         def work(link: Link, ticket: Ticket) -> None:
@@ -146,7 +149,7 @@ class Cluster:
 
         self.members[uid] = NcclMember(
             nccl=nccl, device=CpuDevice(nccl), uid=uid, incarnation=1, reply=self.inbox.put,
-            work=work, emit=emit, step_deadline_s=30.0,
+            work=work, emit=emit, step_deadline_s=self._deadline_s,
         )  # fmt: skip
 
     def _view_of(self, roster: Roster) -> View:

@@ -123,7 +123,9 @@ def shape_of(view: View, roster: Roster, capacity: int, **options: Any) -> Decod
     )
 
 
-def source_of(link: Link, view: View, shape: DecodeShape, dtype: torch.dtype) -> SourceExchange:
+def source_of(
+    link: Link, view: View, shape: DecodeShape, dtype: torch.dtype, deadline_s: float = 30.0
+) -> SourceExchange:
     uids = list(link.roster.shard_uids)
     host = {m.uid: m.endpoint.host for m in view.members}
     local = [host[uid] == host[link.uid] for uid in uids]
@@ -131,14 +133,15 @@ def source_of(link: Link, view: View, shape: DecodeShape, dtype: torch.dtype) ->
     homes = {i: home_shards(table, local, link.rank) for i, table in tables.items()}
     return SourceExchange(
         link, shape, dtype=dtype, home_tables=homes, replica_tables=tables,
-        local_S=np.array(local, np.uint8),
+        local_S=np.array(local, np.uint8), deadline_s=deadline_s,
     )  # fmt: skip
 
 
-def shard_of(link: Link, view: View, shape: DecodeShape, dtype: torch.dtype) -> ShardExchange:
-    return ShardExchange(
-        link, shape, dtype=dtype, experts=toy_experts(view, link.uid, dtype), deadline_s=30.0
-    )
+def shard_of(
+    link: Link, view: View, shape: DecodeShape, dtype: torch.dtype, deadline_s: float = 30.0
+) -> ShardExchange:
+    experts = toy_experts(view, link.uid, dtype)
+    return ShardExchange(link, shape, dtype=dtype, experts=experts, deadline_s=deadline_s)
 
 
 Body = Callable[[Link, SourceExchange | ShardExchange], Any]

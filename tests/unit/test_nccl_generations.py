@@ -159,11 +159,9 @@ def test_a_communicator_that_always_fails_is_given_up() -> None:
     assert not cluster.emitted["dense-0"]
 
 
-def test_a_member_that_hangs_meets_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_hangs_meets_the_deadline() -> None:
     """Alive, and silent: the others abort at the deadline, and so does it when it wakes."""
-    cluster = Cluster(view_at(1, 3), 3)
-    for member in cluster.members.values():
-        monkeypatch.setattr(member, "_step_deadline_s", 0.3)
+    cluster = Cluster(view_at(1, 3), 3, deadline_s=1.0)
     cluster.world.patience_s = 0.3
     hung = []
 
