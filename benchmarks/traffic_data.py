@@ -58,6 +58,11 @@ class Trace:
             token_T=None if self.token_T is None else self.token_T[keep_T],
         )
 
+    def by_domain(self) -> dict[str, "Trace"]:
+        """The sequences of each domain that has any, by its name."""
+        of = {name: np.flatnonzero(self.domain_Q == d) for d, name in enumerate(self.domains)}
+        return {name: self.of(own) for name, own in of.items() if len(own)}
+
     def layers(self, which: Sequence[int]) -> "Trace":
         """Those layers alone."""
         return replace(self, experts_TLK=self.experts_TLK[:, list(which)])

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, K top-k, L MoE layers, E experts, S shards, Q sequence
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,12 +73,13 @@ class Result:
 
     method: str
     shape: Shape
-    scenario: str  # trace, mix or shift
+    scenario: str  # trace, one of its domains alone, or shift
     sources: str  # "round-robin" or "homes"
     fold: int
     layers: tuple[LayerTraffic, ...]
     plan_s: float
     migrated_bytes: float = 0.0
+    turned_to: str = ""  # of a shift: the domain
 
     @property
     def mean(self) -> LayerTraffic:
@@ -172,21 +173,21 @@ def judge_layers(
 def run_fold(
     methods: Iterable[Method],
     plan: Trace,
-    judge: Trace,
+    judges: Mapping[str, Trace],
     shape: Shape,
-    scenario: str,
     fold: int,
     kept: dict[str, Held] | None = None,
 ) -> list[Result]:
-    """Every method, planned on one trace and judged on the other, with both kinds of sources.
+    """Every method, planned on one trace and judged on others, with both kinds of sources.
 
     Args:
+        judges: by scenario.
         kept: filled with the placements for round-robin sources, by method.
     """
     topology = shape.topology(plan.num_experts)
     if topology is None:
         return []
-    ordered = judge.decode_order()
+    ordered = {scenario: judge.decode_order() for scenario, judge in judges.items()}
     results = []
     for method in methods:
         held_L: Held = []
@@ -197,18 +198,19 @@ def run_fold(
                 plan_s = time.perf_counter() - begin
             if kept is not None and sources == SOURCES[0]:
                 kept[method.name] = held_L
-            source_T = sources_of(sources, plan, ordered, held_L, topology)
-            results.append(
-                Result(
-                    method=method.name,
-                    shape=shape,
-                    scenario=scenario,
-                    sources=sources,
-                    fold=fold,
-                    layers=judge_layers(method, held_L, ordered, source_T, topology),
-                    plan_s=plan_s,
+            for scenario, judge in ordered.items():
+                source_T = sources_of(sources, plan, judge, held_L, topology)
+                results.append(
+                    Result(
+                        method=method.name,
+                        shape=shape,
+                        scenario=scenario,
+                        sources=sources,
+                        fold=fold,
+                        layers=judge_layers(method, held_L, judge, source_T, topology),
+                        plan_s=plan_s,
+                    )
                 )
-            )
     return results
 
 

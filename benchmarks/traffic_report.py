@@ -1,6 +1,7 @@
 """Rows and bars of `traffic.py` out of its results."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
 
@@ -17,7 +18,10 @@ def over_folds(values: Sequence[float]) -> Spread:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """One for each scenario, shape, sources and method: means over layers, then folds."""
+    """One for each scenario, shape, sources and method: means over layers, then folds; and for each
+    shift by itself, beside their mean."""
+    found = list(results)
+    found += [replace(r, scenario=f"{r.scenario} to {r.turned_to}") for r in found if r.turned_to]
 
     def key(result: Result) -> tuple[str, int, int, float, str, str]:
         shape = result.shape
@@ -26,7 +30,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
             result.method,
         )  # fmt: skip
 
-    return [_row(list(group)) for _, group in groupby(sorted(results, key=key), key=key)]
+    return [_row(list(group)) for _, group in groupby(sorted(found, key=key), key=key)]
 
 
 def _row(group: list[Result]) -> Row:

@@ -60,6 +60,7 @@ def run_shift(trace: Trace, domain: int, shape: Shape) -> list[Result]:
                 layers=judge_layers(method, held_L, ordered, source_T, topology),
                 plan_s=plan_s,
                 migrated_bytes=float(moved * trace.expert_bytes),
+                turned_to=trace.domains[domain],
             )
         )
 

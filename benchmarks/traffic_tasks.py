@@ -77,7 +77,10 @@ def run(task: Task) -> list[Result]:
     bar_shape = task.shape in (Shape(8, 1, 0.0), Shape(8, 1, 0.25))
     if task.trace == "v2lite" and bar_shape and task.index == 0:  # as long as two other methods
         methods.append(oracle_of(judge))
-    return run_fold(methods, plan, judge, task.shape, task.trace, task.index)
+    judges = {task.trace: judge}
+    if bar_shape:
+        judges |= {f"{task.trace}: {name} alone": own for name, own in judge.by_domain().items()}
+    return run_fold(methods, plan, judges, task.shape, task.index)
 
 
 def run_all(tasks: Sequence[Task], processes: int, kept: Path | None) -> Iterator[list[Result]]:

@@ -31,7 +31,7 @@ def run_token_ids(plan: Trace, judge: Trace, shape: Shape, fold: int) -> list[Re
     if topology is None:
         return []
     kept: dict[str, Held] = {}
-    results = run_fold([*BASELINES, REMORA], plan, judge, shape, plan.name, fold, kept)
+    results = run_fold([*BASELINES, REMORA], plan, {plan.name: judge}, shape, fold, kept)
     ordered, held_L = judge.decode_order(), kept[REMORA.name]
     plan_s = results[-2].plan_s
 

@@ -348,6 +348,35 @@ def test_bars_pair_folds_and_take_the_stronger_eplb() -> None:
     assert ours["copies"].median == pytest.approx(3.0)
 
 
+def test_a_placement_is_judged_on_each_scenario() -> None:
+    """Planned once, on the mix; judged on it, and on each of its domains alone."""
+    ladder = module("traffic_ladder")
+    trace = random_trace(7, tokens=60, experts=9, k=2).layers([0])
+    alone = trace.by_domain()
+    assert {name: own.num_sequences for name, own in alone.items()} == {"even": 5, "odd": 5}
+    judges = {"mix": trace} | alone
+    results = ladder.run_fold(ladder.BASELINES[:1], trace, judges, ladder.Shape(3, 1, 0.0), 0)
+    assert [(r.scenario, r.sources) for r in results] == [
+        (scenario, sources) for sources in ladder.SOURCES for scenario in judges
+    ]
+    copies = {r.scenario: r.mean.copies for r in results if r.sources == "round-robin"}
+    assert min(copies.values()) <= copies["mix"] <= max(copies.values())
+
+
+def test_each_shift_has_a_row_beside_their_mean() -> None:
+    report = module("traffic_report")
+    results = [
+        replace(
+            result("B6 Remora", "homes", fold, copies=copies, load=1.0),
+            scenario="v2lite shift",
+            turned_to=name,
+        )
+        for fold, (name, copies) in enumerate({"law": 2.0, "intent": 3.0}.items())
+    ]
+    rows = {row["scenario"][12:]: row["copies"].median for row in report.rows(results)}
+    assert rows == {"": 2.5, " to law": 2.0, " to intent": 3.0}
+
+
 def test_a_run_that_is_resumed_takes_what_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
     tasks, ladder = module("traffic_tasks"), module("traffic_ladder")
     wanted = [
