@@ -26,7 +26,7 @@ SOON_S = 30.0
 
 
 def view_over(*engines: FakeEngine) -> View:
-    placement = contiguous_placement(num_experts=1, moe_layers=(0,), shard_uids=("shard-0",))
+    placement = contiguous_placement(num_experts=8, moe_layers=(1, 2), shard_uids=("shard-0",))
     members = tuple(
         Member(
             uid=m.uid, incarnation=m.incarnation, role=m.role, endpoint=m.endpoint,
