@@ -207,6 +207,7 @@ def test_another_application_calls_the_handle(driver: Driver, url: str) -> None:
     assert over_http["choices"][0]["text"] == whole["choices"][0]["text"]
 
 
+@pytest.mark.long
 def test_an_upgrade_that_cannot_be_leaves_what_serves(
     driver: Driver, config: dict[str, Any], url: str, tmp_path: Path
 ) -> None:
