@@ -125,7 +125,9 @@ def status_text(status: dict[str, Any]) -> str:
         found = status.get(key)
         if found and found["wanted"]:
             counts = "{warm} of {wanted} warm, {starting} starting".format(**found)
-            lines.append(f"  standbys of {kind}: {counts}")
+            failed = f"; the last failed: {found['error']}" if found["error"] else ""
+            over = "; no more are tried before an operation ends" if found["given_up"] else ""
+            lines.append(f"  standbys of {kind}: {counts}{failed}{over}")
     for what in ("fenced", "lost"):
         if operations.get(what):
             lines.append(f"  {what}: {', '.join(operations[what])}")

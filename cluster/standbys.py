@@ -27,7 +27,7 @@ from remora.cluster.ray_calls import end_of, make_member
 
 logger = logging.getLogger(__name__)
 
-FAILURES_MAX: Final = 3  # standbys that die in a row, before somebody must look
+FAILURES_MAX: Final = 3  # in a row, until the end of an operation: each costs who serves a start
 
 
 class Standbys:
@@ -45,10 +45,17 @@ class Standbys:
         self._warm: dict[str, Any] = {}  # actor name -> handle
         self._starting: dict[str, Any] = {}  # one at most
         self._failures = 0
+        self._why: str | None = None  # the last one failed
         self._closed = False
 
     def fill(self) -> None:
-        """Start the next one if any is missing; and so on, as each is warm."""
+        """Start the next one if any is missing; and so on, as each is warm. Where too many failed,
+        one more is tried."""
+        with self._lock:
+            self._failures = min(self._failures, FAILURES_MAX - 1)
+        self._start_next()
+
+    def _start_next(self) -> None:
         config = self._config
         with self._lock:
             missing = self._wanted - len(self._warm) - len(self._starting)
@@ -79,13 +86,16 @@ class Standbys:
             if handle is not None:
                 ray.kill(handle, no_restart=True)
 
-    def status(self) -> dict[str, int]:
-        """How many there are to be, are warm, are starting."""
+    def status(self) -> dict[str, Any]:
+        """How many there are to be, are warm, are starting; and why the last one that was tried
+        failed, if it did, and whether more are tried."""
         with self._lock:
             return {
                 "wanted": self._wanted,
                 "warm": len(self._warm),
                 "starting": len(self._starting),
+                "error": self._why,
+                "given_up": self._failures >= FAILURES_MAX,
             }
 
     def close(self) -> None:
@@ -108,11 +118,12 @@ class Standbys:
                 return
             if failure is None:
                 self._warm[name] = handle
-                self._failures = 0
+                self._failures, self._why = 0, None
             else:
                 self._failures += 1
+                self._why = str(failure).splitlines()[0]
         if failure is not None:
-            logger.error("standby %s: %s", name, str(failure).splitlines()[0])
+            logger.error("standby %s: %s", name, self._why)
         self._go_on(None if failure is None else handle)
 
     def _ended(self, name: str) -> None:
@@ -121,6 +132,7 @@ class Standbys:
             if found is None or self._closed:  # somebody's, or asked to end
                 return
             self._failures += 1
+            self._why = "it died"
         logger.error("standby %s died", name)
         self._go_on(None)
 
@@ -128,7 +140,7 @@ class Standbys:
         def work() -> None:
             if broken is not None:
                 ray.kill(broken, no_restart=True)
-            self.fill()
+            self._start_next()
 
         threading.Thread(target=work, name="remora-standbys", daemon=True).start()
 
