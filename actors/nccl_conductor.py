@@ -32,6 +32,7 @@ from remora.comm.view import Member, View
 
 log = logging.getLogger(__name__)
 
+CONDUCTOR_UID: Final = "dense-0"  # whose process it is in
 PEER_NAME: Final = "nccl-conductor"  # what members know its streams by
 STOP_S: Final = 10.0
 LOOK_EVERY_S: Final = 1.0  # whether members that experts are missing without can be reached
@@ -94,7 +95,7 @@ class NcclConductor:
             used.cancel()
             raise DeadlineError(f"view {view.epoch}: no communicator in {timeout_s:g} s") from None
         except CancelledError:
-            raise ClusterError("dense-0, which conducts, has stopped") from None
+            raise ClusterError(f"{CONDUCTOR_UID}, which conducts, has stopped") from None
 
     def close(self) -> None:
         """Ends every stream; members see that. From any thread."""
@@ -237,7 +238,7 @@ class NcclConductor:
         try:
             unique_id = nccl.get_unique_id()
         except nccl.NcclError as error:
-            self._handle(NotBuilt("dense-0", generation, f"NCCL makes no id: {error}"))
+            self._handle(NotBuilt(CONDUCTOR_UID, generation, f"NCCL makes no id: {error}"))
             return
         self._handle(machine.IdMade(generation, unique_id))
 

@@ -6,13 +6,12 @@ from remora.actors.dense_launch import DenseLaunch
 from remora.actors.dense_model import DenseModel
 from remora.actors.hardware import Hardware
 from remora.actors.launch import Launch, host_label
-from remora.actors.nccl_conductor import NcclConductor
+from remora.actors.nccl_conductor import CONDUCTOR_UID, NcclConductor
 from remora.actors.nccl_dense import NcclSource
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.view_inbox import ViewInbox
 from remora.comm.view import View
 
-CONDUCTOR_UID = "dense-0"
 BUILD_S = 4  # times a step's deadline, for the communicator of a view
 
 

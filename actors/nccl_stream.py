@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from remora.actors.nccl_conductor import PEER_NAME
+from remora.actors.nccl_conductor import CONDUCTOR_UID, PEER_NAME
 from remora.comm.connection import Connection, Frame
 from remora.comm.errors import FrameError, PeerLostError
 from remora.comm.nccl_messages import (
@@ -51,7 +51,7 @@ class ConductorStream:
         """A connection of the server has ended."""
         if connection is self._connection:
             self._connection = None
-            self._lose("dense-0, which conducts, is gone")
+            self._lose(f"{CONDUCTOR_UID}, which conducts, is gone")
 
     def reply(self, message: ToConductor) -> None:
         """Sends to the conductor. From any thread. Raises PeerLostError without one."""

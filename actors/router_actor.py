@@ -14,7 +14,7 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, first_line
 from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
@@ -124,7 +124,7 @@ def _view_of(deployment: str) -> View | None:
         actor = ray.get_actor(coordinator_name(deployment), namespace=RAY_NAMESPACE)
         view: Any = ray.get(actor.view.remote(), timeout=ASK_S)
     except (ValueError, ray.exceptions.RayError) as none_yet:
-        logger.info("no view yet: %s", str(none_yet).splitlines()[0])
+        logger.info("no view yet: %s", first_line(none_yet))
         return None
     assert isinstance(view, View)
     return view

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Final
 
 import grpc
@@ -366,8 +365,12 @@ class RouterServer:
 
 def _objective_of(request: Any) -> Objective:
     """Of a `PlanRequest`, whose zeros are the planner's own figures."""
-    known = {"nu": request.move_rows, "horizon_tokens": request.horizon_tokens}
-    for name, value in known.items():
+    for name in ("move_rows", "horizon_tokens"):
+        value = getattr(request, name)
         if not 0 <= value <= PRICE_MAX:  # nor what is no number
             raise ValueError(f"{name} {value:g}: 0 to {PRICE_MAX:g} are allowed")
-    return replace(Objective(), **{name: value for name, value in known.items() if value})
+    own = Objective()
+    return Objective(
+        nu=request.move_rows or own.nu,
+        horizon_tokens=request.horizon_tokens or own.horizon_tokens,
+    )

@@ -130,11 +130,15 @@ def cost_of(
     )
 
 
+def _is_of(counted: RoutingSketch | RoutingHistory, placement: Placement) -> bool:
+    """Whether it is of a model of that shape."""
+    shape = (placement.num_experts, placement.moe_layers)
+    return (counted.num_experts, counted.moe_layers) == shape
+
+
 def _check_model(sketch: RoutingSketch, placement: Placement | None) -> None:
     """The first sketch says what is counted from then on: one from elsewhere must not."""
-    if placement is None:
-        return
-    if (sketch.num_experts, sketch.moe_layers) != (placement.num_experts, placement.moe_layers):
+    if placement is not None and not _is_of(sketch, placement):
         raise FrameError(
             f"a sketch of {sketch.num_experts} experts in {len(sketch.moe_layers)} layers, of"
             f" another model than serves: {placement.num_experts} in {len(placement.moe_layers)}"
@@ -324,14 +328,11 @@ class RouterStatistics:
         self, view: View, *, fresh: bool = False
     ) -> tuple[Topology, list[LayerBundles], float]:
         """Of every layer, by hosts of `view`, and how many tokens they tell as much as."""
-        topology, placement = topology_of(view, self._slots), view.placement
+        topology = topology_of(view, self._slots)
         home_G = [topology.hosts.index(m.endpoint.host) for m in view.members if m.role == "dense"]
         with self._lock:
             history = self._fresh if fresh else self._history
-            if history is not None and (history.num_experts, history.moe_layers) != (
-                placement.num_experts,
-                placement.moe_layers,
-            ):
+            if history is not None and not _is_of(history, view.placement):
                 history = None  # of a model that was served before, until the first sketch comes
             seen = history.mix_tokens() if history else 0.0
             if history is None or seen < PLAN_TOKENS_MIN:

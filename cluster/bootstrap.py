@@ -18,7 +18,7 @@ from remora.actors.router_lookup import router_address
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
 from remora.cluster.operation import Target
-from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError
+from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError, first_line
 from remora.comm.view import Member, View
 
 PROGRESS_EVERY_S = 0.2
@@ -311,7 +311,7 @@ def _call(reference: Any, timeout_s: float | None = None) -> Any:
             raise failure.cause from None
         raise
     except ray.exceptions.RayActorError as died:
-        raise ClusterError(f"the coordinator died: {str(died).splitlines()[0]}") from died
+        raise ClusterError(f"the coordinator died: {first_line(died)}") from died
     except ray.exceptions.RayError as failure:  # it found no place, or Ray itself is in trouble
-        reason = str(failure).splitlines()[0]
+        reason = first_line(failure)
         raise ClusterError(f"the coordinator cannot be asked: {reason}") from failure

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from remora.actors.launch import Progress
-from remora.comm.errors import ClusterError, DeadlineError, RemoraError
+from remora.comm.errors import ClusterError, DeadlineError, RemoraError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def status_of(handles: Mapping[str, Any], joining: Mapping[str, str]) -> dict[st
             phase = "starting" if uid in joining else "serving"
             members[uid] = {"alive": uid in joining, "phase": phase, "error": why}
         elif isinstance(answer, Exception):
-            members[uid] = {"alive": False, "error": _first_line(answer)}
+            members[uid] = {"alive": False, "error": first_line(answer)}
         else:
             members[uid] = answer
     return members
@@ -96,7 +96,7 @@ def progress_of(handles: Mapping[str, Any]) -> dict[str, Progress]:
         if isinstance(answer, _UNANSWERED):
             answer = Progress(phase="starting")
         elif isinstance(answer, Exception):
-            answer = Progress(phase=f"died: {_first_line(answer)}")
+            answer = Progress(phase=f"died: {first_line(answer)}")
         report[uid] = answer
     return report
 
@@ -110,7 +110,7 @@ def stop_members(handles: Mapping[str, Any]) -> None:
         pending = {u: h.stop.remote() for u, h in handles.items() if u in uids}
         for uid, answer in answers_within(pending, STOP_S).items():
             if isinstance(answer, Exception):
-                logger.warning("%s did not stop by itself: %s", uid, _first_line(answer))
+                logger.warning("%s did not stop by itself: %s", uid, first_line(answer))
 
 
 class LateError(DeadlineError):
@@ -138,7 +138,7 @@ def why_late(handles: Mapping[str, Any], asked: Mapping[str, str]) -> str:
         if isinstance(answer, ray.exceptions.GetTimeoutError):
             placeless.setdefault(asked[uid], []).append(uid)
         elif isinstance(answer, Exception):
-            lines.append(f"{uid}: {_first_line(answer)}")
+            lines.append(f"{uid}: {first_line(answer)}")
         else:
             lines.append(
                 f"{uid} is {answer.phase} ({answer.bytes_done:,} of {answer.bytes_total:,} bytes)"
@@ -186,7 +186,3 @@ def _answer(uid: str, reference: Any) -> Any:
         raise ClusterError(f"{uid} failed: {kind}: {failure.cause}") from failure
     except ray.exceptions.RayError as broken:
         raise ClusterError(f"{uid} died: {broken}") from broken
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

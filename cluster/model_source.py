@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from remora.comm.errors import ConfigError
+from remora.comm.errors import ConfigError, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # no pickles, no code
@@ -32,5 +32,5 @@ def local_checkpoint(model: str) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
             f"model {model!r}: there is no such directory, and the hub does not give it:"
-            f" {str(error).splitlines()[0]}"
+            f" {first_line(error)}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any, Final
 import ray
 
 from remora.cluster.operation import Answer
-from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.errors import ClusterError, RemoraError, first_line
 
 ENDS: Final = "ends"  # the concurrency group of a member in which callers wait for its end
 
@@ -56,7 +56,7 @@ def answer_of(
             known = cause if isinstance(cause, RemoraError) else ClusterError(repr(cause))
             answered.set_exception(known)
         else:
-            answered.set_exception(ClusterError(str(failure).splitlines()[0]))
+            answered.set_exception(ClusterError(first_line(failure)))
 
     reference.future().add_done_callback(told)
     return answered

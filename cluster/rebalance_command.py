@@ -102,7 +102,7 @@ def run_trace(options: Namespace) -> int:
     from remora.actors.router_statistics import plan_from
     from remora.autoscale.rebalance import RebalancePolicy, objective_of
     from remora.cluster.placement_file import write_placement
-    from remora.cluster.rebalance_report import round_of
+    from remora.cluster.rebalance_report import move_sizes, round_of
     from remora.comm.bundles import count_bundles
     from remora.comm.trace_reader import read_trace
 
@@ -117,12 +117,7 @@ def run_trace(options: Namespace) -> int:
     topology, placement = _situation(options, trace)
     source_T = _sources(trace, topology)
     layers = [count_bundles(ids_TK, source_T) for ids_TK in trace.experts_LTK]
-    dtype = resolve_dtype(spec, "auto")
-    policy = RebalancePolicy()
-    sizes = {
-        "expert_bytes": spec.expert_nbytes(dtype),
-        "row_bytes": 2 * spec.hidden_size * dtype.itemsize,
-    }
+    policy, sizes = RebalancePolicy(), move_sizes(spec, resolve_dtype(spec, "auto"))
     outcome = plan_from(layers, placement, topology, 0, objective_of(policy, **sizes))
     found = round_of(policy, outcome, placement, **sizes)
     is_worth = found.proposal.gain_ratio >= policy.gain_min and bool(found.proposal.layers)

@@ -1,7 +1,7 @@
 """A plan as a rebalance round shows it: which layers would change, what moves, what it is worth."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
 import numpy as np
@@ -10,6 +10,12 @@ from remora.actors.plan_outcome import LayerOutcome, PlanOutcome
 from remora.autoscale.rebalance import LayerChange, Proposal, RebalancePolicy, propose
 from remora.cluster.operation_command import operation_text
 from remora.comm.view import Placement
+
+if TYPE_CHECKING:  # torch, a second that the command line need not wait
+    import torch
+
+    from remora.actors.model_spec import ModelSpec
+    from remora.kernels.experts_dtype import ExpertsDtype
 
 MOVES_SHOWN = 20  # by the text for people
 
@@ -52,6 +58,24 @@ class Round:
             "saved_bytes": proposal.saved_bytes,
             "predicted_gain_ratio": proposal.gain_ratio,
         }
+
+
+class MoveSizes(TypedDict):
+    """Bytes that a move is weighed by: of one expert's weights in one layer, and of one copy of a
+    row, there and back."""
+
+    expert_bytes: int
+    row_bytes: int
+
+
+def move_sizes(
+    spec: "ModelSpec", dtype: "torch.dtype", experts_dtype: "ExpertsDtype" = "auto"
+) -> MoveSizes:
+    """Of a model as it is served."""
+    return {
+        "expert_bytes": spec.expert_nbytes(dtype, experts_dtype),
+        "row_bytes": 2 * spec.hidden_size * dtype.itemsize,
+    }
 
 
 def round_of(

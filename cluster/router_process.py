@@ -12,8 +12,9 @@ from remora.actors.router_actor import RouterActor, RouterLaunch
 from remora.autoscale.rebalance import RebalancePolicy
 from remora.cluster.config import RemoraConfig
 from remora.cluster.members import answers_within
+from remora.cluster.rebalance_report import move_sizes
 from remora.cluster.rebalancer import Apply, Rebalancer
-from remora.comm.errors import ClusterError, RemoraError
+from remora.comm.errors import ClusterError, RemoraError, first_line
 from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
 
@@ -80,7 +81,7 @@ class RemotePlanner:
         if isinstance(found, ray.exceptions.RayTaskError) and isinstance(found.cause, RemoraError):
             raise found.cause
         if isinstance(found, Exception):
-            raise ClusterError(f"the router does not answer: {str(found).splitlines()[0]}")
+            raise ClusterError(f"the router does not answer: {first_line(found)}")
         return found
 
 
@@ -94,8 +95,7 @@ def make_rebalancer(
         policy=RebalancePolicy(**config.router.rebalance.model_dump()),
         view=view,
         apply=apply,
-        expert_bytes=spec.expert_nbytes(dtype, config.experts_dtype),
-        row_bytes=2 * spec.hidden_size * dtype.itemsize,
+        **move_sizes(spec, dtype, config.experts_dtype),
         folder=config.router.state_dir,
     )
     rebalancer.start(config.router.rebalance_every_s)
@@ -109,7 +109,7 @@ def router_status(handle: Any, rebalancer: Rebalancer | None) -> dict[str, Any] 
     answer = answers_within({"router": handle.status.remote()}, STATUS_S)["router"]
     loop = {"rebalance": rebalancer.status() if rebalancer is not None else None}
     if isinstance(answer, Exception):
-        return {"alive": False, "error": str(answer).splitlines()[0], **loop}
+        return {"alive": False, "error": first_line(answer), **loop}
     return {"alive": True, **answer, **loop}
 
 
@@ -119,7 +119,7 @@ def stop_router(handle: Any) -> None:
         return
     answer = answers_within({"router": handle.stop.remote()}, STOP_S)["router"]
     if isinstance(answer, Exception):
-        logger.warning("the router did not stop by itself: %s", str(answer).splitlines()[0])
+        logger.warning("the router did not stop by itself: %s", first_line(answer))
 
 
 def kill_router(handle: Any) -> None:

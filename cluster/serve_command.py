@@ -71,11 +71,11 @@ def _check_ingress(config: RemoraConfig) -> None:
     Raises:
         RemoraError: a keys file or the tokenizer cannot be used, or keys would not reach it.
     """
-    for variable in (API_KEYS_ENV, ADMIN_KEYS_ENV):
+    for variable, key in KEYS_FILES.items():
         if config.ray.address is not None and variable in os.environ:
             raise ConfigError(
                 f"${variable}: the ingress runs in the Ray cluster at {config.ray.address}, which"
-                f" has another environment: name a file ({KEYS_FILES[variable]}), and unset it here"
+                f" has another environment: name a file ({key}), and unset it here"
             )
     load_keys(config.http.api_keys_file, API_KEYS_ENV)
     load_keys(config.http.admin_keys_file, ADMIN_KEYS_ENV)

@@ -24,6 +24,7 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.launch import FIRST_INCARNATION, dense_options, shard_options
 from remora.cluster.node_watch import node_of
 from remora.cluster.ray_calls import end_of, make_member
+from remora.comm.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Standbys:
                 self._failures, self._why = 0, None
             else:
                 self._failures += 1
-                self._why = str(failure).splitlines()[0]
+                self._why = first_line(failure)
         if failure is not None:
             logger.error("standby %s: %s", name, self._why)
         self._go_on(None if failure is None else handle)

@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from remora.comm.accounting import COLLECTIVES, CollectiveBytes, collective_bytes
 from remora.comm.arena import Memory
-from remora.comm.errors import ClusterError
+from remora.comm.errors import ClusterError, first_line
 from remora.kernels.native import native_available
 
 CAPACITY_BYTES_MAX: Final = 1 << 20  # of one rank's buffer; larger tensors go through in pieces
@@ -371,7 +371,7 @@ class GlooGroup(PythonGroup):
         try:
             begin(self._gloo).wait()
         except RuntimeError as error:
-            self._failure = self._failure or f"a rank is gone or late: {str(error).splitlines()[0]}"
+            self._failure = self._failure or f"a rank is gone or late: {first_line(error)}"
             self._gloo = None  # the others must not wait for us
             raise
 

@@ -129,3 +129,8 @@ class GroupLostError(ClusterError):
 
 class FencedError(ClusterError):
     """A frame of an older incarnation or epoch was refused."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the traceback that Ray's and torch's have in their text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

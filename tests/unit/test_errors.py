@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from remora.comm.errors import OverloadedError, RemoraError, RequestError
+from remora.comm.errors import OverloadedError, RemoraError, RequestError, first_line
 
 
 def tree(root: type[RemoraError]) -> Iterator[type[RemoraError]]:
@@ -26,3 +26,9 @@ def test_fields_survive_too() -> None:
     full = OverloadedError("full", retry_after_s=7)
     for error in (refused, full):
         assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
+
+
+def test_the_first_line_of_an_error() -> None:
+    """One without a text ended whoever told of it with an IndexError."""
+    assert first_line(ValueError("no memory\nand a traceback")) == "no memory"
+    assert first_line(TimeoutError()) == "TimeoutError"
