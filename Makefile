@@ -56,8 +56,8 @@ test: setup ## every test, real Ray clusters included
 
 check: lint types unit sim ## formatting, lint, types, tests without a Ray cluster, simulated histories
 
-unit: setup ## tests without a Ray cluster
-	$(PYTEST) -m "not live" -n $(WORKERS) --dist loadfile $(ARGS)
+unit: setup ## tests without a Ray cluster, but for long ones
+	$(PYTEST) -m "not live and not long" -n $(WORKERS) --dist loadfile $(ARGS)
 
 sim: setup ## 2,000 simulated histories of deployments in which things go wrong
 	$(BIN)/remora sim --jobs $(WORKERS)

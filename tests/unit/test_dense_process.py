@@ -107,6 +107,7 @@ print(len(patterns))
 """
 
 
+@pytest.mark.long
 def test_who_has_a_draft_loads_without_compiling_the_conversions(cluster: LocalCluster) -> None:
     counts = {}
     for how in ("drafted", "at once"):

@@ -103,6 +103,7 @@ def test_equal_layers_share_a_compilation_and_no_step_compiles_again(model: Path
     assert all(layer.program is not None for layer in dense.layers), "no guards are left"
 
 
+@pytest.mark.long
 def test_widths_of_a_model_are_not_taken_for_row_counts(tmp_path: Path) -> None:
     """192 is DeepSeek's head, and a usual hidden size of small models; so are 64 and 320."""
     path = make_checkpoint(tmp_path, "mixtral", hidden_size=192, head_dim=64)
@@ -123,6 +124,7 @@ def test_what_was_compiled_once_is_compiled_before_serving(model: Path) -> None:
     other.close()
 
 
+@pytest.mark.long
 def test_auto_serves_eagerly_and_switches_only_when_told_that_nothing_runs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

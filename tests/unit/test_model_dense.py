@@ -241,6 +241,7 @@ def test_hollow_model_is_like_the_loaded_one_in_all_but_values(
     assert not any("Linear" in kinds for kinds in hollow.values()), "all that run are packed"
 
 
+@pytest.mark.long
 def test_torch_path_is_exact_too(tmp_path: Path) -> None:
     """Without the C++ kernels: the same tests, in a process of their own."""
     name = "test_exact_rows_depend_on_their_request_alone"

@@ -123,7 +123,9 @@ def test_a_model_with_something_between_its_layers_is_not_taken_apart() -> None:
     assert split(forward, lambda rows: rows, layers, [], {}) is None
 
 
-@pytest.mark.parametrize("architecture", ["gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "architecture", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.long)]
+)
 def test_steps_without_guards_give_what_guarded_ones_do(tmp_path: Path, architecture: str) -> None:
     """Windows and sinks that alternate; a dense first layer, and latent attention."""
     path = make_checkpoint(tmp_path, architecture)
