@@ -6,12 +6,14 @@ their own, bounded in number: whatever the coordinator does, completions go on.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from remora.cluster.http_body import json_response, read_json
@@ -28,7 +30,8 @@ from remora.cluster.operation_request import (
     ScaleBody,
     begin,
 )
-from remora.comm.errors import ClusterError, OverloadedError, RequestError
+from remora.comm.checked import refuse_unknown
+from remora.comm.errors import ClusterError, ConfigError, OverloadedError, RequestError
 
 THREADS: Final = 4
 CALLS_MAX: Final = 16  # at once; more are answered 429
@@ -36,6 +39,7 @@ WAIT_S_MAX: Final = 5.0
 _ERRORS: Final = (400, 401, 403, 404, 409, 413, 415, 429, 500, 503)
 
 R = TypeVar("R")
+BodyT = TypeVar("BodyT", bound=Body)
 
 
 class OperationCalls:
@@ -73,13 +77,34 @@ class OperationCalls:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+def body_from(data: bytes, kind: type[BodyT]) -> BodyT:
+    """A checked body of JSON bytes.
+
+    Raises:
+        RequestError: a field that `kind` does not have; named, with those that it has.
+        ValidationError: not JSON, or a bad value.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        faults = error.errors(include_input=False)
+        unknown = [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]
+        if not unknown:
+            raise
+    try:
+        refuse_unknown(json.loads(data), kind, source="the body")
+    except ConfigError as error:
+        raise RequestError(str(error), param=str(unknown[0][0])) from None
+    raise AssertionError(f"{unknown} is unknown to pydantic alone")
+
+
 def add_operation_routes(app: FastAPI, calls: OperationCalls, body_bytes_max: int) -> None:
     """The routes of an application."""
     responses: Any = error_responses(*_ERRORS)
     begun: Any = {**responses, 202: {"model": OperationAnswer, "description": "It runs"}}
 
     async def body_of(request: Request, kind: type[Body]) -> Any:
-        return kind.model_validate_json(await read_json(request, body_bytes_max))
+        return body_from(await read_json(request, body_bytes_max), kind)
 
     async def begin_of(request: Request, kind: type[Body]) -> Response:
         body = await body_of(request, kind)

@@ -156,7 +156,7 @@ def test_a_placement_goes_out_and_comes_back(operations: HeldOperations) -> None
 BAD = [
     ("scale", {}, 400, "operation_id is required"),
     ("scale", {"operation_id": "a"}, 400, "shards or dense_groups is required"),
-    ("scale", {"operation_id": "a", "shards": 3, "shard": 1}, 400, "shard"),
+    ("scale", {"operation_id": "a", "shards": 3, "shard": 1}, 400, "mean shards?); allowed: "),
     ("scale", {"operation_id": "a", "shards": "3"}, 400, "shards"),
     ("scale", {"operation_id": "a", "shards": True}, 400, "shards"),
     ("scale", {"operation_id": "a", "shards": 2.0}, 400, "shards"),
@@ -170,6 +170,7 @@ BAD = [
     ("drain", {"operation_id": "a", "uids": ["x" * 5000]}, 413, "larger than 4096"),
     ("rebalance", {"operation_id": "a", "dry_run": 1}, 400, "dry_run"),
     ("placement", {"operation_id": "a", "placement": {}}, 400, "num_experts"),
+    ("placement", {"operation_id": "a", "placement": {"slot": {}}}, 400, "num_experts, slots"),
 ]
 
 
