@@ -51,11 +51,11 @@ _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 def gain_for(num_shards: int) -> int:
     """Gain of the load prices, in 1 / GAIN_ONE.
 
-    With 2 a shard that is half over the mean load costs one copy a pair more. Among more than 16
-    shards a token's pairs are spread thinner and rows to another shard of the same host are cheap,
-    so that load needs an eighth of their number to come out as even.
+    With 4 a shard that is a quarter over the mean load costs one copy a pair more. Among more than
+    32 shards a token's pairs are spread thinner and rows to another shard of the same host are
+    cheap, so that load needs an eighth of their number to come out as even.
     """
-    return GAIN_ONE * max(2, num_shards // 8)
+    return GAIN_ONE * max(4, num_shards // 8)
 
 
 @_jit
