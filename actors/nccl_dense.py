@@ -251,14 +251,12 @@ class NcclSource:
     # -- under a ticket -----------------------------------------------------------------------
 
     def _work(self, link: Link, ticket: Ticket) -> None:
-        pending = self._pending if self._uid in ticket.sources else None
-        fits = pending is not None and (
-            ticket.mode == "exact" or pending.num_tokens <= ticket.capacity
-        )  # else the ticket is for a step that was given up
-        if pending is None or pending.fault is not None or not fits:
+        pending = self._pending
+        if pending is not None:
+            pending.result = None  # an earlier ticket's, which another one makes void
+        if pending is None or not self._is_for(pending, ticket):
             self._take_part(link, ticket)
             return
-        pending.result = None
         try:
             pending.result = pending.run(self._experts(link, ticket))
         except ClusterError:
@@ -268,6 +266,11 @@ class NcclSource:
             why = f"{self._uid}: {type(error).__name__}: {error}"
             link.abort(why)
             raise PeerLostError(why) from error
+
+    def _is_for(self, pending: _Pending, ticket: Ticket) -> bool:
+        """Whether the step runs by this ticket: not by one for a step that was given up."""
+        fits = ticket.mode == "exact" or pending.num_tokens <= ticket.capacity
+        return self._uid in ticket.sources and pending.fault is None and fits
 
     def _emit(self, step: int) -> None:
         if self._pending is not None and self._pending.result is not None:
