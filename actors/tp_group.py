@@ -101,7 +101,9 @@ def join_ranks(
         def tell(reason: str) -> None:
             link.send(Broke(reason=reason))
 
-        group = _nccl(launch, hardware, lambda: _wants_out(link), tell)
+        group = _nccl(
+            launch, hardware, lambda: _wants_out(link), lambda: _is_gone("rank 0", link), tell
+        )
         group.connect(setup.unique_id)
         return group, link
     store = _store(setup.store_ip, setup.store_port, launch, is_master=False)
@@ -137,11 +139,17 @@ def _meet_over_gloo(links: dict[int, Link], launch: RankLaunch) -> GlooGroup:
 
 
 def _meet_over_nccl(links: dict[int, Link], launch: RankLaunch, hardware: Hardware) -> NcclGroup:
-    def watch() -> str | None:
-        reasons = (_has_broken(launch.uid, rank, link) for rank, link in links.items())
+    def first(why: Callable[[str, Link], str | None]) -> str | None:
+        reasons = (why(f"{launch.uid}.{rank}", link) for rank, link in links.items())
         return next(filter(None, reasons), None)
 
-    group = _nccl(launch, hardware, watch, lambda reason: None)  # the leader tells: `Recover`
+    group = _nccl(
+        launch,
+        hardware,
+        lambda: first(_has_broken),
+        lambda: first(_is_gone),
+        lambda reason: None,  # the leader tells: `Recover`
+    )
     unique_id = group.make_id()
     for link in links.values():
         link.send(Setup(kind="nccl", unique_id=unique_id))
@@ -149,13 +157,24 @@ def _meet_over_nccl(links: dict[int, Link], launch: RankLaunch, hardware: Hardwa
     return group
 
 
-def _has_broken(uid: str, rank: int, link: Link) -> str | None:
-    """Why rank 0 must not wait for `rank`, if so."""
+def _has_broken(uid: str, link: Link) -> str | None:
+    """Why rank 0 must not wait for rank `uid` in an exchange, if so."""
     try:
         message = link.peek()
     except ClusterError as error:
-        return f"{uid}.{rank} is gone ({error})"
+        return f"{uid} is gone ({error})"
     return message.reason if isinstance(message, Broke) else None
+
+
+def _is_gone(uid: str, link: Link) -> str | None:
+    """Why rank `uid` does not come to meet the others, if so. What it says of the step that all
+    have left is taken off the link: its end could not be seen behind that."""
+    try:
+        while isinstance(link.peek(), Broke):
+            link.receive()
+    except ClusterError as error:
+        return f"{uid} is gone ({error})"
+    return None
 
 
 def _wants_out(link: Link) -> str | None:
@@ -171,6 +190,7 @@ def _nccl(
     launch: RankLaunch,
     hardware: Hardware,
     watch: Callable[[], str | None],
+    gone: Callable[[], str | None],
     tell: Callable[[str], None],
 ) -> NcclGroup:
     assert hardware.nccl_device is not None, "ranks of a group over NCCL have GPUs"
@@ -182,6 +202,7 @@ def _nccl(
         name=launch.uid.partition(".")[0],
         deadline_s=launch.exchange_timeout_s,
         watch=watch,
+        gone=gone,
         tell=tell,
     )
 

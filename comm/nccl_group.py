@@ -42,7 +42,9 @@ class NcclGroup(PythonGroup):
         rank, size: of the group.
         name: uid of the dense group, for errors.
         deadline_s: until exchanges are over, and until all ranks have come.
-        watch: why this rank must leave what it waits for (another failed, or is gone), or None.
+        watch: why this rank must leave an exchange (another failed, or is gone), or None.
+        gone: why the others do not come to `connect`, or None. That one failed in an exchange
+            before is no reason: it has all of them meet.
         tell: makes the other ranks' `watch` give a reason: NCCL itself does not tell them.
     """
 
@@ -56,6 +58,7 @@ class NcclGroup(PythonGroup):
         name: str,
         deadline_s: float,
         watch: Callable[[], str | None] = lambda: None,
+        gone: Callable[[], str | None] = lambda: None,
         tell: Callable[[str], None] = lambda reason: None,
     ) -> None:
         super().__init__(rank, size)
@@ -64,6 +67,7 @@ class NcclGroup(PythonGroup):
         self._name = f"tensor-parallel group of {name}"
         self._deadline_s = deadline_s
         self._watch = watch
+        self._gone = gone
         self._tell = tell
         self._failure = "not connected"
         self._channel: Channel | None = None
@@ -120,7 +124,7 @@ class NcclGroup(PythonGroup):
             try:
                 return made.get(timeout=WATCH_S)
             except queue.Empty:
-                why = self._watch()
+                why = self._gone()
                 if why is None and time.monotonic() < until_s:
                     continue
             if not given_up.acquire(blocking=False):

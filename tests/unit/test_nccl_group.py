@@ -139,7 +139,7 @@ def test_a_rank_that_never_joins() -> None:
 
 
 def test_a_rank_that_is_gone_while_the_group_meets() -> None:
-    group = group_of(World(), 0, 2, watch=lambda: "dense-3.1 is gone")
+    group = group_of(World(), 0, 2, gone=lambda: "dense-3.1 is gone")
     with pytest.raises(ClusterError, match=r"dense-3\.1 is gone"):
         group.connect(group.make_id())
 

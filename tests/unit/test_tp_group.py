@@ -6,6 +6,7 @@ holds the interpreter's lock, which threads that wait for each other cannot shar
 
 import functools
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from remora.actors import dense_actor, tp_actor
 from remora.actors.expert_actor import ExpertActor
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
+from remora.comm.nccl_group import WATCH_S
 from remora.comm.peer import PeerLimits
 from remora.comm.sketch import decode_sketch
 from remora.comm.view import Endpoint
@@ -172,11 +174,14 @@ def test_over_nccl_a_rank_that_goes_ends_the_group(cluster: LocalCluster) -> Non
 def test_over_nccl_a_step_that_nccl_fails_is_told_and_the_next_one_runs(
     cluster: LocalCluster, expected: list[list[int]]
 ) -> None:
-    """An asynchronous error on rank 1: all leave the step, meet anew, and serve again."""
+    """An asynchronous error on rank 1: all leave the step, meet anew, and serve again. Meeting
+    takes longer than a look at what rank 1 last said: that the step failed."""
     with cluster.dense(num_ranks=2, world=World()) as dense:
         assert tokens(dense) == expected
         nccl: Any = dense.others[0].hardware.nccl()
         nccl.communicators[-1].inject(6)
+        create = nccl.NcclCommunicator
+        nccl.NcclCommunicator = lambda *args: (time.sleep(5 * WATCH_S), create(*args))[1]
         answer = dense.ask(asks(1))[0]
         assert answer.finish_reason == "error"
         error = str(answer.outputs[-1].error)
