@@ -59,13 +59,14 @@ class NcclConductor:
         self._streams: dict[str, AsyncConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._unreached: dict[str, str] = {}  # uid -> why it could not be dialled
-        self._refused: Refused | None = None  # until a generation begins
+        self._why_none: str | None = None  # the view has no communicator, until one begins
+        self._refused: Refused | None = None  # nor is there any other: likewise
         self._told: Refused | None = None  # what members heard of that
         self._view: View | None = None
         self._loop = asyncio.new_event_loop()
         self._ending = asyncio.Event()
         self._adopting = asyncio.Lock()
-        self._changed = asyncio.Event()  # the machine, or `_refused`
+        self._changed = asyncio.Event()  # the machine, or `_why_none`
         self._looking: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name=PEER_NAME, daemon=True)
 
@@ -124,7 +125,7 @@ class NcclConductor:
             try:
                 await asyncio.gather(*(self._reach(member) for member in view.members))
                 absent = [member.uid for member in view.members if not self._has(member)]
-                self._refused = None
+                self._why_none = self._refused = None
                 self._handle(machine.ViewCame(view, {uid: self._unreached[uid] for uid in absent}))
             except Exception as error:  # told to whoever waits for a step
                 log.exception("view %d is not adopted", view.epoch)
@@ -135,10 +136,10 @@ class NcclConductor:
             pass
         while True:
             self._changed.clear()
-            if self._refused is not None:
+            if self._why_none is not None:
                 if or_none:
                     return
-                raise ClusterError(self._refused.why)
+                raise ClusterError(self._why_none)
             if self._state.current is not None and self._state.next is None:
                 return
             await self._changed.wait()
@@ -219,7 +220,7 @@ class NcclConductor:
         for instruction in self._state.handle(event):
             match instruction:
                 case machine.MakeId(generation):
-                    self._refused = self._told = None
+                    self._why_none = self._refused = self._told = None
                     self._make_id(generation)
                 case machine.Send(uids, message):
                     for uid in uids:
@@ -230,7 +231,7 @@ class NcclConductor:
                 case machine.Hold(why):
                     self._refuse(why, is_hold=True)
                 case machine.GiveUp(why):
-                    self._refuse(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
+                    self._give_up(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
         self._changed.set()
 
     def _make_id(self, generation: int) -> None:
@@ -242,10 +243,18 @@ class NcclConductor:
             return
         self._handle(machine.IdMade(generation, unique_id))
 
+    def _give_up(self, why: str) -> None:
+        """Who waits for the view's communicator waits in vain; steps do where none is in use."""
+        if self._state.current is None:
+            self._refuse(why)
+            return
+        self._why_none = why
+        log.error("steps go on over NCCL without some members of the view: %s", why)
+
     def _refuse(self, why: str, *, is_hold: bool = False) -> None:
         """Whoever waits for a step waits in vain, or longer, until another generation begins."""
         epoch = self._view.epoch if self._view is not None else 0
-        self._refused = Refused(why, epoch, is_hold)
+        self._why_none, self._refused = why, Refused(why, epoch, is_hold)
         self._changed.set()
         if is_hold and (self._looking is None or self._looking.done()):
             self._looking = self._loop.create_task(self._look_again())

@@ -37,7 +37,7 @@ from remora.comm.nccl_messages import (
 from remora.comm.nccl_plan import Mode, Roster
 from remora.comm.view import View, uncovered
 
-BUILDS_MAX: Final = 3  # generations in a row that fail before a step was committed
+BUILDS_MAX: Final = 3  # generations of the same members in a row that fail before a step on one
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Nothing works any more; an operator must look."""
+    """The members come to no communicator; an operator must look. Steps go on by the one in use,
+    where there is one."""
 
     why: str
 
@@ -310,7 +311,9 @@ class ConductorState:
                 return [self._stop(ticket.into, "a newer view came while it was split off")]
             self.next.missing.clear()
             return []
-        self.wanted, self._failures = None, 0
+        self.wanted = None
+        if self.next is None:  # else these members have proved nothing of those to come
+            self._failures = 0
         self.step += 1
         return [Send(roster.uids, Commit(ticket.step))]
 

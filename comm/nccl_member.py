@@ -8,8 +8,8 @@
 
 A communicator is created on a side thread while the owner runs tickets: that call blocks until
 every member has come, and nothing can interrupt it. One that is given up meanwhile is left to that
-thread, which aborts it when it returns; too many of them and `serve` fails, so that the process is
-replaced.
+thread, which aborts it when it returns. With too many of them no more is begun, and where there is
+none in use `serve` fails, so that the process is replaced.
 """
 
 import logging
@@ -161,7 +161,7 @@ class NcclMember:
         """Handles events until `close`; then aborts every communicator.
 
         Raises:
-            ClusterError: too many communicators that never came to be.
+            ClusterError: too many communicators that never came to be, and none in use.
             Exception: what `work` raised and is no error of the cluster's.
         """
         try:
@@ -270,7 +270,9 @@ class NcclMember:
         if len(stuck) >= BUILDS_STUCK_MAX:
             why = f"{self._uid}: communicators of {stuck} never came to be"
             self.post(NotBuilt(self._uid, roster.generation, why))  # an owner that goes on says so
-            raise ClusterError(why)
+            if self.state.in_use is None:  # else steps go on by that one
+                raise ClusterError(why)
+            return
         threading.Thread(
             target=self._build,
             args=(roster, unique_id),

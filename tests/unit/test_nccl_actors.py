@@ -6,6 +6,7 @@ else is real: sockets, handshakes, threads, state machines, the engine's loop.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -107,6 +108,32 @@ def test_a_view_with_other_members_is_a_generation_beside(
         finally:
             second.stop()
         assert tokens(one, asks(0, 1)) == expected[:1]
+
+
+def test_a_member_that_cannot_join_leaves_steps_as_they_were(cluster: LocalCluster) -> None:
+    """Its GPU fails before it meets the others, which wait for it in vain at each try; they say why
+    the view has no communicator, and go on with the one that there is."""
+    with cluster.dense_over_nccl("dense-0") as (one,):
+        second = cluster.more_dense("dense-1")
+        member = second.start()
+
+        def fails(*_: Any) -> Any:
+            raise RuntimeError("CUDA error: no device")
+
+        cluster.processes["dense-1"].NcclCommunicator = fails
+        try:
+            view = over(cluster, one, DenseClient(second, member), epoch=2)
+            second.offer_view(view)  # what it is told of the communicator it can tell then
+            for _ in range(2):
+                with pytest.raises(ClusterError, match="communicator failed 3 times"):
+                    one.actor.adopt_view(view)
+                (answer,) = one.ask([Ask((5, 6, 7), SamplingParams(max_tokens=1))])
+                assert answer.finish_reason == "length", answer
+            assert all(shard.status()["alive"] for shard in cluster.shards)
+        finally:
+            assert cluster.world is not None
+            cluster.world.close()  # who waits in vain
+            second.stop()
 
 
 def test_an_error_of_nccl_repeats_the_step(

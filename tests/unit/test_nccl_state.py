@@ -314,6 +314,21 @@ def test_a_new_view_is_tried_as_often_as_the_first() -> None:
         assert conductor.GiveUp("shard-0: no memory") in out
 
 
+def test_what_cannot_be_built_is_given_up_while_steps_go_on_without_it() -> None:
+    """Steps on the generation in use say nothing of the one that is to take its place."""
+    state = conductor.ConductorState()
+    in_use(state, state.handle(conductor.ViewCame(view_of(1, thrice(3), epoch=1))))
+    old = state.current
+    out = state.handle(conductor.ViewCame(view_of(1, thrice(4), epoch=2)))
+    for _ in range(conductor.BUILDS_MAX):
+        commit_one(state)
+        (make,) = (i for i in out if isinstance(i, conductor.MakeId))
+        out = state.handle(NotBuilt("shard-3", make.generation, "no memory"))
+    assert conductor.GiveUp("shard-3: no memory") in out
+    commit_one(state)
+    assert state.current is old and state.next is None
+
+
 def test_a_superseded_build_is_abandoned() -> None:
     state = member.MemberState("shard-0", 1)
     state.handle(Build(roster_of(1), b""))
@@ -335,6 +350,16 @@ def in_use(state: conductor.ConductorState, out: list[conductor.Instruction]) ->
         state.handle(TicketOver(uid, warm.number))
     assert state.current is not None
     return list(state.current.uids)
+
+
+def commit_one(state: conductor.ConductorState) -> None:
+    """A step on the generation in use."""
+    state.handle(conductor.StepWanted("exact"))
+    assert state.running is not None and state.current is not None
+    number, step = state.running.number, state.step
+    for uid in state.current.uids:
+        state.handle(TicketOver(uid, number))
+    assert state.step == step + 1
 
 
 def test_who_is_lost_is_done_without_where_experts_have_replicas() -> None:
