@@ -19,6 +19,7 @@ from remora.comm.aio import AsyncConnection, connect_async
 from remora.comm.errors import ClusterError, DeadlineError
 from remora.comm.nccl_api import Nccl
 from remora.comm.nccl_messages import (
+    Build,
     Commit,
     NotBuilt,
     Refused,
@@ -45,14 +46,22 @@ class NcclConductor:
         nccl: makes unique ids; this process serves the bootstrap.
         token, self_host: as of `connect_async`.
         capacity_max: rows of a source in the largest step of fixed sizes.
+        build_s: for the members to make a communicator.
     """
 
     def __init__(
-        self, nccl: Callable[[], Nccl], *, token: bytes, self_host: str, capacity_max: int
+        self,
+        nccl: Callable[[], Nccl],
+        *,
+        token: bytes,
+        self_host: str,
+        capacity_max: int,
+        build_s: float,
     ) -> None:
         self._nccl = nccl
         self._token = token
         self._self_host = self_host
+        self._build_s = build_s
         self._state = machine.ConductorState()
         self._wants = WantsState(capacity_max)
         self._members: dict[str, Member] = {}
@@ -225,13 +234,16 @@ class NcclConductor:
                 case machine.Send(uids, message):
                     for uid in uids:
                         self._send(uid, message)
+                    if isinstance(message, Build):
+                        late = machine.BuildLate(message.roster.generation, self._build_s)
+                        self._loop.call_later(self._build_s, self._handle, late)
                     if isinstance(message, Commit):
                         self._wants.committed()
                         self._begin()
                 case machine.Hold(why):
                     self._refuse(why, is_hold=True)
                 case machine.GiveUp(why):
-                    self._give_up(f"the communicator failed {machine.BUILDS_MAX} times: {why}")
+                    self._give_up(why)
         self._changed.set()
 
     def _make_id(self, generation: int) -> None:

@@ -12,7 +12,8 @@ from remora.actors.nccl_stream import ConductorStream
 from remora.actors.view_inbox import ViewInbox
 from remora.comm.view import View
 
-BUILD_S = 4  # times a step's deadline, for the communicator of a view
+BUILD_S = 2  # times a step's deadline, for all to make a communicator: they may be in a step
+USE_S = 4  # the same, until the communicator of a view is in use
 
 
 class NcclNode:
@@ -31,7 +32,7 @@ class NcclNode:
         self, launch: DenseLaunch, hardware: Hardware, model: DenseModel, wake: Callable[[], None]
     ) -> None:
         assert launch.nccl is not None, f"{launch.uid} exchanges over sockets"
-        self._build_s = BUILD_S * launch.nccl.step_timeout_s
+        self._use_s = USE_S * launch.nccl.step_timeout_s
         self.stream = ConductorStream(
             launch.uid,
             lambda message: self.source.take(message),
@@ -78,7 +79,7 @@ class NcclNode:
             ClusterError: they do not come together.
         """
         if self._conductor is not None:
-            self._conductor.wait_for(view, self._build_s, or_none=or_none)
+            self._conductor.wait_for(view, self._use_s, or_none=or_none)
 
     def beat(self) -> tuple[int, int]:
         """Signs of the engine's thread that it gets on in tickets, and 1 while there is something
@@ -107,6 +108,7 @@ def _conductor_of(launch: Launch, hardware: Hardware) -> NcclConductor | None:
         token=launch.token,
         self_host=host_label(),
         capacity_max=launch.nccl.capacity_max,
+        build_s=BUILD_S * launch.nccl.step_timeout_s,
     )
     conductor.start()
     return conductor

@@ -4,7 +4,7 @@ One for a deployment, beside dense rank 0. It gives every member of a generation
 and waits for all of them before the next, so a swap or a failure falls between two steps for all:
 
 * a view with other members: g+1 is built while tickets of g go on; when all have built it, its
-  first ticket ("warm") is the swap;
+  first ticket ("warm") is the swap; when they do not in time, it is given up;
 * a member lost, or a ticket broken: the generation is stopped for all, the step is not committed,
   and runs again, under the same number, on the next generation: that of the members that live.
   Where they do not hold every expert there is none, and steps are held (`Hold`) until a view, or
@@ -58,6 +58,14 @@ class IdMade:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildLate:
+    """A generation's members have had `within_s` since they were told to build it."""
+
+    generation: int
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class MemberLost:
     """A member's process is gone, or is to be treated so."""
 
@@ -75,7 +83,10 @@ class StepWanted:
     sources: tuple[str, ...] = ()  # dense ranks that have rows
 
 
-Event = ViewCame | IdMade | MemberLost | StepWanted | Built | NotBuilt | TicketOver | TicketBroken
+Event = (
+    ViewCame | IdMade | BuildLate | MemberLost | StepWanted
+    | Built | NotBuilt | TicketOver | TicketBroken
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +164,8 @@ class ConductorState:
                 out = []
             case NotBuilt(uid, generation, why):
                 out = self._not_built(generation, f"{uid}: {why}")
+            case BuildLate(generation, within_s):
+                out = self._late(generation, within_s)
             case MemberLost():
                 out = self._member_lost(event)
             case StepWanted():
@@ -222,12 +235,21 @@ class ConductorState:
             return []
         return self._again(self.next.roster, why)
 
+    def _late(self, generation: int, within_s: float) -> list[Instruction]:
+        """Not tried again: each try would leave a thread in every member that waits for good."""
+        coming = self.next
+        if coming is None or coming.roster.generation != generation or not coming.missing:
+            return []
+        silent = ", ".join(sorted(coming.missing))
+        why = f"no communicator within {within_s:g} s: no word of {silent}"
+        return [*self._forget_next(why), GiveUp(why)]
+
     def _again(self, roster: Roster, why: str) -> list[Instruction]:
         """The same members under a new number, unless that has failed too often."""
         out = self._forget_next(why)
         self._failures += 1
         if self._failures >= BUILDS_MAX:
-            return [*out, GiveUp(why)]
+            return [*out, GiveUp(f"the communicator failed {BUILDS_MAX} times: {why}")]
         self._newest += 1
         return out + self._begin(_renumbered(roster, self._newest))
 

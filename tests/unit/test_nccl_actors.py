@@ -4,6 +4,7 @@ NCCL is the fake one with its rules of order, GPUs are pretended (Triton interpr
 else is real: sockets, handshakes, threads, state machines, the engine's loop.
 """
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,26 +112,38 @@ def test_a_view_with_other_members_is_a_generation_beside(
 
 
 def test_a_member_that_cannot_join_leaves_steps_as_they_were(cluster: LocalCluster) -> None:
-    """Its GPU fails before it meets the others, which wait for it in vain at each try; they say why
-    the view has no communicator, and go on with the one that there is."""
+    """Its GPU hangs or fails before it meets the others, which wait for it in vain at each try;
+    they say why the view has no communicator, and go on with the one that there is."""
     with cluster.dense_over_nccl("dense-0") as (one,):
         second = cluster.more_dense("dense-1")
         member = second.start()
+        ends = threading.Event()
+
+        def hangs(*_: Any) -> Any:
+            ends.wait()
+            raise RuntimeError("the test has ended")
 
         def fails(*_: Any) -> Any:
             raise RuntimeError("CUDA error: no device")
 
-        cluster.processes["dense-1"].NcclCommunicator = fails
+        assert one.actor._node is not None
+        conductor: Any = one.actor._node._conductor
         try:
             view = over(cluster, one, DenseClient(second, member), epoch=2)
             second.offer_view(view)  # what it is told of the communicator it can tell then
-            for _ in range(2):
-                with pytest.raises(ClusterError, match="communicator failed 3 times"):
+            for create, build_s, why in (
+                (hangs, 0.2, r"within 0\.2 s: no word of .*dense-1"),
+                (fails, 600.0, "the communicator failed 3 times"),
+            ):
+                conductor._build_s = build_s
+                cluster.processes["dense-1"].NcclCommunicator = create
+                with pytest.raises(ClusterError, match=why):
                     one.actor.adopt_view(view)
                 (answer,) = one.ask([Ask((5, 6, 7), SamplingParams(max_tokens=1))])
                 assert answer.finish_reason == "length", answer
             assert all(shard.status()["alive"] for shard in cluster.shards)
         finally:
+            ends.set()
             assert cluster.world is not None
             cluster.world.close()  # who waits in vain
             second.stop()

@@ -311,7 +311,7 @@ def test_a_new_view_is_tried_as_often_as_the_first() -> None:
             assert not any(isinstance(i, conductor.GiveUp) for i in out), view.epoch
         (make,) = (i for i in out if isinstance(i, conductor.MakeId))
         out = state.handle(NotBuilt("shard-0", make.generation, "no memory"))
-        assert conductor.GiveUp("shard-0: no memory") in out
+        assert conductor.GiveUp("the communicator failed 3 times: shard-0: no memory") in out
 
 
 def test_what_cannot_be_built_is_given_up_while_steps_go_on_without_it() -> None:
@@ -324,9 +324,26 @@ def test_what_cannot_be_built_is_given_up_while_steps_go_on_without_it() -> None
         commit_one(state)
         (make,) = (i for i in out if isinstance(i, conductor.MakeId))
         out = state.handle(NotBuilt("shard-3", make.generation, "no memory"))
-    assert conductor.GiveUp("shard-3: no memory") in out
+    assert conductor.GiveUp("the communicator failed 3 times: shard-3: no memory") in out
     commit_one(state)
     assert state.current is old and state.next is None
+
+
+def test_a_build_that_takes_too_long_is_given_up_and_names_who_is_silent() -> None:
+    state, view = conductor.ConductorState(), view_of(1, thrice(3))
+    (make,) = state.handle(conductor.ViewCame(view))
+    assert isinstance(make, conductor.MakeId)
+    late = conductor.BuildLate(make.generation, 60.0)
+    state.handle(conductor.IdMade(make.generation, bytes(128)))
+    for uid in ("dense-0", "shard-1"):
+        state.handle(Built(uid, make.generation))
+    stop, gave_up = state.handle(late)
+    assert isinstance(stop, conductor.Send) and isinstance(stop.message, Stop)
+    assert gave_up == conductor.GiveUp("no communicator within 60 s: no word of shard-0, shard-2")
+    in_use(state, state.handle(conductor.ViewCame(view)))  # somebody has looked
+    assert state.handle(late) == []
+    assert state.current is not None
+    assert state.handle(conductor.BuildLate(state.current.generation, 60.0)) == []
 
 
 def test_a_superseded_build_is_abandoned() -> None:
