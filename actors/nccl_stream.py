@@ -37,6 +37,9 @@ class ConductorStream:
         """Whether the frame was the conductor's. Raises FrameError for one that it never sends."""
         if connection.peer_name != PEER_NAME:
             return False
+        before = self._connection
+        if before is not None and connection.id < before.id:
+            return True  # it has been replaced since
         if frame.header.kind != Kind.CONTROL:
             raise FrameError(f"frame kind {frame.header.kind} from the conductor")
         try:
@@ -44,6 +47,8 @@ class ConductorStream:
         except msgspec.DecodeError as error:
             raise FrameError(f"the conductor's message: {error}") from error
         self._connection = connection
+        if before is not None and connection is not before:  # whose host may have vanished
+            self._lose(f"another {CONDUCTOR_UID} conducts")
         self._take(message)
         return True
 
