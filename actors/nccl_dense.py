@@ -150,6 +150,9 @@ class NcclSource:
         except ClusterError as error:
             log.error("%s: %s", self._uid, error)
             self._refuse(Refused(str(error), self._epoch))
+        except Exception as error:  # ours, in a ticket of others: they know that it broke
+            log.exception("%s failed in a ticket without a step of its own", self._uid)
+            self._refuse(Refused(f"{type(error).__name__}: {error}", self._epoch))
 
     def see(self, view: View) -> None:
         """`view` is committed; its communicator may be under way.

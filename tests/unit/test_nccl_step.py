@@ -20,11 +20,24 @@ from support.nccl_rig import view_of
 from torch import Tensor
 
 from remora.actors.launch import NcclLaunch
+from remora.actors.nccl_conductor import PEER_NAME
 from remora.actors.nccl_dense import NcclSource
+from remora.actors.nccl_stream import ConductorStream
 from remora.actors.view_inbox import ViewInbox
+from remora.comm.errors import ClusterError
 from remora.comm.nccl_member import NcclMember
-from remora.comm.nccl_messages import Build, Built, Commit, Ticket, TicketOver, Wants
+from remora.comm.nccl_messages import (
+    Build,
+    Built,
+    Commit,
+    Ticket,
+    TicketBroken,
+    TicketOver,
+    Wants,
+    encode,
+)
 from remora.comm.nccl_plan import Roster
+from remora.comm.wire import Kind
 
 WAIT_S = 30.0
 
@@ -112,3 +125,47 @@ def test_what_a_ticket_made_that_was_not_committed_never_leaves(conducted: Condu
     c.run(ticket(number=4, step=2, sources=("dense-0",)))
     c.tell(Commit(2))
     assert stepping.result(WAIT_S).item() == 1
+
+
+def test_what_fails_in_a_ticket_of_others_is_told_by_the_next_step(
+    conducted: Conducted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for what an idle rank does."""
+    c = conducted
+    c.tell(Build(c.roster, FakeNccl(c.world, "root").get_unique_id()))
+    for _ in range(2):  # it is told to build; it has built
+        c.source.member.serve_one(WAIT_S)
+    c.heard(Built)
+    c.tell(Ticket(number=1, generation=c.roster.generation, mode="warm"))
+    c.source.attend()
+    c.heard(TicketOver)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(c.source, "_take_part", fails)
+    c.tell(Ticket(number=2, generation=c.roster.generation, mode="exact", sources=("dense-7",)))
+    c.source.attend()
+    said = {type(c.said.get(timeout=WAIT_S)) for _ in range(2)}
+    assert said == {TicketBroken, TicketOver}
+    with pytest.raises(ClusterError, match="CUDA error: out of memory"):
+        c.source.step(1, lambda experts: torch.zeros(1))
+
+
+def test_a_new_conductor_ends_what_the_one_before_began() -> None:
+    """The host of that one lost its power: its stream has not ended here. A step that has asked it
+    for a ticket asks anew."""
+    heard: list[Any] = []
+    stream = ConductorStream("dense-1", heard.append, heard.append)
+    old, new = (SimpleNamespace(id=number, peer_name=PEER_NAME) for number in (3, 5))
+
+    def comes(connection: Any, step: int) -> None:
+        header, body = SimpleNamespace(kind=Kind.CONTROL), encode(Commit(step))
+        frame: Any = SimpleNamespace(header=header, body=body)
+        assert stream.takes(connection, frame)
+
+    comes(old, 1)
+    comes(new, 2)
+    comes(old, 3)  # sent before it was gone
+    stream.on_lost(old)  # type: ignore[arg-type]
+    assert heard == [Commit(1), "another dense-0 conducts", Commit(2)]
