@@ -43,9 +43,6 @@ class Communicator(Protocol):
     def abort(self) -> None:
         """Ends what is enqueued and frees the communicator, without its peers."""
 
-    def destroy(self) -> None:
-        """Frees the communicator; everything enqueued must be over."""
-
     def rank_id(self) -> int:
         """This rank."""
 

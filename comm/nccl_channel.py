@@ -33,7 +33,7 @@ class Channel:
 
     Args:
         nccl: `load_nccl()` (or the tests' fake).
-        comm: communicator of this rank; the channel aborts or destroys it.
+        comm: communicator of this rank; the channel aborts it.
         device: where buffers lie and which stream is in use.
         name: of the communicator, for errors.
         uid: of this rank, for errors.
@@ -132,10 +132,3 @@ class Channel:
         comm, self._comm = self._comm, None
         if comm is not None:
             comm.abort()
-
-    def destroy(self) -> None:
-        """Frees the communicator; its last operation is over. No effect on one that is gone."""
-        self._why_lost = self._why_lost or "retired"
-        comm, self._comm = self._comm, None
-        if comm is not None:
-            comm.destroy()

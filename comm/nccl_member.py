@@ -221,10 +221,6 @@ class NcclMember:
                     link = self._take(generation)
                     if link is not None:
                         link.abort(why)
-                case machine.Destroy(generation):
-                    link = self._take(generation)
-                    assert link is not None, f"generation {generation} has no communicator"
-                    link.destroy()
 
     def _tell(self, message: ToConductor) -> None:
         try:

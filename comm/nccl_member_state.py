@@ -1,11 +1,14 @@
 """One member's view of its communicator generations: events in, instructions out, pure.
 
     g in use -- Build(g+1) --> g in use, g+1 building --> g in use, g+1 ready
-      -- first ticket of g+1 --> g+1 in use, g kept -- second ticket of g+1 --> g destroyed
+      -- first ticket of g+1 --> g+1 in use, g kept -- second ticket of g+1 --> g aborted
 
 Up to three generations are known: the one in use, the one before it, and the next. The one before
 is kept until a second ticket of the new one comes: only that says that the first was over for all.
 Each belongs to one roster for good; a number is never used again.
+
+Communicators end by abort, also those whose operations are over: NCCL's destroy waits for the other
+ranks of the host, and one of them may be gone or have left.
 """
 
 from dataclasses import dataclass
@@ -59,13 +62,6 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
-class Destroy:
-    """Free a communicator whose last operation is over."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
 class Emit:
     """Let what the step made leave."""
 
@@ -79,7 +75,7 @@ class Reply:
     message: ToConductor
 
 
-Instruction = StartBuild | Abandon | Run | Abort | Destroy | Emit | Reply
+Instruction = StartBuild | Abandon | Run | Abort | Emit | Reply
 
 
 class MemberState:
@@ -156,18 +152,12 @@ class MemberState:
         if self.phase.get(generation) != "ready":
             why = f"generation {generation} is not there: {self.phase}"
             return [Reply(TicketBroken(self.uid, ticket.number, why))]
-        out: list[Instruction] = []
         if generation == self.before:  # the newer one failed elsewhere before it came to use here
             out = self._drop(self.in_use or 0, f"back to generation {generation}")
-        elif generation == self.in_use:
-            if self.before is not None:
-                out.append(Destroy(self.before))
-                del self.phase[self.before]
-                self.before = None
         else:
-            if self.before is not None:
-                out = self._drop(self.before, "never proved")
-            self.before, self.in_use = self.in_use, generation
+            out = self._drop(self.before or 0, f"generation {self.in_use} took its place")
+            if generation != self.in_use:
+                self.before, self.in_use = self.in_use, generation
         self.running = ticket
         return [*out, Run(ticket)]
 

@@ -9,7 +9,7 @@ with CUDA_LAUNCH_BLOCKING=1, until a peer is dead, aborted or stuck itself: then
 as it does on a GPU, and the *stream* is stuck until the communicator is aborted. What the library
 answers with an error raises `NcclError` here; what it answers with a hang or with garbage raises
 `ContractError`: mismatched counts or types, a cycle of waiting ranks, a second stream, an abort
-under a running call, a split or a destroy with operations outstanding.
+under a running call, a split with operations outstanding.
 """
 
 import contextlib
@@ -130,14 +130,14 @@ class NcclCommunicator:
         self._rank = rank
         self._stream: int | None = None
         self._in_call = False
-        self._over = False  # aborted or destroyed: peers wait in vain
+        self._over = False  # aborted: peers wait in vain
         self._async_status = 0
         self.stuck = False
         nccl.communicators.append(self)
 
     @property
     def is_gone(self) -> bool:
-        """Aborted, destroyed, or its process is dead."""
+        """Aborted, or its process is dead."""
         return self._over or self._nccl.name in self._nccl.world.dead
 
     @staticmethod
@@ -303,18 +303,9 @@ class NcclCommunicator:
         if self._clique is not None:
             if self._in_call:
                 raise ContractError("abort under a running call: NCCL's manual forbids it")
-            self._end()
-
-    def destroy(self) -> None:
-        if self._clique is not None:
-            if self.stuck or self._in_call:
-                raise ContractError("destroy with operations outstanding")
-            self._end()
-
-    def _end(self) -> None:
-        with self._nccl.world.changed:
-            self._clique, self._over, self.stuck = None, True, False
-            self._nccl.world.changed.notify_all()
+            with self._nccl.world.changed:
+                self._clique, self._over, self.stuck = None, True, False
+                self._nccl.world.changed.notify_all()
 
     def rank_id(self) -> int:
         self._alive()

@@ -166,7 +166,8 @@ def run_members(
             link = Link(nccl, comm, CpuDevice(nccl), roster, uid)
             make = source_of if roster.is_source(rank) else shard_of
             result = body(link, make(link, view, shape, dtype))
-            link.destroy()
+            assert link.device.mark().ready(), "operations are outstanding"
+            link.abort("over")
             return result
 
         return run

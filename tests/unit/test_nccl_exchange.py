@@ -260,7 +260,7 @@ def test_members_at_different_layers_are_found_out() -> None:
 
         return run
 
-    with pytest.raises(ContractError, match="outstanding"):  # the source cannot retire in peace
+    with pytest.raises(AssertionError, match="outstanding"):  # the source waits in vain
         run_members(view, body(exact=True))
     run_members(view, body(exact=False))
 

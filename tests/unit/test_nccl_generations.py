@@ -52,7 +52,7 @@ def test_the_next_generation_is_built_beside_and_swapped_at_a_boundary(
     assert sorted(cluster.used.values()) == list(cluster.used.values())
     for uid in ("dense-0", "shard-0"):
         first, second = cluster.processes[uid].communicators
-        assert first.is_gone and second.is_gone  # destroyed after the swap; aborted at the end
+        assert first.is_gone and second.is_gone  # after the swap; at the end
 
 
 def test_shrinking_splits_and_growing_builds() -> None:

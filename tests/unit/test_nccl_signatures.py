@@ -25,7 +25,7 @@ from remora.comm.errors import ConfigError
 SUPPORT = Path(__file__).parents[1] / "support"
 WHEEL: dict[str, Any] = json.loads((SUPPORT / "cupy_nccl.json").read_text())
 
-METHODS = ("send", "recv", "commSplit", "check_async_error", "abort", "destroy", "rank_id", "size")
+METHODS = ("send", "recv", "commSplit", "check_async_error", "abort", "rank_id", "size")
 FUNCTIONS = ("get_unique_id", "get_version", "groupStart", "groupEnd", "NcclCommunicator")
 
 

@@ -1,5 +1,6 @@
 """The conductor's and the members' machines, simulated: any order of messages, deaths, failures."""
 
+import copy
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -185,9 +186,6 @@ class Simulation:
                     self.reached.setdefault(ticket.number, set()).add(uid)
                 case member.Abort(generation):
                     process.alive.discard(generation)
-                case member.Destroy(generation):
-                    assert generation in process.alive, f"{uid} destroys {generation}"
-                    process.alive.discard(generation)
                 case member.Emit(step):
                     process.emitted.append(step)
                 case member.Reply(message):
@@ -295,6 +293,9 @@ def test_the_generation_before_is_kept_until_the_new_one_has_proved_itself() -> 
         state.handle(Ticket(number=generation, generation=generation, mode="warm"))
         state.handle(TicketOver("shard-0", generation))
     assert state.before == 1
+    proved, once_more = copy.deepcopy(state), Ticket(number=3, generation=2, mode="exact")
+    gone, _ = proved.handle(once_more)
+    assert isinstance(gone, member.Abort) and gone.generation == 1 and proved.before is None
     back = state.handle(Ticket(number=3, generation=1, mode="exact"))  # it failed for another
     assert isinstance(back[0], member.Abort) and back[0].generation == 2
     assert isinstance(back[1], member.Run) and state.in_use == 1
