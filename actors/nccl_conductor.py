@@ -192,9 +192,9 @@ class NcclConductor:
         except (ClusterError, msgspec.DecodeError) as error:
             log.warning("%s is lost: %s", uid, error)
             self._end(uid, f"{uid} is gone: {error}")
-        except Exception as error:  # a fault of ours: told, like any other
+        except Exception as error:  # a fault of ours: it is dialled again, like who is lost
             log.exception("the conductor failed on a message of %s", uid)
-            self._refuse(f"the conductor: {type(error).__name__}: {error}")
+            self._end(uid, f"the conductor failed on a message of {uid}: {error!r}")
         finally:
             await stream.close()
 
@@ -247,11 +247,11 @@ class NcclConductor:
         self._changed.set()
 
     def _make_id(self, generation: int) -> None:
-        nccl = self._nccl()
         try:
-            unique_id = nccl.get_unique_id()
-        except nccl.NcclError as error:
-            self._handle(NotBuilt(CONDUCTOR_UID, generation, f"NCCL makes no id: {error}"))
+            unique_id = self._nccl().get_unique_id()
+        except Exception as error:  # cupy has others than NcclError
+            why = f"NCCL makes no id: {type(error).__name__}: {error}"
+            self._handle(NotBuilt(CONDUCTOR_UID, generation, why))
             return
         self._handle(machine.IdMade(generation, unique_id))
 

@@ -1,12 +1,14 @@
 """A dense rank's step over NCCL: which ticket's result leaves, and what ends a wait.
 
-The test conducts; one shard that computes nothing takes part. NCCL is the fake one.
+The test conducts; one shard that computes nothing takes part. NCCL is the fake one. What a
+conductor makes of faults in its own process is here, too.
 """
 
+import asyncio
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +22,12 @@ from support.nccl_rig import view_of
 from torch import Tensor
 
 from remora.actors.launch import NcclLaunch
-from remora.actors.nccl_conductor import PEER_NAME
+from remora.actors.nccl_conductor import PEER_NAME, NcclConductor
 from remora.actors.nccl_dense import NcclSource
 from remora.actors.nccl_stream import ConductorStream
 from remora.actors.view_inbox import ViewInbox
 from remora.comm.errors import ClusterError
+from remora.comm.nccl_conductor_state import ViewCame
 from remora.comm.nccl_member import NcclMember
 from remora.comm.nccl_messages import (
     Build,
@@ -150,6 +153,51 @@ def test_what_fails_in_a_ticket_of_others_is_told_by_the_next_step(
     assert said == {TicketBroken, TicketOver}
     with pytest.raises(ClusterError, match="CUDA error: out of memory"):
         c.source.step(1, lambda experts: torch.zeros(1))
+
+
+@pytest.fixture
+def conductor() -> Iterator[Any]:
+    """One whose thread has not begun."""
+
+    def fails() -> bytes:
+        raise KeyError(7)
+
+    nccl: Any = SimpleNamespace(get_unique_id=fails)
+    made = NcclConductor(lambda: nccl, token=bytes(32), self_host="0", capacity_max=8, build_s=60.0)
+    yield made
+    made._loop.close()
+
+
+def test_an_id_that_is_not_made_is_a_failed_build(conductor: Any) -> None:
+    """Whatever cupy raises: KeyError(7) is its "in progress"."""
+    conductor._handle(ViewCame(view_of(1, thrice(1))))
+    assert conductor._refused.why == (
+        "the communicator failed 3 times: dense-0: NCCL makes no id: KeyError: 7"
+    )
+
+
+def test_a_member_whose_message_the_conductor_fails_on_is_dialled_again(conductor: Any) -> None:
+    class Stream:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield encode(Built("shard-0", 1))
+
+        async def close(self) -> None:
+            said.append("closed")
+
+    async def listens() -> None:
+        conductor._tasks["shard-0"] = asyncio.current_task()
+        await conductor._listen("shard-0", conductor._streams["shard-0"])
+
+    def fails(payload: bytes) -> None:
+        raise RuntimeError("not expected")
+
+    said: list[str] = []
+    shard = view_of(1, thrice(1)).members[-1]
+    conductor._members["shard-0"], conductor._streams["shard-0"] = shard, Stream()
+    conductor._receive = fails
+    asyncio.run(listens())
+    assert said == ["closed"] and not conductor._has(shard)
+    assert "not expected" in conductor._unreached["shard-0"]
 
 
 def test_a_new_conductor_ends_what_the_one_before_began() -> None:
