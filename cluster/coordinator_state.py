@@ -181,17 +181,8 @@ class CoordinatorState(MemberRestores):
             return
         if self.operation is not None and not self._yields_to(target):
             raise self._one_at_a_time()
-        planned = plan_target(target, self.situation())
-        operation = Operation(
-            operation_id=operation_id,
-            target=target,
-            slots=planned.slots,
-            joiners=planned.joiners,
-            retirees=planned.retirees,
-            begun_s=self._now_s,
-        )
-        if operation.joiners and not isinstance(target, Restore):
-            self._check_served()
+        operation = Operation(operation_id=operation_id, target=target, begun_s=self._now_s)
+        self._plan(operation)
         if self.operation is None:
             self._start(operation)
             return
@@ -201,6 +192,14 @@ class CoordinatorState(MemberRestores):
         self._remember(operation)
         self.operation.gave_way = gives_way(self.operation.target)
         self._abort(f"it gives way to {operation_id!r}", ())
+
+    def _plan(self, operation: Operation) -> None:
+        """As things are now. Raises ConfigError, OperationRunsError: it cannot be, or not now."""
+        planned = plan_target(operation.target, self.situation())
+        if planned.joiners and not isinstance(operation.target, Restore):
+            self._check_served()
+        operation.slots, operation.joiners = planned.slots, planned.joiners
+        operation.retirees = planned.retirees
 
     def _one_at_a_time(self) -> OperationRunsError:
         running = self._running()
@@ -243,10 +242,11 @@ class CoordinatorState(MemberRestores):
             return
         (operation, self.memory), self._queued = self._queued, None
         try:
+            self._plan(operation)  # somebody may have died since it was asked for
             self._start(operation)
-        except ConfigError as stuck:
+        except (ConfigError, OperationRunsError) as cannot:
             self.operation = operation
-            self._end("failed", str(stuck))
+            self._end("failed", str(cannot))
 
     def _answered(self, call: int, answer: Answer) -> None:
         task = self._waiting.pop(call, None) or self._aside.pop(call, None)

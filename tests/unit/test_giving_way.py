@@ -97,6 +97,26 @@ def test_a_dead_member_is_restored_before_what_waits_for_room() -> None:
     it.check_at_rest()
 
 
+@pytest.mark.parametrize("dead", [("shard-0",), ("dense-0", "dense-1")])
+def test_who_dies_while_something_gives_way_is_not_kept_waiting_by_what_begins_then(
+    dead: tuple[str, ...],
+) -> None:
+    """It had been planned before they died: it waited for room, and they for it."""
+    it = waiting_for_room()
+    it.placeless.add("shard-3")
+    it.ask("mine", ScaleTo(3))
+    undo, it.queue = it.queue, []
+    for uid in dead:
+        it.kill(uid)
+    it.queue += undo
+    it.settle(it.limits.retry_s)
+    mine = it.state.history["mine"]
+    assert mine.outcome == "failed" and f"requests wait for {', '.join(dead)}" in mine.reason
+    restored = "restore-" + "-".join(f"{uid}.2" for uid in dead)
+    assert it.state.history[restored].outcome == "done"
+    it.check_at_rest()
+
+
 def test_a_replacement_that_a_coordinator_left_behind_may_be_asked_for_again() -> None:
     it = waiting_for_room()
     it.restart()
