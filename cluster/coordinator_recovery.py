@@ -22,10 +22,26 @@ def recovered(
         committed.
 
     Raises:
-        ClusterError: the log does not begin with a base record.
+        ClusterError: the log does not begin with a base record, or records are not as this version
+            writes them.
     """
-    if not records or records[0]["t"] != "base":
+    if not records or records[0].get("t") != "base":
         raise ClusterError("the coordinator's log does not begin with a base record")
+    try:
+        return _recovered(records, limits, has_router=has_router)
+    except KeyError as missing:
+        reason = f"it has no {missing}"
+    except msgspec.ValidationError as wrong:
+        reason = str(wrong)
+    raise ClusterError(
+        f"another version of Remora wrote it ({reason}): stop the deployment with that version, or"
+        " delete the log once nothing of the deployment runs any more"
+    )
+
+
+def _recovered(
+    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
+) -> tuple[CoordinatorState, Operation | None]:
     base = dict(records[0])
     history = {each["operation_id"]: each for each in base["history"]}
     running: Operation | None = None

@@ -30,7 +30,7 @@ from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.places import why_placeless
 from remora.cluster.standbys import Standbys, end_strays
 from remora.cluster.wal import Wal, WalError
-from remora.comm.errors import ConfigError
+from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -127,10 +127,13 @@ class Elastic:
         """Take over from a coordinator that died, by its log; None: nothing of it lives.
 
         Raises:
-            ClusterError: the log is none of ours.
+            ClusterError: the log is none of ours, or another version's.
         """
         limits = limits_of(self._config, spec)
-        state, operation = recovered(records, limits, has_router=router is not None)
+        try:
+            state, operation = recovered(records, limits, has_router=router is not None)
+        except ClusterError as foreign:
+            raise ClusterError(f"{self._wal.path}: {foreign}") from foreign
         lives = {m.uid: m.incarnation for m in state.view.members}
         leaving = operation.retirees if operation is not None else ()
         uids = {*lives, *(uid for uid in leaving if is_dense(uid))}

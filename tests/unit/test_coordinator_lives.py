@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.coordinator_rig import World
 from support.operations import world_operations
 from support.router_rig import view_of
 
@@ -14,6 +15,8 @@ from remora.cluster import coordinator as module
 from remora.cluster import elastic
 from remora.cluster.config import RemoraConfig, load_config
 from remora.cluster.coordinator import Coordinator
+from remora.cluster.coordinator_calls import Limits
+from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.elastic import ENDING, Elastic
 from remora.cluster.wal import FILE, Wal, decode_records
 from remora.comm.errors import ClusterError, WeightsError
@@ -21,6 +24,7 @@ from remora.comm.view import View
 
 NAME = "lives"
 SOON_S = 20.0
+RESUME = Elastic.resume
 
 
 class Lives:
@@ -112,6 +116,22 @@ def test_a_model_that_can_be_read_later_is_adopted_later(lives: Lives) -> None:
         coordinator.view()
     lives.is_readable = True
     until(lambda: coordinator.phase() == "serving")
+
+
+def test_a_log_of_another_version_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a KeyError, with which Ray gives a coordinator up for good."""
+    monkeypatch.setattr(Elastic, "resume", RESUME)
+    monkeypatch.setattr(elastic, "limits_of", lambda *_: Limits())
+    base = World({"shard-0": ((0,), (0,))}, num_experts=1, room=1).log[0]
+    del base["term"]
+    lives.write(base)
+    lives.is_again = False  # a start, with the log on a volume
+    log = str(lives.folder / FILE)
+    with pytest.raises(ClusterError, match=rf"^{log}: another version .* no 'term'\): .* delete"):
+        lives.made().deploy()
+    assert len(decode_records(Path(log).read_bytes(), Path(log))[0]) == 1, "somebody may want it"
+    with pytest.raises(ClusterError, match="base record"):
+        recovered([{"of": "something else"}], Limits(), has_router=False)
 
 
 def test_a_log_that_another_life_still_holds_is_waited_for(lives: Lives) -> None:
