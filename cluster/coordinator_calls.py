@@ -146,6 +146,15 @@ class CoordinatorCalls(ABC):
             times.append(self._stuck_from_s())
         return min(times, default=None)
 
+    def missing(self) -> set[str]:
+        """Members that died and are to come back, those included that others took over from."""
+        return self.lost | self.lost_dense | (self.former.keys() - self.view.placement.slots.keys())
+
+    def given_up(self) -> set[str]:
+        """Those of them that are not tried any more, unless somebody scales."""
+        missing = self.missing()
+        return missing - set(self._restores.hopeful(missing))
+
     # -- steps and calls ----------------------------------------------------------------------
 
     def _begin(self, step: Step, limit_s: float, tasks: Iterable[Task]) -> None:
@@ -219,14 +228,10 @@ class CoordinatorCalls(ABC):
         uids = {task.uid for task in self._waiting.values()} | {t.uid for _, t in self._again}
         return sorted(uids)
 
-    def _died(self) -> set[str]:
-        """Members that are to come back, those included that others took over from."""
-        return self.lost | self.lost_dense | (self.former.keys() - self.view.placement.slots.keys())
-
     def _lacking(self) -> set[str]:
         """Those of them that do not join already."""
         joiners = self.operation.joiners.keys() if self.operation is not None else set()
-        return self._died() - joiners
+        return self.missing() - joiners
 
     def _living_dense(self) -> list[str]:
         dense = [m.uid for m in self.view.members if m.role == "dense"]

@@ -122,7 +122,7 @@ class MemberRestores(OperationSteps):
     def _check_served(self) -> None:
         """Raises OperationRunsError: nobody can be served before members are back that died, so
         that no operation is to wait for room in their stead."""
-        dead = self._restores.hopeful(self._died())
+        dead = self._restores.hopeful(self.missing())
         if dead and (not self._living_dense() or self._has_gaps(self.view, self.lost)):
             raise OperationRunsError(
                 f"requests wait for {', '.join(dead)}: nobody else joins before they are back, or"

@@ -128,9 +128,13 @@ def status_text(status: dict[str, Any]) -> str:
             failed = f"; the last failed: {found['error']}" if found["error"] else ""
             over = "; no more are tried before an operation ends" if found["given_up"] else ""
             lines.append(f"  standbys of {kind}: {counts}{failed}{over}")
-    for what in ("fenced", "lost"):
+    for what, meaning in (
+        ("fenced", "fenced"),
+        ("lost", "lost"),
+        ("given_up", "not restored any more, scale or drain"),
+    ):
         if operations.get(what):
-            lines.append(f"  {what}: {', '.join(operations[what])}")
+            lines.append(f"  {meaning}: {', '.join(operations[what])}")
     return "\n".join(lines)
 
 

@@ -180,7 +180,8 @@ class OperationRunner:
                 "running": state.operation.public() if state.operation else None,
                 "last": [operation.public() for operation in last],
                 "fenced": sorted(state.fenced),
-                "lost": sorted(state.lost | state.lost_dense),
+                "lost": sorted(state.missing()),
+                "given_up": sorted(state.given_up()),
                 "shards": sorted(state.view.placement.slots),
                 "replicas": dict(self.replicas_alive()),
             }

@@ -11,6 +11,7 @@ from support.operations import world_operations
 from remora.cluster import members
 from remora.cluster.manage_command import status_text
 from remora.cluster.operation import PlaceAs, ScaleTo
+from remora.cluster.restore_tries import RESTORES_MAX
 
 SHARD: dict[str, Any] = {
     "alive": True,
@@ -131,6 +132,22 @@ def test_it_tells_how_many_experts_the_next_death_would_take(tmp_path: Path) -> 
     status = {"name": "d", "phase": "serving", "model": "m", "numerics": "fast", "epoch": 2}
     lines = status_text(status | {"members": {}, "operations": told}).splitlines()
     assert "  experts of all layers: 3 lost, 5 with one replica, 0 with more" in lines
+
+
+def test_who_is_away_is_missed_and_who_is_given_up_is_told(tmp_path: Path) -> None:
+    """A shard that others had taken over from was neither a member nor lost: nothing said that it
+    was to come back, or that it was not tried any more."""
+    with world_operations(tmp_path) as operations:
+        state = operations.runner._state
+        state.former = dict(state.view.placement.slots) | {"shard-2": ((0,), (0,))}
+        told = operations.runner.status()
+        assert (told["lost"], told["given_up"]) == (["shard-2"], [])
+        for _ in range(RESTORES_MAX):
+            state._restores.failed("shard-2", 0.0)
+        told = operations.runner.status()
+    status = {"name": "d", "phase": "serving", "model": "m", "numerics": "fast", "epoch": 2}
+    lines = status_text(status | {"members": {}, "operations": told}).splitlines()
+    assert lines[-2:] == ["  lost: shard-2", "  not restored any more, scale or drain: shard-2"]
 
 
 ROUTER: dict[str, Any] = {
