@@ -291,9 +291,12 @@ class Elastic:
         if state.operation is None:
             self._fill()
 
-    def _leave(self, nodes: AbstractSet[str]) -> None:
-        self.standbys.leave(nodes)
-        self.warm_dense.leave(nodes)
+    def _leave(self, nodes: AbstractSet[str], is_over: bool) -> None:
+        """Standbys that end are replaced by the end of an operation; or here, where none comes."""
+        for standbys in (self.standbys, self.warm_dense):
+            standbys.leave(nodes)
+            if is_over:
+                standbys.start_next()
 
     def _fill(self) -> None:
         self.standbys.fill()

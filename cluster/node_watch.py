@@ -40,7 +40,8 @@ class NodeWatch:
         members: those of the view.
         history: operations, the newest last.
         request: begins an operation. Raises RemoraError: it cannot be, or not now.
-        leave: told of nodes on which nothing more is to be begun.
+        leave: told of nodes on which nothing more is to be begun, and whether what was to leave
+            them has, or will not.
         why_placeless: why who joins by an operation, and is not among those that live, will find no
             place; None: it may get one. Raises ClusterError: Ray does not tell.
         give_up: undoes an operation that waits for who joins, for a reason.
@@ -54,7 +55,7 @@ class NodeWatch:
         members: Callable[[], AbstractSet[Life]],
         history: Callable[[], Sequence[Operation]],
         request: Callable[[str, Target], object],
-        leave: Callable[[AbstractSet[str]], None],
+        leave: Callable[[AbstractSet[str], bool], None],
         why_placeless: Callable[[Operation, AbstractSet[Life]], str | None],
         give_up: Callable[[str, str], None],
     ) -> None:
@@ -106,8 +107,6 @@ class NodeWatch:
             node: sorted(uid for (uid, _), nodes in homes.items() if node in nodes)
             for node in draining
         }
-        if draining:
-            self._leave(draining.keys())
         left_s = {n: at if at is None else at - now_unix_s for n, at in draining.items()}
         ours = {life: nodes for life, nodes in homes.items() if life in members}
         known = self._refused.keys() | {operation.operation_id for operation in history}
@@ -120,6 +119,8 @@ class NodeWatch:
         elif found is not None:
             self._stay = []
         self._there = there
+        if draining:
+            self._leave(draining.keys(), found is None and is_free)
         self._look_for_places(history, homes.keys())
         if found is not None:
             self._begin(*found)

@@ -54,9 +54,10 @@ class Standbys:
         one more is tried."""
         with self._lock:
             self._failures = min(self._failures, FAILURES_MAX - 1)
-        self._start_next()
+        self.start_next()
 
-    def _start_next(self) -> None:
+    def start_next(self) -> None:
+        """As `fill`, but nothing where too many failed."""
         config = self._config
         with self._lock:
             missing = self._wanted - len(self._warm) - len(self._starting)
@@ -141,7 +142,7 @@ class Standbys:
         def work() -> None:
             if broken is not None:
                 ray.kill(broken, no_restart=True)
-            self._start_next()
+            self.start_next()
 
         threading.Thread(target=work, name="remora-standbys", daemon=True).start()
 

@@ -123,7 +123,7 @@ class Deployment:
         self.draining: dict[str, float | None] = {}
         self.homes = {life: set(nodes) for life, nodes in HOMES.items()}
         self.history: list[Operation] = []
-        self.left: list[set[str]] = []
+        self.left: list[tuple[set[str], bool]] = []
         self.fails: Exception | None = None
         self.why: str | None = None  # who joins finds no place
         self.given_up: list[tuple[str, str]] = []
@@ -135,7 +135,7 @@ class Deployment:
             members=lambda: HOMES.keys() & self.homes.keys(),
             history=lambda: self.history,
             request=self.request,
-            leave=lambda nodes: self.left.append(set(nodes)),
+            leave=lambda nodes, is_over: self.left.append((set(nodes), is_over)),
             why_placeless=self.why_placeless,
             give_up=lambda operation_id, why: self.given_up.append((operation_id, why)),
         )
@@ -179,9 +179,10 @@ def test_an_operation_that_runs_is_waited_for_and_a_refusal_is_final() -> None:
     assert operation.operation_id.endswith(":2")
     assert operation.target == Drain(("dense-0", "shard-0"), "needed", 57.0)
     assert it.watch.status()["stay"] == [], "it may yet come off"
-    assert it.left == [{"a"}] * 5, "nothing new is begun there"
+    assert it.left == [({"a"}, False)] * 5, "nothing new is begun there, and members may yet come"
     operation.outcome = "failed"
     it.watch.look(105.0)
+    assert it.left[5:] == [({"a"}, True)], "what waited for that may begin elsewhere"
     assert it.watch.status()["stay"] == ["dense-0", "shard-0"], "they die with their node"
     it.draining = {}
     it.is_silent = True

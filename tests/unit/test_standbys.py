@@ -2,14 +2,16 @@
 
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.serving import DEMO_MODEL
 
 from remora.cluster import standbys as module
 from remora.cluster.config import parse_config
+from remora.cluster.elastic import Elastic
 from remora.cluster.standbys import FAILURES_MAX, Standbys
+from remora.cluster.wal import Wal
 
 SOON_S = 30.0
 
@@ -29,23 +31,49 @@ class Process:
         return self.warm
 
 
-def test_who_fails_again_and_again_is_told_and_tried_after_an_operation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three failures in a row ended it for good, and nothing but the log said so."""
-    begun: SimpleQueue[Process] = SimpleQueue()
+CONFIG = parse_config(
+    {"model": str(DEMO_MODEL), "experts": {"slots": 32}, "elastic": {"warm_standby": 1}}
+)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> "SimpleQueue[Process]":
+    """Processes that were started, and not looked at yet."""
+    found: SimpleQueue[Process] = SimpleQueue()
 
     def make(*_: Any) -> Process:
-        begun.put(process := Process())
+        found.put(process := Process())
         return process
 
     monkeypatch.setattr(module, "make_member", make)
     monkeypatch.setattr(module, "end_of", lambda process: process.end)
     monkeypatch.setattr(module.ray, "kill", lambda *_, **__: None)
-    config = parse_config(
-        {"model": str(DEMO_MODEL), "experts": {"slots": 32}, "elastic": {"warm_standby": 1}}
+    return found
+
+
+def test_one_on_a_node_that_goes_away_is_replaced_without_an_operation(
+    begun: "SimpleQueue[Process]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no member was on the node none came, and there were fewer standbys from then on."""
+    elastic = Elastic(
+        CONFIG, b"", cast("Wal", None), publish=lambda _: None, changed=lambda *_: None
     )
-    standbys = Standbys(config, "shard")
+    elastic.standbys.fill()
+    begun.get(timeout=SOON_S).warm.set_result(None)
+    assert elastic.standbys.status()["warm"] == 1
+    monkeypatch.setattr(module, "node_of", lambda _: "a")
+    elastic._leave({"a"}, False)
+    assert begun.empty(), "who leaves the node may need the place"
+    elastic._leave({"a"}, True)
+    begun.get(timeout=SOON_S).warm.set_result(None)
+    assert elastic.standbys.status()["warm"] == 1
+
+
+def test_who_fails_again_and_again_is_told_and_tried_after_an_operation(
+    begun: "SimpleQueue[Process]",
+) -> None:
+    """Three failures in a row ended it for good, and nothing but the log said so."""
+    standbys = Standbys(CONFIG, "shard")
     standbys.fill()
     for number in range(FAILURES_MAX):
         assert not standbys.status()["given_up"]
