@@ -112,10 +112,17 @@ def _scale(target: ScaleTo, now: Situation) -> Planned:
 def _drain(target: Drain, now: Situation) -> Planned:
     unknown = sorted(set(target.uids) - now.incarnations.keys())
     if unknown:
-        raise ConfigError(f"no such members: {', '.join(unknown)}")
+        there = ", ".join(sorted(m.uid for m in now.view.members))
+        raise ConfigError(f"no such members: {', '.join(unknown)}; there are {there}")
     dense = [m.uid for m in now.view.members if m.role == "dense"]
     uids = dict.fromkeys(target.uids)  # each once
-    shards = [uid for uid in uids if uid in now.view.placement.slots]
+    served = now.view.placement.slots
+    shards = [uid for uid in uids if uid in served]
+    if served.keys() <= uids.keys() and target.joiners == "none":
+        raise ConfigError(
+            f"no shard would be left without {', '.join(shards)}: have another one first (scale to"
+            f" {len(served) + 1} shards)"
+        )
     groups = [uid for uid in uids if uid in dense]
     is_last = bool(groups) and not set(dense) - set(groups) - now.lost
     if is_last and target.joiners == "none":
