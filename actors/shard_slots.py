@@ -162,6 +162,7 @@ class ShardSlots:
         try:
             for pair, wanted in order.digests.items():
                 effort.pause()
+                state.check_turn(self._turn)  # the next load waits for the end of this one
                 held = state.digest_of(*pair)  # asked before, the answer got lost
                 if held is None and pair in state.copies:
                     held = self._adopted(pair)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
+from support.copy_orders import order as copy_order
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
 from remora.actors.expert_actor import ExpertActor
@@ -186,6 +187,27 @@ def test_a_copy_ends_when_it_is_told_meanwhile_what_to_keep(
         first.load_experts(order(pairs(cluster, 4, 5), digests(cluster)))
     assert told == [dict.fromkeys(layers, 6)], "one copy, and the room that it found"
     assert [shard.state.free_slots(layer) for layer in layers] == [[4, 5]] * len(layers)
+
+
+def test_copies_end_with_the_one_under_way_when_they_are_not_wanted_any_more(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 32 more were taken first, at whatever share of the machine there was; what the next
+    operation asked for, to leave a node say, waited for that."""
+    taker, _ = cluster.shards
+    shard = taker._shard
+    assert shard is not None
+    copy, copied, layers = shard.copy_slot, [], cluster.spec.moe_layers
+
+    def copy_and_tell(*args: Any) -> ExpertDigest | None:
+        copied.append(args)
+        taker.keep_experts({layer: (0, 1, 2, 3) for layer in layers}, 1)
+        return copy(*args)
+
+    monkeypatch.setattr(shard, "copy_slot", copy_and_tell)
+    with pytest.raises(ClusterError, match="not wanted any more"):
+        taker.load_experts(copy_order(cluster, 1, (4, 5), "shard-1"))
+    assert len(copied) == 1
 
 
 def test_a_fenced_rank_is_cut_off_and_let_in_again(cluster: LocalCluster) -> None:
