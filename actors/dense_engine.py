@@ -207,7 +207,7 @@ class DenseEngine:
         self._why_not = "this dense rank has stopped"
         while not self._inbox.empty():
             item = self._inbox.get()
-            if isinstance(item, _Do):
+            if isinstance(item, _Do) and not item.done.done():  # a hold may have settled it
                 item.done.set_exception(ClusterError(self._why_not))
         self._executor.close()
 

@@ -55,6 +55,7 @@ class ViewInbox:
         with self._changed:
             if self._newest is None or view.epoch > self._newest.epoch:
                 self._newest = view
+            self._adoptions = [each for each in self._adoptions if not each[1].done()]
             if adopted is not None:
                 self._adoptions.append((self._newest.epoch, adopted))
             self._changed.notify_all()

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import msgspec
 import pytest
@@ -90,6 +91,64 @@ def test_what_waits_for_an_engine_that_dies_is_told(cluster: LocalCluster) -> No
         late.join(60)
         assert not late.is_alive() and not holder.is_alive()
         assert len(caught) == 1
+
+
+def until_queued(engine: dense_engine.DenseEngine, number: int) -> None:
+    for _ in range(6000):
+        if engine._inbox.qsize() == number:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"{engine._inbox.qsize()} are queued")
+
+
+def test_what_a_hold_has_settled_keeps_nobody_waiting_when_the_engine_ends(
+    cluster: LocalCluster,
+) -> None:
+    """The thread died of a future that was set twice, and who waited behind it did so for ever."""
+    with cluster.dense() as client:
+        engine, views = client.actor._engine, client.actor._views
+        assert engine is not None and views is not None
+        inside, go_on = threading.Event(), threading.Event()
+        newer = msgspec.structs.replace(cluster.view, epoch=2)
+        settled: Future[None] = Future()
+
+        def step() -> None:
+            inside.set()
+            go_on.wait(60)
+            views.hold(2, lambda: True, views.hold_s)
+
+        engine.run_soon(step)
+        assert inside.wait(60)
+        engine.stop()
+        views.tell(newer, settled)
+        caught: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                engine.between_steps(lambda: None)
+            except ClusterError as error:
+                caught.append(error)
+
+        adopting = threading.Thread(
+            target=lambda: engine.adopt_view(newer, adopted=settled), daemon=True
+        )
+        late = threading.Thread(target=ask, daemon=True)
+        for number, each in enumerate((adopting, late), 2):  # behind the order to stop
+            each.start()
+            until_queued(engine, number)
+        go_on.set()
+        adopting.join(60)
+        late.join(60)
+        assert not adopting.is_alive() and not late.is_alive()
+        assert len(caught) == 1 and "has stopped" in str(caught[0])
+
+
+def test_views_that_are_in_use_leave_nothing_behind(cluster: LocalCluster) -> None:
+    with cluster.dense() as client:
+        for epoch in range(2, 7):
+            client.actor.adopt_view(msgspec.structs.replace(cluster.view, epoch=epoch))
+        assert client.actor._views is not None
+        assert len(client.actor._views._adoptions) <= 1
 
 
 def test_an_actor_stopped_while_it_loads_ends(
