@@ -144,10 +144,9 @@ def _known_of_nodes(deployment: str) -> Mapping[str, Any] | None:
 
     if find_cluster(deployment) is None:
         return None
-    health = cluster_status(deployment)["health"]
-    if health is None:
+    nodes: Mapping[str, Any] | None = (cluster_status(deployment)["health"] or {}).get("nodes")
+    if nodes is None:  # it starts, or its coordinator does
         raise ClusterError(f"deployment {deployment!r} does not serve")
-    nodes: Mapping[str, Any] = health["nodes"]
     return nodes
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from remora.cluster import bootstrap, node_drain
 from remora.cluster.node_drain import (
     FAILED,
     HEAD_S,
@@ -105,3 +106,14 @@ def test_a_pod_does_not_wait_for_a_head_until_its_grace_is_over(
     assert main(["any", "--within-s", "0.5"]) == FAILED
     assert "preStop: no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
     assert float(os.environ[RECONNECT_ENV]) == HEAD_S
+
+
+@pytest.mark.parametrize("health", [None, {}, {"hung_total": 0, "last": []}])
+def test_a_deployment_that_starts_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, health: dict[str, Any] | None
+) -> None:
+    """Until there is a view nothing is told of nodes: a KeyError ended the hook, and the pod."""
+    monkeypatch.setattr(bootstrap, "find_cluster", lambda _: object())
+    monkeypatch.setattr(bootstrap, "cluster_status", lambda _: {"health": health})
+    with pytest.raises(ClusterError, match="'demo' does not serve"):
+        node_drain._known_of_nodes("demo")
