@@ -76,7 +76,7 @@ class Coordinator:
         self._router: Any = None
         self._beside = Beside(self._config, token, self, lambda: self._stopping, self._running)
         self._asked: dict[str, str] = {}  # of Ray, by uid
-        self._started_unix_s = time.time()
+        self._started_s = time.monotonic()
         self._elastic: Elastic | None = None
         self._ends = threading.Event()
         try:
@@ -141,7 +141,7 @@ class Coordinator:
             "error": str(failure) if failure else None,
             "epoch": view.epoch if view else None,
             "view_hash": view.view_hash if view else None,
-            "uptime_s": time.time() - self._started_unix_s,
+            "uptime_s": time.monotonic() - self._started_s,
             "members": members,
             "operations": runner.status() if runner is not None else None,
             "standbys": elastic.standbys.status() if elastic is not None else None,

@@ -193,3 +193,14 @@ def test_seconds_of_an_operation_go_on_on_another_host(monkeypatch: pytest.Monke
     assert clock() - begun_s == 60
     host.unix_s, host.up_s = 5.0, 9e6 + 1  # somebody sets the time
     assert clock() - begun_s == 61
+def test_how_long_it_is_up_is_no_matter_of_the_date(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose time was set after its start told of years, or of less than nothing."""
+    clocks = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 100.0)
+    monkeypatch.setattr(module, "time", clocks)
+    coordinator = lives.made()
+    clocks.time, clocks.monotonic = lambda: 1e9, lambda: 107.0
+    assert coordinator.status()["uptime_s"] == 7.0
+
+
