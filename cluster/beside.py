@@ -61,13 +61,15 @@ class Beside:
         """Take calls over gRPC. Raises ClusterError: the address cannot be bound."""
         self._server.start()
 
-    def serve(self, spec: ModelSpec, view: View, router: Any) -> None:
+    def serve(self, spec: ModelSpec, router: Any) -> None:
         """Start what needs a deployment that serves; `router`: its actor, or None."""
         self._router = router
         if router is not None:
             self._rebalancer = make_rebalancer(
-                self._config, spec, view, router, apply=self._place_and_wait
+                self._config, spec, self._operations.view(), router, apply=self._place_and_wait
             )
+            # operations go on meanwhile, and there was nobody yet to be told of their views
+            self._rebalancer.adopt_view(self._operations.view())
         autoscale = self._config.autoscale.loaded()
         policy = autoscale.policy
         if isinstance(policy, AutoscalePolicy):

@@ -215,15 +215,15 @@ class Coordinator:
                     raise self._failure
                 self._phase = "starting"
             try:
-                view = self._bring_up(time.monotonic() + self._config.start_timeout_s)
+                self._bring_up(time.monotonic() + self._config.start_timeout_s)
             except BaseException as failure:
                 self._kill()
                 if not isinstance(failure, RemoraError):
                     logger.exception("deployment %s failed", self._config.name)
                 raise self._over("failed", failure) from failure
             with self._lock:
-                self._view, self._phase = self._view or view, "serving"
-                return self._view
+                self._phase = "serving"
+            return self.view()
 
     def stop(self) -> None:
         """Stop every data-plane actor, also while they start, for good. The caller removes the
@@ -256,7 +256,7 @@ class Coordinator:
             self._phase, self._view, self._failure = phase, None, failure
         return failure
 
-    def _bring_up(self, until_s: float) -> View:
+    def _bring_up(self, until_s: float) -> None:
         config = self._config
         wal, _ = Wal.open(log_folder(config))
         wal.append(STARTING)
@@ -281,12 +281,11 @@ class Coordinator:
                 f" {why_late(missing, self._asked)}"
             ) from late
         with self._lock:
-            self._manifest = first.manifest
+            self._manifest, self._view = first.manifest, first.view
         self._elastic.begin(
             first.view, spec, first.facts, first.manifest, self._handles, self._router
         )
-        self._beside.serve(spec, first.view, self._router)
-        return first.view
+        self._beside.serve(spec, self._router)
 
     def _new_elastic(self, wal: Wal) -> Elastic:
         publish, changed = self._publish, self._change_handle
@@ -342,7 +341,7 @@ class Coordinator:
             self._beside.listen()
         except ClusterError:  # what serves goes on serving; operators ask by Ray and HTTP
             logger.exception("deployment %s takes no calls over gRPC", self._config.name)
-        self._beside.serve(spec, view, router)
+        self._beside.serve(spec, router)
 
     def _adopt_later(self) -> None:
         """Again and again until it works: what lives serves meanwhile, and nobody restores it."""

@@ -79,6 +79,7 @@ class Rebalancer:
         self._clock, self._wall = clock, wall
         self._memory = RebalanceMemory()
         self._lock = threading.Lock()
+        self._adopting = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._gauges: dict[str, float] = {}
@@ -128,8 +129,10 @@ class Rebalancer:
             self._lock.release()
 
     def adopt_view(self, view: View) -> None:
-        """Plan against `view` from now on. Not under the lock: a move waits for its views."""
-        self._view = view
+        """Plan against `view` from now on, unless it is older than that in force."""
+        with self._adopting:  # not the other one: a move waits for its views
+            if view.epoch > self._view.epoch:
+                self._view = view
 
     # -- the loop -----------------------------------------------------------------------------
 

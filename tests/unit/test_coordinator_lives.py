@@ -11,8 +11,8 @@ from support.coordinator_rig import World
 from support.operations import world_operations
 from support.router_rig import view_of
 
+from remora.cluster import beside, elastic
 from remora.cluster import coordinator as module
-from remora.cluster import elastic
 from remora.cluster.config import RemoraConfig, load_config
 from remora.cluster.coordinator import Coordinator
 from remora.cluster.coordinator_calls import Limits
@@ -25,6 +25,7 @@ from remora.comm.view import View
 NAME = "lives"
 SOON_S = 20.0
 RESUME = Elastic.resume
+SERVE = beside.Beside.serve
 
 
 class Lives:
@@ -118,6 +119,40 @@ def test_a_model_that_can_be_read_later_is_adopted_later(lives: Lives) -> None:
     until(lambda: coordinator.phase() == "serving")
 
 
+def test_a_view_that_is_committed_while_the_online_loop_is_made_is_planned_against(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that comes back goes on with the operation in flight at once. The loop kept to
+    the view before, and no round had a plan until the next commit."""
+    newer, told = view_of(2), []
+
+    class Loop:
+        def adopt_view(self, view: View) -> None:
+            told.append(view.epoch)
+
+    def made(_: object, __: object, view: View, *___: object, **____: object) -> Loop:
+        told.append(view.epoch)
+        coordinators[0]._publish(newer)
+        return Loop()
+
+    def resume(elastic: Elastic, *_: object) -> View:
+        coordinators.append(elastic._publish.__self__)  # type: ignore[attr-defined]
+        coordinators[0]._publish(view_of())
+        return view_of()
+
+    coordinators: list[Coordinator] = []
+    lives.config = lives.config.model_copy(
+        update={"router": lives.config.router.model_copy(update={"enabled": True})}
+    )
+    monkeypatch.setattr(Elastic, "resume", resume)
+    monkeypatch.setattr(module, "find_actor", lambda _: object())
+    monkeypatch.setattr(module.Beside, "serve", SERVE)
+    monkeypatch.setattr(beside, "make_rebalancer", made)
+    lives.write({"t": "base"})
+    assert lives.made().view() == newer
+    assert told == [1, 2]
+
+
 def test_a_log_of_another_version_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was a KeyError, with which Ray gives a coordinator up for good."""
     monkeypatch.setattr(Elastic, "resume", RESUME)
@@ -161,6 +196,17 @@ def test_where_nothing_lives_another_life_begins_again(
     assert not lives.deployed.wait(0.2)
 
 
+def test_how_long_it_is_up_is_no_matter_of_the_date(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host whose time was set after its start told of years, or of less than nothing."""
+    clocks = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 100.0)
+    monkeypatch.setattr(module, "time", clocks)
+    coordinator = lives.made()
+    clocks.time, clocks.monotonic = lambda: 1e9, lambda: 107.0
+    assert coordinator.status()["uptime_s"] == 7.0
+
+
 def test_what_was_being_stopped_is_ended(lives: Lives) -> None:
     lives.write(ENDING)
     coordinator = lives.made()
@@ -193,14 +239,3 @@ def test_seconds_of_an_operation_go_on_on_another_host(monkeypatch: pytest.Monke
     assert clock() - begun_s == 60
     host.unix_s, host.up_s = 5.0, 9e6 + 1  # somebody sets the time
     assert clock() - begun_s == 61
-def test_how_long_it_is_up_is_no_matter_of_the_date(
-    lives: Lives, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A host whose time was set after its start told of years, or of less than nothing."""
-    clocks = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 100.0)
-    monkeypatch.setattr(module, "time", clocks)
-    coordinator = lives.made()
-    clocks.time, clocks.monotonic = lambda: 1e9, lambda: 107.0
-    assert coordinator.status()["uptime_s"] == 7.0
-
-
