@@ -77,7 +77,6 @@ class Rebalancer:
         self._folder = folder
         self._log = DecisionLog(folder) if folder is not None else None
         self._clock, self._wall = clock, wall
-        self._memory = RebalanceMemory()
         self._lock = threading.Lock()
         self._adopting = threading.Lock()
         self._closing = threading.Event()
@@ -85,6 +84,10 @@ class Rebalancer:
         self._gauges: dict[str, float] = {}
         self._last: dict[str, Any] | None = None
         self._moved = self._last_move()
+        self._memory = RebalanceMemory()
+        if self._moved is not None:  # by an earlier life of the coordinator: its cooldown goes on
+            since_s = max(0.0, wall() - self._moved["unix_s"])
+            self._memory = RebalanceMemory(last_move_s=clock() - since_s)
 
     # -- by hand ------------------------------------------------------------------------------
 

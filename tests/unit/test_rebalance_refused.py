@@ -60,6 +60,20 @@ def test_a_move_that_is_refused_costs_the_next_one_nothing(tmp_path: Path) -> No
     }, "and so it stands in the log"
 
 
+def test_a_cooldown_goes_on_when_a_coordinator_comes_back(tmp_path: Path) -> None:
+    """It forgot the last move, and experts moved again at once."""
+    planner = Direct(view_of())
+    planner.report()
+    first, _ = loop(planner, tmp_path, begun, confirmations=1)
+    assert first.step()["verdict"] == "move"
+    again, now = loop(planner, tmp_path, begun, confirmations=1)
+    now[0] = 60.0
+    told = again.step()
+    assert (told["verdict"], told["reason"]) == ("wait", "the last round was 60 s ago, 40 s to go")
+    now[0] = 100.0
+    assert again.step()["verdict"] == "move"
+
+
 def test_a_plan_for_another_view_is_not_applied() -> None:
     """Experts moved while it was made: what it leaves alone would go back to where it was."""
     planner = Direct(view_of())
