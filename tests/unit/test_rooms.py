@@ -7,6 +7,7 @@ that it would catch what it is there to catch.
 
 import ast
 import functools
+import itertools
 import re
 import sys
 import tomllib
@@ -161,6 +162,42 @@ def undocumented(text: str) -> list[str]:
 def test_imports_follow_the_arrows(path: Path) -> None:
     faults = arrow_faults(path.relative_to(ROOT).parts[0], path.read_text())
     assert not faults, "\n".join(f"{_name(path)}:{fault}" for fault in faults)
+
+
+def drawn_arrows(text: str) -> dict[str, set[str]]:
+    """Room -> rooms that an arrow of the page's picture goes to from it."""
+    arrows: dict[str, set[str]] = {room: set() for room in ARROWS}
+    for chain in re.findall(r"\w+(?: -> \w+)+", text):
+        rooms = chain.split(" -> ")
+        for start, end in itertools.pairwise(rooms):
+            arrows[start].add(end)
+    return arrows
+
+
+def reached(room: str, arrows: dict[str, set[str]]) -> set[str]:
+    """Rooms that arrows lead to from `room`, one behind the other."""
+    return arrows[room].union(*(reached(end, arrows) for end in arrows[room]))
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_draw_the_arrows(page: str) -> None:
+    """What is drawn is allowed and used; nothing is allowed that no arrows lead to."""
+    arrows = drawn_arrows((ROOT / page).read_text())
+    for room, ends in arrows.items():
+        allowed = ARROWS[room] - {"manifests"}  # data, in no picture
+        assert ends <= allowed <= reached(room, arrows), room
+        texts = "\n".join(path.read_text() for path in _sources(room))
+        assert not [end for end in ends if f"from remora.{end}" not in texts], room
+
+
+def test_the_table_of_rooms_says_what_is_forbidden() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    assert {room for room, _ in rows} == set(ARROWS)
+    for room, never in rows:
+        packages = {"clocks": "time", "chance": "random"}
+        said = {packages.get(name, name) for name in re.findall(r"[\w.]+", never)}
+        assert said <= FORBIDDEN[room], room
 
 
 def test_cores_are_pure() -> None:
