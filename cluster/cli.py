@@ -33,7 +33,7 @@ OK, FAILED, USAGE = 0, 1, 2
 UNREAD = 128 + 13  # what a shell says of a command that SIGPIPE ended
 
 # flag -> key of the configuration, type, help
-_FLAGS: tuple[tuple[str, str, type, str], ...] = (
+FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--name", "name", str, "name of the deployment"),
     ("--served-model-name", "served_model_name", str, "what clients say in `model`"),
     ("--dtype", "dtype", str, "auto, float32 or bfloat16"),
@@ -82,7 +82,7 @@ def config_of(options: argparse.Namespace) -> RemoraConfig:
     overrides = {}
     if options.model is not None:
         overrides["model"] = options.model
-    for _, key, _, _ in _FLAGS:
+    for _, key, _, _ in FLAGS:
         value = getattr(options, key, None)
         if value is not None:
             overrides[key] = value
@@ -165,7 +165,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint directory or hub id")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration")
     parser.add_argument("--preset", help=f"one of: {', '.join(preset_names())}")
-    for flag, key, kind, text in _FLAGS:
+    for flag, key, kind, text in FLAGS:
         parser.add_argument(flag, dest=key, type=kind, help=text, default=None)
     parser.add_argument("--eager", action="store_true", help="never compile (executor: eager)")
     parser.add_argument(
@@ -243,7 +243,7 @@ def _bench(options: argparse.Namespace) -> int:
         from remora.cluster.bench_command import BenchPlan, bench_own
 
         return bench_own(config, BenchPlan(**wanted), as_json=options.json)
-    own = [(flag, key) for flag, key, _, _ in _FLAGS if key != "ray.address"]
+    own = [(flag, key) for flag, key, _, _ in FLAGS if key != "ray.address"]
     said = [flag for flag, key in own if getattr(options, key) is not None]
     said += [f"--{name}" for name in ("eager", "set") if getattr(options, name)]
     if said:
