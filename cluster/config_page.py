@@ -1,4 +1,4 @@
-"""The page docs/configuration.md, from the code: every key, route and metric.
+"""The page docs/configuration.md, from the code: every key, route, field of a request and metric.
 
     .venv/bin/python -P -m remora.cluster.config_page > docs/configuration.md
 
@@ -10,7 +10,7 @@ import ast
 import functools
 import inspect
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +21,12 @@ from remora.cluster.config import RemoraConfig
 from remora.cluster.gate import OPEN_PATHS
 from remora.cluster.ingress import build_app
 from remora.cluster.metrics import COORDINATOR_GAUGES, IngressMetrics
+from remora.cluster.openai_schema import (
+    NOT_SERVED,
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+)
 from remora.cluster.service import Service
 from remora.comm.checked import Section
 from remora.comm.messages import EngineStats, PeerTraffic, Traffic
@@ -32,13 +38,27 @@ Made from the code by `.venv/bin/python -P -m remora.cluster.config_page`, which
 against.
 
 A key is set in a YAML file (`--config`), by `--set KEY=VALUE`, or by a flag where there is one
-(`remora serve --help`); flags win over the file, the file over the preset. A key that does not
+([commands.md](commands.md)); flags win over the file, the file over the preset. A key that does not
 exist is refused by name."""
 _ROUTES = """\
 ## HTTP routes
 
 {open_paths} take no key, `/v1/ep/*` admin keys alone,
 the others API keys where there are any. `/openapi.json` has bodies, answers and statuses."""
+_BODIES = """\
+### Fields of a request
+
+Both bodies: {common}.
+
+`/v1/completions` also: {completion}.
+
+`/v1/chat/completions` also: {chat}.
+
+`null` is as if the field were absent. Types and bounds are in `/openapi.json`. Of `priority` the
+smaller goes first; `domain` is a label for [routing statistics](statistics.md). `tools`,
+`functions`, `suffix`, `best_of` and `response_format` may only say what is done without them.
+
+Refused (400): {refused}. Fields that nobody knows are ignored."""
 _METRICS = """\
 ## Metrics
 
@@ -58,7 +78,7 @@ def page() -> str:
     """All of it, ending in a newline."""
     open_paths = ", ".join(f"`{path}`" for path in sorted(OPEN_PATHS))
     about = _ROUTES.format(open_paths=open_paths)
-    parts = [_HEAD, *sections(RemoraConfig, ""), about, *routes(), _METRICS, *metrics()]
+    parts = [_HEAD, *sections(RemoraConfig, ""), about, *routes(), bodies(), _METRICS, *metrics()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,6 +206,21 @@ def routes() -> Iterator[str]:
             (method,) = (route.methods or set()) - {"HEAD"}
             lines.append(f"| `{method} {route.path}` | {' '.join(route.description.split())} |")
     yield "\n".join(lines)
+
+
+def bodies() -> str:
+    """Names of the fields that requests for text may have."""
+    common = SamplingRequest.model_fields
+    return _BODIES.format(
+        common=_listed(common),
+        completion=_listed(CompletionRequest.model_fields.keys() - common.keys()),
+        chat=_listed(ChatRequest.model_fields.keys() - common.keys()),
+        refused=_listed(NOT_SERVED),
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
 
 
 def _nothing_behind() -> Service:
