@@ -181,13 +181,17 @@ def metric_faults(text: str) -> Iterator[str]:
 
 
 def target_faults(text: str) -> Iterator[str]:
-    """Targets that the Makefile does not have, and programs that are not there."""
+    """Targets that the Makefile does not have, benchmarks that are not there or called otherwise
+    than a reader can."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = re.findall(r"(?:^|`|\$ |    )make ([a-z_-]+)", text, re.MULTILINE)
     yield from (f"no make {t}" for t in called if t not in targets and not t.startswith("bench-"))
     programs = re.findall(r"make bench-([a-z_]+)", text)
     programs += re.findall(r"python benchmarks/([a-z_]+)\.py", text)
     yield from (f"no benchmark {p}" for p in programs if f"benchmarks/{p}.py" not in files())
+    calls = re.findall(r"(?:^ *(?:\$ )?|`)([^`\n]*)python benchmarks/", text, re.MULTILINE)
+    known = (".venv/bin/", "sudo .venv/bin/")
+    yield from (f"called by {call!r}" for call in calls if call not in known)
 
 
 def faults(page: Path, text: str) -> list[str]:
@@ -220,6 +224,8 @@ $ remora trace info FILE | less    # fine
 $ remora trace info FILE \\
     --seconds 3
 $ make bench-none
+$ .venv/bin/python benchmarks/parity.py
+$ alone .venv/bin/python benchmarks/parity.py
 ```
 """
     assert faults(ROOT / "page.md", text) == [
@@ -234,4 +240,5 @@ $ make bench-none
         "no metric remora_view_epochs",
         "no make tests",
         "no benchmark none",
+        "called by 'alone .venv/bin/'",
     ]
