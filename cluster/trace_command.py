@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, _SubParsersAction
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from remora.comm.trace_reader import TraceReader
 OK = 0
 TOKENS_MAX = 10_000_000
 WINDOW = 256
+SECONDS = 60.0
 SECONDS_MAX = 86_400.0
+_OF_TEXTS = ("weights", "domain", "window")
+_OF_DEPLOYMENT = ("deployment", "ray_address", "seconds")
 
 
 def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
@@ -31,7 +35,7 @@ def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
     record.add_argument("--deployment", metavar="NAME", help="one that runs, if there are several")
     record.add_argument("--ray-address", help="Ray cluster that it runs in")
     record.add_argument(
-        "--seconds", type=float, default=60.0, help="of a deployment, at most (default 60)"
+        "--seconds", type=float, help=f"of a deployment, at most (default {SECONDS:g})"
     )
     record.add_argument(
         "--output", "-o", type=Path, required=True, metavar="FILE", help="where it is written"
@@ -48,7 +52,7 @@ def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
         help="label of the --text of the same rank; default: its name up to the first dot",
     )  # fmt: skip
     record.add_argument(
-        "--window", type=_positive, default=WINDOW, help=f"tokens read at once (default {WINDOW})"
+        "--window", type=_positive, help=f"tokens of a text read at once (default {WINDOW})"
     )
     record.add_argument("--json", action="store_true", help="machine-readable output")
     record.set_defaults(run=_record)
@@ -73,13 +77,20 @@ def _record(options: Namespace) -> int:
     return _record_texts(options)
 
 
+def _refuse(options: Namespace, names: Sequence[str], why: str) -> None:
+    """Raises ConfigError where an option was given that would be dropped."""
+    wrong = [
+        f"--{n.replace('_', '-')}" for n in names if getattr(options, n) not in (None, False, [])
+    ]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: {why}")
+
+
 def _record_deployment(options: Namespace) -> int:
-    if options.weights:
-        raise ConfigError("--weights: gate weights are recorded of texts only")
-    if options.domain:
-        raise ConfigError("--domain: the label of a --text, and there is none")
-    if not 0 < options.seconds <= SECONDS_MAX:
-        raise ConfigError(f"--seconds {options.seconds:g}: more than 0, at most {SECONDS_MAX:g}")
+    _refuse(options, _OF_TEXTS, "of use with a CHECKPOINT and --text alone")
+    seconds = SECONDS if options.seconds is None else options.seconds
+    if not 0 < seconds <= SECONDS_MAX:
+        raise ConfigError(f"--seconds {seconds:g}: more than 0, at most {SECONDS_MAX:g}")
     name, instance = options.deployment, None
     if options.ray_address is None:
         name, instance = which_instance(name)
@@ -97,7 +108,7 @@ def _record_deployment(options: Namespace) -> int:
         address,
         options.output,
         tokens_max=options.max_tokens,
-        seconds=options.seconds,
+        seconds=seconds,
         overwrite=options.force,
         progress=_show_progress,
     )
@@ -107,6 +118,7 @@ def _record_deployment(options: Namespace) -> int:
 
 
 def _record_texts(options: Namespace) -> int:
+    _refuse(options, _OF_DEPLOYMENT, "no deployment is recorded with a CHECKPOINT and --text")
     if options.domain and len(options.domain) != len(options.text):
         raise ConfigError(
             f"{len(options.domain)} times --domain for {len(options.text)} times --text"
@@ -117,7 +129,9 @@ def _record_texts(options: Namespace) -> int:
     from remora.actors.trace_offline import RecordPlan, TextFile, record_texts  # torch
 
     plan = RecordPlan(
-        window=options.window, tokens_max=options.max_tokens, with_weights=options.weights
+        window=options.window or WINDOW,
+        tokens_max=options.max_tokens,
+        with_weights=options.weights,
     )
     files = [TextFile(path=p, domain=n) for p, n in zip(options.text, names, strict=True)]
     record_texts(

@@ -95,8 +95,16 @@ def test_the_command_is_bounded_and_tells_what_it_wrote(
     ("arguments", "word"),
     [
         (["trace", "record", "-o", "x", "--text", "y"], "come together"),
-        (["trace", "record", "-o", "x", "--weights"], "texts only"),
-        (["trace", "record", "-o", "x", "--domain", "law"], "label of a --text"),
+        (["trace", "record", "-o", "x", "--weights"], "--weights: of use with a CHECKPOINT"),
+        (["trace", "record", "-o", "x", "--domain", "law"], "--domain: of use with a CHECKPOINT"),
+        (["trace", "record", "-o", "x", "--window", "8"], "--window: of use with a CHECKPOINT"),
+        (
+            [
+                *("trace", "record", "m", "--text", "y", "-o", "x"),
+                *("--seconds", "9", "--deployment", "d"),
+            ],
+            "--deployment, --seconds: no deployment is recorded",
+        ),
         (["trace", "record", "-o", "x", "--seconds", "0"], "--seconds 0"),
         (["trace", "record", "-o", "x", "--ray-address", "a:1"], "--deployment NAME"),
         (
