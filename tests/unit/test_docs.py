@@ -7,6 +7,7 @@ what it is there to catch.
 import argparse
 import ast
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -194,9 +195,26 @@ def target_faults(text: str) -> Iterator[str]:
     yield from (f"called by {call!r}" for call in calls if call not in known)
 
 
+def import_faults(text: str) -> Iterator[str]:
+    """What examples in Python take from us and is not there."""
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            source = (isinstance(node, ast.ImportFrom) and node.module) or ""
+            if not source.startswith("remora."):
+                continue
+            assert isinstance(node, ast.ImportFrom)
+            module, folder = importlib.import_module(source), source.removeprefix("remora.")
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name) and f"{folder}/{name}.py" not in files():
+                    yield f"no {name} in {source}"
+
+
 def faults(page: Path, text: str) -> list[str]:
     """All that is wrong with a page."""
-    checks = (file_faults, command_faults, flag_faults, key_faults, metric_faults, target_faults)
+    checks = (
+        *(file_faults, command_faults, flag_faults, key_faults),
+        *(metric_faults, target_faults, import_faults),
+    )
     found = [*link_faults(page, text)] if page.suffix == ".md" else []
     return found + [fault for check in checks for fault in check(text)]
 
@@ -227,6 +245,10 @@ $ make bench-none
 $ .venv/bin/python benchmarks/parity.py
 $ alone .venv/bin/python benchmarks/parity.py
 ```
+
+```python
+from remora.comm import grpc_base, grpc_basis
+```
 """
     assert faults(ROOT / "page.md", text) == [
         "no heading #b-page",
@@ -241,4 +263,5 @@ $ alone .venv/bin/python benchmarks/parity.py
         "no make tests",
         "no benchmark none",
         "called by 'alone .venv/bin/'",
+        "no grpc_basis in remora.comm",
     ]
