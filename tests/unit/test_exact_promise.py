@@ -63,7 +63,15 @@ class Checked:
             cluster.close()
 
 
-@pytest.fixture(scope="module", params=[(a, d) for a in ARCHITECTURES for d in DTYPES], ids=str)
+ALL = [(a, d) for a in ARCHITECTURES for d in DTYPES]
+LONG = [(a, "float32") for a in ARCHITECTURES[1:]]  # of the others, bfloat16 in CI
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(each, marks=pytest.mark.long if each in LONG else ()) for each in ALL],
+    ids=str,
+)
 def checked(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Checked]:
