@@ -20,7 +20,10 @@ from remora.comm.errors import ConfigError
 NEW_TOKENS = 40
 # Key/value heads on two ranks each; expanded latents; sinks and biases; norms over all heads.
 ON_FOUR = ("qwen3_moe", "deepseek_v3", "gpt_oss", "minimax_m2")
-RANKS = [(name, 2) for name in ARCHITECTURES] + [(name, 4) for name in ON_FOUR]
+RANKS = [(name, size) for name in ON_FOUR for size in (2, 4)]
+OTHERS = [
+    pytest.param(name, 2, marks=pytest.mark.long) for name in ARCHITECTURES if name not in ON_FOUR
+]
 
 
 def prompts(count: int) -> torch.Tensor:
@@ -28,7 +31,7 @@ def prompts(count: int) -> torch.Tensor:
     return torch.randint(3, VOCAB, (count, 24), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize(("architecture", "size"), RANKS)
+@pytest.mark.parametrize(("architecture", "size"), [*RANKS, *OTHERS])
 def test_ranks_say_what_one_says(architecture: str, size: int, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, architecture)
     one = LocalEngine.load(path, dtype=torch.float32)

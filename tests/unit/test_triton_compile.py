@@ -20,7 +20,8 @@ SPILL_MAX = 256  # bytes a thread: more means that a tile is too large
 SCRIPT = Path(__file__).parents[1] / "support" / "triton_compile.py"
 
 
-@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("capability", SHARED_MAX)
 def test_kernels_fit(capability: int, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -351,7 +351,8 @@ print(status("VmHWM") - before, loaded.nbytes)
 """
 
 
-@pytest.mark.parametrize("role", [pytest.param("dense", marks=pytest.mark.long), "shard"])
+@pytest.mark.long
+@pytest.mark.parametrize("role", ["dense", "shard"])
 def test_peak_memory_is_what_is_owned_and_one_layer(
     sound: tuple[Path, ModelSpec], tmp_path: Path, role: str
 ) -> None:
