@@ -205,7 +205,8 @@ def test_a_new_conductor_ends_what_the_one_before_began() -> None:
     for a ticket asks anew."""
     heard: list[Any] = []
     stream = ConductorStream("dense-1", heard.append, heard.append)
-    old, new = (SimpleNamespace(id=number, peer_name=PEER_NAME) for number in (3, 5))
+    old: Any = SimpleNamespace(id=3, peer_name=PEER_NAME)
+    new: Any = SimpleNamespace(id=5, peer_name=PEER_NAME)
 
     def comes(connection: Any, step: int) -> None:
         header, body = SimpleNamespace(kind=Kind.CONTROL), encode(Commit(step))
@@ -215,5 +216,5 @@ def test_a_new_conductor_ends_what_the_one_before_began() -> None:
     comes(old, 1)
     comes(new, 2)
     comes(old, 3)  # sent before it was gone
-    stream.on_lost(old)  # type: ignore[arg-type]
+    stream.on_lost(old)
     assert heard == [Commit(1), "another dense-0 conducts", Commit(2)]

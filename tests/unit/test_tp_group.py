@@ -6,7 +6,7 @@ holds the interpreter's lock, which threads that wait for each other cannot shar
 
 import functools
 import socket
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,14 +17,14 @@ import msgspec
 import numpy as np
 import pytest
 from support.checkpoints import VOCAB, make_checkpoint
+from support.comm_rig import WAIT_S
 from support.fake_nccl import World
 from support.local_cluster import Ask, DenseClient, LocalCluster
 
-from remora.actors import dense_actor, tp_actor
+from remora.actors import dense_actor, tp_actor, tp_group
 from remora.actors.expert_actor import ExpertActor
 from remora.comm.errors import ClusterError, PeerLostError
 from remora.comm.messages import SamplingParams
-from remora.comm.nccl_group import WATCH_S
 from remora.comm.peer import PeerLimits
 from remora.comm.sketch import decode_sketch
 from remora.comm.view import Endpoint
@@ -172,16 +172,29 @@ def test_over_nccl_a_rank_that_goes_ends_the_group(cluster: LocalCluster) -> Non
 
 
 def test_over_nccl_a_step_that_nccl_fails_is_told_and_the_next_one_runs(
-    cluster: LocalCluster, expected: list[list[int]]
+    cluster: LocalCluster, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An asynchronous error on rank 1: all leave the step, meet anew, and serve again. Meeting
-    takes longer than a look at what rank 1 last said: that the step failed."""
+    """An asynchronous error on rank 1: all leave the step, meet anew, and serve again. Rank 1 comes
+    after rank 0 has looked at what it last said: that the step failed."""
+    looked, is_gone = threading.Event(), tp_group._is_gone
+
+    def look(uid: str, link: tp_group.Link) -> str | None:
+        found = is_gone(uid, link)
+        if uid == "dense-0.1":
+            looked.set()
+        return found
+
+    def create_late(*args: Any) -> Any:
+        assert looked.wait(WAIT_S)
+        return create(*args)
+
+    monkeypatch.setattr(tp_group, "_is_gone", look)
     with cluster.dense(num_ranks=2, world=World()) as dense:
         assert tokens(dense) == expected
         nccl: Any = dense.others[0].hardware.nccl()
         nccl.communicators[-1].inject(6)
         create = nccl.NcclCommunicator
-        nccl.NcclCommunicator = lambda *args: (time.sleep(5 * WATCH_S), create(*args))[1]
+        nccl.NcclCommunicator = create_late
         answer = dense.ask(asks(1))[0]
         assert answer.finish_reason == "error"
         error = str(answer.outputs[-1].error)
