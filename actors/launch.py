@@ -160,7 +160,7 @@ def thread_environment(num_threads: int) -> dict[str, str]:
         "MALLOC_TOP_PAD_": str(16 << 20),
         **{
             name: os.environ[name]
-            for name in ("REMORA_NO_KERNELS", "REMORA_CACHE_DIR")
+            for name in ("REMORA_NO_KERNELS", "REMORA_ISA", "REMORA_CACHE_DIR")
             if name in os.environ
         },
     }

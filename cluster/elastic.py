@@ -282,7 +282,7 @@ class Elastic:
             history=self._runner().history,
             request=self.request,
             leave=self._leave,
-            why_placeless=partial(why_placeless, self._config, ray_nodes),
+            why_placeless=partial(why_placeless, self._config, ray_nodes, tasks.homes),
             give_up=self._runner().give_up,
         )
         self.runner.start(effects)

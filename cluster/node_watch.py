@@ -1,7 +1,8 @@
 """The thread that asks Ray which nodes are being drained, and begins to move what is there.
 
-Where what is to join finds no place, and nobody adds nodes, an evacuation is given up: all that it
-would wait for is the end of the node, and whoever waits for it to be left hears so at once.
+Where what is to join finds no place, and nobody adds nodes, an operation that others wait for is
+given up: whoever asked for it hears so soon, not when the time for starts is over. What gives way
+to others (a restore, what the autoscaler asks for) may wait for room as long as it likes.
 """
 
 import json
@@ -18,7 +19,7 @@ from ray.core.generated import autoscaler_pb2
 
 from remora.actors.health_state import Life
 from remora.cluster.evacuation import EVACUATE, next_evacuation, next_replacement, tries_of
-from remora.cluster.operation import Operation, Target
+from remora.cluster.operation import Operation, Restore, Target, gives_way
 from remora.comm.errors import ClusterError, OperationRunsError, RemoraError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 EVERY_S: Final = 1.0
 GCS_S: Final = 5.0
 REFUSED_MAX: Final = 256
-PLACELESS_LOOKS: Final = 3  # in a row: Ray's account of what waits is a moment old
+# In a row: Ray's account of what waits is a moment old, and names nobody. An actor of others that
+# waits for the same looks like ours as long as ours starts.
+PLACELESS_LOOKS: Final = 10
 READ_ONLY: Final = "node_"  # begins the names of node types where Ray's monitor adds no nodes
 
 
@@ -42,8 +45,8 @@ class NodeWatch:
         request: begins an operation. Raises RemoraError: it cannot be, or not now.
         leave: told of nodes on which nothing more is to be begun, and whether what was to leave
             them has, or will not.
-        why_placeless: why who joins by an operation, and is not among those that live, will find no
-            place; None: it may get one. Raises ClusterError: Ray does not tell.
+        why_placeless: why who joins by an operation will find no place; None: it has one, or may
+            get one. Raises ClusterError: Ray does not tell.
         give_up: undoes an operation that waits for who joins, for a reason.
     """
 
@@ -56,7 +59,7 @@ class NodeWatch:
         history: Callable[[], Sequence[Operation]],
         request: Callable[[str, Target], object],
         leave: Callable[[AbstractSet[str], bool], None],
-        why_placeless: Callable[[Operation, AbstractSet[Life]], str | None],
+        why_placeless: Callable[[Operation], str | None],
         give_up: Callable[[str, str], None],
     ) -> None:
         self._draining, self._homes, self._members = draining, homes, members
@@ -121,25 +124,26 @@ class NodeWatch:
         self._there = there
         if draining:
             self._leave(draining.keys(), found is None and is_free)
-        self._look_for_places(history, homes.keys())
+        self._look_for_places(history)
         if found is not None:
             self._begin(*found)
 
-    def _look_for_places(self, history: Sequence[Operation], living: AbstractSet[Life]) -> None:
-        """Whether the evacuation that runs has somewhere to go."""
+    def _look_for_places(self, history: Sequence[Operation]) -> None:
+        """Whether who joins by the operation that runs has somewhere to go."""
         running = next((each for each in history if each.outcome == "running"), None)
         why: str | None = None
-        if running is not None and running.operation_id.startswith(EVACUATE):
+        if running is not None and not _may_wait(running.target):
             try:
                 if running.step == "prepare":
-                    why = self._why_placeless(running, living)
+                    why = self._why_placeless(running)
             except ClusterError as silent:
                 logger.warning("whether there is a place is not known: %s", silent)
         self._num_placeless = self._num_placeless + 1 if why is not None else 0
         if running is None or why is None or self._num_placeless < PLACELESS_LOOKS:
             return
-        for operation_id in tries_of(running.operation_id):
-            self._refuse(operation_id, why)
+        if running.operation_id.startswith(EVACUATE):
+            for operation_id in tries_of(running.operation_id):
+                self._refuse(operation_id, why)
         self._give_up(running.operation_id, why)
 
     def _begin(self, operation_id: str, target: Target) -> None:
@@ -162,6 +166,11 @@ class NodeWatch:
                 self.look(time.time())
             except Exception:  # of one look; nodes that nobody watches any more are worse
                 logger.exception("a look at nodes failed")
+
+
+def _may_wait(target: Target) -> bool:
+    """Whether nobody waits for it while it waits for room."""
+    return isinstance(target, Restore) or gives_way(target)
 
 
 class RayNodes:

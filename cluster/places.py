@@ -1,7 +1,6 @@
 """Whether those that join by an operation will find a place in the Ray cluster."""
 
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from remora.actors.health_state import Life
@@ -25,29 +24,42 @@ class Nodes(Protocol):
 
 
 def why_placeless(
-    config: RemoraConfig, nodes: Nodes, operation: Operation, living: AbstractSet[Life]
+    config: RemoraConfig,
+    nodes: Nodes,
+    homes: Callable[[], Mapping[Life, object]],
+    operation: Operation,
 ) -> str | None:
     """Why who joins by an operation will find no place; None: it has one, or may get one.
 
     Ray's account of what waits for a place names no actors: what one of ours asks for is looked for
     in it. `elastic.nodes_may_come` says whether waiting can be of use, else Ray is asked.
 
+    Args:
+        homes: of what lives; asked only where something waits for as much as ours ask for.
+
     Raises:
         ClusterError: Ray does not tell.
     """
-    waiting = sorted(uid for uid, life in operation.joiners.items() if (uid, life) not in living)
-    if not waiting or config.elastic.nodes_may_come is True:
+    if not operation.joiners or config.elastic.nodes_may_come is True:
         return None
     unplaced = [_amounts(each) for each in nodes.unplaced()]
-    asks: dict[str, list[str]] = {}
-    for uid in waiting:
-        options: dict[str, Any] = dense_options(config) if is_dense(uid) else shard_options(config)
-        if _amounts(bundle_of(options)) in unplaced:
-            asks.setdefault(asked_of_ray(options), []).append(uid)
-    if not asks or (config.elastic.nodes_may_come is None and nodes.may_come()):
+    asks = {uid: _ask_of(config, uid) for uid in sorted(operation.joiners)}
+    asks = {uid: ask for uid, ask in asks.items() if _amounts(bundle_of(ask)) in unplaced}
+    living = homes() if asks else {}
+    found: dict[str, list[str]] = {}
+    for uid, ask in asks.items():
+        if (uid, operation.joiners[uid]) not in living:
+            found.setdefault(asked_of_ray(ask), []).append(uid)
+    if not found or (config.elastic.nodes_may_come is None and nodes.may_come()):
         return None
-    who = "; ".join(f"{', '.join(uids)} ({what} each)" for what, uids in asks.items())
-    return f"no place for {who} on any other node, and none is added (elastic.nodes_may_come)"
+    who = "; ".join(f"{', '.join(uids)} ({what} each)" for what, uids in found.items())
+    why = "no node that stays has room, and none is added (elastic.nodes_may_come)"
+    return f"no place for {who}: {why}"
+
+
+def _ask_of(config: RemoraConfig, uid: str) -> dict[str, Any]:
+    """What a member asks of Ray."""
+    return dense_options(config) if is_dense(uid) else shard_options(config)
 
 
 def _amounts(bundle: Mapping[str, float]) -> dict[str, float]:

@@ -84,7 +84,7 @@ def test_a_pod_with_nowhere_to_go_says_so_at_once(hosts: Cluster, handle: Cluste
     hook = run_hook(hosts.address)
     assert hook.returncode == 1, hook.stderr
     assert "preStop: dense-0 cannot leave: no place for dense-1" in hook.stderr
-    assert "on any other node, and none is added" in hook.stderr
+    assert "no node that stays has room, and none is added" in hook.stderr
     operation = handle.wait("evacuate-dense-0.1:1")
     assert operation["outcome"] == "failed"
     assert operation["reason"].startswith("no place for dense-1"), "else its time was over"

@@ -1,7 +1,6 @@
 """Nodes that go away: what leaves them, how often it is tried, and what takes its place."""
 
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import pytest
@@ -145,8 +144,8 @@ class Deployment:
             raise ClusterError("no GCS")
         return self.draining
 
-    def why_placeless(self, operation: Operation, living: AbstractSet[Life]) -> str | None:
-        assert operation is self.history[-1] and living == self.homes.keys()
+    def why_placeless(self, operation: Operation) -> str | None:
+        assert operation is self.history[-1]
         if self.places_are_silent:
             raise ClusterError("no GCS")
         return self.why
@@ -245,14 +244,27 @@ def test_an_evacuation_that_has_nowhere_to_go_is_given_up_and_not_tried_again() 
     assert set(status["refused"].values()) == {"no place"}
 
 
-@pytest.mark.parametrize("case", ["copying", "an operator's", "nobody tells"])
-def test_what_is_under_way_or_not_ours_is_not_given_up(case: str) -> None:
+@pytest.mark.parametrize("target", [ScaleTo(shards=9), Drain(("shard-1",), "needed")])
+def test_what_somebody_waits_for_is_given_up_too_and_may_be_asked_for_again(target: Target) -> None:
+    it = Deployment()
+    it.history.append(over("mine", target, outcome="running", step="prepare"))
+    it.why = "no place"
+    for now_s in range(PLACELESS_LOOKS):
+        it.watch.look(101.0 + now_s)
+    assert it.given_up == [("mine", "no place")]
+    assert it.watch.status()["refused"] == {}
+
+
+@pytest.mark.parametrize("case", ["copying", "a restore", "the autoscaler's", "nobody tells"])
+def test_what_is_under_way_or_in_nobodys_way_is_not_given_up(case: str) -> None:
     it, operation = leaving()
     it.why = "no place"
     if case == "copying":
         operation.step = "copy"
-    elif case == "an operator's":
-        operation.operation_id = "drain-a"
+    elif case == "a restore":
+        operation.target = Restore(("shard-0",))
+    elif case == "the autoscaler's":
+        operation.target = ScaleTo(shards=9, gives_way=True)
     else:
         it.places_are_silent = True
     for now_s in range(2 * PLACELESS_LOOKS):
@@ -296,12 +308,13 @@ def test_who_finds_no_place(
     )
     operation = over("evacuate-dense-0.1:1", LEFT, ["dense-1"], outcome="running", step="prepare")
     nodes = Nodes(unplaced, may_come)
-    why = why_placeless(config, nodes, operation, {("shard-2", 1)})
+    why = why_placeless(config, nodes, lambda: {("shard-2", 1): {"a"}}, operation)
     assert (why is not None) == is_placeless
     assert why is None or "dense-1 (0.3 CPU, 1 group each)" in why
-    assert why_placeless(config, nodes, operation, {("dense-1", 1)}) is None, "it has a place"
+    it_starts = {("dense-1", 1): {"a"}}
+    assert why_placeless(config, nodes, lambda: it_starts, operation) is None, "it has a place"
     nobody_joins = over("evacuate-dense-0.1:1", LEFT, outcome="running", step="prepare")
-    assert why_placeless(config, nodes, nobody_joins, set()) is None
+    assert why_placeless(config, nodes, dict, nobody_joins) is None
 
 
 @pytest.mark.parametrize(
