@@ -82,6 +82,12 @@ class ClusterHandle:
         operation: dict[str, Any] = _call(pending, timeout_s + BEGIN_S)
         return operation
 
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """As `Coordinator.cancel`; also by a next life."""
+        pending = _retried(self.coordinator.cancel, operation_id)
+        operation: dict[str, Any] = _call(pending, BEGIN_S)
+        return operation
+
     def done(self, operation_id: str, target: Target) -> dict[str, Any]:
         """Begin an operation, or find the one of that id, and wait until it is over."""
         self.request(operation_id, target)

@@ -10,7 +10,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from typing import Any
 from remora.cluster.autoscale_command import add_autoscale
 from remora.cluster.config import RemoraConfig, load_config, parse_override, preset_names
 from remora.cluster.instances import Instance, missing, use_token, which_instance
-from remora.cluster.operation_command import add_how, add_operations, run_operation
+from remora.cluster.operation_command import (
+    add_cancel,
+    add_how,
+    add_operations,
+    run_cancel,
+    run_operation,
+)
 from remora.cluster.rebalance_command import (
     add_rebalance,
     check_options,
@@ -120,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     add_rebalance(commands).set_defaults(run=_rebalance)
     for command in add_operations(commands):
         command.set_defaults(run=_operate)
+    add_cancel(commands).set_defaults(run=_cancel)
     add_autoscale(commands)
     add_sim(commands)
     for name, text in (
@@ -273,20 +280,24 @@ def _manage(options: argparse.Namespace) -> int:
 
 
 def _operate(options: argparse.Namespace) -> int:
-    name, instance = _which(options.name, options.ray_address)
-    if name is None:
-        return missing("no deployment runs on this machine", options.json)
-    return run_operation(name, instance, options)
+    return _on_deployment(options, run_operation)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    return _on_deployment(options, run_cancel)
 
 
 def _rebalance(options: argparse.Namespace) -> int:
     check_options(options)
-    if options.trace is not None:
-        return run_trace(options)
+    return run_trace(options) if options.trace else _on_deployment(options, run_rebalance)
+
+
+def _on_deployment(options: argparse.Namespace, run: Callable[..., int]) -> int:
+    """What a command does to the deployment that it means."""
     name, instance = _which(options.name, options.ray_address)
     if name is None:
         return missing("no deployment runs on this machine", options.json)
-    return run_rebalance(name, instance, options)
+    return run(name, instance, options)
 
 
 def _placement_export(options: argparse.Namespace) -> int:

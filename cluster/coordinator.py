@@ -170,13 +170,14 @@ class Coordinator:
 
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
         """How an operation is, once it is over or the time is. Raises ClusterError: unknown."""
-        runner = self._operations().runner
-        assert runner is not None
-        return runner.wait(operation_id, timeout_s)
+        return self._operations().begun().wait(operation_id, timeout_s)
+
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """As `OperationRunner.cancel`."""
+        return self._operations().begun().cancel(operation_id)
 
     def _running(self) -> str | None:
-        runner = self._operations().runner
-        return runner.running() if runner is not None else None
+        return runner.running() if (runner := self._operations().runner) is not None else None
 
     def _operations(self) -> Elastic:
         with self._lock:

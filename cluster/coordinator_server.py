@@ -58,6 +58,7 @@ class CoordinatorServer:
             "Rebalance": self._rebalance,
             "ImportPlacement": self._import_placement,
             "GetOperation": self._get_operation,
+            "Cancel": self._cancel,
             "GetStatus": self._get_status,
         }
         self._server = GrpcServer(
@@ -128,6 +129,10 @@ class CoordinatorServer:
         finally:
             self._num_waiting -= 1
         return operation_message(operation)
+
+    async def _cancel(self, request: Any) -> Any:
+        call = partial(self._operations.cancel, request.operation_id)
+        return operation_message(await self._ask(call))
 
     async def _get_status(self, _: Any) -> Any:
         return status_message(await self._ask(self._operations.status))

@@ -21,9 +21,10 @@ from functools import partial
 
 import msgspec
 
-from remora.cluster.coordinator_restores import MemberRestores
+from remora.cluster.coordinator_cancels import Cancellations
 from remora.cluster.former_places import former_after
 from remora.cluster.operation import (
+    BEFORE_COMMIT,
     Adopt,
     Alarm,
     Answer,
@@ -59,10 +60,8 @@ from remora.cluster.operation import (
 from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
 from remora.comm.errors import ConfigError, OperationRunsError
 
-BEFORE_COMMIT = ("prepare", "copy", "verify", "commit")
 
-
-class CoordinatorState(MemberRestores):
+class CoordinatorState(Cancellations):
     """See the head of this file.
 
     Args:
@@ -102,14 +101,6 @@ class CoordinatorState(MemberRestores):
         self._request(operation_id, target)
         return self._taken()
 
-    def give_up(self, operation_id: str, reason: str, now_s: float) -> list[Effect]:
-        """Undo an operation that waits for who joins; any other is left as it is."""
-        self._now_s = now_s
-        running = self.operation.operation_id if self.operation is not None else None
-        if running == operation_id and self._is_preparing():
-            self._abort(reason)
-        return self._taken()
-
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """What follows from an event."""
         self._now_s = now_s
@@ -128,6 +119,7 @@ class CoordinatorState(MemberRestores):
                 self._member_lost(uid, incarnation)
             case Tick():
                 self._tick()
+        self._heed()
         self._restore_lost()
         is_calm = self.operation is None and self._logging is None
         if self._are_copies_due and (is_calm or self._is_stuck()):

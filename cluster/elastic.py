@@ -156,7 +156,7 @@ class Elastic:
         for uid, incarnation in (lives | gone).items():
             ranks = rank_uids(self._config, uid) if is_dense(uid) else [uid]
             if not living.keys() >= set(ranks):
-                self._runner().lost(uid, incarnation)
+                self.begun().lost(uid, incarnation)
         return state.view
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Elastic:
         memory = None
         if self._tasks is not None and _may_join(target):
             memory = self._tasks.free_memory(self.nodes.nodes if self.nodes else frozenset())
-        return self._runner().request(operation_id, target, memory)
+        return self.begun().request(operation_id, target, memory)
 
     def heartbeat(self) -> tuple[int, int]:
         """As `Coordinator.heartbeat`."""
@@ -245,8 +245,8 @@ class Elastic:
             spec,
             state.view.placement,
             state.manifest,
-            soon=lambda work: self._runner().soon(work),
-            lost=lambda uid, incarnation: self._runner().lost(uid, incarnation),
+            soon=lambda work: self.begun().soon(work),
+            lost=lambda uid, incarnation: self.begun().lost(uid, incarnation),
             changed=self._changed,
             standbys=self.standbys,
             warm_dense=self.warm_dense,
@@ -279,11 +279,11 @@ class Elastic:
             draining=ray_nodes.draining,
             homes=tasks.homes,
             members=self._members,
-            history=self._runner().history,
+            history=self.begun().history,
             request=self.request,
             leave=self._leave,
             why_placeless=partial(why_placeless, self._config, ray_nodes, tasks.homes),
-            give_up=self._runner().give_up,
+            give_up=self.begun().give_up,
         )
         self.runner.start(effects)
         self.health.start(state.view)
@@ -311,7 +311,7 @@ class Elastic:
         if (uid, incarnation) == ROUTER_LIFE:
             self._tasks.restart_router()
         else:
-            self._runner().lost(uid, incarnation)
+            self.begun().lost(uid, incarnation)
 
     def _committed(self, view: View) -> None:
         self._view = view
@@ -326,8 +326,9 @@ class Elastic:
             assert self._state is not None
             self._state.heat = heat
 
-        self._runner().soon(note)
+        self.begun().soon(note)
 
-    def _runner(self) -> OperationRunner:
+    def begun(self) -> OperationRunner:
+        """What runs operations, once there is a view."""
         assert self.runner is not None, "before the first view"
         return self.runner

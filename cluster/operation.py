@@ -15,6 +15,7 @@ from remora.comm.errors import OperationIdTakenError
 from remora.comm.view import Member, View
 
 Step = Literal["plan", "prepare", "copy", "verify", "commit", "drain", "free", "undo", "over"]
+BEFORE_COMMIT: tuple[Step, ...] = ("prepare", "copy", "verify", "commit")  # of the same round
 Outcome = Literal["running", "done", "failed"]
 Pair = tuple[int, int]  # decoder layer, logical expert
 Held = dict[str, tuple[tuple[int, ...], ...]]  # as `Placement.slots`

@@ -1,4 +1,4 @@
-"""`remora scale`, `drain` and `placement import`: operations on a deployment that runs."""
+"""`remora scale`, `drain`, `placement import`, `cancel`: operations on what runs."""
 
 import json
 import secrets
@@ -45,6 +45,20 @@ def add_operations(commands: "_SubParsersAction[ArgumentParser]") -> list[Argume
     for command in (scale, drain):
         add_how(command)
     return [scale, drain]
+
+
+def add_cancel(commands: "_SubParsersAction[ArgumentParser]") -> ArgumentParser:
+    """The command line of it; what it runs is set by the caller."""
+    command = commands.add_parser(
+        "cancel", help="undo an operation that runs, as far as it is not committed"
+    )
+    command.add_argument(
+        "operation_id", nargs="?", metavar="ID", help="may be left out: the one that runs"
+    )
+    command.add_argument("--deployment", dest="name", metavar="NAME", help="if several run")
+    command.add_argument("--ray-address", help="Ray cluster that it runs in")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    return command
 
 
 def add_how(command: ArgumentParser) -> None:
@@ -126,6 +140,41 @@ def run_operation(name: str, instance: Instance | None, options: Namespace) -> i
         raise ClusterError(f"operation {operation_id} failed: {operation['reason']}")
     print(json.dumps(operation) if options.json else operation_text(operation))
     return OK
+
+
+def run_cancel(name: str, instance: Instance | None, options: Namespace) -> int:
+    """Have an operation undone, and wait. Returns the exit status: 3 when there is no such
+    deployment.
+
+    Raises:
+        ConfigError: none runs, or what runs cannot be undone.
+        ClusterError: there is none of that id, or it was over first.
+    """
+    from remora.cluster.bootstrap import find_cluster
+    from remora.cluster.instances import missing
+    from remora.cluster.manage_command import connected, nothing_of
+
+    with connected(instance.ray_address if instance else options.ray_address) as found:
+        cluster = find_cluster(name) if found else None
+        if cluster is None:
+            return missing(nothing_of(name), options.json)
+        operation_id = options.operation_id or _running_id(cluster.status())
+        with named_when_left(operation_id):
+            cluster.cancel(operation_id)
+            operation = cluster.over(operation_id)
+    if operation["outcome"] == "done":
+        raise ClusterError(f"operation {operation_id} was done before it could be undone")
+    print(json.dumps(operation) if options.json else operation_text(operation))
+    return OK
+
+
+def _running_id(status: dict[str, Any]) -> str:
+    """Raises ConfigError: no operation runs."""
+    running = (status.get("operations") or {}).get("running")
+    if running is None:
+        raise ConfigError("no operation runs: there is nothing to cancel")
+    operation_id: str = running["operation_id"]
+    return operation_id
 
 
 def progress_text(operation: dict[str, Any]) -> str:

@@ -163,6 +163,9 @@ class Operations(Protocol):
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
         """As `Coordinator.wait`."""
 
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """As `Coordinator.cancel`."""
+
     def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:
         """As `Coordinator.rebalance`."""
 

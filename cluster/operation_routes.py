@@ -157,6 +157,15 @@ def add_operation_routes(app: FastAPI, calls: OperationCalls, body_bytes_max: in
         operation = await calls.ask(lambda operations: operations.wait(operation_id, wait_s))
         return json_response(operation)
 
+    @app.post(
+        "/v1/ep/operations/{operation_id}/cancel", response_model=OperationAnswer, responses=begun
+    )
+    async def ep_cancel(operation_id: str) -> Response:
+        """Undo an operation as far as it is not committed. 202 while it is undone, 200 once it is
+        over."""
+        operation = await calls.ask(lambda operations: operations.cancel(operation_id))
+        return _operation_response(operation)
+
 
 def _rebalance(operation_id: str, dry_run: bool, operations: Operations) -> dict[str, Any]:
     return operations.rebalance(operation_id, dry_run=dry_run)

@@ -149,6 +149,20 @@ class OperationRunner:
                 self._carry_out(self._state.give_up(operation_id, reason, self._clock()))
         self._events.put(Tick())
 
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """Undo an operation as far as it is not committed; how it is.
+
+        Raises:
+            ConfigError, UnknownOperationError: as `CoordinatorState.cancel`.
+            ClusterError: this deployment stops.
+        """
+        with self._changed:
+            if self._closed:
+                raise ClusterError("this deployment is being stopped")
+            self._carry_out(self._state.cancel(operation_id, self._clock()))
+        self._events.put(Tick())
+        return self.operation(operation_id)
+
     def operation(self, operation_id: str) -> dict[str, Any]:
         """How an operation is. Raises UnknownOperationError."""
         with self._changed:

@@ -4,6 +4,7 @@ A crash takes the process between two effects, or in the middle of a write; anot
 log, as `elastic.py` does, and takes over what lives.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -123,8 +124,17 @@ class SimCoordinator:
             raise ClusterError("the coordinator does not answer")
         if not operation_id.startswith((EVACUATE, LOOK)):  # not of the history
             self._numbers.setdefault(operation_id, len(self._numbers) + 1)
+        self._call(partial(self._runner.request, operation_id, target))
+
+    def cancel(self, operation_id: str) -> None:
+        """As a client's call. Raises ClusterError, ConfigError."""
+        if self._runner is None or not self.is_up:
+            raise ClusterError("the coordinator does not answer")
+        self._call(partial(self._runner.cancel, operation_id))
+
+    def _call(self, call: Callable[[], object]) -> None:
         try:
-            self._runner.request(operation_id, target)
+            call()
         except SimCrash:
             self._crash()
             raise ClusterError("the coordinator died") from None

@@ -9,6 +9,7 @@ import logging
 import random
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -27,13 +28,15 @@ from remora.cluster.sim_network import Violation, uid_of
 from remora.cluster.sim_operator import EVERY_S as LOOK_S
 from remora.cluster.sim_rank import STEP_S
 from remora.cluster.sim_shard import EXPERT_S, PROCESS_S
-from remora.comm.errors import ClusterError, ConfigError
+from remora.comm.errors import ClusterError, ConfigError, RemoraError
 
 RUNNER_LOG: Final = "remora.cluster.operation_runner"
 WALK: Final = (2, 4, 8, 4, 2)  # shards of a walk; histories take a part of it
 OPERATIONS: Final = (1, 3)
 ASK_AGAIN_S: Final = 0.3
 BETWEEN_S: Final = (0.1, 1.5)  # operations
+CANCELLED_SHARE: Final = 0.1  # of operations
+CANCEL_S: Final = 2.0  # after their begin, at most
 # Every step of an operation has its limit; several rounds and a restart of the coordinator fit in.
 OPERATION_S: Final = 80 * LIMITS.drain_s
 REST_S: Final = HOLD_S + 2 * OPERATION_S  # for requests and restored shards, after the last fault
@@ -133,7 +136,10 @@ class History:
         at = chance.randrange(len(WALK) - 1)
         for index in range(number):
             self._pass_by(*BETWEEN_S)
-            self._operate(f"operation-{index + 1}", self._draw_target(WALK[(at + index + 1) % 5]))
+            operation_id = f"operation-{index + 1}"
+            if chance.random() < CANCELLED_SHARE:
+                world.clock.after(chance.random() * CANCEL_S, partial(self._cancel, operation_id))
+            self._operate(operation_id, self._draw_target(WALK[(at + index + 1) % 5]))
         world.faults.end()
         self._rest("after the last fault")
         kinds = {fault.kind for fault in world.faults.struck}
@@ -215,6 +221,14 @@ class History:
                 raise Violation(f"7: {EVENTS_MAX} events")
         found = world.coordinator.outcome(operation_id)
         raise Violation(f"7: {operation_id} does not end within {OPERATION_S:g} s: {found}")
+
+    def _cancel(self, operation_id: str) -> None:
+        """Somebody does not want it any more."""
+        try:
+            self.world.coordinator.cancel(operation_id)
+            self.world.trace(f"{operation_id} is not wanted any more")
+        except RemoraError as refused:
+            self.world.trace(f"{operation_id} is not cancelled: {refused}")
 
     def _check_done(self, target: Target) -> None:
         """Invariant 7, where nothing went wrong: what is said to be done is so."""

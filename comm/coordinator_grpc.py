@@ -41,11 +41,15 @@ GET_OPERATION = Method(
     service=COORDINATOR, name="GetOperation", limit_s=WAIT_S_MAX + 5.0,
     request=pb.GetOperationRequest, response=pb.Operation,
 )  # fmt: skip
+CANCEL = Method(
+    service=COORDINATOR, name="Cancel", limit_s=BEGIN_S,
+    request=pb.CancelRequest, response=pb.Operation,
+)  # fmt: skip
 GET_STATUS = Method(
     service=COORDINATOR, name="GetStatus", limit_s=15.0,
     request=pb.GetStatusRequest, response=pb.DeploymentStatus,
 )  # fmt: skip
-METHODS: Final = (SCALE, DRAIN, REBALANCE, IMPORT_PLACEMENT, GET_OPERATION, GET_STATUS)
+METHODS: Final = (SCALE, DRAIN, REBALANCE, IMPORT_PLACEMENT, GET_OPERATION, CANCEL, GET_STATUS)
 
 _OPERATION: Final = (
     "operation_id", "kind", "outcome", "step", "reason", "joiners", "retirees", "round",

@@ -102,6 +102,10 @@ class World(Members):
         """Have an operation that waits for who joins undone."""
         self._carry_out(self.state.give_up(operation_id, why, self.now_s))
 
+    def cancel(self, operation_id: str) -> None:
+        """Have an operation undone that is not wanted any more."""
+        self._carry_out(self.state.cancel(operation_id, self.now_s))
+
     def answer_all(self) -> None:
         """Let the world go on until nothing happens at this time any more."""
         while self.queue:
@@ -122,6 +126,16 @@ class World(Members):
         while operation.outcome == "running":
             self.settle(self.state.next_time() or self.now_s)
         return operation
+
+    def settle_one(self) -> None:
+        """The next event, or the next time."""
+        if self.queue:
+            self._tell(self.queue.pop(0))
+            return
+        due = self.state.next_time()
+        assert due is not None, f"nothing is to happen: {self.state.operation}"
+        self.now_s = max(self.now_s, due)
+        self._tell(Tick())
 
     def settle(self, until_s: float = math.inf) -> None:
         """Let the world go on until nothing happens any more, or until a time."""

@@ -37,6 +37,10 @@ class WorldOperations:
         self._note("wait")
         return self.runner.wait(operation_id, timeout_s)
 
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        self._note("cancel")
+        return self.runner.cancel(operation_id)
+
     def hold_rebalance(self) -> threading.Event:
         """Rounds from now on wait until this is set."""
         self.planning = threading.Event()

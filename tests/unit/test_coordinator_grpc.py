@@ -15,6 +15,7 @@ from support.router_rig import TOKEN
 from remora.cluster.coordinator_server import CoordinatorServer
 from remora.comm import coordinator_pb2 as pb
 from remora.comm.coordinator_grpc import (
+    CANCEL,
     COORDINATOR,
     DRAIN,
     GET_OPERATION,
@@ -96,6 +97,16 @@ def test_scale_is_done_once_under_one_id(rig: Rig) -> None:
     down = rig.call(DRAIN, pb.DrainRequest(operation_id="down", uids=["shard-0"]))
     assert down.kind == "drain"
     assert list(rig.done("down").safe_to_delete) == ["shard-0"]
+
+
+def test_an_operation_that_is_not_wanted_is_undone(rig: Rig) -> None:
+    rig.operations.holds = True
+    rig.call(SCALE, pb.ScaleRequest(operation_id="up", shards=3))
+    assert rig.call(CANCEL, pb.CancelRequest(operation_id="up")).step == "undo"
+    rig.operations.release()
+    assert (rig.done("up").outcome, rig.done("up").reason) == ("failed", "it was cancelled")
+    code, why = rig.refused(CANCEL, pb.CancelRequest(operation_id="who"))
+    assert code is grpc.StatusCode.NOT_FOUND and "'who'" in why
 
 
 def test_one_operation_at_a_time(rig: Rig) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from support.programs import benchmarks_on_path
@@ -20,7 +20,7 @@ from remora.cluster.operation import (
     ScaleTo,
     Target,
 )
-from remora.cluster.operation_command import body_of, operation_text, run_operation
+from remora.cluster.operation_command import body_of, operation_text, run_cancel, run_operation
 from remora.cluster.placement_file import write_placement
 from remora.cluster.rebalance_command import run_rebalance
 from remora.comm.errors import ClusterError, ConfigError, UnknownOperationError
@@ -123,6 +123,47 @@ def test_an_operation_that_its_coordinator_forgot_is_asked_for_again(
     options = cli_parser().parse_args(["scale", "demo", "--shards", "3", "--operation-id", "up"])
     assert run_operation("demo", None, options) == 0
     assert found.asked == ["up", "up"] and "up: scale done" in capsys.readouterr().out
+
+
+class Cancelled:
+    """A deployment in which an operation runs that somebody cancels."""
+
+    def __init__(self, running: str | None, outcome: Literal["done", "failed"]) -> None:
+        self.running, self.outcome = running, outcome
+        self.asked: list[str] = []
+
+    def status(self) -> dict[str, Any]:
+        running = None if self.running is None else {"operation_id": self.running}
+        return {"operations": {"running": running}}
+
+    def cancel(self, operation_id: str) -> None:
+        self.asked.append(operation_id)
+
+    def over(self, operation_id: str) -> dict[str, Any]:
+        over = Operation(operation_id=operation_id, target=ScaleTo(40), outcome=self.outcome)
+        over.ended_s, over.reason = 1.0, "it was cancelled"
+        return over.public()
+
+
+def test_what_runs_is_cancelled_unless_an_id_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cancel(found: Cancelled, *arguments: str) -> int:
+        monkeypatch.setattr(bootstrap, "find_cluster", lambda _: found)
+        options = cli_parser().parse_args(["cancel", "--deployment", "demo", *arguments])
+        return run_cancel("demo", None, options)
+
+    monkeypatch.setattr(manage_command, "connected", lambda _: nullcontext(True))
+    found = Cancelled("up", "failed")
+    assert (cancel(found), cancel(found, "queued")) == (0, 0)
+    assert found.asked == ["up", "queued"]
+    assert "up: scale failed in 1.0 s, 0 experts loaded (it was cancelled)" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match="no operation runs"):
+        cancel(Cancelled(None, "failed"))
+    with pytest.raises(ClusterError, match="up was done before"):
+        cancel(Cancelled("up", "done"))
 
 
 def test_operations_for_people() -> None:

@@ -27,6 +27,7 @@ ROUTES = [
     ("GET", "/v1/ep/placement"),
     ("PUT", "/v1/ep/placement"),
     ("GET", "/v1/ep/operations/up"),
+    ("POST", "/v1/ep/operations/up/cancel"),
     ("HEAD", "/v1/ep/status"),
 ]
 Test = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -100,6 +101,24 @@ def test_without_admin_keys_they_are_closed_to_everybody(
     monkeypatch.delenv(ADMIN_KEYS_ENV)
     for headers in ({}, {"authorization": "Bearer api-key"}, ADMIN):
         run(check, operations, headers)
+
+
+def test_an_operation_that_is_not_wanted_is_undone(operations: HeldOperations) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        operations.holds = True
+        await client.post("/v1/ep/scale", json={"operation_id": "up", "shards": 3})
+        cancelled = await client.post("/v1/ep/operations/up/cancel")
+        assert (cancelled.status_code, cancelled.json()["step"]) == (202, "undo")
+        assert cancelled.headers["location"] == "/v1/ep/operations/up"
+        operations.release()
+        over = await finished(client, "up")
+        assert (over["outcome"], over["reason"]) == ("failed", "it was cancelled")
+        again = await client.post("/v1/ep/operations/up/cancel")
+        assert (again.status_code, again.json()) == (200, over)
+        unknown = await client.post("/v1/ep/operations/who/cancel")
+        assert unknown.status_code == 404, unknown.text
+
+    run(check, operations)
 
 
 def test_an_operation_from_begin_to_end(operations: HeldOperations) -> None:
@@ -228,6 +247,8 @@ def test_the_document_has_them(operations: HeldOperations) -> None:
         for method, path in ROUTES[:-1]:
             operation = paths[path.replace("/up", "/{operation_id}")][method.lower()]
             assert operation["summary"] and {"401", "403"} <= operation["responses"].keys()
-            assert ("requestBody" in operation) == (method in ("POST", "PUT"))
+            assert ("requestBody" in operation) == (
+                method in ("POST", "PUT") and not path.endswith("/cancel")
+            )
 
     run(check, operations)
