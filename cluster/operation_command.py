@@ -81,7 +81,8 @@ def named_when_left(operation_id: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"operation {operation_id} goes on: `remora status` tells of it", file=sys.stderr)
+        how = "`remora status` tells of it, `remora cancel` undoes it"
+        print(f"operation {operation_id} goes on: {how}", file=sys.stderr)
         raise
     except ClusterError as failure:
         raise ClusterError(f"{failure} (operation id {operation_id})") from failure
