@@ -109,13 +109,13 @@ class Operation(msgspec.Struct, kw_only=True):
     ended_s: float | None = None  # after `begun_s`
 
     def public(self) -> dict[str, object]:
-        """Plain data for people and programs, without the placement."""
-        fields: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
-        fields["kind"] = type(self.target).__struct_config__.tag
-        del fields["slots"], fields["begun_s"], fields["gave_way"]
+        """Plain data for people and programs, without the placement (which may be megabytes)."""
+        inner = {"slots", "begun_s", "gave_way"}
         if isinstance(self.target, PlaceAs):
-            del fields["target"]
-        return fields
+            inner.add("target")
+        told = {name: getattr(self, name) for name in self.__struct_fields__ if name not in inner}
+        fields: dict[str, object] = msgspec.json.decode(msgspec.json.encode(told))
+        return fields | {"kind": type(self.target).__struct_config__.tag}
 
 
 def taken_by(operation_id: str, known: Mapping[str, object]) -> OperationIdTakenError:

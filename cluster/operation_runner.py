@@ -166,10 +166,7 @@ class OperationRunner:
     def operation(self, operation_id: str) -> dict[str, Any]:
         """How an operation is. Raises UnknownOperationError."""
         with self._changed:
-            found = self._state.history.get(operation_id)
-            if found is None:
-                raise UnknownOperationError(f"no operation {operation_id!r} is known")
-            return found.public()
+            return self._known(operation_id).public()
 
     def history(self) -> list[Operation]:
         """The last operations, the newest last; also the one that runs."""
@@ -180,10 +177,9 @@ class OperationRunner:
         """As `operation`, once it is over or the time is."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self.operation(operation_id)["outcome"] != "running",
-                timeout_s,
+                lambda: self._closed or self._known(operation_id).outcome != "running", timeout_s
             )
-            return self.operation(operation_id)
+            return self._known(operation_id).public()
 
     def status(self) -> dict[str, Any]:
         """The operation that runs, the last ones, and who is missing or fenced."""
@@ -240,6 +236,12 @@ class OperationRunner:
             pass
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _known(self, operation_id: str) -> Operation:
+        found = self._state.history.get(operation_id)
+        if found is None:
+            raise UnknownOperationError(f"no operation {operation_id!r} is known")
+        return found
 
     def _run(self) -> None:
         is_open = True

@@ -18,6 +18,7 @@ from remora.cluster.coordinator import Coordinator
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.elastic import ENDING, Elastic
+from remora.cluster.operation import Operation, ScaleTo
 from remora.cluster.wal import FILE, Wal, decode_records
 from remora.comm.errors import ClusterError, WeightsError
 from remora.comm.view import View
@@ -106,6 +107,36 @@ def test_who_asks_a_thread_that_has_failed_hears_nothing(
         assert not heard.wait(0.2)
     asking.join(SOON_S)
     assert heard.is_set(), "once it is closed nobody waits for it"
+
+
+def test_who_waits_for_an_operation_costs_nothing_until_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of up to 64 encoded all that it leads to at each event, under the lock of operations:
+    20 ms for 256 experts in 60 layers on 64 shards."""
+    public, told = Operation.public, []
+
+    def counted(operation: Operation) -> dict[str, object]:
+        told.append(operation.outcome)
+        return public(operation)
+
+    with world_operations(tmp_path) as operations:
+        operations.holds = True
+        operations.request("up", ScaleTo(3))
+        monkeypatch.setattr(Operation, "public", counted)
+        runner = operations.runner
+        waiting = [threading.Thread(target=runner.wait, args=("up", SOON_S)) for _ in range(3)]
+        for each in waiting:
+            each.start()
+        until(lambda: len(runner._changed._waiters) == 3)  # type: ignore[attr-defined]
+        for _ in range(10):
+            runner.lost("nobody", 1)
+        runner.come_round()
+        assert told == []
+        operations.release()
+        for each in waiting:
+            each.join(SOON_S)
+    assert told == ["done"] * 3
 
 
 def test_a_model_that_can_be_read_later_is_adopted_later(lives: Lives) -> None:
