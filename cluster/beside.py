@@ -5,6 +5,7 @@ operations as anybody does.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from remora.comm.view import Placement, View
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0  # of one look at an operation that the online loop waits for
+LISTEN_EVERY_S: Final = 5.0
 
 
 class Beside:
@@ -53,6 +55,8 @@ class Beside:
         self._server = CoordinatorServer(
             operations, token=token, bind_ip=ip, port=config.elastic.port
         )
+        self._closed = threading.Event()
+        self._listener: threading.Thread | None = None
         self._router: Any = None
         self._rebalancer: Rebalancer | None = None
         self._autoscaler: Autoscaler | None = None
@@ -60,6 +64,15 @@ class Beside:
     def listen(self) -> None:
         """Take calls over gRPC. Raises ClusterError: the address cannot be bound."""
         self._server.start()
+
+    def listen_when_free(self) -> None:
+        """As `listen`; where the address is taken, as by the life before this one, again and again
+        until it is not. What serves goes on serving; operators ask by Ray and HTTP meanwhile."""
+        if not self._listens():
+            self._listener = threading.Thread(
+                target=self._listen_later, name="remora-operator-later", daemon=True
+            )
+            self._listener.start()
 
     def serve(self, spec: ModelSpec, router: Any) -> None:
         """Start what needs a deployment that serves; `router`: its actor, or None."""
@@ -135,6 +148,9 @@ class Beside:
 
     def close(self) -> None:
         """Stop all of it."""
+        self._closed.set()
+        if self._listener is not None:
+            self._listener.join()
         rebalancer, self._rebalancer, self._router = self._rebalancer, None, None
         autoscaler, self._autoscaler = self._autoscaler, None
         if autoscaler is not None:
@@ -142,6 +158,18 @@ class Beside:
         if rebalancer is not None:
             rebalancer.close()
         self._server.stop()
+
+    def _listens(self) -> bool:
+        try:
+            self.listen()
+        except ClusterError as failure:
+            logger.error("%s takes no calls over gRPC yet: %s", self._config.name, failure)
+            return False
+        return True
+
+    def _listen_later(self) -> None:
+        while not self._closed.wait(LISTEN_EVERY_S) and not self._listens():
+            pass
 
     def _place(self, operation_id: str, placement: Placement) -> dict[str, Any]:
         return self._operations.request(operation_id, PlaceAs(placement.slots))

@@ -338,10 +338,7 @@ class Coordinator:
             return
         with self._lock:
             self._phase, self._router = "serving", router
-        try:
-            self._beside.listen()
-        except ClusterError:  # what serves goes on serving; operators ask by Ray and HTTP
-            logger.exception("deployment %s takes no calls over gRPC", self._config.name)
+        self._beside.listen_when_free()
         self._beside.serve(spec, router)
 
     def _adopt_later(self) -> None:

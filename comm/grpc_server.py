@@ -117,7 +117,7 @@ class GrpcServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._main, name=f"remora-{name}", daemon=True)
+        self._thread: threading.Thread | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -126,11 +126,14 @@ class GrpcServer:
         return self._loop
 
     def start(self) -> str:
-        """Listen; returns the address.
+        """Listen; returns the address. Where it could not be bound it may be tried again.
 
         Raises:
             ClusterError: the address cannot be bound.
         """
+        self._ready.clear()
+        self._failure = None
+        self._thread = threading.Thread(target=self._main, name=f"remora-{self._name}", daemon=True)
         self._thread.start()
         if not self._ready.wait(START_S):
             raise ClusterError(f"the {self._name} did not start within {START_S:g} s")
@@ -140,10 +143,11 @@ class GrpcServer:
 
     def stop(self) -> None:
         """Refuse new calls, end the others, join. Idempotent."""
+        if self._thread is None:
+            return
         if self._loop is not None and self._stop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-        if self._thread.ident is not None:
-            self._thread.join(START_S)
+        self._thread.join(START_S)
 
     def _main(self) -> None:
         try:

@@ -88,7 +88,7 @@ class WorldOperations:
 
 
 @contextmanager
-def world_operations(folder: Path) -> Iterator[WorldOperations]:
+def world_operations(folder: Path) -> "Iterator[HeldOperations]":
     """Two shards with spare slots; nothing goes wrong unless a test has it so."""
     world = World(SLOTS, num_experts=4, room=4)
     held: list[tuple[Task, Future[Answer]]] = []

@@ -1,5 +1,6 @@
 """What a coordinator does with the log of one that died: adopt, wait, begin again, end."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from remora.cluster.coordinator import Coordinator
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.elastic import ENDING, Elastic
+from remora.cluster.manage_command import status_text
 from remora.cluster.operation import Operation, ScaleTo
 from remora.cluster.wal import FILE, Wal, decode_records
 from remora.comm.errors import ClusterError, WeightsError
@@ -26,7 +28,7 @@ from remora.comm.view import View
 NAME = "lives"
 SOON_S = 20.0
 RESUME = Elastic.resume
-SERVE = beside.Beside.serve
+SERVE, LISTEN = beside.Beside.serve, beside.Beside.listen
 
 
 class Lives:
@@ -74,8 +76,8 @@ def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lives]:
     monkeypatch.setattr(module, "LOCK_S", 0.05)
     monkeypatch.setattr(module, "ADOPT_EVERY_S", 0.05)
     monkeypatch.setattr(Elastic, "resume", lambda *_: found.living)
-    monkeypatch.setattr(module.Beside, "listen", lambda _: None)
-    monkeypatch.setattr(module.Beside, "serve", lambda *_: None)
+    monkeypatch.setattr(beside.Beside, "listen", lambda _: None)
+    monkeypatch.setattr(beside.Beside, "serve", lambda *_: None)
     yield found
 
 
@@ -177,11 +179,51 @@ def test_a_view_that_is_committed_while_the_online_loop_is_made_is_planned_again
     )
     monkeypatch.setattr(Elastic, "resume", resume)
     monkeypatch.setattr(module, "find_actor", lambda _: object())
-    monkeypatch.setattr(module.Beside, "serve", SERVE)
+    monkeypatch.setattr(beside.Beside, "serve", SERVE)
     monkeypatch.setattr(beside, "make_rebalancer", made)
     lives.write({"t": "base"})
     assert lives.made().view() == newer
     assert told == [1, 2]
+
+
+def test_a_port_that_is_taken_when_a_coordinator_comes_back_is_listened_on_once_it_is_free(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was tried once: no calls over gRPC for the rest of that life."""
+    monkeypatch.setattr(beside.Beside, "listen", LISTEN)
+    monkeypatch.setattr(beside, "LISTEN_EVERY_S", 0.05)
+    lives.write({"t": "base"})
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        own = {"port": port, "bind_address": "127.0.0.1"}
+        lives.config = lives.config.model_copy(
+            update={"elastic": lives.config.elastic.model_copy(update=own)}
+        )
+        coordinator = lives.made()
+        assert coordinator.phase() == "serving"
+        status = coordinator.status()
+        assert status["operator"]["address"] == "", "the port is taken"
+        assert f"127.0.0.1:{port}" in status_text(status)
+    until(lambda: coordinator.status()["operator"]["address"] == f"127.0.0.1:{port}")
+    assert "gRPC" not in status_text(coordinator.status())
+    coordinator.stop()
+
+
+def test_a_port_that_stays_taken_keeps_nobody_from_stopping(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = threading.Event()
+
+    def listen(_: beside.Beside) -> None:
+        tried.set()
+        raise ClusterError("the port is taken")
+
+    monkeypatch.setattr(beside.Beside, "listen", listen)
+    lives.write({"t": "base"})
+    coordinator = lives.made()
+    assert tried.is_set()
+    coordinator.stop()
+    assert coordinator.phase() == "stopped"
 
 
 def test_a_log_of_another_version_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
