@@ -1,6 +1,6 @@
 """The coordinator's state machine as its log leaves it. Pure."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -9,17 +9,25 @@ from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.former_places import former_after
 from remora.cluster.operation import Held, Operation
 from remora.comm.errors import ClusterError
-from remora.comm.view import View
+from remora.comm.view import Member, View
 
 
-def recovered(
-    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
-) -> tuple[CoordinatorState, Operation | None]:
+class Recovered(NamedTuple):
+    """What a log leads to.
+
+    Attributes:
+        state: the machine, to be resumed with `operation`.
+        operation: in flight, with the rounds that it has committed.
+        leaving: members that it has taken out of the view, and may not have ended yet.
+    """
+
+    state: CoordinatorState
+    operation: Operation | None
+    leaving: tuple[Member, ...]
+
+
+def recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: bool) -> Recovered:
     """The machine that a log leads to.
-
-    Returns:
-        The machine, to be resumed; and the operation in flight, with the rounds that it has
-        committed.
 
     Raises:
         ClusterError: the log does not begin with a base record, or records are not as this version
@@ -39,12 +47,11 @@ def recovered(
     )
 
 
-def _recovered(
-    records: list[dict[str, Any]], limits: Limits, *, has_router: bool
-) -> tuple[CoordinatorState, Operation | None]:
+def _recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: bool) -> Recovered:
     base = dict(records[0])
     history = {each["operation_id"]: each for each in base["history"]}
     running: Operation | None = None
+    leaving: tuple[Member, ...] = ()
     for record in records[1:]:
         names = ("room", "incarnations", "fenced", "former", "term")
         base |= {name: record[name] for name in names}
@@ -53,7 +60,7 @@ def _recovered(
         operation = msgspec.convert(record["operation"], Operation)
         if record["t"] == "ended":
             history[operation.operation_id] = record["operation"]
-            running = None
+            running, leaving = None, ()
             continue
         running = operation
         if record["t"] == "committed":
@@ -63,6 +70,9 @@ def _recovered(
             base["former"] = former_after(operation.target, former, *slots)
             base["view"] = record["view"]
             running.round += 1
+            stay = {m.uid for m in after.members}
+            gone = set(operation.retirees) - stay
+            leaving += tuple(m for m in before.members if m.uid in gone)
     state = CoordinatorState(
         view=msgspec.convert(base["view"], View),
         room={uid: tuple(slots) for uid, slots in base["room"].items()},
@@ -75,4 +85,4 @@ def _recovered(
     state.former = msgspec.convert(base["former"], Held)
     state.term = base["term"] + 1
     state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
-    return state, running
+    return Recovered(state, running, leaving)

@@ -129,22 +129,22 @@ class Elastic:
         Raises:
             ClusterError: the log is none of ours, or another version's.
         """
-        limits = limits_of(self._config, spec)
+        config = self._config
+        limits = limits_of(config, spec)
         try:
-            state, operation = recovered(records, limits, has_router=router is not None)
+            state, operation, leaving = recovered(records, limits, has_router=router is not None)
         except ClusterError as foreign:
             raise ClusterError(f"{self._wal.path}: {foreign}") from foreign
-        lives = {m.uid: m.incarnation for m in state.view.members}
-        leaving = operation.retirees if operation is not None else ()
-        uids = {*lives, *(uid for uid in leaving if is_dense(uid))}
-        for uid in [uid for uid in uids if is_dense(uid)]:
-            uids.update(rank_uids(self._config, uid))
-        name, known = self._config.name, state.incarnations
-        names = {uid: actor_name(name, uid, known[uid.partition(".")[0]]) for uid in uids}
-        names |= {m.uid: m.actor_name for m in state.view.members}
-        members = {uid: find_actor(names[uid]) for uid in uids}
-        living = {uid: handle for uid, handle in members.items() if handle is not None}
-        end_strays(self._config.name, {m.actor_name for m in state.view.members})
+        members = (*state.view.members, *leaving)
+        ranks = {m.uid: rank_uids(config, m.uid) if is_dense(m.uid) else [m.uid] for m in members}
+        names = {
+            uid: m.actor_name if uid == m.uid else actor_name(config.name, uid, m.incarnation)
+            for m in members
+            for uid in ranks[m.uid]
+        }
+        found = {uid: find_actor(name) for uid, name in names.items()}
+        living = {uid: handle for uid, handle in found.items() if handle is not None}
+        end_strays(config.name, set(names.values()))
         if not living:
             return None
         in_flight = operation.operation_id if operation else "none"
@@ -152,11 +152,9 @@ class Elastic:
         for uid, handle in living.items():
             self._changed(uid, handle, "")
         self._run(state, spec, living, router, state.resume(operation, self._clock()))
-        gone = {uid: known[uid] for uid in leaving if is_dense(uid) and uid not in lives}
-        for uid, incarnation in (lives | gone).items():
-            ranks = rank_uids(self._config, uid) if is_dense(uid) else [uid]
-            if not living.keys() >= set(ranks):
-                self.begun().lost(uid, incarnation)
+        for m in members:
+            if not living.keys() >= set(ranks[m.uid]):
+                self.begun().lost(m.uid, m.incarnation)
         return state.view
 
     def request(self, operation_id: str, target: Target) -> dict[str, Any]:

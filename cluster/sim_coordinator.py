@@ -34,7 +34,7 @@ from remora.cluster.sim_log import SimCrash, SimLog
 from remora.cluster.sim_network import Violation, Work, uid_of
 from remora.cluster.sim_operator import LOOK
 from remora.comm.errors import ClusterError
-from remora.comm.view import View
+from remora.comm.view import Member, View
 
 if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
@@ -245,12 +245,15 @@ class SimCoordinator:
 
     # -- lives --------------------------------------------------------------------------------
 
-    def _live(self, state: CoordinatorState, effects: list[Effect]) -> None:
+    def _live(
+        self, state: CoordinatorState, effects: list[Effect], leaving: tuple[Member, ...] = ()
+    ) -> None:
         world = self._world
         self.life += 1
         world.network.start(self.process)
         self._state, self._crash_in, self._tick_s = state, None, None
-        living = [m for m in state.view.members if m.actor_name in world.network.alive]
+        members = (*state.view.members, *leaving)
+        living = [m for m in members if m.actor_name in world.network.alive]
         self._newest = {m.uid: m.incarnation for m in living}
         self._watched = {(m.uid, m.incarnation) for m in living}
         self._runner = OperationRunner(
@@ -264,7 +267,7 @@ class SimCoordinator:
         except SimCrash:
             self._crash()
             return
-        for m in state.view.members:
+        for m in members:
             if m not in living:
                 self._runner.lost(m.uid, m.incarnation)
         self._pump()
@@ -330,10 +333,10 @@ class SimCoordinator:
         world.clock.after(low + world.chance.random() * (high - low), self._resume)
 
     def _resume(self) -> None:
-        state, operation = recovered(self.log.read(), self._world.limits, has_router=True)
+        state, operation, leaving = recovered(self.log.read(), self._world.limits, has_router=True)
         in_flight = operation.operation_id if operation else "nothing"
         self._world.trace(f"coordinator#{self.life + 1} resumes; in flight: {in_flight}")
-        self._live(state, state.resume(operation, self._world.clock.now_s))
+        self._live(state, state.resume(operation, self._world.clock.now_s), leaving)
 
     def _on_death(self, process: str) -> None:
         uid, _, incarnation = process.partition("#")

@@ -151,7 +151,7 @@ def end_strays(deployment: str, in_use: set[str]) -> None:
     """End the standbys of a coordinator that died, but for those that have become members.
 
     Args:
-        in_use: Ray's names of the members of the view.
+        in_use: Ray's names of the members, of those included that retire.
     """
     _end_named(f"remora/{deployment}/{STANDBY}", in_use)
 

@@ -225,12 +225,12 @@ class World(Members):
     def restart(self) -> None:
         """The coordinator dies, and another one reads the log."""
         log = msgspec.json.decode(msgspec.json.encode(self.log))
-        self.state, operation = recovered(log, self.limits, has_router=True)
-        view = self.state.view
+        self.state, operation, leaving = recovered(log, self.limits, has_router=True)
+        members = (*self.state.view.members, *leaving)
         self.queue.clear()
         self.unplaced.clear()
         self._carry_out(self.state.resume(operation, self.now_s))
-        for m in view.members:
+        for m in members:
             if m.role == "shard" and (m.uid, m.incarnation) not in self.shards:
                 self.queue.append(MemberLost(m.uid, m.incarnation))
             if m.role == "dense" and self.dense.get(m.uid) != m.incarnation:

@@ -1,17 +1,20 @@
 """What a coordinator does with the log of one that died: adopt, wait, begin again, end."""
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 from support.coordinator_rig import World
-from support.operations import world_operations
+from support.operations import SLOTS, world_operations
 from support.router_rig import view_of
 
+from remora.actors.launch import STANDBY, actor_name
 from remora.cluster import beside, elastic
 from remora.cluster import coordinator as module
 from remora.cluster.config import RemoraConfig, load_config
@@ -240,6 +243,36 @@ def test_a_log_of_another_version_is_named(lives: Lives, monkeypatch: pytest.Mon
     assert len(decode_records(Path(log).read_bytes(), Path(log))[0]) == 1, "somebody may want it"
     with pytest.raises(ClusterError, match="base record"):
         recovered([{"of": "something else"}], Limits(), has_router=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "uid"), [(ScaleTo(dense_groups=1), "dense-1"), (ScaleTo(1), "shard-1")]
+)
+def test_who_retires_and_was_a_standby_once_is_adopted_and_not_ended(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch, target: ScaleTo, uid: str
+) -> None:
+    """Its requests had to go on elsewhere: it was looked for by another name than it has."""
+    it = World(SLOTS, num_experts=4, room=4)
+    it.ask("down", target)
+    while it.log[-1]["t"] != "committed":
+        it._tell(it.queue.pop(0))
+    name = actor_name(NAME, f"{STANDBY}77", 1)
+    records = json.loads(msgspec.json.encode(it.log).replace(f"{uid}#1".encode(), name.encode()))
+    assert all(m["uid"] != uid for m in records[-1]["view"]["members"]), "it is none any more"
+    handles: dict[str, str] = {}
+    kept: set[str] = set()
+    monkeypatch.setattr(elastic, "limits_of", lambda *_: Limits())
+    monkeypatch.setattr(elastic, "find_actor", lambda found: found)
+    monkeypatch.setattr(elastic, "end_strays", lambda _, in_use: kept.update(in_use))
+    monkeypatch.setattr(Elastic, "_run", lambda *_: None)
+    adopting = Elastic(
+        lives.config, b"", Wal.open(lives.folder)[0], publish=lambda _: None,
+        changed=lambda which, handle, _: handles.update({which: handle}),
+    )  # fmt: skip
+    RESUME(adopting, records, cast(Any, None), None)
+    adopting.let_go()
+    assert handles[uid] == name and name in kept
+    assert handles["dense-0"] == "dense-0#1" and len(kept) == len(handles) == 4
 
 
 def test_a_log_that_another_life_still_holds_is_waited_for(lives: Lives) -> None:
