@@ -73,7 +73,7 @@ class CoordinatorCalls(ABC):
         self.incarnations = {m.uid: m.incarnation for m in view.members} | dict(incarnations)
         self.operation: Operation | None = None
         # begins when the one that runs has given way; with the memory that it was planned with
-        self._queued: tuple[Operation, FreeMemory | None] | None = None
+        self.accepted: tuple[Operation, FreeMemory | None] | None = None
         self.memory: FreeMemory | None = None  # for the next request
         self.history: dict[str, Operation] = {}
         self.fenced: set[str] = set()
@@ -97,7 +97,8 @@ class CoordinatorCalls(ABC):
         self._stopped: set[str] = set()  # members that this operation has ended
         self._restores = RestoreTries(limits.restore_s)
         self._until_s: float | None = None  # of the step
-        self._logging: Callable[[], None] | None = None  # what follows the log entry
+        # what follows the log entry, and what follows where it cannot be written
+        self._logging: tuple[Callable[[], None], Callable[[str], None]] | None = None
         self._are_copies_due = False  # to be planned anew, once nothing runs that gets on
         self._taken_over: set[tuple[str, int]] = set()  # lives that were tried to be taken over
         self._asked_s: dict[str, float] = {}  # when who joins was asked to start
@@ -256,9 +257,11 @@ class CoordinatorCalls(ABC):
         operation.reason = f"{operation.reason}; {text}" if operation.reason else text
         self._put(Alarm(text))
 
-    def _log(self, kind: str, follow: Callable[[], None], **fields: object) -> None:
+    def _log(
+        self, kind: str, follow: Callable[[], None], failed: Callable[[str], None], **fields: object
+    ) -> None:
         assert self._logging is None, "one entry after the other"
-        self._logging = follow
+        self._logging = follow, failed
         self._put(Log(self._record(kind, **fields)))
 
     def _record(self, kind: str, **fields: object) -> dict[str, object]:

@@ -32,6 +32,13 @@ class CoordinatorFences(CoordinatorCalls):
         self.fenced.discard(uid)
         self._aside_all(self._fences())
 
+    def _has_left_older_views(self, uid: str) -> None:
+        """When all have, after a restart, shards hear whom they are to refuse."""
+        if uid in self._unsure:
+            self._unsure.discard(uid)
+            if not self._unsure:
+                self._aside_all(self._fences())
+
     def _ask_fenced(self, uids: Iterable[str]) -> None:
         """Ranks that shards refuse, so that they cannot connect: to leave what is older first."""
         self._aside_all(Adopt(uid=uid, view=self.view, or_none=True) for uid in uids)

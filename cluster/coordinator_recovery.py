@@ -51,6 +51,7 @@ def _recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: boo
     base = dict(records[0])
     history = {each["operation_id"]: each for each in base["history"]}
     running: Operation | None = None
+    accepted: Operation | None = None
     leaving: tuple[Member, ...] = ()
     for record in records[1:]:
         names = ("room", "incarnations", "fenced", "former", "term")
@@ -58,6 +59,11 @@ def _recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: boo
         if record["t"] == "term":
             continue
         operation = msgspec.convert(record["operation"], Operation)
+        if record["t"] == "accepted":
+            accepted = operation
+            continue
+        if accepted is not None and accepted.operation_id == operation.operation_id:
+            accepted = None
         if record["t"] == "ended":
             history[operation.operation_id] = record["operation"]
             running, leaving = None, ()
@@ -85,4 +91,5 @@ def _recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: boo
     state.former = msgspec.convert(base["former"], Held)
     state.term = base["term"] + 1
     state.history = {key: msgspec.convert(each, Operation) for key, each in history.items()}
+    state.accepted = (accepted, None) if accepted is not None else None
     return Recovered(state, running, leaving)

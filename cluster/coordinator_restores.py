@@ -88,7 +88,7 @@ class MemberRestores(OperationSteps):
         operation.slots = plan_target(operation.target, self.situation()).slots
         self._held = {uid: held for uid, held in self._held.items() if uid not in self.lost}
         entry = msgspec.to_builtins(operation)
-        self._log("begin", partial(self._taken_in, uids), operation=entry)
+        self._log("begin", partial(self._taken_in, uids), self._abort, operation=entry)
 
     def _taken_in(self, uids: list[str]) -> None:
         if self._running().step == "prepare":
@@ -118,6 +118,14 @@ class MemberRestores(OperationSteps):
         is_urgent = has_deadline(target) and not has_deadline(self._running().target)
         is_asked_for = self._may_restore() and not gives_way(target)
         return is_asked_for or (is_urgent and self._finds_no_room())
+
+    def _is_in_the_way(self, uid: str) -> bool:
+        """Whether the operation that runs is undone for the sake of a member that has died."""
+        target = self._running().target
+        is_own = isinstance(target, Restore | TakeOver)
+        if self._is_preparing() and (is_own or gives_way(target)):
+            return False  # the one takes it in, the other gives way to it
+        return uid in self.lost or not (is_own or self._living_dense())
 
     def _check_served(self) -> None:
         """Raises OperationRunsError: nobody can be served before members are back that died, so

@@ -17,6 +17,7 @@ room when another one is asked for, which begins then.
 Time comes with every event, and `next_time` says when the next `Tick` is due.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -50,7 +51,6 @@ from remora.cluster.operation import (
     Started,
     StartShard,
     Stop,
-    TakeOver,
     Target,
     Tick,
     gives_way,
@@ -75,6 +75,7 @@ class CoordinatorState(Cancellations):
         view: the committed one.
         operation: the one that runs.
         history: the last ones by id, that one included.
+        accepted: begins when the one that runs has given way to it.
         fenced: dense ranks that shards refuse.
         lost, lost_dense: members of the view that died.
         former: the placement to which shards come back that others took over from.
@@ -110,11 +111,11 @@ class CoordinatorState(Cancellations):
             case CallFailed(call, reason):
                 self._call_failed(call, reason)
             case Logged():
-                follow, self._logging = self._logging, None
-                assert follow is not None, "nothing was being logged"
-                follow()
+                self._logged()[0]()
             case LogFailed(reason):
-                self._log_failed(reason)
+                text = f"the log cannot be written: {reason}"
+                self._put(Alarm(text))
+                self._logged()[1](text)
             case MemberLost(uid, incarnation):
                 self._member_lost(uid, incarnation)
             case Tick():
@@ -136,7 +137,9 @@ class CoordinatorState(Cancellations):
             operation: in flight, with the number of rounds that are in the log.
         """
         self._now_s = now_s
-        self._log("term", partial(self._resumed, operation))
+        follow = partial(self._resumed, operation)
+        # streams must not wait for an emptier disk
+        self._log("term", follow, lambda _: follow())
         return self._taken()
 
     # -- inside -------------------------------------------------------------------------------
@@ -154,7 +157,10 @@ class CoordinatorState(Cancellations):
             self._aside_all(
                 Adopt(uid=uid, view=self.view) for uid in living if uid not in self.fenced
             )
+        if self.accepted is not None:
+            self._remember(self.accepted[0])
         if operation is None:
+            self._begin_accepted()
             return
         self.operation = operation
         self._remember(operation)
@@ -180,10 +186,29 @@ class CoordinatorState(Cancellations):
             return
         if self._is_restore() and self._is_so(operation):  # who is to come back is not kept off it
             raise self._one_at_a_time()
-        self._queued = operation, self.memory
+        self.accepted = operation, self.memory
         self._remember(operation)
-        self.operation.gave_way = gives_way(self.operation.target)
-        self._abort(f"it gives way to {operation_id!r}", ())
+        entry = msgspec.to_builtins(operation)
+        self._log("accepted", self._give_way, self._not_accepted, operation=entry)
+
+    def _give_way(self) -> None:
+        """To what is accepted: from here on the next life knows it, too."""
+        assert self.accepted is not None, "nothing waits"
+        running = self._running()
+        running.gave_way = gives_way(running.target)
+        self._abort(f"it gives way to {self.accepted[0].operation_id!r}", ())
+
+    def _not_accepted(self, reason: str) -> None:
+        """The one that runs stays."""
+        assert self.accepted is not None, "nothing waits"
+        self._fail(self.accepted[0], reason)
+        self.accepted = None
+        self._go_on()
+
+    def _fail(self, operation: Operation, reason: str) -> None:
+        """Nothing has been done."""
+        operation.outcome, operation.step, operation.reason = "failed", "over", reason
+        operation.ended_s = self._now_s - operation.begun_s
 
     def _plan(self, operation: Operation) -> None:
         """As things are now. Raises ConfigError, OperationRunsError: it cannot be, or not now."""
@@ -226,13 +251,21 @@ class CoordinatorState(Cancellations):
             self._end("done", "it is so already")
             return
         self.incarnations |= operation.joiners
-        self._log("begin", self._prepare, operation=msgspec.to_builtins(operation))
+        entry = msgspec.to_builtins(operation)
+        self._log("begin", self._prepare, self._not_begun, operation=entry)
+
+    def _not_begun(self, reason: str) -> None:
+        self._fail(self._running(), reason)
+        self._over()
 
     def _over(self) -> None:
         super()._over()
-        if self._queued is None:
+        self._begin_accepted()
+
+    def _begin_accepted(self) -> None:
+        if self.accepted is None:
             return
-        (operation, self.memory), self._queued = self._queued, None
+        (operation, self.memory), self.accepted = self.accepted, None
         try:
             self._plan(operation)  # somebody may have died since it was asked for
             self._start(operation)
@@ -299,23 +332,10 @@ class CoordinatorState(Cancellations):
         else:
             self._failed_by(task.uid, f"{task.uid}: {reason}")
 
-    def _log_failed(self, reason: str) -> None:
-        follow, self._logging = self._logging, None
-        text = f"the log cannot be written: {reason}"
-        self._put(Alarm(text))
-        if self.operation is None:  # only a term: streams must not wait for an emptier disk
-            assert follow is not None, "nothing was being logged"
-            follow()
-            return
-        operation = self.operation
-        if operation.step == "plan":  # nothing has been done
-            operation.outcome, operation.step, operation.reason = "failed", "over", text
-            operation.ended_s = self._now_s - operation.begun_s
-            self._over()
-        elif operation.step == "over":  # after a restart it is undone or finished once more
-            self._over()
-        else:
-            self._abort(text)
+    def _logged(self) -> tuple[Callable[[], None], Callable[[str], None]]:
+        entry, self._logging = self._logging, None
+        assert entry is not None, "nothing was being logged"
+        return entry
 
     def _member_lost(self, uid: str, incarnation: int) -> None:
         member = next((m for m in self.view.members if m.uid == uid), None)
@@ -347,21 +367,6 @@ class CoordinatorState(Cancellations):
             self._abort(f"{uid} died", ())
         else:
             self._go_on()
-
-    def _is_in_the_way(self, uid: str) -> bool:
-        """Whether the operation that runs is undone for the sake of a member that has died."""
-        target = self._running().target
-        is_own = isinstance(target, Restore | TakeOver)
-        if self._is_preparing() and (is_own or gives_way(target)):
-            return False  # the one takes it in, the other gives way to it
-        return uid in self.lost or not (is_own or self._living_dense())
-
-    def _has_left_older_views(self, uid: str) -> None:
-        """When all have, after a restart, shards hear whom they are to refuse."""
-        if uid in self._unsure:
-            self._unsure.discard(uid)
-            if not self._unsure:
-                self._aside_all(self._fences())
 
     def _tick(self) -> None:
         due = [task for at, task in self._again if at <= self._now_s]

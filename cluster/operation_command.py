@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from remora.cluster.instances import Instance
 from remora.comm.checked import parse_section
-from remora.comm.errors import ClusterError, ConfigError, UnknownOperationError
+from remora.comm.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from remora.cluster.operation_request import DrainBody, PlaceBody, ScaleBody
@@ -133,10 +133,7 @@ def run_operation(name: str, instance: Instance | None, options: Namespace) -> i
             while operation["outcome"] == "running":
                 if not options.json:
                     print(f"{operation_id}: {progress_text(operation)}", file=sys.stderr)
-                try:
-                    operation = cluster.wait(operation_id)
-                except UnknownOperationError:  # another gave way to it as its coordinator died
-                    operation = begin(cluster, body)
+                operation = cluster.wait(operation_id)
     if operation["outcome"] == "failed":
         raise ClusterError(f"operation {operation_id} failed: {operation['reason']}")
     print(json.dumps(operation) if options.json else operation_text(operation))

@@ -198,7 +198,7 @@ class OperationSteps(CoordinatorFences):
         assert self._next is not None, "nothing was offered"
         operation = msgspec.to_builtins(self._running())
         view = msgspec.to_builtins(self._next)
-        self._log("committed", self._committed, view=view, operation=operation)
+        self._log("committed", self._committed, self._abort, view=view, operation=operation)
 
     def _committed(self) -> None:
         assert self._next is not None, "nothing was offered"
@@ -299,7 +299,9 @@ class OperationSteps(CoordinatorFences):
         operation.ended_s = self._now_s - operation.begun_s
         self._until_s = None
         self._forget_calls()
-        self._log("ended", self._over, operation=msgspec.to_builtins(operation))
+        # not in the log, it is undone or finished once more after a restart
+        entry = msgspec.to_builtins(operation)
+        self._log("ended", self._over, lambda _: self._over(), operation=entry)
 
     def _over(self) -> None:
         operation = self._running()

@@ -197,6 +197,8 @@ class History:
         asked = False
         world.trace(f"ask for {operation_id}: {target}")
         while world.clock.now_s < until_s:
+            if asked and world.coordinator.is_up and not world.coordinator.outcome(operation_id):
+                raise Violation(f"7: {operation_id} was accepted, and nobody knows it")
             try:
                 world.coordinator.request(operation_id, target)
             except ConfigError as refused:

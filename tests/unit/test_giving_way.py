@@ -1,7 +1,9 @@
 """Operations that wait for room: what they give way to, and how they are given up."""
 
+from typing import Any
+
 import pytest
-from support.coordinator_rig import LAYERS, World
+from support.coordinator_rig import LAYERS, Fault, World
 
 from remora.cluster.operation import Drain, PlaceAs, ScaleTo, Target
 from remora.comm.errors import ConfigError, OperationRunsError
@@ -10,6 +12,24 @@ EIGHT = tuple(range(8))
 LOW, HIGH = EIGHT[:4], EIGHT[4:]
 TWO = {"shard-0": (LOW,) * len(LAYERS), "shard-1": (HIGH,) * len(LAYERS)}
 SWAPPED = {"shard-0": (HIGH,) * len(LAYERS), "shard-1": (LOW,) * len(LAYERS)}
+
+
+def id_of(record: dict[str, Any]) -> str | None:
+    operation: dict[str, Any] = record.get("operation", {})
+    return operation.get("operation_id")
+
+
+def logs_at_restarts(it: World) -> list[list[dict[str, Any]]]:
+    """What is in the log whenever the coordinator dies from now on."""
+    seen: list[list[dict[str, Any]]] = []
+    restart = it.restart
+
+    def noted() -> None:
+        seen.append(list(it.log))
+        restart()
+
+    it.restart = noted  # type: ignore[method-assign]
+    return seen
 
 
 def waiting_for_room() -> World:
@@ -123,6 +143,45 @@ def test_a_replacement_that_a_coordinator_left_behind_may_be_asked_for_again() -
     it.settle()
     waited = it.state.history["replace-x:1"]
     assert (waited.outcome, waited.gave_way) == ("failed", True)
+    it.check_at_rest()
+
+
+@pytest.mark.parametrize("fault", ["crash before", "crash after"])
+def test_what_was_accepted_is_known_to_the_next_coordinator_and_done(fault: Fault) -> None:
+    """It was in the log only once it had begun: who waited for it heard that nobody knows it."""
+    undisturbed = waiting_for_room()
+    first = undisturbed.events + 1
+    undisturbed.run("mine", ScaleTo(dense_groups=3))
+    waited = set()
+    for at in range(first, undisturbed.events + 1):
+        it = waiting_for_room()
+        it.fault, it.at = fault, at
+        seen = logs_at_restarts(it)
+        it.ask("mine", ScaleTo(dense_groups=3))
+        it.settle()
+        [log] = seen
+        mine = it.state.history.get("mine")
+        kinds = [record["t"] for record in log if id_of(record) == "mine"]
+        assert (mine is not None) == bool(kinds), f"event {at}"
+        if kinds == ["accepted"]:
+            assert mine is not None and (mine.outcome, mine.reason) == ("done", "")
+            waited.add(log[-1]["t"])
+        it.check_at_rest()
+    assert waited == {"accepted", "ended"}, "also where the other is over"
+
+
+def test_what_cannot_be_logged_is_not_accepted_and_nothing_gives_way_to_it() -> None:
+    it = waiting_for_room()
+    it.fault, it.at = "disk", it.events + 1
+    it.ask("mine", ScaleTo(dense_groups=3))
+    mine = it.state.history["mine"]
+    assert (mine.outcome, mine.ended_s) == ("failed", 0.0)
+    assert mine.reason == "the log cannot be written: no space left on device"
+    running = it.state.operation
+    assert running is not None and (running.step, running.gave_way) == ("prepare", False)
+    it.place("shard-2")
+    it.settle()
+    assert running.outcome == "done"
     it.check_at_rest()
 
 

@@ -20,10 +20,10 @@ from remora.cluster.operation import (
     ScaleTo,
     Target,
 )
-from remora.cluster.operation_command import body_of, operation_text, run_cancel, run_operation
+from remora.cluster.operation_command import body_of, operation_text, run_cancel
 from remora.cluster.placement_file import write_placement
 from remora.cluster.rebalance_command import run_rebalance
-from remora.comm.errors import ClusterError, ConfigError, UnknownOperationError
+from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.view import contiguous_placement
 
 
@@ -94,35 +94,6 @@ def test_a_round_whose_end_is_not_known_says_how_to_ask_again(
     options = cli_parser().parse_args(["rebalance", "demo", "--dry-run"])
     with pytest.raises(ClusterError, match=r"no plan$"):
         run_rebalance("demo", None, options)
-
-
-class Forgetful:
-    """A deployment whose coordinator died while an operation waited for another to give way."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def request(self, operation_id: str, target: Target) -> dict[str, Any]:
-        self.asked.append(operation_id)
-        return Operation(operation_id=operation_id, target=target, begun_s=0.0).public()
-
-    def wait(self, operation_id: str) -> dict[str, Any]:
-        if len(self.asked) == 1:
-            raise UnknownOperationError(f"no operation {operation_id!r} is known")
-        done = Operation(operation_id=operation_id, target=ScaleTo(3), begun_s=0.0)
-        done.outcome, done.ended_s = "done", 1.0
-        return done.public()
-
-
-def test_an_operation_that_its_coordinator_forgot_is_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = Forgetful()
-    monkeypatch.setattr(bootstrap, "find_cluster", lambda _: found)
-    monkeypatch.setattr(manage_command, "connected", lambda _: nullcontext(True))
-    options = cli_parser().parse_args(["scale", "demo", "--shards", "3", "--operation-id", "up"])
-    assert run_operation("demo", None, options) == 0
-    assert found.asked == ["up", "up"] and "up: scale done" in capsys.readouterr().out
 
 
 class Cancelled:

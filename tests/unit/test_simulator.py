@@ -44,6 +44,10 @@ LOST_AND_NOT_RESTORED = (
     Fault(kind="kill", who="shard", step="over", when="before", operation=1),
     Fault(kind="out of memory", who="joiner", step="over", when="before", operation=1),
 )
+CRASHED_WHILE_ONE_GIVES_WAY = (
+    Fault(kind="no place", who="shard", step="over", when="before", operation=1, for_s=30.0),
+    Fault(kind="kill", who="coordinator", step="undo", when="before"),
+)
 STOPPED = (Fault(kind="stop", who="shard", step="over", when="before", for_s=60.0),)
 KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
 Patch = pytest.MonkeyPatch
@@ -110,6 +114,17 @@ def publish_before_the_log(patch: Patch) -> None:
 
     def skipping(self: SimLog, record: dict[str, object]) -> None:
         if record["t"] != "committed":
+            append(self, record)
+
+    patch.setattr(SimLog, "append", skipping)
+
+
+def log_what_begins_alone(patch: Patch) -> None:
+    """What waits for another operation to give way is not in the log."""
+    append = SimLog.append
+
+    def skipping(self: SimLog, record: dict[str, object]) -> None:
+        if record["t"] != "accepted":
             append(self, record)
 
     patch.setattr(SimLog, "append", skipping)
@@ -250,6 +265,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (free_before_drain, "5:", None),
     (skip_the_digests, "4:", LOST_AND_DAMAGED),
     (publish_before_the_log, "", None),
+    (log_what_begins_alone, "7:", CRASHED_WHILE_ONE_GIVES_WAY),
     (keep_what_was_copied, "", None),
     (copy_on_when_it_is_undone, "6:", FLIPPED_IN_COPY),
     (serve_what_was_not_verified, "4:", None),
