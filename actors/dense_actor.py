@@ -134,13 +134,12 @@ class DenseActor:
             logger.warning("%s: not all requests ended within %g s", self._launch.uid, within_s)
 
     def heartbeat(self) -> tuple[int, int]:
-        """Steps so far, and sequences that wait for one; none while the step in flight is held for
-        an expert that the coordinator restores. Over NCCL with signs of tickets, others' too."""
-        stats = self._state.stats() if self._state else EngineStats()
+        """As `DenseEngine.beat`; nothing waits while the step in flight is held for an expert that
+        the coordinator restores. Over NCCL with signs of tickets, others' too."""
+        done, waiting = self._engine.beat() if self._engine else (0, 0)
         is_held = self._views is not None and self._views.is_holding
         signs, behind = self._node.beat() if self._node else (0, 0)
-        waiting = stats.num_running + stats.num_waiting + behind
-        return stats.steps_total + signs, 0 if is_held else waiting
+        return done + signs, 0 if is_held else waiting + behind
 
     def until_end(self) -> None:
         """Returns when this rank serves no more."""

@@ -107,6 +107,8 @@ class DenseEngine:
         self._reconnect_at_s = 0.0
         self._retires = False
         self._has_none = threading.Event()  # it retires, and has no request
+        self._handled = 0  # that came by the inbox
+        self._is_switching = False  # to layers that have been compiled, while idle
         self.step_s = 0.0  # time spent in steps, seconds
 
     # -- any thread ---------------------------------------------------------------------------
@@ -173,6 +175,14 @@ class DenseEngine:
         """Leave the loop after the step in flight."""
         self._inbox.put(_Stop())
 
+    def beat(self) -> tuple[int, int]:
+        """What the loop has done so far, and what waits for it: steps, and what came by the inbox,
+        views that are offered or committed included. Nothing waits while it switches to compiled
+        layers, which takes as long as it takes."""
+        stats = self._state.stats()
+        waiting = stats.num_running + stats.num_waiting + self._inbox.qsize()
+        return stats.steps_total + self._handled, 0 if self._is_switching else waiting
+
     @property
     def why_not_serving(self) -> str | None:
         """Why requests cannot be served now; None when they can."""
@@ -214,8 +224,8 @@ class DenseEngine:
     def _take_inbox(self) -> bool:
         """Handle everything that has arrived; wait for something while idle. False: stop."""
         while True:
-            if not self._state.has_work and self._executor.when_idle():
-                self._note_status()
+            if not self._state.has_work:
+                self._switch_if_compiled()
             is_idle = not self._state.has_work
             if is_idle and self._retires:
                 self._has_none.set()
@@ -223,6 +233,7 @@ class DenseEngine:
                 item = self._inbox.get(block=is_idle)
             except queue.Empty:
                 return True
+            self._handled += 1
             if is_idle:
                 self._laps.skip()
             match item:
@@ -235,6 +246,12 @@ class DenseEngine:
                     _settle(action, done)
                 case _Stop():
                     return False
+
+    def _switch_if_compiled(self) -> None:
+        self._is_switching = True
+        if self._executor.when_idle():
+            self._note_status()
+        self._is_switching = False
 
     def _receive(self, connection: Connection, message: Submit | Abort | Ping) -> None:
         self._connections[connection.id] = connection

@@ -26,8 +26,10 @@ from remora.cluster.operation import (
     Started,
     Step,
     Stop,
+    TakeOver,
     Task,
     gives_way,
+    has_deadline,
 )
 from remora.cluster.operation_plan import FreeMemory, Situation
 from remora.cluster.restore_tries import RestoreTries
@@ -213,6 +215,12 @@ class CoordinatorCalls(ABC):
 
     def _is_restore(self) -> bool:
         return self.operation is not None and isinstance(self.operation.target, Restore)
+
+    def _is_pressing(self) -> bool:
+        """Whether it does not wait long for dense ranks that might be asked to connect in advance:
+        requests may wait for it, or a node goes away."""
+        target = self._running().target
+        return isinstance(target, Restore | TakeOver) or has_deadline(target)
 
     def _stuck_from_s(self) -> float:
         """When an operation finds no room of whose joiners none is there, as far as can be told."""

@@ -15,6 +15,7 @@ import msgspec
 
 from remora.cluster.operation import (
     Alarm,
+    Offer,
     Restore,
     ScaleTo,
     Stop,
@@ -149,12 +150,24 @@ class MemberRestores(OperationSteps):
         """A step that may be undone takes too long."""
         operation, silent = self._running(), self._silent()
         reason = f"{', '.join(silent)} did not answer in step {operation.step}"
+        offers = [call for call, task in self._waiting.items() if isinstance(task, Offer)]
+        if offers and self._is_pressing():
+            self._commit_without(offers)
+            return
         if not (self._is_restore() and self._is_preparing() and self._joined):
             self._abort(reason, [uid for uid in silent if uid in operation.joiners] or None)
             return
         whole_s = self._limits.prepare_s
         tried = [uid for uid in silent if self._now_s - self._asked_s[uid] >= whole_s]
         self._leave_out(tried or silent, reason, is_try=bool(tried))
+
+    def _commit_without(self, offers: Collection[int]) -> None:
+        """These ranks have not connected in advance. They go by the older view, which costs nobody
+        anything, until they adopt the next one or are fenced."""
+        late = {self._waiting.pop(call).uid for call in offers}
+        self._odd(f"{', '.join(sorted(late))} did not answer in step commit")
+        self._until_s = self._now_s + self._within(self._limits.commit_s)
+        self._go_on()
 
     def _failed_by(self, uid: str, reason: str) -> None:
         """What was asked of `uid`, or its life, has come to nothing before the commit."""

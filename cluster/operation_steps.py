@@ -192,7 +192,8 @@ class OperationSteps(CoordinatorFences):
         tasks: list[Task] = [Offer(uid=uid, view=offered) for uid in uids]
         joined = [uid for uid in self._joined if is_dense(uid)]
         tasks += [Adopt(uid=uid, view=self._next, or_none=or_none) for uid in joined]
-        self._begin("commit", self._within(self._limits.commit_s), tasks)
+        limit_s = self._limits.patience_s if self._is_pressing() else self._limits.commit_s
+        self._begin("commit", self._within(limit_s), tasks)
 
     def _commit(self) -> None:
         assert self._next is not None, "nothing was offered"

@@ -101,6 +101,33 @@ def until_queued(engine: dense_engine.DenseEngine, number: int) -> None:
     raise AssertionError(f"{engine._inbox.qsize()} are queued")
 
 
+def test_an_idle_engine_that_is_stuck_tells_that_a_view_waits_and_nothing_moves(
+    cluster: LocalCluster,
+) -> None:
+    """It had no request, so it was taken to get on, whatever the coordinator offered it."""
+    with cluster.dense() as client:
+        actor, engine = client.actor, client.actor._engine
+        assert engine is not None
+        stuck, go_on = threading.Event(), threading.Event()
+
+        def block() -> None:
+            stuck.set()
+            go_on.wait(60)
+
+        engine.run_soon(block)
+        assert stuck.wait(60)
+        done, waiting = actor.heartbeat()
+        assert waiting == 0, "nobody wants anything of it"
+        newer = msgspec.structs.replace(cluster.view, epoch=2)
+        offering = threading.Thread(target=actor.offer_view, args=(newer,))
+        offering.start()
+        until_queued(engine, 1)
+        assert actor.heartbeat() == (done, 1)
+        go_on.set()
+        offering.join(60)
+        assert actor.heartbeat() == (done + 1, 0)
+
+
 def test_what_a_hold_has_settled_keeps_nobody_waiting_when_the_engine_ends(
     cluster: LocalCluster,
 ) -> None:
