@@ -296,11 +296,12 @@ class OperationRunner:
     def _over(self, operation: Operation) -> None:
         say = logger.info if operation.outcome == "done" else logger.error
         say("operation %s: %s %s", operation.operation_id, operation.outcome, operation.reason)
-        if self._wal.num_bytes > LOG_BYTES_MAX and self._state.operation is None:
+        is_due = self._wal.num_bytes > LOG_BYTES_MAX or self._wal.is_broken
+        if is_due and self._state.operation is None:
             try:
                 self._wal.replace(self._state.snapshot())
             except WalError as failed:
-                logger.warning("the log stays long: %s", failed)
+                logger.warning("the log stays as it is: %s", failed)
         self._changed.notify_all()
         self.soon(self._settle)
 

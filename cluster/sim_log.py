@@ -29,6 +29,11 @@ class SimLog:
     def num_bytes(self, _: int) -> None:
         raise AssertionError("the log's size is what was written")
 
+    @property
+    def is_broken(self) -> bool:
+        """As `Wal.is_broken`."""
+        return False
+
     def append(self, record: dict[str, Any]) -> None:
         """As `Wal.append`."""
         world = self._world

@@ -35,6 +35,10 @@ class RecordLog(Protocol):
 
     num_bytes: int
 
+    @property
+    def is_broken(self) -> bool:
+        """See `Wal.is_broken`."""
+
     def append(self, record: dict[str, Any]) -> None:
         """See `Wal.append`."""
 
@@ -81,11 +85,18 @@ class Wal:
             records, end = decode_records(path.read_bytes(), path)
             os.ftruncate(descriptor, end)
             os.lseek(descriptor, end, os.SEEK_SET)
-        except BaseException:
+        except BaseException as failed:
             os.close(descriptor)
             os.close(lock)
+            if isinstance(failed, OSError):
+                raise WalError(f"{path}: {failed.strerror}") from failed
             raise
         return cls(path, descriptor, lock, end), records
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it takes nothing until `replace` succeeds."""
+        return self._broken is not None
 
     def append(self, record: dict[str, Any]) -> None:
         """Make one record durable.
@@ -152,7 +163,8 @@ class Wal:
             os.lseek(self._fd, self.num_bytes, os.SEEK_SET)
             os.fsync(self._fd)
         except OSError as worse:
-            self._broken = f"{failed.strerror}, then {worse.strerror}: open it again"
+            why = f"{failed.strerror}, then {worse.strerror}"
+            self._broken = f"{why}; a snapshot must succeed first"
 
 
 def _lock_within(descriptor: int, wait_s: float) -> None:

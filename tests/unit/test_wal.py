@@ -1,5 +1,6 @@
 """The write-ahead log: what is acknowledged is there, a torn tail goes, damage is an error."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -9,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.operations import world_operations
 
+from remora.cluster.operation import ScaleTo
 from remora.cluster.wal import FILE, Wal, WalError, decode_records
 
 RECORDS = [{"t": "base", "n": 0}, {"t": "begin", "text": "é" * 40}, {"t": "ended", "n": [1, 2]}]
@@ -109,6 +112,44 @@ def test_a_snapshot_that_may_not_last_is_the_log_and_takes_nothing(
     wal.append({"t": "committed"})
     wal.close()
     assert read(tmp_path) == [{"t": "base", "n": 8}, {"t": "committed"}]
+
+
+def test_a_volume_that_was_away_for_a_moment_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each operation failed from then on, restores too, until somebody ended the coordinator."""
+
+    def away(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with world_operations(tmp_path) as operations, monkeypatch.context() as patch:
+        for name in ("fdatasync", "ftruncate", "fsync"):
+            patch.setattr(os, name, away)
+        failed = operations.request("first", ScaleTo(3))
+        assert failed["reason"].endswith("Input/output error")
+        failed = operations.request("second", ScaleTo(3))
+        assert "a snapshot must succeed first" in failed["reason"]
+        patch.undo()
+        operations.request("third", ScaleTo(3))  # upon its end a snapshot is tried
+        operations.request("fourth", ScaleTo(3))
+        assert operations.wait("fourth", 20)["outcome"] == "done"
+    history = {r["operation"]["operation_id"]: r["t"] for r in read(tmp_path) if "operation" in r}
+    assert history == {"fourth": "ended"}
+
+
+def test_a_volume_that_does_not_answer_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any other one Ray gave the coordinator up for good."""
+
+    def away(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    written(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(WalError, match="Stale file handle"):
+        patch.setattr(Path, "read_bytes", away)
+        Wal.open(tmp_path)
+    Wal.open(tmp_path)[0].close()  # the lock is free
 
 
 def test_one_writer_and_the_lock_goes_with_the_process(tmp_path: Path) -> None:
