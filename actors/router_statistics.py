@@ -14,7 +14,7 @@ import numpy as np
 
 from remora.actors.plan_outcome import LayerOutcome, PlacementCost, PlanOutcome
 from remora.actors.router_state import HomesLearned
-from remora.comm.bundles import NO_SOURCE, LayerBundles, count_bundles
+from remora.comm.bundles import LayerBundles, count_bundles
 from remora.comm.errors import ClusterError, FrameError
 from remora.comm.grouping import GroupingProblem, bundle_cost, plan_placement
 from remora.comm.history_file import pack_history, unpack_history
@@ -56,14 +56,16 @@ def topology_of(view: View, slots: int | None) -> Topology:
 
 
 def with_homes(bundles: LayerBundles, home_G: Sequence[int]) -> LayerBundles:
-    """What came from hosts that serve no more as what those that do will send: spread over them.
+    """What came from hosts without a dense group as what those that have one will send: spread
+    over them.
 
-    Ray names a machine anew with each start, so that all traffic of before is of such hosts.
+    Ray names a machine anew with each start, so that all traffic of before is of such hosts; and a
+    host that gave its group up may still have shards.
 
     Args:
         home_G: host of each dense group, an index as in `source_B`.
     """
-    gone = np.flatnonzero(bundles.source_B == NO_SOURCE)
+    gone = np.flatnonzero(~np.isin(bundles.source_B, home_G))
     if not len(gone) or not home_G:
         return bundles
     heaviest_first = gone[np.argsort(-bundles.weight_B[gone], kind="stable")]

@@ -154,6 +154,18 @@ def test_hosts_of_before_a_restart_stand_for_those_that_serve_now(
         assert after.placement == before.placement
 
 
+def test_a_host_that_gave_its_group_up_sends_no_more() -> None:
+    """It still has a shard: traffic that came from there counts as of the group that is left."""
+    view = view_of()
+    left = [m for m in view.members if m.role == "shard" or m.endpoint.host == "a"]
+    statistics = RouterStatistics(slots=None, path=None)
+    first_half = paired_tokens(2, 4000) // 2  # experts of the shard on host a alone
+    statistics.add(encoded(first_half, "b", LAYERS))
+    assert statistics.plan(view, 0).mean("copies_before") == 1.0
+    alone = msgspec.structs.replace(view, epoch=2, members=tuple(left))
+    assert statistics.plan(alone, 0).mean("copies_before") == 0.0
+
+
 def test_nothing_is_planned_from_what_another_model_left(tmp_path: Path) -> None:
     """Before the first sketch of this one: there is nothing yet, and that is what is said."""
     first = RouterStatistics(slots=None, path=tmp_path / "history.msgpack")
