@@ -8,6 +8,7 @@ Every line has `time` (ISO 8601, UTC) and `kind`:
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +39,12 @@ class DecisionLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size + len(line) > self._bytes_max:
                 self.path.replace(self._older)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":  # the line before was cut off: a disk was full, say
+                        line = "\n" + line
+                file.write(line.encode())
         except OSError as failed:
             logger.warning("%s: %s: a decision is not logged", self.path, failed.strerror)
 

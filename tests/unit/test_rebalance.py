@@ -238,6 +238,8 @@ def test_the_decision_log_is_bounded_and_rotated(tmp_path: Path) -> None:
     with log.path.open("a") as file:
         file.write('{"kind": "dec')
     assert [line["number"] for line in log.lines()] == numbers, "a cut line is left out"
+    log.append("decision", {"number": 40}, 1_700_000_040.0)
+    assert [line["number"] for line in log.lines()][-2:] == [39, 40], "and no more than that"
 
 
 def test_reports_and_plans_over_grpc() -> None:
