@@ -24,7 +24,7 @@ from remora.actors.tokenizer import Tokenizer
 from remora.comm.errors import TraceError, WeightsError
 from remora.comm.trace import TraceHeader, TraceWriter, make_trace
 
-TEXT_BYTES_MAX = 16 << 20  # one text
+TEXT_CHARS_MAX = 16 << 20  # that are tokenised at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +47,22 @@ class RecordPlan:
 
 def read_texts(path: Path) -> Iterator[str]:
     """Texts of a file: `.jsonl` has one JSON string, or object with "text", a line; any other
-    file is one text.
+    file is one text, which comes in pieces where it is long.
 
     Raises:
-        TraceError: it cannot be read, or a line is something else.
+        TraceError: it cannot be read, or a line is something else or too long.
     """
     try:
         with path.open(encoding="utf-8") as file:
             if path.suffix != ".jsonl":
-                yield file.read(TEXT_BYTES_MAX)
+                yield from iter(lambda: file.read(TEXT_CHARS_MAX), "")
                 return
-            for number, line in enumerate(iter(lambda: file.readline(TEXT_BYTES_MAX), ""), 1):
+            lines = iter(lambda: file.readline(TEXT_CHARS_MAX + 1), "")
+            for number, line in enumerate(lines, 1):
+                if len(line) > TEXT_CHARS_MAX:
+                    raise TraceError(
+                        f"{path}, line {number}: longer than {TEXT_CHARS_MAX:,} characters"
+                    )
                 if line.strip():
                     yield _text_of(path, number, line)
     except (OSError, UnicodeDecodeError) as error:

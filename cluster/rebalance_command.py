@@ -55,6 +55,8 @@ def check_options(options: Namespace) -> None:
         named = ["NAME" if name == "name" else f"--{name.replace('_', '-')}" for name in wrong]
         why = "no deployment is asked with --trace" if from_trace else "of use with --trace alone"
         raise ConfigError(f"{', '.join(named)}: {why}")
+    if options.dry_run and options.output is not None:
+        raise ConfigError("--output: --dry-run writes nothing")
 
 
 def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> int:
@@ -111,7 +113,8 @@ def run_trace(options: Namespace) -> int:
     trace = read_trace(options.trace)
     model = options.model or trace.header.model
     if not Path(model).is_dir():
-        raise ConfigError(f"--model: the trace names {model!r}, which is not here: say where it is")
+        named = "" if options.model else "the trace names "
+        raise ConfigError(f"--model: {named}{model!r}, no folder that is here: say where it is")
     spec = inspect_model(model)
     _check_trace(trace, spec, model)
     topology, placement = _situation(options, trace)

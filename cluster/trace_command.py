@@ -219,7 +219,7 @@ def info_text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['file']}: {tokens:,} tokens of {found['requests']:,} requests"
         f" ({found['decode_tokens']:,} decoded), {size:,} bytes"
-        f" ({size / max(1, tokens):.1f} a token)",
+        + (f" ({size / tokens:.1f} a token)" if tokens else ""),
         f"  {found['model']}: top {found['top_k']} of {found['num_experts']} experts in"
         f" {len(loads)} MoE layers; token ids {_yes(found['has_token_ids'])}, gate weights"
         f" {_yes(found['has_weights'])}",

@@ -326,6 +326,7 @@ def test_a_trace_is_planned_from_without_a_cluster(
         (["--dry-run", "--hosts", "4", "--slots", "9"], "--hosts, --slots: of use with --trace"),
         (["--trace", "t", "--dry-run", "prod"], "NAME: no deployment is asked"),
         (["--trace", "t", "--output", "o", "--operation-id", "a"], "--operation-id: no deployment"),
+        (["--trace", "t", "--output", "o", "--dry-run"], "--output: --dry-run writes nothing"),
     ],
 )
 def test_an_option_that_would_be_dropped_is_refused(
@@ -357,6 +358,7 @@ def test_a_trace_is_checked_against_model_and_placement(
     status, said = asked((*layers, 99), 300)
     assert status == 2 and f"{num_experts} in {len(layers) + 1}" in said
     assert asked(layers, 300, "--slots", "0")[0] == 2
+    assert "--model: '/else', no folder" in asked(layers, 300, "--model", "/else")[1]
     all_on_one = [list(range(num_experts)) for _ in layers]
     one = {"num_experts": num_experts, "moe_layers": layers, "slots": {"shard-0": all_on_one}}
     (tmp_path / "one.yaml").write_text(json.dumps(one))

@@ -10,6 +10,7 @@ import torch
 from support.serving import DEMO_MODEL
 from transformers import AutoModelForCausalLM
 
+from remora.actors import trace_offline
 from remora.actors.tokenizer import Tokenizer
 from remora.actors.trace_offline import RecordPlan, TextFile, read_texts, record_texts
 from remora.cluster.cli import main
@@ -146,3 +147,17 @@ def test_lines_that_are_no_text(tmp_path: Path) -> None:
         path.write_text('"good"\n' + line + "\n")
         with pytest.raises(TraceError, match=f"line 2: {text}"):
             list(read_texts(path))
+
+
+def test_of_a_long_text_nothing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_offline, "TEXT_CHARS_MAX", 16)
+    text = "all of it is read, however long it is"
+    (tmp_path / "t.txt").write_text(text)
+    pieces = list(read_texts(tmp_path / "t.txt"))
+    assert "".join(pieces) == text and len(pieces) == 3
+    path = tmp_path / "t.jsonl"
+    path.write_text('"short"\n' + json.dumps(text) + "\n")
+    with pytest.raises(TraceError, match="line 2: longer than 16 characters"):
+        list(read_texts(path))
