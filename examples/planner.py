@@ -102,9 +102,15 @@ def run(path: Path, num_hosts: int, slots: int | None, output: Path | None) -> N
     if slots is None:
         slots = min(num_experts, -(-5 * num_experts // (4 * num_hosts)))
     if not num_experts <= num_hosts * slots <= num_hosts * num_experts:
-        raise SystemExit(f"planner: {num_hosts} hosts x {slots} slots for {num_experts} experts")
+        least = -(-num_experts // num_hosts)
+        raise SystemExit(
+            f"planner: --slots {slots}: with --hosts {num_hosts}, {least} to {num_experts} slots"
+            f" hold {num_experts} experts"
+        )
     topology = uniform_topology(num_hosts=num_hosts, shards_per_host=1, slots=slots)
     seen_T = trace.request_T % 2 == 0
+    if not trace.num_tokens:
+        raise SystemExit("planner: no tokens are in the trace")
     if seen_T.all():
         raise SystemExit("planner: the trace has one request, and none is left to judge on")
     print(f"{num_hosts} hosts x {slots} slots, {num_experts} experts, held-out requests")

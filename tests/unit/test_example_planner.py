@@ -61,10 +61,14 @@ def test_planners_are_judged_and_the_placement_is_accepted(
     assert main(["plan", str(model), "--placement", str(output), *fits]) == 0
     capsys.readouterr()
     few = run(trace, "--hosts", "2", "--slots", "3")
-    assert few.returncode == 1 and "2 hosts x 3 slots for 8 experts" in few.stderr
+    assert few.returncode == 1 and "--slots 3: with --hosts 2, 4 to 8 slots" in few.stderr
 
 
-def test_what_is_no_trace_is_said(tmp_path: Path) -> None:
+def test_what_is_no_trace_or_an_empty_one_is_said(tmp_path: Path) -> None:
     missing = run(tmp_path / "none.trace")
     assert missing.returncode == 1 and "none.trace" in missing.stderr
     assert "Traceback" not in missing.stderr
+    header = TraceHeader(model="m", num_experts=8, top_k=2, moe_layers=(0,))
+    with TraceWriter(tmp_path / "empty.trace", header):
+        pass
+    assert "no tokens are in the trace" in run(tmp_path / "empty.trace").stderr
