@@ -34,6 +34,7 @@ HOST_CHARS_MAX: Final = 256
 LAYERS_MAX: Final = 1024
 EXPERTS_MAX: Final = 1 << 15
 FEATURE_LAYERS_MAX: Final = 4  # of the MoE layers, evenly apart: what a domain is told by
+TOKENS_MAX: Final = float(1 << 40)  # of one sketch: sums over many stay far from overflow
 NAMES_BYTES: Final = 64  # of a cell or a domain: names of its fields, numbers, lengths; at most
 SKETCH_NAMES_BYTES: Final = 512  # of a sketch, with the name of its host
 PHASES: Final = ("prefill", "decode")
@@ -174,10 +175,11 @@ def check_sketch(sketch: RoutingSketch) -> None:
         and len(sketch.domains) <= DOMAINS_MAX
     )
     numbers = [*sketch.tokens_seen, *sketch.tokens_counted, *(d.tokens for d in sketch.domains)]
-    if not shape_ok or not all(np.isfinite(n) and n >= 0 for n in numbers):
+    if not shape_ok or not all(0 <= n <= TOKENS_MAX for n in numbers):  # nor what is no number
         raise FrameError(
             f"a routing sketch of {num_layers} layers, top {sketch.top_k} of"
-            f" {sketch.num_experts} experts, {len(sketch.domains)} domains, tokens {numbers}"
+            f" {sketch.num_experts} experts, {len(sketch.domains)} domains, tokens {numbers}, each"
+            f" 0 to {TOKENS_MAX:.0f}"
         )
     if sketch.sample is not None:
         _check_sample(sketch, sketch.sample)
@@ -225,5 +227,5 @@ def _check_floats(data: bytes, count: int, what: str) -> None:
     if len(data) != 4 * count:
         raise FrameError(f"{what}: {len(data)} bytes, {4 * count} are due")
     values = np.frombuffer(data, "<f4")
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise FrameError(f"{what}: not all finite and non-negative")
+    if not ((values >= 0) & (values <= TOKENS_MAX)).all():
+        raise FrameError(f"{what}: not all 0 to {TOKENS_MAX:.0f}")

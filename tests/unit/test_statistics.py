@@ -353,6 +353,7 @@ def test_sketches_that_lie_are_refused() -> None:
         {"weights": np.array([np.nan] * (len(cell.weights) // 4), "<f4").tobytes()},
         {"weights": cell.weights[:-4]},
         {"load": (-np.ones(NUM_EXPERTS, "<f4")).tobytes()},
+        {"load": np.full(NUM_EXPERTS, 1e30, "<f4").tobytes()},
     ]
     for change in bad_cells:
         changed = msgspec.structs.replace(cell, **change)
@@ -365,6 +366,7 @@ def test_sketches_that_lie_are_refused() -> None:
         {"version": 2},
         {"top_k": 99},
         {"tokens_seen": (float("nan"), 0.0)},
+        {"domains": [msgspec.structs.replace(domain, tokens=1e300)]},  # no sum would be a number
         {"source": "h" * 257},  # it is remembered
     ):
         with pytest.raises(FrameError):
