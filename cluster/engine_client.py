@@ -92,7 +92,7 @@ class EngineClient:
         self._self_host = self_host
         self._hold_s = hold_s
         self._groups: dict[str, _Group] = {}
-        self._num_groups = 0
+        self._named: frozenset[str] = frozenset()  # groups of the newest view that was looked at
         self._epoch = 0  # of the newest view that a group has told of
         self._owner: dict[str, _Group] = {}  # request id -> group
         self._held: dict[str, EmitLog] = {}  # by request id; until a group is connected
@@ -138,7 +138,7 @@ class EngineClient:
     @property
     def num_groups(self) -> int:
         """Dense groups that the deployment has."""
-        return self._num_groups
+        return max(1, len(self._named))
 
     @property
     def num_serving(self) -> int:
@@ -175,8 +175,8 @@ class EngineClient:
         """
         chosen: list[str | None] = [None] * len(submits)
         if self.router is not None and len(self._groups) > 1:
-            silent = [uid for uid, g in self._groups.items() if not g.serving or g.retiring]
-            chosen = await self.router.groups(submits, silent)
+            able = {uid for uid, g in self._groups.items() if g.serving and not g.retiring}
+            chosen = await self.router.groups(submits, (self._named | self._groups.keys()) - able)
         if self._closing or (not self._groups and self._hold_s <= 0):
             raise ClusterError("no dense group is connected; try again shortly")
         for submit, uid in zip(submits, chosen, strict=True):
@@ -344,7 +344,7 @@ class EngineClient:
     async def _look_at(self, members: Sequence[Member]) -> list[ClusterError]:
         """Connect to what the view names, let go of what it does not; why some are not reached."""
         by_uid = {member.uid: member for member in members}
-        self._num_groups = max(1, len(members))
+        self._named = frozenset(by_uid)
         for uid, group in list(self._groups.items()):
             group.retiring = uid not in by_uid
             if not group.retiring and by_uid[uid].incarnation != group.member.incarnation:

@@ -233,6 +233,23 @@ def test_a_group_that_the_ingress_cannot_reach_is_not_chosen(router: RouterServe
         assert router.status()["calls"]["Route"] == 1
 
 
+def test_a_group_that_is_not_connected_is_not_named(router: RouterServer) -> None:
+    """Else the router counts as sent there what goes elsewhere, and names it again: it is idle."""
+    with make_engine(uid="dense-0") as one, make_engine(uid="dense-1") as two:
+        with make_engine(uid="dense-2") as gone:
+            pass
+        router.adopt_view(view_over(one, two, gone))
+
+        async def run() -> None:
+            async with client_over((one, two, gone), [router.address]) as client:
+                await finished(client, submit("a"), submit("b", 900), submit("c", 1800))
+
+        asyncio.run(run())
+        loads = router.status()["groups"]
+        assert (loads["dense-2"], loads["dense-0"] + loads["dense-1"]) == (0, 3)
+        assert sorted(counts(one, two)) == [1, 2]
+
+
 def test_a_dense_group_reports_until_it_is_closed_and_survives_the_router() -> None:
     sketches = [encoded(paired_tokens(2, 500), "a", (1, 2))]
     launch = Launch(
