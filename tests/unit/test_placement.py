@@ -1,6 +1,7 @@
 """Placement at start-up: contiguous runs with replicas, placement files, what does not fit."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -87,6 +88,19 @@ def test_what_is_no_placement_is_refused(
     with pytest.raises(ConfigError, match=complaint) as caught:
         read_placement(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_number_of_experts_takes_no_memory(tmp_path: Path) -> None:
+    """A few more digits than were meant must not be the end of whoever reads the file."""
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(msgspec.to_builtins(TWO) | {"num_experts": 4_000_000}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"no shard holds experts 4, 5, .* 3999988 more"):
+            read_placement(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
