@@ -4,16 +4,23 @@ All of it is plain data of bounded size that goes to JSON and back without loss,
 decisions can be replayed.
 """
 
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from remora.autoscale.autoscale_policy import GAP_STEPS_MAX, AutoscalePolicy, Percentile
+from remora.autoscale.autoscale_policy import (
+    GAP_STEPS_MAX,
+    AutoscalePolicy,
+    LatencyTarget,
+    Percentile,
+)
 from remora.autoscale.forecast import ForecasterName
 from remora.comm.checked import Section
 
-Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratios = list[float | None]  # of one target, a sample after the other; None: not known
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Sample(Section):
@@ -25,10 +32,10 @@ class Sample(Section):
     ttft_s: dict[Percentile, float] = Field(default_factory=dict)  # since the last sample
     itl_s: dict[Percentile, float] = Field(default_factory=dict)  # since the last sample
     waiting: Annotated[int, Field(ge=0)] | None = None  # requests queued in the whole pool
-    ongoing: Ratio | None = None  # requests under way in the whole pool
+    ongoing: Amount | None = None  # requests under way in the whole pool
     kv_use: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the pool's KV pages
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  # largest / mean
-    load: Ratio | None = None  # offered since the last sample, a second (of predictive's unit)
+    load: Amount | None = None  # offered since the last sample, a second (of predictive's unit)
 
     @field_validator("ttft_s", "itl_s")
     @classmethod
@@ -38,33 +45,53 @@ class Sample(Section):
                 raise ValueError(f"{name} = {seconds!r}: seconds, at least 0")
         return value
 
-    def ratios(self, policy: AutoscalePolicy) -> dict[str, float | None]:
-        """Each target's value over its bound; None where it is not known.
 
-        A pool that nobody asks anything of (`load` 0, nothing waits) has no latency: 0.
-        """
-        targets = policy.targets
-        idle = 0.0 if self.load == 0 and self.waiting == 0 else None
-        found: dict[str, float | None] = {}
-        for name, target, seen in (
-            ("ttft", targets.ttft, self.ttft_s),
-            ("itl", targets.itl, self.itl_s),
-        ):
-            if target is not None:
-                value = seen.get(target.percentile)
-                found[name] = idle if value is None else value / target.seconds
-        if targets.queue_per_unit is not None:
-            room = targets.queue_per_unit * max(1, self.units)
-            found["queue"] = None if self.waiting is None else self.waiting / room
-        if targets.ongoing_per_unit is not None:
-            room = targets.ongoing_per_unit * max(1, self.units)
-            found["ongoing"] = None if self.ongoing is None else self.ongoing / room
-        if targets.kv_use is not None:
-            found["kv_use"] = None if self.kv_use is None else self.kv_use / targets.kv_use
-        if targets.imbalance is not None:
-            value = self.imbalance
-            found["imbalance"] = idle if value is None else value / targets.imbalance
-        return found
+def ratios_of(policy: AutoscalePolicy, samples: Sequence[Sample]) -> dict[str, Ratios]:
+    """Each target's value over its bound, a sample after the other; None where it is not known.
+
+    A pool that nobody asks anything of (`load` 0, nothing waits) has no latency: 0. By target and
+    not by sample: windows hold up to `SAMPLES_MAX`, and are looked at with every new one.
+    """
+    targets = policy.targets
+    found: dict[str, Ratios] = {}
+    if (ttft := targets.ttft) is not None:
+        found["ttft"] = _latencies(ttft, samples, (sample.ttft_s for sample in samples))
+    if (itl := targets.itl) is not None:
+        found["itl"] = _latencies(itl, samples, (sample.itl_s for sample in samples))
+    if (queue := targets.queue_per_unit) is not None:
+        found["queue"] = [
+            None if sample.waiting is None else sample.waiting / (queue * max(1, sample.units))
+            for sample in samples
+        ]
+    if (ongoing := targets.ongoing_per_unit) is not None:
+        found["ongoing"] = [
+            None if sample.ongoing is None else sample.ongoing / (ongoing * max(1, sample.units))
+            for sample in samples
+        ]
+    if (kv_use := targets.kv_use) is not None:
+        found["kv_use"] = [
+            None if sample.kv_use is None else sample.kv_use / kv_use for sample in samples
+        ]
+    if (imbalance := targets.imbalance) is not None:
+        found["imbalance"] = [
+            _idle(sample) if sample.imbalance is None else sample.imbalance / imbalance
+            for sample in samples
+        ]
+    return found
+
+
+def _latencies(
+    target: LatencyTarget, samples: Sequence[Sample], seen: Iterable[dict[Percentile, float]]
+) -> Ratios:
+    percentile, seconds = target.percentile, target.seconds
+    return [
+        _idle(sample) if (value := told.get(percentile)) is None else value / seconds
+        for sample, told in zip(samples, seen, strict=True)
+    ]
+
+
+def _idle(sample: Sample) -> float | None:
+    return 0.0 if sample.load == 0 and sample.waiting == 0 else None
 
 
 class LoadSeries(Section):

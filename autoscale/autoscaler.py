@@ -17,6 +17,7 @@ another number of units, or before a gap of over `window_s`, say nothing about t
 windows begin anew.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -24,7 +25,13 @@ from statistics import median
 from typing import Any, Final, Literal
 
 from remora.autoscale.autoscale_policy import SAMPLES_MAX, AutoscalePolicy, Predictive
-from remora.autoscale.autoscale_sample import AutoscaleState, Outlook, Sample
+from remora.autoscale.autoscale_sample import (
+    AutoscaleState,
+    Outlook,
+    Ratios,
+    Sample,
+    ratios_of,
+)
 from remora.autoscale.forecast import best_forecast
 from remora.comm.checked import Section
 
@@ -154,7 +161,7 @@ def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) ->
             since_s = now_s
         else:
             from_s = now_s - policy.reactive.down_window_s
-            kept = tuple(old for old in state.samples if old.at_s > from_s)
+            kept = state.samples[_first_after(from_s, state.samples) :]
         kept = (*kept, sample)
         if len(kept) > SAMPLES_MAX:
             kept = kept[-SAMPLES_MAX:]
@@ -168,6 +175,10 @@ def _remember(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) ->
             steps_max=predictive.history_steps,
         )
     return state.model_copy(update=update)
+
+
+def _first_after(at_s: float, samples: Sequence[Sample]) -> int:
+    return bisect_right(samples, at_s, key=lambda sample: sample.at_s)
 
 
 def _is_cut_off(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> bool:
@@ -206,43 +217,41 @@ def _foresee(predictive: Predictive, state: AutoscaleState, sample: Sample) -> O
 
 
 def _signals(policy: AutoscalePolicy, state: AutoscaleState, sample: Sample) -> _Signals:
-    reactive, now_s = policy.reactive, sample.at_s
-    recent = [old for old in state.samples if old.at_s > now_s - reactive.window_s]
+    reactive, now_s, samples = policy.reactive, sample.at_s, state.samples
+    ratios = ratios_of(policy, samples)
+    first = _first_after(now_s - reactive.window_s, samples)
     now: dict[str, float] = {}
-    if len(recent) >= reactive.samples_min:
-        ratios = [old.ratios(policy) for old in recent]
-        for name in ratios[0]:
-            known = [value for row in ratios if (value := row[name]) is not None]
-            if len(known) >= reactive.samples_min:
-                now[name] = median(known)
+    for name, values in ratios.items():
+        known = [value for value in values[first:] if value is not None]
+        if len(known) >= reactive.samples_min:
+            now[name] = median(known)
     need = None
     if policy.predictive is not None and state.outlook is not None:
         wanted = state.outlook.peak + state.outlook.margin
         need = max(policy.bounds.min_units, ceil(wanted / policy.predictive.load_per_unit))
     return _Signals(
         now=now,
-        highest=_highest(policy, state.samples),
+        highest=_highest(samples, ratios) if samples else {},
         is_covered=state.since_s is not None and now_s - state.since_s >= reactive.down_window_s,
         need=need,
     )
 
 
-def _highest(policy: AutoscalePolicy, samples: Sequence[Sample]) -> dict[str, float | None]:
+def _highest(samples: Sequence[Sample], ratios: dict[str, Ratios]) -> dict[str, float | None]:
     """The largest ratio of each target; None: it was not always known.
 
     Who arrived and has no token yet is no unknown for long: a later sample has the latency. So
     only those samples count that no later one makes up for.
     """
-    rows = [sample.ratios(policy) for sample in samples]
     found: dict[str, float | None] = {}
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
+    for name, values in ratios.items():
+        unknown = values
         if name in ("ttft", "itl"):
-            told = [n for n, sample in enumerate(samples) if _is_told(name, sample, values[n])]
-            later = max(told, default=-1) + 1
-            values = [value for n, value in enumerate(values) if value is not None or n >= later]
+            numbers = range(len(samples) - 1, -1, -1)
+            told = (n for n in numbers if _is_told(name, samples[n], values[n]))
+            unknown = values[next(told, -1) + 1 :]
         known = [value for value in values if value is not None]
-        found[name] = max(known, default=0.0) if len(known) == len(values) else None
+        found[name] = None if None in unknown else max(known, default=0.0)
     return found
 
 

@@ -12,10 +12,11 @@ the same series gives the same forecast on any machine.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, fsum
 from typing import Final, Literal
 
-from remora.autoscale.library_forecast import LIBRARY, auto_reg, holt_winters, theta
+from remora.autoscale.library_forecast import LIBRARY, STEPS_MAX, auto_reg, holt_winters, theta
 
 ForecasterName = Literal[
     "seasonal_naive", "moving_average", "holt", "auto_reg", "theta", "holt_winters"
@@ -24,6 +25,7 @@ ForecasterName = Literal[
 ORIGINS_MAX: Final = 12  # moments that a back-test stands at
 LIBRARY_ORIGINS_MAX: Final = 6  # the same for all, where forecasters of the library are among them
 FIT_STEPS_MAX: Final = 120  # latest steps that Holt's method and the moving average look at
+FITS_MAX: Final = 512  # remembered of a forecaster: `ORIGINS_MAX` + 1 horizons are of use
 MEAN_STEPS: Final = 8
 DAMPING: Final = 0.9  # of Holt's trend (Gardner and McKenzie 1985)
 ALPHAS: Final = (0.2, 0.5, 0.8)  # smoothing of the level
@@ -92,13 +94,33 @@ def _smoothed(series: Sequence[float], alpha: float, beta: float) -> tuple[float
     return error, level, trend
 
 
+def _remembered(forecaster: Forecaster, look_back: int) -> Forecaster:
+    """The same, with its last `FITS_MAX` answers kept: a back-test stands at a moment again each
+    time that the series has grown by a horizon, and what was known then has not changed.
+
+    Args:
+        look_back: latest steps, that the forecaster looks at and no others.
+    """
+
+    @lru_cache(maxsize=FITS_MAX)
+    def fitted(recent: tuple[float, ...], horizon: int, season: int) -> tuple[float, ...] | None:
+        values = forecaster(recent, horizon, season)
+        return None if values is None else tuple(values)
+
+    def known(series: Sequence[float], horizon: int, season: int) -> list[float] | None:
+        values = fitted(tuple(series[-look_back:]), horizon, season)
+        return None if values is None else list(values)
+
+    return known
+
+
 FORECASTERS: Final[dict[ForecasterName, Forecaster]] = {
     "seasonal_naive": seasonal_naive,
     "moving_average": moving_average,
-    "holt": holt,
-    "auto_reg": auto_reg,
-    "theta": theta,
-    "holt_winters": holt_winters,
+    "holt": _remembered(holt, FIT_STEPS_MAX),
+    "auto_reg": _remembered(auto_reg, STEPS_MAX),
+    "theta": _remembered(theta, STEPS_MAX),
+    "holt_winters": _remembered(holt_winters, STEPS_MAX),
 }
 
 

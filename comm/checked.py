@@ -31,10 +31,10 @@ def parse_section(data: Mapping[str, Any], model: type[SectionT], *, source: str
     Raises:
         ConfigError: unknown key (named, with what is allowed and the nearest), or a bad value.
     """
-    refuse_unknown(data, model, source=source)
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
+        refuse_unknown(data, model, source=source)  # pydantic names no allowed key
         lines = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"]) or "value"

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.autoscaling import policy_of
 
+from remora.autoscale import forecast as forecasts
 from remora.autoscale.forecast import (
     FORECASTERS,
     MEAN_STEPS,
@@ -68,6 +69,26 @@ def test_a_backtest_does_not_look_ahead() -> None:
     errors = backtest(spy, [float(n) for n in range(20)], horizon=4, season=2)
     assert seen == [16, 12, 8, 4] and len(errors) == 16
     assert sorted(errors) == [float(n) for n in range(4, 20)], "each step is judged once"
+
+
+def test_a_moment_of_the_backtest_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log with forecasts replayed at a tenth of the speed, when each step fitted all again."""
+    fits: list[int] = []
+    smoothed = forecasts._smoothed
+
+    def counted(series: Sequence[float], alpha: float, beta: float) -> tuple[float, float, float]:
+        fits.append(len(series))
+        return smoothed(series, alpha, beta)
+
+    monkeypatch.setattr(forecasts, "_smoothed", counted)
+    series = [50.0 + (n * 7919 % 17) for n in range(210)]
+    for end in range(200, 204):  # a horizon: every moment that it can stand at, but the new ones
+        best(series[:end])
+    fits.clear()
+    for end in range(204, 210):
+        best(series[:end])
+    grid = len(forecasts.ALPHAS) * len(forecasts.BETAS)
+    assert len(fits) <= 6 * 2 * grid, "the newest moment, and the forecast itself"
 
 
 def test_too_little_to_backtest_is_the_floor() -> None:
