@@ -66,8 +66,13 @@ def application(config: RemoraConfig) -> Application:
     http = config.http.loaded()
     replicas: dict[str, Any] = {"num_replicas": http.ingress_replicas}
     if isinstance(http.autoscale, AutoscalePolicy):
-        every_s = config.autoscale.sample_every_s
-        scaling = serve_autoscaling(http.autoscale, initial=http.ingress_replicas, every_s=every_s)
+        scaling = serve_autoscaling(
+            http.autoscale,
+            initial=http.ingress_replicas,
+            every_s=config.autoscale.sample_every_s,
+            log_dir=config.autoscale.log_dir or config.elastic.log_dir,
+            name=config.name,
+        )
         replicas = {"autoscaling_config": scaling}
     make = serve.deployment(
         name="ingress",

@@ -17,7 +17,7 @@ from remora.cluster.autoscale_log import AutoscaleLog
 from remora.cluster.autoscale_loop import Autoscaler
 from remora.cluster.config import RemoraConfig
 from remora.cluster.coordinator_server import CoordinatorServer
-from remora.cluster.elastic import log_folder
+from remora.cluster.log_folder import folder_below
 from remora.cluster.operation import PlaceAs, taken_by
 from remora.cluster.operation_request import Operations
 from remora.cluster.rebalancer import Rebalancer
@@ -86,15 +86,14 @@ class Beside:
         autoscale = self._config.autoscale.loaded()
         policy = autoscale.policy
         if isinstance(policy, AutoscalePolicy):
-            own = autoscale.log_dir
-            folder = own / self._config.name if own is not None else log_folder(self._config)
+            base = autoscale.log_dir or self._config.elastic.log_dir
             self._autoscaler = Autoscaler(
                 policy,
                 sample_every_s=autoscale.sample_every_s,
                 operations=self._operations,
                 running=self._running,
                 view=self._operations.view,
-                log=AutoscaleLog(folder, policy),
+                log=AutoscaleLog(folder_below(base, self._config.name), policy),
             )
             self._autoscaler.start()
 

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import ray
-
 from remora.actors.health_state import HealthState, Life
 from remora.actors.launch import actor_name
 from remora.actors.manifest import Manifest
@@ -21,8 +19,8 @@ from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.dense_groups import rank_uids
 from remora.cluster.health_watch import HealthWatch
-from remora.cluster.instances import instances_dir
 from remora.cluster.launch import copies_of
+from remora.cluster.log_folder import folder_below
 from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
 from remora.cluster.node_watch import NodeWatch, RayNodes
 from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_dense
@@ -40,12 +38,8 @@ STALL_CALLS: Final = 4  # calls of a step that are late one after the other: it 
 
 
 def log_folder(config: RemoraConfig) -> Path:
-    """Where the coordinator of a deployment keeps its log: as configured, or a private folder of
-    this host and this Ray cluster."""
-    base = config.elastic.log_dir
-    if base is None:
-        base = instances_dir() / ray.get_runtime_context().get_session_name()
-    return base / config.name
+    """Where the coordinator of a deployment keeps its log."""
+    return folder_below(config.elastic.log_dir, config.name)
 
 
 def limits_of(config: RemoraConfig, spec: ModelSpec) -> Limits:

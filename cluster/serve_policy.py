@@ -3,10 +3,12 @@
 Serve's controller makes one `IngressPolicy` and calls it several times a second. It looks at what
 Serve measured (requests under way, on replicas and queued at handles), decides at most once in
 `sample_every_s`, and returns at once: no I/O, no lock, no wait, and windows, series and forecasters
-are bounded (`check_ingress`). Delays and factors are the policy's own, so Serve's are set to none.
+are bounded (`check_ingress`). A thread of its own logs each decision with its inputs, on the host
+of the controller. Delays and factors are the policy's own, so Serve's are set to none.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
@@ -14,23 +16,31 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from remora.autoscale.autoscale_policy import AutoscalePolicy, parse_policy
 from remora.autoscale.autoscale_sample import AutoscaleState, Sample
 from remora.autoscale.autoscaler import decide
+from remora.cluster.autoscale_log import INGRESS_FILE, AutoscaleLog, BackgroundLog
+from remora.cluster.log_folder import folder_below
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # what another tells stands in no log of the controller
 
 PATH = "remora.cluster.serve_policy:IngressPolicy"
 LOOK_BACK_S = 20.0  # that Serve takes the mean over: two of the reports that it asks replicas for
 
 
 def serve_autoscaling(
-    policy: AutoscalePolicy, *, initial: int, every_s: float
+    policy: AutoscalePolicy, *, initial: int, every_s: float, log_dir: Path | None, name: str
 ) -> AutoscalingConfig:
     """`autoscaling_config` of the ingress deployment.
 
     Args:
         initial: replicas to begin with.
         every_s: between decisions.
+        log_dir, name: of decisions, as `folder_below` takes them.
     """
-    kwargs = {"policy": policy.model_dump(mode="json"), "sample_every_s": every_s}
+    kwargs = {
+        "policy": policy.model_dump(mode="json"),
+        "sample_every_s": every_s,
+        "log_dir": None if log_dir is None else str(log_dir),
+        "name": name,
+    }
     return AutoscalingConfig(
         min_replicas=policy.bounds.min_units,
         initial_replicas=min(max(initial, policy.bounds.min_units), policy.units_max),
@@ -48,14 +58,25 @@ class IngressPolicy:
     Args:
         policy: an AutoscalePolicy of pool ingress, as plain data.
         sample_every_s: between decisions.
+        log_dir, name: of decisions, as `folder_below` takes them.
 
     Raises:
         ConfigError: it is none.
     """
 
-    def __init__(self, policy: dict[str, Any], sample_every_s: float) -> None:
-        self._policy = parse_policy(policy, source="policy_kwargs")
-        self._every_s = sample_every_s
+    def __init__(
+        self, policy: dict[str, Any], sample_every_s: float, log_dir: str | None, name: str
+    ) -> None:
+        parsed = parse_policy(policy, source="policy_kwargs")
+        base = None if log_dir is None else Path(log_dir)
+
+        def make_log() -> AutoscaleLog:
+            log = AutoscaleLog(folder_below(base, name), parsed, file=INGRESS_FILE)
+            logger.info("decisions about ingress replicas are logged in %s", log.path)
+            return log
+
+        self._policy, self._every_s = parsed, sample_every_s
+        self._log = BackgroundLog(make_log)
         self._state = AutoscaleState()
         self._wanted: int | None = None
 
@@ -72,7 +93,9 @@ class IngressPolicy:
         target = context.target_num_replicas
         ongoing = max(0.0, float(context.total_num_requests))
         sample = Sample(at_s=now_s, units=target, ongoing=ongoing, load=ongoing)
-        decision, self._state = decide(self._policy, self._state, sample)
+        before = self._state
+        decision, self._state = decide(self._policy, before, sample)
+        self._log.decided(before, sample, decision)
         self._wanted = target
         if decision.effect != "none":
             change = f"{decision.units} -> {decision.target_units}: {decision.reason}"
