@@ -236,7 +236,11 @@ def _record(tag: bytes, num_tokens: int, raw: bytes) -> bytes:
 
 
 def decode_block(header: TraceHeader, num_tokens: int, raw: bytes) -> Trace:
-    """Inverse of `encode_block` for its uncompressed body, without names of labels."""
+    """Inverse of `encode_block` for its uncompressed body, without names of labels.
+
+    Raises:
+        ValueError: an expert that the model does not have.
+    """
     columns: dict[str, Any] = {}
     at = 0
     for name, kind in _COLUMNS:
@@ -246,8 +250,12 @@ def decode_block(header: TraceHeader, num_tokens: int, raw: bytes) -> Trace:
     count = int(np.prod(shape))
     ids = np.frombuffer(raw, header.id_dtype, count, at).reshape(shape)
     at += ids.nbytes
+    is_none = ids == np.iinfo(ids.dtype).max
+    strange = ids[(ids >= header.num_experts) & ~is_none]
+    if len(strange):
+        raise ValueError(f"experts up to {strange.max()} of {header.num_experts}, from 0 on")
     experts = ids.astype(np.int16)
-    experts[ids >= header.num_experts] = NO_EXPERT
+    experts[is_none] = NO_EXPERT
     weights = None
     if header.has_weights:
         weights = np.frombuffer(raw, "<f2", count, at).reshape(shape).copy()

@@ -127,7 +127,10 @@ class TraceReader:
         return tag, count, raw
 
     def _block(self, labels: _Labels, count: int, raw: bytes) -> Trace:
-        block = decode_block(self.header, count, raw)
+        try:
+            block = decode_block(self.header, count, raw)
+        except ValueError as error:
+            raise TraceError(f"{self.path}: damaged: {error}") from error
         for label_T, names in ((block.domain_T, labels.domains), (block.source_T, labels.sources)):
             if label_T.min() < -1 or label_T.max() >= len(names):
                 raise TraceError(f"{self.path}: damaged: a label that the file does not name")

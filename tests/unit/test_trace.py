@@ -6,6 +6,7 @@ Shape suffixes as in comm/trace.py.
 import errno
 import os
 import resource
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,9 @@ from remora.comm.errors import TraceError
 from remora.comm.trace import (
     BLOCK_TOKENS,
     DECODE,
+    MAGIC,
     PRELUDE,
+    VERSION,
     Trace,
     TraceHeader,
     TraceWriter,
@@ -218,6 +221,19 @@ def test_ids_out_of_range_are_refused() -> None:
         TraceHeader(model="", num_experts=4, top_k=5, moe_layers=(0,)).check()
     with pytest.raises(TraceError, match="no domain 'z'"):
         rows_of(header, 3, 0).domain_mask("z")
+
+
+def test_a_file_of_ids_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    """As of a program that counts experts from 1: they are not taken for none."""
+    wrote, named = (msgspec.msgpack.encode(header_of(num_experts=n)) for n in (41, 40))
+    rows = rows_of(header_of(num_experts=41), 500, 0)
+    assert rows.experts_LTK.max() == 40
+    write(tmp_path / "t", rows.header, [rows])
+    records = (tmp_path / "t").read_bytes()[PRELUDE.size + len(wrote) :]
+    prelude = PRELUDE.pack(MAGIC, VERSION, 0, len(named), zlib.crc32(named))
+    (tmp_path / "t").write_bytes(prelude + named + records)
+    with pytest.raises(TraceError, match="experts up to 40 of 40, from 0 on"):
+        read_trace(tmp_path / "t")
 
 
 def test_labels_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
