@@ -259,6 +259,15 @@ def test_what_is_noted_of_a_group_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert state.loads(0.0) == {"dense-0": 5}
 
 
+def test_to_look_at_loads_changes_none() -> None:
+    """A status is told by another thread than that which routes: both would take the same away."""
+    state = RouterState()
+    state.handle(ViewAdopted(view_of(hosts=("a",)), 0.0))
+    route(state, (1,))
+    assert state.loads(FORGET_S + 1) == {"dense-0": 0}
+    assert state.loads(FORGET_S) == {"dense-0": 1}
+
+
 def test_keys_cover_whole_blocks_and_all_that_stands_before() -> None:
     ids = tuple(range(100))
     assert len(block_keys(ids)) == 6 and block_keys(ids[:17]) == block_keys(ids)[:1]
