@@ -16,6 +16,7 @@ from remora.comm.errors import ConfigError
 
 POLICY_BYTES_MAX = 1 << 16
 SAMPLES_MAX = 1024  # remembered; the oldest go first, and windows are as long as what is left
+SAMPLE_EVERY_MIN_S, SAMPLE_EVERY_MAX_S = 0.1, 300.0  # that a configuration may say
 GAP_STEPS_MAX = 20  # steps without a sample that are filled in; after more the series begins anew
 HISTORY_MAX = 8192  # steps of load that a forecast is made from
 
@@ -181,6 +182,9 @@ class AutoscalePolicy(Section):
                 f"cost.budget_per_hour pays for {self.units_max} units, below bounds.min_units ="
                 f" {self.bounds.min_units}"
             )
+        least_s, most_s = sampling(self)
+        if least_s > most_s:
+            check_windows(self, most_s)
         return self
 
     @property
@@ -234,31 +238,43 @@ def check_ingress(policy: AutoscalePolicy) -> None:
         )
 
 
+def sampling(policy: AutoscalePolicy) -> tuple[float, float]:
+    """Least and most seconds between samples that a policy's windows can be filled by; the least is
+    above the most where none can."""
+    reactive, predictive = policy.reactive, policy.predictive
+    # after a gap of over `window_s` windows begin anew, so two must fit, even if one is enough
+    most_s = reactive.window_s / max(2, reactive.samples_min)
+    if predictive is not None:
+        most_s = min(most_s, GAP_STEPS_MAX * predictive.step_s)
+    least_s = max(SAMPLE_EVERY_MIN_S, reactive.down_window_s / SAMPLES_MAX)
+    return least_s, min(most_s, SAMPLE_EVERY_MAX_S)
+
+
 def check_windows(policy: AutoscalePolicy, sample_every_s: float) -> None:
     """Whether a policy's windows can be filled by samples that come so often.
 
     Raises:
         ValueError: they would never hold enough of them, or too many.
     """
-    reactive = policy.reactive
-    least_s = reactive.down_window_s / SAMPLES_MAX
-    if sample_every_s < least_s:
-        raise ValueError(
-            f"sample_every_s = {sample_every_s:g}: a window of down_window_s ="
-            f" {reactive.down_window_s:g} takes at most {SAMPLES_MAX} samples: at least {least_s:g}"
+    least_s, most_s = sampling(policy)
+    if least_s <= sample_every_s <= most_s * (1 + 1e-9):  # 1.2 / 3 is just below 0.4
+        return
+    reactive, predictive = policy.reactive, policy.predictive
+    limits = [
+        f"at least {least_s:.4g}, as a window of down_window_s = {reactive.down_window_s:g} takes"
+        f" at most {SAMPLES_MAX} samples",
+        f"at most {most_s:.4g}, as window_s = {reactive.window_s:g} must hold"
+        f" {max(2, reactive.samples_min)} samples (samples_min = {reactive.samples_min})",
+    ]
+    if predictive is not None:
+        limits[-1] += (
+            f" and a forecast from steps of step_s = {predictive.step_s:g} bridges"
+            f" {GAP_STEPS_MAX} of them"
         )
-    if reactive.samples_min * sample_every_s > reactive.window_s:
-        raise ValueError(
-            f"sample_every_s = {sample_every_s:g}: window_s = {reactive.window_s:g} would never"
-            f" hold samples_min = {reactive.samples_min} samples"
-        )
-    predictive = policy.predictive
-    if predictive is not None and sample_every_s > GAP_STEPS_MAX * predictive.step_s:
-        raise ValueError(
-            f"sample_every_s = {sample_every_s:g}: a forecast from steps of predictive.step_s ="
-            f" {predictive.step_s:g} bridges {GAP_STEPS_MAX} of them, and would never begin: at"
-            f" most {GAP_STEPS_MAX * predictive.step_s:g}"
-        )
+    if least_s > most_s:
+        raise ValueError("no autoscale.sample_every_s fits: " + ", and ".join(limits))
+    limit = limits[0] if sample_every_s < least_s else limits[1]
+    raise ValueError(f"sample_every_s = {sample_every_s:g}: {limit}")
 
 
 def check_live(policy: AutoscalePolicy, sample_every_s: float) -> None:

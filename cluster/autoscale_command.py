@@ -36,11 +36,17 @@ def add_autoscale(commands: "_SubParsersAction[ArgumentParser]") -> None:
 
 def run_check(options: Namespace) -> int:
     """Prints the policy with its defaults. Raises ConfigError: it is none."""
-    from remora.autoscale.autoscale_policy import read_policy
+    from remora.autoscale.autoscale_policy import read_policy, sampling
 
     policy = read_policy(options.file)
     if options.json:
-        print(json.dumps({**policy.model_dump(mode="json"), "units_max": policy.units_max}))
+        least_s, most_s = sampling(policy)
+        found = {
+            "units_max": policy.units_max,
+            "sample_every_min_s": least_s,
+            "sample_every_max_s": most_s,
+        }
+        print(json.dumps(policy.model_dump(mode="json") | found))
     else:
         print("\n".join(_policy_lines(policy)))
     return OK
@@ -118,6 +124,9 @@ def _difference_lines(difference: "Difference") -> list[str]:
 
 
 def _policy_lines(policy: "AutoscalePolicy") -> list[str]:
+    from remora.autoscale.autoscale_policy import sampling
+
+    least_s, most_s = sampling(policy)
     targets = policy.targets
     held = []
     for name, latency in (("ttft", targets.ttft), ("itl", targets.itl)):
@@ -135,6 +144,7 @@ def _policy_lines(policy: "AutoscalePolicy") -> list[str]:
         f" +{policy.bounds.step_up_max} / -{policy.bounds.step_down_max} a decision",
         f"  windows     up {policy.reactive.window_s:g} s, down {policy.reactive.down_window_s:g} s"
         f" below {policy.reactive.down_below:.0%}",
+        f"  samples     every {least_s:.3g} to {most_s:.3g} s (autoscale.sample_every_s)",
         f"  cooldowns   up {policy.cooldowns.up_s:g} s, down {policy.cooldowns.down_s:g} s",
     ]
     if (predictive := policy.predictive) is not None:

@@ -5,7 +5,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from remora.autoscale.autoscale_policy import AutoscalePolicy, check_live, read_policy
+from remora.autoscale.autoscale_policy import (
+    SAMPLE_EVERY_MAX_S,
+    SAMPLE_EVERY_MIN_S,
+    AutoscalePolicy,
+    check_live,
+    read_policy,
+)
 from remora.comm.checked import Section, parse_section
 
 
@@ -19,7 +25,9 @@ class AutoscaleConfig(Section):
 
     policy: AutoscalePolicy | Path | None = None  # of a pool, or the file of one; None: it does not
     # between two samples of the pool
-    sample_every_s: Annotated[float, Field(ge=0.1, le=300, allow_inf_nan=False)] = 5.0
+    sample_every_s: Annotated[
+        float, Field(ge=SAMPLE_EVERY_MIN_S, le=SAMPLE_EVERY_MAX_S, allow_inf_nan=False)
+    ] = 5.0
     log_dir: Path | None = None  # of decisions, by deployment; None: beside the coordinator's log
 
     @model_validator(mode="after")

@@ -356,7 +356,7 @@ def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
         (
             {"predictive": {"load_per_unit": 9, "step_s": 0.2, "season_s": 60, "horizon_s": 2}},
             5.0,
-            "would never begin: at most 4",
+            "at most 4, .*step_s = 0.2 bridges 20",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from support.autoscaling import BASE, decisions_of, policy_of, sample_of
 
-from remora.autoscale.autoscale_policy import parse_policy, read_policy
+from remora.autoscale.autoscale_policy import check_windows, parse_policy, read_policy
 from remora.autoscale.autoscale_sample import AutoscaleState
 from remora.autoscale.decision_lines import decision_line, start_line
 from remora.cluster.cli import main
@@ -40,6 +40,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.y
         ({"bounds": {}}, ["bounds.max_units", "required"]),
         ({"reactive": {"window_s": 60, "down_window_s": 30}}, ["down_window_s = 30", "60"]),
         ({"reactive": {"down_below": 1}}, ["reactive.down_below", "less than 1"]),
+        (
+            {"reactive": {"window_s": 5, "down_window_s": 3600}},
+            ["no autoscale.sample_every_s fits: at least 3.516", "at most 1.667", "= 3)"],
+        ),
         ({"cooldowns": {"rebalance_again_s": 1}}, ["rebalance_again_s = 1"]),
         ({"predictive": {"load_per_unit": 1, "season_s": 1e6}}, ["8192 steps", "step_s larger"]),
         ({"predictive": {"load_per_unit": 1, "forecasters": ["holt"]}}, ["seasonal_naive"]),
@@ -106,6 +110,18 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         read_policy(tmp_path / "none.yaml")
 
 
+def test_a_window_holds_two_samples_that_come_a_little_late() -> None:
+    """One was enough to be accepted, and each began the windows anew: the pool never shrank."""
+    policy = policy_of(reactive={"window_s": 30, "samples_min": 1, "down_window_s": 120})
+    late, _ = decisions_of(policy, [sample_of(30.02 * n) for n in range(50)])
+    assert {d.verdict for d in late} == {"keep"}
+    with pytest.raises(ValueError, match=r"sample_every_s = 30: at most 15, .* 2 samples"):
+        check_windows(policy, 30.0)
+    check_windows(policy, 15.0)
+    made, _ = decisions_of(policy, [sample_of(15.02 * n) for n in range(50)])
+    assert "scale" in {d.verdict for d in made}
+
+
 def test_check_says_what_a_policy_comes_to(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -115,9 +131,11 @@ def test_check_says_what_a_policy_comes_to(
         "pool experts, mode advise" in text
         and "2 to 12 (budget)," in text
         and "ttft p99 <= 2 s" in text
+        and "every 0.293 to 10 s (autoscale.sample_every_s)" in text
     )
     assert main(["autoscale", "check", str(EXAMPLE), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["units_max"] == 12
+    found = json.loads(capsys.readouterr().out)
+    assert (found["units_max"], found["sample_every_max_s"]) == (12, 10.0)
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump({**BASE, "windows": 3}))
     assert main(["autoscale", "check", str(bad)]) == 2
