@@ -2,6 +2,7 @@
 
 import json
 from argparse import ArgumentParser, Namespace, _SubParsersAction
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def autoscale_lines(status: dict[str, Any] | None) -> list[str]:
     """The autoscaler in `remora status`."""
     if status is None:
         return []
-    last, action = status["last"], status["action"]
+    last, advice, action = status["last"], status["advice"], status["action"]
     lines = [f"  autoscale  {status['pool']}, mode {status['mode']}: no sample yet"]
     if last is not None:
         change = f"{last['units']} -> {last['target_units']} units"
@@ -98,6 +99,10 @@ def autoscale_lines(status: dict[str, Any] | None) -> list[str]:
             f"  autoscale  {status['pool']}, mode {status['mode']}: {last['verdict']} {change}"
             f" ({last['reason']})"
         ]
+    if advice is not None:
+        at = datetime.fromtimestamp(advice["unix_s"], UTC).isoformat(timespec="seconds")
+        change = f"{advice['verdict']} {advice['units']} -> {advice['target_units']} units"
+        lines.append(f"  autoscale  advice of {at}: {change} ({advice['reason']})")
     if action is not None:
         lines.append(f"  autoscale  {action['operation_id']}: {action['outcome']}".rstrip())
         if action["reason"]:

@@ -61,6 +61,7 @@ class Autoscaler:
         self._last: Decision | None = None
         self._last_s: float | None = None
         self._action: dict[str, Any] | None = None
+        self._advice: dict[str, Any] | None = None
         self._counts = {"up": 0, "down": 0, "rebalance": 0}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="remora-autoscale", daemon=True)
@@ -101,6 +102,8 @@ class Autoscaler:
             self._last, self._last_s = decision, now_s
             if decision.verdict in ("scale", "rebalance"):
                 self._count(decision)
+            if decision.effect == "advise":  # the next decisions are to wait for its cooldown
+                self._advice = decision.model_dump(mode="json") | {"unix_s": now_s}
         if decision.effect != "none":
             say = f"{decision.units} -> {decision.target_units}: {decision.reason}"
             logger.info("autoscale %s (%s) %s", decision.verdict, decision.effect, say)
@@ -119,7 +122,7 @@ class Autoscaler:
             return found
 
     def status(self) -> dict[str, Any]:
-        """For `remora status`: what was decided last, and what was last asked for."""
+        """For `remora status`: what was decided last, advised last, and last asked for."""
         with self._lock:
             last = self._last
             return {
@@ -129,6 +132,7 @@ class Autoscaler:
                 "log": str(self._log.path),
                 "last": None if last is None else last.model_dump(mode="json"),
                 "last_unix_s": self._last_s,
+                "advice": self._advice,
                 "action": self._action,
                 "decided": dict(self._counts),
             }

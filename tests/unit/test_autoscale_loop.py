@@ -5,6 +5,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from remora.autoscale.autoscaler import decide
 from remora.autoscale.decision_lines import Replay, replay
 from remora.autoscale.ingress_load import GroupLoad, IngressLoad, LatencyBins
 from remora.cluster import autoscale_loop
+from remora.cluster.autoscale_command import autoscale_lines
 from remora.cluster.autoscale_log import OLDER_MAX, AutoscaleLog
 from remora.cluster.autoscale_loop import ACTION, Autoscaler
 from remora.cluster.cli import main
@@ -161,6 +163,12 @@ def test_other_modes_change_nothing(tmp_path: Path, mode: str) -> None:
             {"observe": "none", "advise": "advise"}[mode]
         ]
         assert "request" not in loop.operations.asked and shards(loop) == 2
+        assert made[-1].verdict == "wait", "its cooldown"
+        text = "\n".join(autoscale_lines(loop.scaler.status()))
+        [scale] = [n for n, d in enumerate(made) if d.verdict == "scale"]
+        at = datetime.fromtimestamp(1_000.0 + 5.0 * (scale + 1), UTC).isoformat()
+        told = f"advice of {at}: scale 2 -> 3 units (queue at 1.50 of its target)"
+        assert (told in text) == (mode == "advise"), text
 
 
 def test_an_imbalance_is_rebalanced_and_that_is_waited_for(tmp_path: Path) -> None:
