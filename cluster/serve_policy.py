@@ -79,15 +79,16 @@ class IngressPolicy:
         self._log = BackgroundLog(make_log)
         self._state = AutoscaleState()
         self._wanted: int | None = None
+        self._decided_s: float | None = None
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Replicas that there are to be, and Serve's state of the policy, which is none."""
         assert context.current_time is not None, "Serve's controller tells the time"
         now_s = context.current_time
-        seen_s = self._state.seen_s
-        if self._wanted is not None and seen_s is not None:
-            if 0 <= now_s - seen_s < self._every_s:  # below: its clock was set back
+        if self._wanted is not None and self._decided_s is not None:
+            if 0 <= now_s - self._decided_s < self._every_s:  # below: its clock was set back
                 return self._wanted, {}
+        self._decided_s = now_s
         # Of the replicas that were asked for, not of those that run: one that starts is not asked
         # for twice, and one that finds no room keeps the others from nothing.
         target = context.target_num_replicas

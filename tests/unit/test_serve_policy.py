@@ -146,6 +146,21 @@ def test_a_clock_that_was_set_back_is_not_waited_for(tmp_path: Path) -> None:
     assert [serve.tick(75.0) for _ in range(4)][-1] > 2
 
 
+def test_a_clock_that_was_set_back_a_little_fills_no_log(tmp_path: Path) -> None:
+    """Serve asks ten times a second, and each was a decision until the clock had come round."""
+    serve = Serve(ingress_policy(), tmp_path)
+    for _ in range(4):
+        serve.tick(15.0)
+    serve.tick(15.0, seconds=-30.0)
+    for _ in range(200):
+        serve.tick(15.0, seconds=0.1)
+    del serve
+    written()
+    with (tmp_path / "remora" / INGRESS_FILE).open() as lines:
+        found = replay(lines)
+    assert found.decisions <= 4 + 1 + 4 and found.num_differences == 0
+
+
 def test_between_samples_it_says_what_it_said(tmp_path: Path) -> None:
     serve = Serve(ingress_policy(), tmp_path)
     ticks = [serve.tick(45.0, seconds=0.1) for _ in range(600)]
