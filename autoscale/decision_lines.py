@@ -88,7 +88,7 @@ def replay(
 
     Raises:
         ConfigError: a line before the last that is cut off, no such line, a decision before a
-            start, or no decision at all.
+            start, no decision at all, or a policy of another pool than the log's.
     """
     state: AutoscaleState | None = None
     decider: AutoscalePolicy | None = None
@@ -97,6 +97,9 @@ def replay(
     cut_off: list[_NotWholeError] = []
     for number, entry in _entries(lines, source, cut_off):
         if isinstance(entry, _Start):
+            if policy is not None and policy.pool != entry.policy.pool:
+                where, pools = f"{source}:{number}", (entry.policy.pool, policy.pool)
+                raise ConfigError(f"{where}: a log of pool {pools[0]}; the policy is of {pools[1]}")
             if policy is None:
                 decider, state = entry.policy, entry.state
             elif state is None:  # windows and series of the log are in steps of its own policy

@@ -192,6 +192,10 @@ def test_replay_by_another_policy_shows_where_it_parts(
     assert first["logged"]["verdict"] == "scale" and first["replayed"]["verdict"] == "keep"
     other.write_text(yaml.safe_dump(BASE))
     assert main(["autoscale", "replay", str(log), "--policy", str(other)]) == 0
+    capsys.readouterr()
+    other.write_text(yaml.safe_dump({**BASE, "pool": "dense"}))
+    assert main(["autoscale", "replay", str(log), "--policy", str(other)]) == 2
+    assert ":1: a log of pool experts; the policy is of dense" in capsys.readouterr().err
 
 
 def test_damaged_logs_are_refused_by_line(
