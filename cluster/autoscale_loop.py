@@ -56,7 +56,8 @@ class Autoscaler:
         self._log, self._wall = log, wall
         self._meter = LoadMeter(FRESH_PERIODS * sample_every_s)
         self._state: AutoscaleState | None = None  # until the first sample: the log's
-        self._lock = threading.Lock()  # guards the meter, the state, the log, and what is shown
+        self._lock = threading.Lock()  # guards the meter, the state, and what is shown
+        self._log_lock = threading.Lock()  # the log; taken first: who is asked waits for no disk
         self._rebalancing: str | None = None  # id of a round that is being made
         self._last: Decision | None = None
         self._last_s: float | None = None
@@ -96,14 +97,15 @@ class Autoscaler:
             before = self._state
         # A forecast of the library's takes seconds, in which ingresses report and operators ask.
         decision, after = decide(self._policy, before, sample)
-        with self._lock:
-            self._state = after
+        with self._log_lock:
+            with self._lock:
+                self._state = after
+                self._last, self._last_s = decision, now_s
+                if decision.verdict in ("scale", "rebalance"):
+                    self._count(decision)
+                if decision.effect == "advise":  # the next decisions are to wait for its cooldown
+                    self._advice = decision.model_dump(mode="json") | {"unix_s": now_s}
             self._log.decided(before, sample, decision)
-            self._last, self._last_s = decision, now_s
-            if decision.verdict in ("scale", "rebalance"):
-                self._count(decision)
-            if decision.effect == "advise":  # the next decisions are to wait for its cooldown
-                self._advice = decision.model_dump(mode="json") | {"unix_s": now_s}
         if decision.effect != "none":
             say = f"{decision.units} -> {decision.target_units}: {decision.reason}"
             logger.info("autoscale %s (%s) %s", decision.verdict, decision.effect, say)
@@ -217,7 +219,8 @@ class Autoscaler:
         fields = {"operation_id": operation_id, "outcome": outcome, "reason": reason}
         if outcome in ("refused", "failed"):
             logger.warning("autoscale %s %s: %s", operation_id, outcome, reason)
-        with self._lock:
-            self._action = fields | {"unix_s": self._wall()}
-            assert self._state is not None, "what is noted was decided"
-            self._log.noted(ACTION, self._action, self._state)
+        with self._log_lock:
+            with self._lock:
+                state, self._action = self._state, fields | {"unix_s": self._wall()}
+            assert state is not None, "what is noted was decided"
+            self._log.noted(ACTION, self._action, state)

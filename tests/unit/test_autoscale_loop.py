@@ -248,16 +248,21 @@ def test_what_is_refused_is_told_and_not_asked_again_at_once(tmp_path: Path) -> 
         ]
 
 
+def answers_meanwhile(loop: Loop, asked: list[Any]) -> None:
+    """What `status` and `gauges` say while a decision is being made or logged; nothing for 5 s."""
+    other = threading.Thread(
+        target=lambda: asked.append([loop.scaler.status(), loop.scaler.gauges()]), daemon=True
+    )
+    other.start()
+    other.join(5.0)
+
+
 def test_nobody_waits_for_a_decision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forecast may take seconds: the calls of ingresses and operators do not wait for it."""
     asked: list[Any] = []
 
     def slow(*given: Any) -> Any:
-        other = threading.Thread(
-            target=lambda: asked.append([loop.scaler.status(), loop.scaler.gauges()]), daemon=True
-        )
-        other.start()
-        other.join(5.0)
+        answers_meanwhile(loop, asked)
         return decide(*given)
 
     with looping(tmp_path) as loop:
@@ -265,6 +270,24 @@ def test_nobody_waits_for_a_decision(tmp_path: Path, monkeypatch: pytest.MonkeyP
         loop.pass_by(2, waiting=1)
         assert len(asked) == 2, "they had an answer before there was a decision"
         assert asked[0][1] == {} and asked[1][0]["last"]["verdict"] == "keep"
+
+
+@pytest.mark.parametrize("line", ["decided", "noted"])
+def test_nobody_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    asked: list[Any] = []
+    write = getattr(AutoscaleLog, line)
+
+    def slow(*given: Any) -> None:
+        answers_meanwhile(loop, asked)
+        write(*given)
+
+    with looping(tmp_path) as loop:
+        monkeypatch.setattr(AutoscaleLog, line, slow)
+        loop.operations.fails = ClusterError("no")
+        loop.pass_by(3 if line == "noted" else 1, waiting=30)
+        assert len(asked) == 1, "they had an answer while it was being written"
 
 
 def test_without_an_ingress_nothing_is_known_and_nothing_done(tmp_path: Path) -> None:
