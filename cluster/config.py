@@ -231,6 +231,23 @@ class RemoraConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _policy_can_be_held_to(self) -> "RemoraConfig":
+        policy = self.autoscale.policy
+        if not isinstance(policy, AutoscalePolicy):
+            return self
+        if policy.targets.imbalance is not None and not self.router.enabled:
+            raise ValueError(
+                "autoscale.policy: targets.imbalance is rebalanced first, and without the router"
+                " nothing is: allowed is router.enabled = true, or no such target"
+            )
+        if policy.mode == "act" and self.experts.transport == "nccl":
+            raise ValueError(
+                "autoscale.policy: mode = act with experts.transport = nccl: no member comes or"
+                " goes there yet; allowed are observe and advise"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _devices_fit(self) -> "RemoraConfig":
         check_devices(self)
         return self

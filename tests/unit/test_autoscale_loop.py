@@ -22,12 +22,9 @@ from remora.cluster.autoscale_command import autoscale_lines
 from remora.cluster.autoscale_log import OLDER_MAX, AutoscaleLog
 from remora.cluster.autoscale_loop import ACTION, Autoscaler
 from remora.cluster.cli import main
-from remora.cluster.config import load_config, parse_config
 from remora.cluster.manage_command import status_text
 from remora.cluster.operation import ScaleTo
-from remora.comm.errors import ClusterError, ConfigError
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.yaml"
+from remora.comm.errors import ClusterError
 
 
 class Loop:
@@ -364,36 +361,3 @@ def test_a_file_that_a_full_disk_ended_replays_up_to_there(tmp_path: Path) -> No
     assert ended, "or the disk was not full in the middle of a line"
     for path in ended:
         assert replayed(path).cut_off is not None
-
-
-def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
-    config = load_config(overrides={"model": "m", "autoscale.policy": str(EXAMPLE)})
-    policy = config.autoscale.policy
-    assert not isinstance(policy, Path | None) and policy.pool == "experts"
-    assert parse_config(config.to_args()) == config, "it travels as data"
-    assert parse_config({"model": "m", "autoscale": {"policy": str(EXAMPLE)}}).autoscale.loaded()
-    (tmp_path / "p.yaml").write_text("kind: AutoscalePolicy\nversoin: 1\n")
-    with pytest.raises(ConfigError, match=r"p\.yaml.*'versoin'.*version"):
-        load_config(overrides={"model": "m", "autoscale.policy": str(tmp_path / "p.yaml")})
-
-
-@pytest.mark.parametrize(
-    ("sections", "every_s", "complaint"),
-    [
-        ({"pool": "ingress", "targets": {"ongoing_per_unit": 4}}, 5.0, "is Ray Serve.s"),
-        ({}, 15.0, "samples_min = 3"),
-        ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
-        ({}, 0.01, "sample_every_s"),
-        (
-            {"predictive": {"load_per_unit": 9, "step_s": 0.2, "season_s": 60, "horizon_s": 2}},
-            5.0,
-            "at most 4, .*step_s = 0.2 bridges 20",
-        ),
-    ],
-)
-def test_policies_that_cannot_be_held_to(
-    sections: dict[str, Any], every_s: float, complaint: str
-) -> None:
-    policy = policy_of(**sections).model_dump(mode="json")
-    with pytest.raises(ConfigError, match=complaint):
-        parse_config({"model": "m", "autoscale": {"policy": policy, "sample_every_s": every_s}})

@@ -14,6 +14,7 @@ from remora.autoscale.autoscale_policy import check_windows, parse_policy, read_
 from remora.autoscale.autoscale_sample import AutoscaleState
 from remora.autoscale.decision_lines import decision_line, start_line
 from remora.cluster.cli import main
+from remora.cluster.config import load_config, parse_config
 from remora.comm.errors import ConfigError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "autoscale-policy.yaml"
@@ -230,3 +231,56 @@ def test_a_log_that_ends_in_the_middle_of_a_line_replays_up_to_it(
     assert "35 decisions, 0 differ" in text and f"left out: {log}:37: not a whole JSON" in text
     assert main(["autoscale", "replay", str(log), "--json"]) == 0
     assert ":37: not a whole" in json.loads(capsys.readouterr().out)["cut_off"]
+
+
+def test_a_policy_is_read_with_the_configuration(tmp_path: Path) -> None:
+    config = load_config(overrides={"model": "m", "autoscale.policy": str(EXAMPLE)})
+    policy = config.autoscale.policy
+    assert not isinstance(policy, Path | None) and policy.pool == "experts"
+    assert parse_config(config.to_args()) == config, "it travels as data"
+    assert parse_config({"model": "m", "autoscale": {"policy": str(EXAMPLE)}}).autoscale.loaded()
+    (tmp_path / "p.yaml").write_text("kind: AutoscalePolicy\nversoin: 1\n")
+    with pytest.raises(ConfigError, match=r"p\.yaml.*'versoin'.*version"):
+        load_config(overrides={"model": "m", "autoscale.policy": str(tmp_path / "p.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("sections", "every_s", "complaint"),
+    [
+        ({"pool": "ingress", "targets": {"ongoing_per_unit": 4}}, 5.0, "is Ray Serve.s"),
+        ({}, 15.0, "samples_min = 3"),
+        ({"reactive": {"down_window_s": 3600}}, 1.0, "at most 1024 samples"),
+        ({}, 0.01, "sample_every_s"),
+        (
+            {"predictive": {"load_per_unit": 9, "step_s": 0.2, "season_s": 60, "horizon_s": 2}},
+            5.0,
+            "at most 4, .*step_s = 0.2 bridges 20",
+        ),
+    ],
+)
+def test_policies_that_cannot_be_held_to(
+    sections: dict[str, Any], every_s: float, complaint: str
+) -> None:
+    policy = policy_of(**sections).model_dump(mode="json")
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config({"model": "m", "autoscale": {"policy": policy, "sample_every_s": every_s}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "value", "complaint"),
+    [
+        ({"targets": {"imbalance": 1.5}}, "router", {"enabled": False}, "router.enabled = true"),
+        ({"mode": "act"}, "experts", {"transport": "nccl"}, "allowed are observe and advise"),
+    ],
+)
+def test_a_deployment_that_cannot_do_what_its_policy_wants_is_refused(
+    sections: dict[str, Any], key: str, value: dict[str, Any], complaint: str
+) -> None:
+    """Each decision was refused, and shards were added for what had never been rebalanced."""
+    on_gpus = {"num_gpus": 1}
+    config: dict[str, Any] = {"model": "m", "dense": on_gpus, "experts": on_gpus}
+    config["autoscale"] = {"policy": policy_of(**sections).model_dump(mode="json")}
+    parse_config(config)
+    config[key] = config.get(key, {}) | value
+    with pytest.raises(ConfigError, match=complaint):
+        parse_config(config)
