@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from remora.actors.collector import objects_that_stay
 from remora.actors.launch import Progress
+from remora.actors.process_log import keep_log
 from remora.actors.thread_policy import run_idle
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LightProcess(Generic[A, L]):
     """
 
     def __init__(self, launch: L | None = None) -> None:
+        keep_log()
         self._launch = launch
         self._lock = threading.Lock()
         self._importing = threading.Lock()

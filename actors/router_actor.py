@@ -14,6 +14,7 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE, advertised_ip, coordinator_name
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
+from remora.actors.process_log import keep_log
 from remora.comm.errors import ClusterError, first_line
 from remora.comm.objective import Objective
 from remora.comm.view import Placement, View
@@ -47,6 +48,7 @@ class RouterActor:
         from remora.actors.router_service import RouterServer
         from remora.actors.router_statistics import RouterStatistics
 
+        keep_log()
         self._launch = launch
         path = launch.state_dir / "history.msgpack" if launch.state_dir else None
         self._statistics = RouterStatistics(slots=launch.slots, path=path)

@@ -21,6 +21,7 @@ from remora.actors.hardware import Hardware
 from remora.actors.host_experts import on_host
 from remora.actors.launch import Progress, host_label, take_threads
 from remora.actors.model_spec import inspect_model, resolve_dtype
+from remora.actors.process_log import keep_log
 from remora.actors.shard_links import connect_shards, peer_limits
 from remora.actors.step_context import ExpertsFn, StepContext
 from remora.actors.tp_experts import SplitExperts
@@ -208,6 +209,7 @@ class RankActor:
 
     def __init__(self, launch: DenseLaunch, hardware: Hardware | None = None) -> None:
         assert launch.rank > 0, f"rank {launch.rank} is a DenseActor"
+        keep_log()
         self._launch = launch
         self._given = hardware
         self._progress = Progress(phase="starting")

@@ -21,6 +21,7 @@ import ray
 from remora.actors.launch import Progress, router_name
 from remora.actors.manifest import Manifest
 from remora.actors.model_spec import ModelSpec, inspect_model
+from remora.actors.process_log import keep_log
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
@@ -63,6 +64,7 @@ class Coordinator:
     """
 
     def __init__(self, config: dict[str, Any], token: bytes) -> None:
+        keep_log()
         self._config = RemoraConfig.model_validate(config)
         self._token = token
         self._lock = threading.Lock()
