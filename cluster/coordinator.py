@@ -40,7 +40,7 @@ from remora.cluster.members import (
     why_late,
 )
 from remora.cluster.operation import Target
-from remora.cluster.ray_calls import is_next_life
+from remora.cluster.ray_calls import is_next_life, our_error
 from remora.cluster.router_process import kill_router, start_router, stop_router
 from remora.cluster.standbys import end_all
 from remora.cluster.wal import Wal
@@ -81,12 +81,8 @@ class Coordinator:
         self._started_s = time.monotonic()
         self._elastic: Elastic | None = None
         self._ends = threading.Event()
-        try:
-            self._adopt()
-        except RemoraError as failure:
-            self._failure = failure  # told by `deploy`
-            if is_next_life():
-                _in_thread(self._adopt_later)
+        if not self._is_adopted() and is_next_life():
+            _in_thread(self._adopt_later)
 
     # ---- what ingresses and operators read ----
 
@@ -254,10 +250,8 @@ class Coordinator:
         with self._lock:
             if self._stopping:
                 failure = ClusterError(self._stopped())
-            elif not isinstance(failure, RemoraError):
-                failure = ClusterError(f"{type(failure).__name__}: {failure}")
-            self._phase, self._view, self._failure = phase, None, failure
-        return failure
+            self._phase, self._view, self._failure = phase, None, our_error(failure)
+            return self._failure
 
     def _bring_up(self, until_s: float) -> None:
         config = self._config
@@ -315,14 +309,19 @@ class Coordinator:
         """
         is_again = is_next_life()
         wal, records = Wal.open(log_folder(self._config), LOCK_S if is_again else 0.0)
-        if records in ([STARTING], [ENDING]):
-            self._end_all()
-            why = self._stopped() if records == [ENDING] else "it died in its first start"
-            self._over("failed", ClusterError(why))
-        if records in ([], [STARTING], [ENDING]):
-            wal.remove()
-            return
-        router = find_actor(router_name(self._config.name)) if self._config.router.enabled else None
+        try:
+            if records in ([STARTING], [ENDING]):
+                self._end_all()
+                why = self._stopped() if records == [ENDING] else "it died in its first start"
+                self._over("failed", ClusterError(why))
+            if records in ([], [STARTING], [ENDING]):
+                wal.remove()
+                return
+            has_router = self._config.router.enabled
+            router = find_actor(router_name(self._config.name)) if has_router else None
+        except BaseException:
+            wal.close()  # for the next try
+            raise
         elastic = self._elastic = self._new_elastic(wal)
         try:
             spec = inspect_model(self._config.model)
@@ -343,19 +342,23 @@ class Coordinator:
         self._beside.listen_when_free()
         self._beside.serve(spec, router)
 
+    def _is_adopted(self) -> bool:
+        self._failure = None
+        try:
+            self._adopt()
+        except Exception as failure:  # with one that leaves `__init__` Ray gives this actor up
+            self._failure = our_error(failure)  # told by `deploy`
+            logger.warning("%s is not adopted yet", self._config.name, exc_info=True)
+            return False
+        return True
+
     def _adopt_later(self) -> None:
         """Again and again until it works: what lives serves meanwhile, and nobody restores it."""
         while not self._ends.wait(ADOPT_EVERY_S):
             with self._deploying:
                 if self._stopping or self._phase != "new":
                     return
-                self._failure = None
-                try:
-                    self._adopt()
-                except RemoraError as failure:
-                    self._failure = failure
-                    logger.warning("%s is not adopted yet: %s", self._config.name, failure)
-                else:
+                if self._is_adopted():
                     return
 
     def _deploy_again(self) -> None:

@@ -85,3 +85,10 @@ def end_of(handle: Any) -> "Future[None]":
 def is_next_life() -> bool:
     """Whether Ray has started this actor again."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def our_error(failure: BaseException) -> RemoraError:
+    """A failure as one of ours: what callers are told, and Ray carries to them."""
+    if isinstance(failure, RemoraError):
+        return failure
+    return ClusterError(f"{type(failure).__name__}: {failure}")

@@ -49,6 +49,7 @@ class Lives:
         self.is_again = True
         self.living: View | None = view_of()
         self.is_readable = True
+        self.why: Exception = WeightsError("it is not there")
         self.swept: list[list[dict[str, Any]]] = []  # what the log held when all was ended
         self.deployed = threading.Event()
 
@@ -63,7 +64,7 @@ class Lives:
 
     def inspect(self, _: str) -> None:
         if not self.is_readable:
-            raise WeightsError("it is not there")
+            raise self.why
 
     def sweep(self, _: str) -> None:
         log = self.folder / FILE
@@ -144,11 +145,15 @@ def test_who_waits_for_an_operation_costs_nothing_until_it_is_over(
     assert told == ["done"] * 3
 
 
-def test_a_model_that_can_be_read_later_is_adopted_later(lives: Lives) -> None:
+@pytest.mark.parametrize("why", [WeightsError("it is not there"), RuntimeError("Ray is away")])
+def test_what_cannot_be_adopted_now_is_adopted_later(lives: Lives, why: Exception) -> None:
+    """With an error that was none of ours Ray gave the coordinator up for good."""
     lives.write({"t": "base"})
     lives.is_readable = False
+    lives.why = why
     coordinator = lives.made()
     assert coordinator.phase() == "new", "it does not say that it serves"
+    assert str(why) in coordinator.status()["error"]
     with pytest.raises(ClusterError, match="there is no view"):
         coordinator.view()
     lives.is_readable = True
@@ -320,6 +325,23 @@ def test_what_was_being_stopped_is_ended(lives: Lives) -> None:
     with pytest.raises(ClusterError, match="has been stopped"):
         coordinator.deploy()
     assert not lives.folder.exists()
+
+
+def test_what_cannot_be_ended_now_is_ended_later(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log stayed locked by the very life that was to try again."""
+
+    def silent(_: str) -> None:
+        monkeypatch.setattr(module, "end_all", lives.sweep)
+        raise RuntimeError("Ray is away")
+
+    monkeypatch.setattr(module, "end_all", silent)
+    lives.write(ENDING)
+    coordinator = lives.made()
+    assert coordinator.phase() == "new"
+    until(lambda: coordinator.phase() == "failed")
+    assert len(lives.swept) == 1 and not lives.folder.exists()
 
 
 def test_the_log_goes_after_all_that_it_tells_of(
