@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from remora.cluster.sim_deployment import Deployment
 
 Kind = Literal[
-    "kill", "stop", "cut", "cut one way", "flip", "twice", "out of memory", "short memory",
+    "kill", "stop", "block", "cut", "cut one way", "flip", "twice", "out of memory", "short memory",
     "full disk", "torn log", "drain node", "no place",
 ]  # fmt: skip
 Who = Literal["shard", "joiner", "retiree", "dense", "coordinator"]
@@ -38,14 +38,15 @@ STEP_TAKES_S: Final[dict[str, float]] = {  # about; for a moment in the middle o
 OPERATIONS_DRAWN: Final = 3
 # for a process or a link to be silent, seconds: under the time-out of a call, and over every other
 SILENT_S: Final = ((0.1, 1.5), (4.0, 12.0))
+BLOCKED_S: Final = ((0.1, 1.5), (30.0, 60.0))  # an engine: in the second it is found
 PLACELESS_S: Final = ((1.0, 8.0), (8.0, 40.0), (180.0, 200.0))  # in the last it is given up
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fault. `operation` counts from 1; 0: the first that comes to the step. `for_s` is how
-    long a process is stopped, a link cut, frames come twice, or the disk is full; how long members
-    may take to leave a host before it goes; and how long a member that dies finds no place anew, or
-    of `joiner` who is more than there were."""
+    long a process is stopped, an engine blocked, a link cut, frames come twice, or the disk is
+    full; how long members may take to leave a host before it goes; and how long a member that dies
+    finds no place anew, or of `joiner` who is more than there were."""
 
     kind: Kind
     who: Who = "shard"
@@ -82,7 +83,8 @@ def draw_faults(chance: random.Random) -> tuple[Fault, ...]:
     )  # streams are held through one that is long, and not through two
     for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 3))):
         kind: Kind = chance.choice(get_args(Kind))
-        low, high = chance.choice(placeless_s if kind == "no place" else SILENT_S)
+        lengths = {"no place": placeless_s, "block": BLOCKED_S}
+        low, high = chance.choice(lengths.get(kind, SILENT_S))
         if (low, high) == PLACELESS_S[-1]:
             placeless_s.pop()
         faults.append(
@@ -103,6 +105,8 @@ def _draw_who(kind: Kind, chance: random.Random) -> Who:
         return "coordinator"
     if kind == "short memory":
         return "shard"
+    if kind == "block":
+        return "dense"
     if kind in ("flip", "out of memory"):
         return "joiner" if chance.random() < 0.5 else "shard"
     if kind == "no place":
@@ -195,6 +199,10 @@ class Faults:
             case "stop":
                 network.stop(process)
                 world.clock.after(fault.for_s, lambda: network.go_on(process))
+            case "block":
+                if uid not in world.ranks_alive():
+                    return False
+                world.ranks[process].block(fault.for_s)
             case "drain node":
                 if uid == "coordinator":
                     return False

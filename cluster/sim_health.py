@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EVERY_S: Final = 1.0
 HANG_S: Final = 3.0  # below CALL_TIMEOUT_S, as `elastic.hang_s` is below `experts.call_timeout_s`
-SILENT: Final = ("stop", "cut", "cut one way")  # faults under which beats stay away
+SILENT: Final = ("stop", "block", "cut", "cut one way")  # beats stay away, or tell of no progress
 STALL_S: Final = HANG_S + 4 * CALL_TIMEOUT_S
 
 
@@ -69,9 +69,7 @@ class SimHealth:
         rank = self._world.ranks.get(member)
         if rank is None:
             return Beat(self._world.shards[member].calls_answered, 0)
-        stats = rank.state.stats()
-        waiting = 0 if rank.dispatch.is_holding else stats.num_running + stats.num_waiting
-        return Beat(stats.steps_total, waiting)
+        return rank.beat()
 
     def _answered(self, life: Life, beat: Beat | None) -> None:
         self._state.answered(life, beat, self._world.clock.now_s)

@@ -19,6 +19,7 @@ from remora.actors.dense_events import (
     StepPlan,
 )
 from remora.actors.dense_state import DenseState
+from remora.actors.health_state import Beat
 from remora.cluster.operation import Adopt, Offer, Quiesce, Started
 from remora.cluster.sim_dispatch import SimDispatch
 from remora.cluster.sim_model import NOTHING, VOCABULARY, Cell, first_row, next_cell, token_of
@@ -56,6 +57,8 @@ class SimRank:
         self._adoptions: list[tuple[Adopt, int, Reply]] = []  # not answered yet; by epoch
         self.dispatch = SimDispatch(world, self, over=self._ended, held=self._in_hold)
         self._is_awake = False
+        self._blocked_until_s = 0.0
+        self._num_turns = 0
         self._why_not: str | None = None
         self.retires = False
         self.quiet_until_s = 0.0  # time for the last requests of one that retires
@@ -72,8 +75,20 @@ class SimRank:
 
     def submit(self, submit: Submit, source: str) -> None:
         """A request."""
-        self._handle(RequestArrived(submit, source))
+        self._between.append(partial(self._handle, RequestArrived(submit, source)))
         self._wake()
+
+    def block(self, for_s: float) -> None:
+        """Its engine does nothing between two steps for so long; its process answers."""
+        self._blocked_until_s = self._world.clock.now_s + for_s
+        self._wake()
+
+    def beat(self) -> Beat:
+        """As `DenseActor.heartbeat`."""
+        stats = self.state.stats()
+        waiting = stats.num_running + stats.num_waiting + len(self._between) + len(self._offers)
+        done = stats.steps_total + self._num_turns
+        return Beat(done, 0 if self.dispatch.is_holding else waiting)
 
     def perform(self, task: Offer | Adopt | Quiesce, reply: Reply) -> None:
         """A task of the coordinator."""
@@ -118,6 +133,12 @@ class SimRank:
         self._is_awake = self.dispatch.step is not None
         if self._is_awake:
             return
+        blocked_s = self._blocked_until_s - self._world.clock.now_s
+        if blocked_s > 0:
+            self._is_awake = True
+            self._later(blocked_s, self._turn)
+            return
+        self._num_turns += 1
         between, self._between = self._between, []
         for action in between:
             action()

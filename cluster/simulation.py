@@ -22,7 +22,7 @@ from remora.cluster.sim_coordinator import DEATH_TOLD_S, LIMITS
 from remora.cluster.sim_deployment import Deployment
 from remora.cluster.sim_dispatch import CALL_TIMEOUT_S, HOLD_S
 from remora.cluster.sim_faults import Fault, draw_faults
-from remora.cluster.sim_health import EVERY_S, HANG_S, SILENT
+from remora.cluster.sim_health import EVERY_S, HANG_S, SILENT, STALL_S
 from remora.cluster.sim_model import LAYERS, NUM_EXPERTS
 from remora.cluster.sim_network import Violation, uid_of
 from remora.cluster.sim_operator import EVERY_S as LOOK_S
@@ -45,6 +45,7 @@ GAP_PLANNED_S: Final = 6 * STEP_S  # longest of a stream while only operations h
 RESTORE_S: Final = DEATH_TOLD_S + PROCESS_S[1] + EXPERT_S * len(LAYERS) * NUM_EXPERTS + 1.0
 OTHERS_S: Final = LIMITS.prepare_s + 5.0  # of an operation that is waited for, and waits for room
 FOUND_S: Final = HANG_S + 2 * EVERY_S  # who hangs, at the latest
+STALLED_S: Final = STALL_S + 2 * EVERY_S  # who answers, and does nothing of what waits
 EVENTS_MAX: Final = 400_000
 
 
@@ -337,6 +338,8 @@ def gap_bound_s(struck: list[Fault]) -> float:
         match fault.kind:
             case "stop":
                 bound_s += min(fault.for_s, FOUND_S) + RESTORE_S
+            case "block":
+                bound_s += min(fault.for_s, STALLED_S) + RESTORE_S
             case "cut" | "cut one way":
                 bound_s += fault.for_s + CALL_TIMEOUT_S + RESTORE_S
             case "no place":

@@ -8,7 +8,7 @@ import pytest
 
 from remora.actors.dense_state import DenseState
 from remora.actors.expert_state import ExpertState
-from remora.actors.health_state import HealthState
+from remora.actors.health_state import Beat, HealthState
 from remora.cluster import cli, operation_plan
 from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.operation import Quiesce
@@ -48,6 +48,7 @@ CRASHED_WHILE_ONE_GIVES_WAY = (
     Fault(kind="no place", who="shard", step="over", when="before", operation=1, for_s=30.0),
     Fault(kind="kill", who="coordinator", step="undo", when="before"),
 )
+BLOCKED = (Fault(kind="block", who="dense", step="over", when="before", for_s=120.0),)
 STOPPED = (Fault(kind="stop", who="shard", step="over", when="before", for_s=60.0),)
 KILLED_IN_DRAIN = (Fault(kind="kill", who="shard", step="drain", when="before"),)
 Patch = pytest.MonkeyPatch
@@ -202,6 +203,17 @@ def nobody_looks_for_progress(patch: Patch) -> None:
     patch.setattr(HealthState, "look", lambda *_: [])
 
 
+def requests_that_run_alone_are_to_move(patch: Patch) -> None:
+    """A dense group's beat does not tell what its engine has not taken."""
+    beat = SimRank.beat
+
+    def told(self: SimRank) -> Beat:
+        stats = self.state.stats()
+        return Beat(beat(self).progress, stats.num_running + stats.num_waiting)
+
+    patch.setattr(SimRank, "beat", told)
+
+
 def share_slots_with_second_copies(patch: Patch) -> None:
     """A second copy that is served takes the room of what moves there."""
     patch.setattr(ExpertState, "copies_beyond", lambda *_: [])
@@ -283,6 +295,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, tuple[Fault, ...] | None]] = [
     (obey_anybody, "", CRASHES),
     (second_copies_are_not_verified, "4:", FLIPPED),
     (nobody_looks_for_progress, "8:", STOPPED),
+    (requests_that_run_alone_are_to_move, "8:", BLOCKED),
     (share_slots_with_second_copies, "9:", 2 * FLIPPED_IN_COPY),
 ]
 
