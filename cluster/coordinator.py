@@ -76,7 +76,9 @@ class Coordinator:
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
         self._router: Any = None
-        self._beside = Beside(self._config, token, self, lambda: self._stopping, self._running)
+        self._beside = Beside(
+            self._config, token, self, lambda: self._stopping, lambda: self._operations().running()
+        )
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_s = time.monotonic()
         self._elastic: Elastic | None = None
@@ -174,9 +176,6 @@ class Coordinator:
         """As `OperationRunner.cancel`."""
         return self._operations().begun().cancel(operation_id)
 
-    def _running(self) -> str | None:
-        return runner.running() if (runner := self._operations().runner) is not None else None
-
     def _operations(self) -> Elastic:
         with self._lock:
             if self._phase != "serving" or self._elastic is None:
@@ -248,9 +247,8 @@ class Coordinator:
     def _over(self, phase: Phase, failure: BaseException) -> RemoraError:
         """Note why nothing is up any more; returns what to raise."""
         with self._lock:
-            if self._stopping:
-                failure = ClusterError(self._stopped())
-            self._phase, self._view, self._failure = phase, None, our_error(failure)
+            self._phase, self._view = phase, None
+            self._failure = ClusterError(self._stopped()) if self._stopping else our_error(failure)
             return self._failure
 
     def _bring_up(self, until_s: float) -> None:

@@ -320,6 +320,10 @@ class Elastic:
 
         self.begun().soon(note)
 
+    def running(self) -> str | None:
+        """Id of the operation that runs."""
+        return self.runner.running() if self.runner is not None else None
+
     def begun(self) -> OperationRunner:
         """What runs operations, once there is a view."""
         assert self.runner is not None, "before the first view"
