@@ -311,43 +311,16 @@ def test_a_sample_keeps_the_weight_and_takes_heavy_bundles_surely() -> None:
     few = sample_bundles(bundles, 500, 0)
     assert len(few.weight_B) <= 500
     assert few.num_tokens == pytest.approx(bundles.num_tokens)
+    kept = dict(zip(few.experts_BK[:, 0].tolist(), few.weight_B.tolist(), strict=True))
+    assert len(kept) == len(few.weight_B), "a bundle came twice"
     each = bundles.num_tokens / 500
     for heavy in (5000, 5001):
-        kept = few.weight_B[few.experts_BK[:, 0] == heavy]
-        assert abs(kept.sum() - weight_B[heavy]) < 2 * each
-        assert kept.max() < bundles.num_tokens / 256 + each, "its tokens go to several replicas"
-    light, times = np.unique(few.experts_BK[few.experts_BK[:, 0] < 5000, 0], return_counts=True)
-    assert len(light) > 300 and times.max() == 1, "a light bundle came twice"
+        assert abs(kept[heavy] - weight_B[heavy]) < each
     halves = few.experts_BK[:, 0] < 2500
     light = few.weight_B[halves].sum() / weight_B[:2500].sum()
     assert 0.85 < light < 1.15
-    all_of_them = sample_bundles(bundles, 6000, 1)
-    summed_E = np.bincount(all_of_them.experts_BK[:, 0], all_of_them.weight_B)
-    assert np.allclose(summed_E, weight_B)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_model_with_few_experts_is_planned_as_evenly_as_its_tokens_run(seed: int) -> None:
-    """It has a few hundred bundles, of which each is a good part of all tokens: dispatched whole in
-    the search, they hid what load replicas even out."""
-    rng = np.random.default_rng(seed)
-    affinity_EF = rng.normal(size=(16, 4))
-
-    def tokens(count: int) -> np.ndarray:
-        scores = rng.normal(size=(count, 4)) @ affinity_EF.T + rng.gumbel(size=(count, 16))
-        return np.argsort(-scores, axis=1)[:, :2].astype(np.int64)
-
-    seen_TK, held_out_TK, source_T = tokens(8000), tokens(8000), np.arange(8000) % 4
-    topology = uniform_topology(num_hosts=4, shards_per_host=1, slots=5)
-    bundles = count_bundles(seen_TK, source_T)
-    problem = GroupingProblem(layers=(bundles,), num_experts=16, topology=topology)
-    eplb = eplb_held(expert_loads(bundles, 16), topology)
-    ours, theirs = (
-        replay(held_out_TK, source_T, held, topology)
-        for held in (plan_placement(problem, seed=0).held_L[0], eplb)
-    )
-    assert ours.load_max_over_mean < theirs.load_max_over_mean + 0.03
-    assert ours.remote_copies < theirs.remote_copies
+    all_of_them = sample_bundles(bundles, 5002, 1)
+    assert sorted(all_of_them.weight_B.tolist()) == sorted(weight_B.tolist())
 
 
 @pytest.mark.parametrize("num_bundles", [0, 5])
