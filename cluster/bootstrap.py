@@ -82,7 +82,7 @@ class ClusterHandle:
         operation: dict[str, Any] = _call(pending, timeout_s + BEGIN_S)
         return operation
 
-    def cancel(self, operation_id: str) -> dict[str, Any]:
+    def cancel(self, operation_id: str | None) -> dict[str, Any]:
         """As `Coordinator.cancel`; also by a next life."""
         pending = _retried(self.coordinator.cancel, operation_id)
         operation: dict[str, Any] = _call(pending, BEGIN_S)

@@ -172,7 +172,7 @@ class Coordinator:
         """How an operation is, once it is over or the time is. Raises ClusterError: unknown."""
         return self._operations().begun().wait(operation_id, timeout_s)
 
-    def cancel(self, operation_id: str) -> dict[str, Any]:
+    def cancel(self, operation_id: str | None) -> dict[str, Any]:
         """As `OperationRunner.cancel`."""
         return self._operations().begun().cancel(operation_id)
 

@@ -138,7 +138,7 @@ class CoordinatorServer:
         return operation_message(operation)
 
     async def _cancel(self, request: Any) -> Any:
-        call = partial(self._operations.cancel, request.operation_id)
+        call = partial(self._operations.cancel, request.operation_id or None)
         return operation_message(await self._ask(call))
 
     async def _get_status(self, _: Any) -> Any:

@@ -13,6 +13,7 @@ from remora.comm.errors import ClusterError, DeadlineError, RemoraError, first_l
 logger = logging.getLogger(__name__)
 
 STATUS_S = 5.0  # for all members to tell how they are
+JOINING_S = 1.0  # for those that start: where they have no place yet, nobody answers
 PROGRESS_S = 1.0
 STOP_S = 10.0  # for all members of a role to stop by themselves
 _UNANSWERED = (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError)
@@ -74,7 +75,11 @@ def status_of(handles: Mapping[str, Any], joining: Mapping[str, str]) -> dict[st
     """
     members = {}
     pending = {uid: handle.status.remote() for uid, handle in handles.items()}
-    for uid, answer in answers_within(pending, STATUS_S).items():
+    there = {uid: call for uid, call in pending.items() if uid not in joining}
+    answers = answers_within(there, STATUS_S)
+    answers |= answers_within({uid: pending[uid] for uid in joining}, JOINING_S)
+    for uid in handles:
+        answer = answers[uid]
         if isinstance(answer, _UNANSWERED):
             why = "it does not answer"
             if uid in joining:

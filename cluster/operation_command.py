@@ -156,23 +156,13 @@ def run_cancel(name: str, instance: Instance | None, options: Namespace) -> int:
         cluster = find_cluster(name) if found else None
         if cluster is None:
             return missing(nothing_of(name), options.json)
-        operation_id = options.operation_id or _running_id(cluster.status())
+        operation_id = cluster.cancel(options.operation_id)["operation_id"]
         with named_when_left(operation_id):
-            cluster.cancel(operation_id)
             operation = cluster.over(operation_id)
     if operation["outcome"] == "done":
         raise ClusterError(f"operation {operation_id} was done before it could be undone")
     print(json.dumps(operation) if options.json else operation_text(operation))
     return OK
-
-
-def _running_id(status: dict[str, Any]) -> str:
-    """Raises ConfigError: no operation runs."""
-    running = (status.get("operations") or {}).get("running")
-    if running is None:
-        raise ConfigError("no operation runs: there is nothing to cancel")
-    operation_id: str = running["operation_id"]
-    return operation_id
 
 
 def progress_text(operation: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ class Operations(Protocol):
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
         """As `Coordinator.wait`."""
 
-    def cancel(self, operation_id: str) -> dict[str, Any]:
+    def cancel(self, operation_id: str | None) -> dict[str, Any]:
         """As `Coordinator.cancel`."""
 
     def rebalance(self, operation_id: str, *, dry_run: bool) -> dict[str, Any]:

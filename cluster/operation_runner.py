@@ -35,7 +35,7 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import FreeMemory, replicas_alive
 from remora.cluster.wal import RecordLog, WalError
-from remora.comm.errors import ClusterError, UnknownOperationError
+from remora.comm.errors import ClusterError, ConfigError, UnknownOperationError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -149,16 +149,19 @@ class OperationRunner:
                 self._carry_out(self._state.give_up(operation_id, reason, self._clock()))
         self._events.put(Tick())
 
-    def cancel(self, operation_id: str) -> dict[str, Any]:
-        """Undo an operation as far as it is not committed; how it is.
+    def cancel(self, operation_id: str | None) -> dict[str, Any]:
+        """Undo an operation (None: the one that runs) as far as it is not committed; how it is.
 
         Raises:
-            ConfigError, UnknownOperationError: as `CoordinatorState.cancel`.
+            ConfigError, UnknownOperationError: as `CoordinatorState.cancel`; or none runs.
             ClusterError: this deployment stops.
         """
         with self._changed:
             if self._closed:
                 raise ClusterError("this deployment is being stopped")
+            operation_id = operation_id or self.running()
+            if operation_id is None:
+                raise ConfigError("no operation runs: there is nothing to cancel")
             self._carry_out(self._state.cancel(operation_id, self._clock()))
         self._events.put(Tick())
         return self.operation(operation_id)

@@ -10,6 +10,7 @@ from remora.cluster.launch import dense_options, shard_options
 from remora.cluster.members import asked_of_ray
 from remora.cluster.operation import Operation, is_dense
 
+NAMED_MAX = 4  # members
 DIGITS = 4  # of an amount, as Ray keeps them
 
 
@@ -52,9 +53,16 @@ def why_placeless(
             found.setdefault(asked_of_ray(ask), []).append(uid)
     if not found or (config.elastic.nodes_may_come is None and nodes.may_come()):
         return None
-    who = "; ".join(f"{', '.join(uids)} ({what} each)" for what, uids in found.items())
+    who = "; ".join(f"{_named(uids)} ({what} each)" for what, uids in found.items())
     why = "no node that stays has room, and none is added (elastic.nodes_may_come)"
     return f"no place for {who}: {why}"
+
+
+def _named(uids: list[str]) -> str:
+    """The first ones by number, and how many more."""
+    uids = sorted(uids, key=lambda uid: (len(uid), uid))
+    more = f" and {len(uids) - NAMED_MAX} more" if len(uids) > NAMED_MAX else ""
+    return ", ".join(uids[:NAMED_MAX]) + more
 
 
 def _ask_of(config: RemoraConfig, uid: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class WorldOperations:
         self._note("wait")
         return self.runner.wait(operation_id, timeout_s)
 
-    def cancel(self, operation_id: str) -> dict[str, Any]:
+    def cancel(self, operation_id: str | None) -> dict[str, Any]:
         self._note("cancel")
         return self.runner.cancel(operation_id)
 

@@ -102,9 +102,11 @@ def test_scale_is_done_once_under_one_id(rig: Rig) -> None:
 def test_an_operation_that_is_not_wanted_is_undone(rig: Rig) -> None:
     rig.operations.holds = True
     rig.call(SCALE, pb.ScaleRequest(operation_id="up", shards=3))
-    assert rig.call(CANCEL, pb.CancelRequest(operation_id="up")).step == "undo"
+    assert rig.call(CANCEL, pb.CancelRequest()).step == "undo"
     rig.operations.release()
     assert (rig.done("up").outcome, rig.done("up").reason) == ("failed", "it was cancelled")
+    code, why = rig.refused(CANCEL, pb.CancelRequest())
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "no operation runs" in why
     code, why = rig.refused(CANCEL, pb.CancelRequest(operation_id="who"))
     assert code is grpc.StatusCode.NOT_FOUND and "'who'" in why
 
