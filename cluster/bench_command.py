@@ -23,11 +23,11 @@ from remora.actors.loop_profile import loops_step_us
 from remora.actors.model_spec import inspect_model
 from remora.cluster.bench_load import EngineLoad, Timing
 from remora.cluster.bench_phases import Breakdown, breakdown, phases_table
-from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, find_cluster
+from remora.cluster.bootstrap import ClusterHandle, ensure_cluster
 from remora.cluster.config import RemoraConfig
 from remora.cluster.instances import Instance, missing
 from remora.cluster.local_ray import own_ray
-from remora.cluster.manage_command import connected
+from remora.cluster.manage_command import deployment_at
 from remora.cluster.model_source import local_checkpoint
 from remora.comm.errors import ClusterError, ConfigError, RemoraError
 
@@ -96,8 +96,7 @@ def bench_running(
     Raises:
         RemoraError: a request failed.
     """
-    with connected(instance.ray_address if instance else address) as found:
-        handle = find_cluster(name) if found else None
+    with deployment_at(name, instance.ray_address if instance else address) as handle:
         if handle is None:
             return missing(f"there is no deployment {name!r} here", as_json)
         config = RemoraConfig.model_validate(ray.get(handle.coordinator.config.remote()))

@@ -33,6 +33,7 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import FreeMemory, Situation
 from remora.cluster.restore_tries import RestoreTries
+from remora.comm.errors import UnknownOperationError
 from remora.comm.view import View
 
 HISTORY_MAX: Final = 64  # operations that are remembered by their id
@@ -212,6 +213,13 @@ class CoordinatorCalls(ABC):
         target = self.operation.target
         is_open = gives_way(target) or (isinstance(target, Restore) and not self._joined)
         return is_open and self._is_preparing()
+
+    def known(self, operation_id: str) -> Operation:
+        """An operation of `history`. Raises UnknownOperationError."""
+        found = self.history.get(operation_id)
+        if found is None:
+            raise UnknownOperationError(f"no operation {operation_id!r} is known")
+        return found
 
     def _is_restore(self) -> bool:
         return self.operation is not None and isinstance(self.operation.target, Restore)

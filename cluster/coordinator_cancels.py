@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from remora.cluster.coordinator_restores import MemberRestores
 from remora.cluster.operation import BEFORE_COMMIT, Effect, Restore, TakeOver
 from remora.cluster.operation_plan import same_slots
-from remora.comm.errors import ConfigError, UnknownOperationError
+from remora.comm.errors import ConfigError
 
 CANCELLED = "it was cancelled"
 
@@ -35,9 +35,7 @@ class Cancellations(MemberRestores):
             ConfigError: it brings back members that died; or all of it is committed.
         """
         self._now_s = now_s
-        operation = self.history.get(operation_id)
-        if operation is None:
-            raise UnknownOperationError(f"no operation {operation_id!r} is known")
+        operation = self.known(operation_id)
         if operation.outcome != "running":
             return []
         if isinstance(operation.target, Restore | TakeOver):

@@ -13,7 +13,12 @@ from typing import Any
 import ray
 
 from remora.cluster.autoscale_command import autoscale_lines
-from remora.cluster.bootstrap import cluster_status, find_cluster, stop_cluster
+from remora.cluster.bootstrap import (
+    ClusterHandle,
+    cluster_status,
+    find_cluster,
+    stop_cluster,
+)
 from remora.cluster.instances import Instance, instance_names, missing
 from remora.cluster.local_ray import quiet_ray
 from remora.cluster.operation_command import operation_text
@@ -202,6 +207,13 @@ def connected(address: str | None) -> Iterator[bool]:
         yield True
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def deployment_at(name: str, address: str | None) -> Iterator[ClusterHandle | None]:
+    """Connect to a Ray cluster, and find a deployment there; None: there is no such one."""
+    with connected(address) as found:
+        yield find_cluster(name) if found else None
 
 
 def _end_process(instance: Instance) -> None:

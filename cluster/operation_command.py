@@ -117,15 +117,14 @@ def run_operation(name: str, instance: Instance | None, options: Namespace) -> i
         ConfigError: it cannot be.
         ClusterError: another operation runs, or it failed; then what was is in force.
     """
-    from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing
-    from remora.cluster.manage_command import connected, nothing_of
+    from remora.cluster.manage_command import deployment_at, nothing_of
     from remora.cluster.operation_request import begin
 
     body = body_of(options)
     operation_id = body.operation_id
-    with connected(instance.ray_address if instance else options.ray_address) as found:
-        cluster = find_cluster(name) if found else None
+    address = instance.ray_address if instance else options.ray_address
+    with deployment_at(name, address) as cluster:
         if cluster is None:
             return missing(nothing_of(name), options.json)
         with named_when_left(operation_id):
@@ -148,12 +147,11 @@ def run_cancel(name: str, instance: Instance | None, options: Namespace) -> int:
         ConfigError: none runs, or what runs cannot be undone.
         ClusterError: there is none of that id, or it was over first.
     """
-    from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing
-    from remora.cluster.manage_command import connected, nothing_of
+    from remora.cluster.manage_command import deployment_at, nothing_of
 
-    with connected(instance.ray_address if instance else options.ray_address) as found:
-        cluster = find_cluster(name) if found else None
+    address = instance.ray_address if instance else options.ray_address
+    with deployment_at(name, address) as cluster:
         if cluster is None:
             return missing(nothing_of(name), options.json)
         operation_id = cluster.cancel(options.operation_id)["operation_id"]

@@ -183,7 +183,7 @@ def _choose(
     """Who of `uids` retires so that there are `count`, and how many join."""
     if count is None:
         return [], 0
-    uids = sorted(uids, key=_by_number)
+    uids = sorted(uids, key=by_number)
     if not 1 <= count <= most:
         raise ConfigError(f"{count} {kind}: allowed is 1 to {most}")
     unknown = sorted(set(retire) - set(uids))
@@ -267,7 +267,8 @@ def _free_uids(role: str, most: int, used: Collection[str]) -> Iterator[str]:
     return (f"{role}-{i}" for i in range(2 * most) if f"{role}-{i}" not in used)
 
 
-def _by_number(uid: str) -> tuple[int, str]:
+def by_number(uid: str) -> tuple[int, str]:
+    """Order of uids: shard-2 before shard-10."""
     number = uid.rpartition("-")[2]
     return (int(number) if number.isdecimal() else 0, uid)
 

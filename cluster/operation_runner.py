@@ -35,7 +35,7 @@ from remora.cluster.operation import (
 )
 from remora.cluster.operation_plan import FreeMemory, replicas_alive
 from remora.cluster.wal import RecordLog, WalError
-from remora.comm.errors import ClusterError, ConfigError, UnknownOperationError
+from remora.comm.errors import ClusterError, ConfigError
 from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class OperationRunner:
     def operation(self, operation_id: str) -> dict[str, Any]:
         """How an operation is. Raises UnknownOperationError."""
         with self._changed:
-            return self._known(operation_id).public()
+            return self._state.known(operation_id).public()
 
     def history(self) -> list[Operation]:
         """The last operations, the newest last; also the one that runs."""
@@ -179,10 +179,11 @@ class OperationRunner:
     def wait(self, operation_id: str, timeout_s: float) -> dict[str, Any]:
         """As `operation`, once it is over or the time is."""
         with self._changed:
+            known = self._state.known
             self._changed.wait_for(
-                lambda: self._closed or self._known(operation_id).outcome != "running", timeout_s
+                lambda: self._closed or known(operation_id).outcome != "running", timeout_s
             )
-            return self._known(operation_id).public()
+            return known(operation_id).public()
 
     def status(self) -> dict[str, Any]:
         """The operation that runs, the last ones, and who is missing or fenced."""
@@ -239,12 +240,6 @@ class OperationRunner:
             pass
 
     # -- inside -------------------------------------------------------------------------------
-
-    def _known(self, operation_id: str) -> Operation:
-        found = self._state.history.get(operation_id)
-        if found is None:
-            raise UnknownOperationError(f"no operation {operation_id!r} is known")
-        return found
 
     def _run(self) -> None:
         is_open = True

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from remora.actors.model_spec import inspect_model
-from remora.cluster.bootstrap import find_cluster
 from remora.cluster.instances import Instance, missing
-from remora.cluster.manage_command import connected, nothing_of
+from remora.cluster.manage_command import deployment_at, nothing_of
 from remora.cluster.memory_plan import replica_counts
 from remora.cluster.placement_file import check_fits, read_placement, write_placement
 from remora.comm.view import Placement
@@ -24,8 +23,7 @@ def run_export(
         ClusterError: it has no view yet.
         ConfigError: the file cannot be written.
     """
-    with connected(instance.ray_address if instance else ray_address) as found:
-        cluster = find_cluster(name) if found else None
+    with deployment_at(name, instance.ray_address if instance else ray_address) as cluster:
         if cluster is None:
             return missing(nothing_of(name), as_json)
         view = cluster.view()

@@ -113,8 +113,8 @@ def check_fits(
         unknown = sorted(set(placement.slots) - set(shard_uids))
         if unknown:
             raise ConfigError(
-                f"{source}: no such shards: {_few(unknown)}; this deployment has"
-                f" {_few(list(shard_uids))} (experts.shards = {len(shard_uids)})"
+                f"{source}: no such shards: {few(unknown)}; this deployment has"
+                f" {few(list(shard_uids))} (experts.shards = {len(shard_uids)})"
             )
     for uid, layers in placement.slots.items():
         for layer, experts in zip(moe_layers, layers, strict=True):
@@ -151,16 +151,16 @@ def _fault(placement: Placement) -> str | None:
                 return f"{uid} layer {layer}: an expert stands twice in {list(experts)}"
             wrong = [expert for expert in experts if not 0 <= expert < num_experts]
             if wrong:
-                return f"{uid} layer {layer}: experts {_few(wrong)} are not in 0..{num_experts - 1}"
+                return f"{uid} layer {layer}: experts {few(wrong)} are not in 0..{num_experts - 1}"
             held.update(experts)
         num_missing = num_experts - len(held)
         if num_missing:  # a file may say any number of experts: they are not listed
             first = islice((e for e in range(num_experts) if e not in held), NAMED_MAX)
-            return f"layer {layer}: no shard holds experts {_few(list(first), num_missing)}"
+            return f"layer {layer}: no shard holds experts {few(list(first), num_missing)}"
     return None
 
 
-def _few(items: list[int] | list[str], num_items: int | None = None) -> str:
+def few(items: list[int] | list[str], num_items: int | None = None) -> str:
     """The first of them, and how many more there are.
 
     Args:

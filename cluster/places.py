@@ -9,8 +9,9 @@ from remora.cluster.dense_groups import bundle_of
 from remora.cluster.launch import dense_options, shard_options
 from remora.cluster.members import asked_of_ray
 from remora.cluster.operation import Operation, is_dense
+from remora.cluster.operation_plan import by_number
+from remora.cluster.placement_file import few
 
-NAMED_MAX = 4  # members
 DIGITS = 4  # of an amount, as Ray keeps them
 
 
@@ -44,7 +45,7 @@ def why_placeless(
     if not operation.joiners or config.elastic.nodes_may_come is True:
         return None
     unplaced = [_amounts(each) for each in nodes.unplaced()]
-    asks = {uid: _ask_of(config, uid) for uid in sorted(operation.joiners)}
+    asks = {uid: _ask_of(config, uid) for uid in operation.joiners}
     asks = {uid: ask for uid, ask in asks.items() if _amounts(bundle_of(ask)) in unplaced}
     living = homes() if asks else {}
     found: dict[str, list[str]] = {}
@@ -53,16 +54,10 @@ def why_placeless(
             found.setdefault(asked_of_ray(ask), []).append(uid)
     if not found or (config.elastic.nodes_may_come is None and nodes.may_come()):
         return None
-    who = "; ".join(f"{_named(uids)} ({what} each)" for what, uids in found.items())
+    named = {what: few(sorted(uids, key=by_number)) for what, uids in found.items()}
+    who = "; ".join(f"{uids} ({what} each)" for what, uids in named.items())
     why = "no node that stays has room, and none is added (elastic.nodes_may_come)"
     return f"no place for {who}: {why}"
-
-
-def _named(uids: list[str]) -> str:
-    """The first ones by number, and how many more."""
-    uids = sorted(uids, key=lambda uid: (len(uid), uid))
-    more = f" and {len(uids) - NAMED_MAX} more" if len(uids) > NAMED_MAX else ""
-    return ", ".join(uids[:NAMED_MAX]) + more
 
 
 def _ask_of(config: RemoraConfig, uid: str) -> dict[str, Any]:

@@ -67,9 +67,8 @@ def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> i
         ClusterError: the router has no plan to give.
         ConfigError: `router.state_dir` cannot be written.
     """
-    from remora.cluster.bootstrap import find_cluster
     from remora.cluster.instances import missing
-    from remora.cluster.manage_command import connected, nothing_of
+    from remora.cluster.manage_command import deployment_at, nothing_of
     from remora.cluster.operation_request import RebalanceBody
 
     operation_id = options.operation_id or new_operation_id()
@@ -78,8 +77,8 @@ def run_rebalance(name: str, instance: Instance | None, options: Namespace) -> i
         RebalanceBody,
         source="rebalance",
     )
-    with connected(instance.ray_address if instance else options.ray_address) as found:
-        cluster = find_cluster(name) if found else None
+    address = instance.ray_address if instance else options.ray_address
+    with deployment_at(name, address) as cluster:
         if cluster is None:
             return missing(nothing_of(name), options.json)
         with nullcontext() if body.dry_run else named_when_left(operation_id):

@@ -120,17 +120,19 @@ class SimCoordinator:
 
     def request(self, operation_id: str, target: Target) -> None:
         """As a client's call. Raises ClusterError, ConfigError."""
-        if self._runner is None or not self.is_up:
-            raise ClusterError("the coordinator does not answer")
+        runner = self._answering()
         if not operation_id.startswith((EVACUATE, LOOK)):  # not of the history
             self._numbers.setdefault(operation_id, len(self._numbers) + 1)
-        self._call(partial(self._runner.request, operation_id, target))
+        self._call(partial(runner.request, operation_id, target))
 
     def cancel(self, operation_id: str) -> None:
         """As a client's call. Raises ClusterError, ConfigError."""
+        self._call(partial(self._answering().cancel, operation_id))
+
+    def _answering(self) -> OperationRunner:
         if self._runner is None or not self.is_up:
             raise ClusterError("the coordinator does not answer")
-        self._call(partial(self._runner.cancel, operation_id))
+        return self._runner
 
     def _call(self, call: Callable[[], object]) -> None:
         try:

@@ -17,8 +17,7 @@ import ray
 
 from remora.actors.launch import RAY_NAMESPACE
 from remora.actors.trace_recorder import Recorded
-from remora.cluster.bootstrap import find_cluster
-from remora.cluster.manage_command import connected
+from remora.cluster.manage_command import deployment_at
 from remora.cluster.members import all_answers
 from remora.comm.trace import Trace, TraceHeader, TraceWriter
 from remora.comm.trace_reader import decode_record
@@ -49,8 +48,7 @@ def record_deployment(
         ClusterError: a dense group does not answer, or nothing serves.
         TraceError: the file exists or cannot be written.
     """
-    with connected(address) as found:
-        handle = find_cluster(name) if found else None
+    with deployment_at(name, address) as handle:
         if handle is None:
             return None
         groups = {

@@ -61,11 +61,17 @@ def test_cancelled_after_any_event_nothing_is_left_half_done(target: Target, roo
     assert commits <= 1, "only while the log of its last commit is written"
 
 
-def test_what_waits_for_a_place_is_cancelled_at_once() -> None:
+def placeless() -> World:
+    """An operation waits for a place."""
     it = world(8)
     it.placeless.add("shard-2")
     it.ask("up", ScaleTo(3))
     it.answer_all()
+    return it
+
+
+def test_what_waits_for_a_place_is_cancelled_at_once() -> None:
+    it = placeless()
     it.cancel("up")
     it.answer_all()
     operation = it.state.history["up"]
@@ -109,10 +115,7 @@ def test_what_is_over_stays_as_it_is_and_what_nobody_knows_is_refused() -> None:
 
 
 def test_a_member_that_dies_while_it_is_cancelled_comes_back() -> None:
-    it = world(8)
-    it.placeless.add("shard-2")
-    it.ask("up", ScaleTo(3))
-    it.answer_all()
+    it = placeless()
     it.cancel("up")
     it.kill("shard-0")
     it.settle()

@@ -134,6 +134,7 @@ def test_who_waits_for_an_operation_costs_nothing_until_it_is_over(
         waiting = [threading.Thread(target=runner.wait, args=("up", SOON_S)) for _ in range(3)]
         for each in waiting:
             each.start()
+        # that all of them wait nothing public says
         until(lambda: len(runner._changed._waiters) == 3)  # type: ignore[attr-defined]
         for _ in range(10):
             runner.lost("nobody", 1)

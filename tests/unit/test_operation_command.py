@@ -8,7 +8,7 @@ import pytest
 from support.programs import benchmarks_on_path
 from support.programs import program as module
 
-from remora.cluster import bootstrap, manage_command
+from remora.cluster import manage_command
 from remora.cluster.cli import main
 from remora.cluster.cli import parser as cli_parser
 from remora.cluster.manage_command import status_text
@@ -82,7 +82,7 @@ class Dying:
 def test_a_round_whose_end_is_not_known_says_how_to_ask_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bootstrap, "find_cluster", lambda _: Dying())
+    monkeypatch.setattr(manage_command, "find_cluster", lambda _: Dying())
     monkeypatch.setattr(manage_command, "connected", lambda _: nullcontext(True))
     options = cli_parser().parse_args(["rebalance", "demo"])
     with pytest.raises(ClusterError, match=r"died \(operation id cli-\w+\)"):
@@ -117,7 +117,7 @@ def test_what_runs_is_cancelled_unless_an_id_is_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cancel(found: Cancelled, *arguments: str) -> int:
-        monkeypatch.setattr(bootstrap, "find_cluster", lambda _: found)
+        monkeypatch.setattr(manage_command, "find_cluster", lambda _: found)
         options = cli_parser().parse_args(["cancel", "--deployment", "demo", *arguments])
         return run_cancel("demo", None, options)
 
