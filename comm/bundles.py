@@ -8,12 +8,14 @@ Shape suffixes: T tokens, K top-k, B unique bundles.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 NO_EXPERT = -1
 NO_SOURCE = -1
+PIECES_MIN: Final = 256  # of a sample: none has a larger share of all weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,16 @@ def sample_bundles(bundles: LayerBundles, count: int, seed: int) -> LayerBundles
     `count`) that its own weight reaches, and the fraction left over by chance, so that every
     expert's weight stays what it is but for less than the weight of a few draws. All of them, in
     that order, when there are no more than `count`.
+
+    Who plans dispatches each row of a sample as if it were one token, but the tokens of a bundle
+    spread over replicas: one of more than 1/PIECES_MIN of all weight, as most are of a model with
+    few experts, comes in pieces.
     """
-    order = np.random.default_rng(seed).permutation(len(bundles.weight_B))
-    weight_B = bundles.weight_B[order]
+    share_B = bundles.weight_B / max(bundles.num_tokens, np.finfo(np.float64).tiny)
+    pieces_B = np.maximum(1, np.ceil(PIECES_MIN * share_B)).astype(np.int64)
+    pieces = np.repeat(np.arange(len(pieces_B)), pieces_B)
+    order = np.random.default_rng(seed).permutation(pieces)
+    weight_B = (bundles.weight_B / pieces_B)[order]
     if len(order) > count:
         each = float(weight_B.sum()) / count
         drawn_B = np.diff(np.floor(np.cumsum(weight_B) / each), prepend=0.0)

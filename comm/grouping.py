@@ -36,7 +36,7 @@ from remora.comm.errors import PlannerError
 from remora.comm.exchange_search import within_load
 from remora.comm.layer_plan import expert_loads, plan_layer_by_search, sample_size
 from remora.comm.objective import Objective
-from remora.comm.replay import LayerCost, replay
+from remora.comm.replay import LayerCost, replay_bundles
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
@@ -171,6 +171,5 @@ def held_fault(held: object, topology: Topology, num_experts: int) -> str | None
 def bundle_cost(
     bundles: LayerBundles, held_SE: Held, topology: Topology, *, seed: int = 0
 ) -> LayerCost:
-    """`replay` of a layer's bundles, of COST_BUNDLES_MAX at most, in an order drawn by `seed`."""
-    drawn = sample_bundles(bundles, COST_BUNDLES_MAX, seed)
-    return replay(drawn.experts_BK, drawn.source_B, held_SE, topology, weight_T=drawn.weight_B)
+    """`replay_bundles` of a layer, of COST_BUNDLES_MAX at most, in an order drawn by `seed`."""
+    return replay_bundles(sample_bundles(bundles, COST_BUNDLES_MAX, seed), held_SE, topology)

@@ -11,12 +11,13 @@ Shape suffixes: T tokens, K top-k, E experts, R most replicas, S shards, H hosts
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from remora.comm.bundles import LayerBundles
 from remora.comm.choice import (
     PAIR,
     PENDING,
@@ -29,6 +30,9 @@ from remora.comm.choice import (
 from remora.comm.limits import TOP_K_MAX
 from remora.comm.own_host import level_own_host
 from remora.comm.topology import Topology
+
+STEP_TOKENS: Final = 256  # between two exchanges of load
+BUNDLE_STEPS: Final = 32
 
 _jit: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 
@@ -76,29 +80,25 @@ def replay(
     held_SE: NDArray[np.bool_],
     topology: Topology,
     *,
-    weight_T: NDArray[np.floating] | None = None,
     policy: Literal["cover", "random"] = "cover",
     gain: int | None = None,
-    step_tokens: int = 256,
+    step_tokens: int = STEP_TOKENS,
     seed: int = 0,
 ) -> LayerCost:
-    """One layer's tokens through one placement.
-
-    Args:
-        expert_ids_TK: logical experts; negative = none.
-        source_T: host of each token, an index into `topology.hosts`; negative: no host of it.
-        weight_T: tokens that each row stands for; 1 when None.
-        policy: "cover" is `choice.choose`; "random" any replica, evenly, by `seed`.
-        gain: of the load prices, in 1 / GAIN_ONE; 0 switches them off, None: `choice.gain_for`.
-        step_tokens: rows between two exchanges of load.
-    """
-    num_tokens = len(expert_ids_TK)
-    weights = np.ones(num_tokens) if weight_T is None else np.asarray(weight_T, np.float64)
+    """One layer's tokens through one placement; arguments as `choose_all`."""
     shard_TK = choose_all(
-        expert_ids_TK, source_T, held_SE, topology, weight_T=weights, policy=policy, gain=gain,
+        expert_ids_TK, source_T, held_SE, topology, policy=policy, gain=gain,
         step_tokens=step_tokens, seed=seed,
     )  # fmt: skip
-    return cost_of_choice(shard_TK, source_T, weights, topology)
+    return cost_of_choice(shard_TK, source_T, np.ones(len(expert_ids_TK)), topology)
+
+
+def replay_bundles(
+    bundles: LayerBundles, held_SE: NDArray[np.bool_], topology: Topology
+) -> LayerCost:
+    """The same of counted bundles, each as often as its weight says; see `choose_bundles`."""
+    shard_BK = choose_bundles(bundles, held_SE, topology)
+    return cost_of_choice(shard_BK, bundles.source_B, bundles.weight_B, topology)
 
 
 def cost_of_choice(
@@ -107,7 +107,7 @@ def cost_of_choice(
     weight_T: NDArray[np.float64],
     topology: Topology,
 ) -> LayerCost:
-    """What tokens cost whose pairs go to `shard_TK` (`choose_all`)."""
+    """What tokens cost whose pairs go to `shard_TK` (`choose_all`), each `weight_T` times."""
     host_S = np.array(topology.host_of_S, np.int64)
     sums, load_S, ingress_H, egress_H = _account(
         shard_TK, np.asarray(source_T, np.int64), weight_T, host_S, topology.num_hosts
@@ -132,28 +132,68 @@ def choose_all(
     held_SE: NDArray[np.bool_],
     topology: Topology,
     *,
-    weight_T: NDArray[np.floating] | None = None,
     policy: Literal["cover", "random"] = "cover",
     gain: int | None = None,
-    step_tokens: int = 256,
+    step_tokens: int = STEP_TOKENS,
     seed: int = 0,
 ) -> NDArray[np.int32]:
-    """The shard of each pair, `[T, K]`, -1 where there is no expert; arguments as `replay`."""
-    ids_TK = np.ascontiguousarray(expert_ids_TK, np.int64)
-    num_tokens, top_k = ids_TK.shape
-    assert top_k <= TOP_K_MAX, f"top-k {top_k}, at most {TOP_K_MAX}"
-    table_ER = replicas_of(held_SE)
-    shard_TK = np.full((num_tokens, top_k), -1, np.int32)
+    """The shard of each pair, `[T, K]`, -1 where there is no expert.
+
+    Args:
+        expert_ids_TK: logical experts; negative = none.
+        source_T: host of each token, an index into `topology.hosts`; negative: no host of it.
+        policy: "cover" is `choice.choose`; "random" any replica, evenly, by `seed`.
+        gain: of the load prices, in 1 / GAIN_ONE; 0 switches them off, None: `choice.gain_for`.
+        step_tokens: tokens between two exchanges of load.
+    """
     if policy == "random":
+        table_ER = replicas_of(held_SE)
         count_E = (table_ER >= 0).sum(1)
-        drawn_TK = np.random.default_rng(seed).random((num_tokens, top_k))
-        safe_TK = np.maximum(ids_TK, 0)
+        drawn_TK = np.random.default_rng(seed).random(expert_ids_TK.shape)
+        safe_TK = np.maximum(expert_ids_TK, 0)
         pick_TK = (drawn_TK * count_E[safe_TK]).astype(np.int64)
-        return np.where(ids_TK >= 0, table_ER[safe_TK, pick_TK], -1).astype(np.int32)
-    weights = np.ones(num_tokens) if weight_T is None else np.asarray(weight_T, np.float64)
+        return np.where(expert_ids_TK >= 0, table_ER[safe_TK, pick_TK], -1).astype(np.int32)
     gain = gain_for(topology.num_shards) if gain is None else gain
+    load_T = np.full(len(expert_ids_TK), PAIR, np.int64)
+    return _cover(expert_ids_TK, source_T, load_T, held_SE, topology, gain, step_tokens)
+
+
+def choose_bundles(
+    bundles: LayerBundles, held_SE: NDArray[np.bool_], topology: Topology
+) -> NDArray[np.int32]:
+    """The shard of each pair of counted bundles, `[B, K]`, as tokens like them go in long serving.
+
+    A bundle is dispatched as one token, its load PAIR in the mean of all: prices are of shares of
+    the load, and must not depend on what unit weights are in. Few bundles stand for as long a
+    time as many, in which what other sources send is known but for a small part: load is
+    exchanged BUNDLE_STEPS times at least.
+    """
+    num_bundles = len(bundles.weight_B)
+    mean = bundles.num_tokens / max(num_bundles, 1) or 1.0
+    load_B = np.rint(bundles.weight_B * (PAIR / mean)).astype(np.int64)
+    step_tokens = max(1, min(STEP_TOKENS, num_bundles // BUNDLE_STEPS))
+    gain = gain_for(topology.num_shards)
+    return _cover(
+        bundles.experts_BK, bundles.source_B, load_B, held_SE, topology, gain, step_tokens
+    )
+
+
+def _cover(
+    expert_ids_TK: NDArray[np.integer],
+    source_T: NDArray[np.integer],
+    load_T: NDArray[np.int64],
+    held_SE: NDArray[np.bool_],
+    topology: Topology,
+    gain: int,
+    step_tokens: int,
+) -> NDArray[np.int32]:
+    """`choose_all` of the priced set cover; `load_T` in 1 / PAIR pairs for each of a token's."""
+    ids_TK = np.ascontiguousarray(expert_ids_TK, np.int64)
+    top_k = ids_TK.shape[1]
+    assert top_k <= TOP_K_MAX, f"top-k {top_k}, at most {TOP_K_MAX}"
+    shard_TK = np.full(ids_TK.shape, -1, np.int32)
     missing = _choose_steps(
-        ids_TK, np.asarray(source_T, np.int64), np.rint(weights * PAIR).astype(np.int64), table_ER,
+        ids_TK, np.asarray(source_T, np.int64), load_T, replicas_of(held_SE),
         np.array(topology.host_of_S, np.int32), topology.num_hosts, gain, step_tokens, shard_TK,
     )  # fmt: skip
     assert missing < 0, f"expert {missing} has no replica"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from remora.comm.bundles import LayerBundles
 from remora.comm.choice import GAIN_ONE, gain_for
 from remora.comm.objective import Objective
-from remora.comm.replay import LayerCost, choose_all, cost_of_choice, replicas_of
+from remora.comm.replay import LayerCost, choose_bundles, cost_of_choice, replicas_of
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
@@ -36,7 +36,7 @@ def change_tables(ids_BK, source_B, weight_B, shard_BK, held_SE, table_ER, host_
     """(gain_ES, loss_ES) as above, in weight x copies.
 
     Args:
-        shard_BK: the shard of each pair (`replay.choose_all`).
+        shard_BK: the shard of each pair (`replay.choose_bundles`).
         table_ER: `replay.replicas_of(held_SE)`.
         price_S: price of one pair's load on each shard, in copies.
     """
@@ -124,9 +124,7 @@ def tables_of(
     steepness: float = 1.0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], LayerCost]:
     """`change_tables` of a replay, load at `steepness` times its price, and what it cost."""
-    shard_BK = choose_all(
-        bundles.experts_BK, bundles.source_B, held_SE, topology, weight_T=bundles.weight_B
-    )
+    shard_BK = choose_bundles(bundles, held_SE, topology)
     cost = cost_of_choice(shard_BK, bundles.source_B, bundles.weight_B, topology)
     gain_ES, loss_ES = change_tables(
         bundles.experts_BK, bundles.source_B.astype(np.int64), bundles.weight_B, shard_BK, held_SE,
