@@ -19,6 +19,7 @@ from remora.cluster.operation import (
     Held,
     Keep,
     Log,
+    Offer,
     Operation,
     Pair,
     Quiesce,
@@ -190,8 +191,8 @@ class CoordinatorCalls(ABC):
             self._aside[self._calls] = task
             self._put(Ask(self._calls, task))
 
-    def _try_again(self, task: Adopt | Keep | Stop | Fence, reason: str) -> None:
-        """Past the commit there is no way back: again, and in the end without."""
+    def _try_again(self, task: Adopt | Keep | Stop | Fence | Offer, reason: str) -> None:
+        """Where there is no way back, or going back is worse: again, and in the end without."""
         name = f"{type(task).__name__} {task.uid}"
         self._tries[name] = self._tries.get(name, 0) + 1
         if self._tries[name] <= RETRIES_MAX or isinstance(task, Adopt):  # a rank is fenced instead
@@ -205,6 +206,10 @@ class CoordinatorCalls(ABC):
         if isinstance(task, Adopt):
             return task.view.epoch <= self.view.epoch
         return isinstance(task, Keep | Stop | Fence | Quiesce)
+
+    def _may_do_without(self, task: Task) -> bool:
+        """Whether what fails of this undoes nothing."""
+        return self._is_past_commit(task) or (isinstance(task, Offer) and self._is_pressing())
 
     def _may_restore(self) -> bool:
         """Whether a member that is due can begin to come back now."""
@@ -240,10 +245,13 @@ class CoordinatorCalls(ABC):
     def _is_preparing(self) -> bool:
         return self._running().step == "prepare" and self._logging is None
 
+    def _open(self) -> list[Task]:
+        """What is still to be answered, or to be asked again."""
+        return [*self._waiting.values(), *(task for _, task in self._again)]
+
     def _silent(self) -> list[str]:
         """Who is still to answer."""
-        uids = {task.uid for task in self._waiting.values()} | {t.uid for _, t in self._again}
-        return sorted(uids)
+        return sorted({task.uid for task in self._open()})
 
     def _lacking(self) -> set[str]:
         """Those of them that do not join already."""

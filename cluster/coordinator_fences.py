@@ -11,8 +11,7 @@ class CoordinatorFences(CoordinatorCalls):
 
     def _fence(self) -> None:
         """Dense ranks that do not leave the old epoch: no frame of theirs may count any more."""
-        late = [t for t in self._waiting.values() if isinstance(t, Adopt)]
-        late += [t for _, t in self._again if isinstance(t, Adopt)]
+        late = [task for task in self._open() if isinstance(task, Adopt)]
         silent = ", ".join(self._silent())
         self._forget_calls()
         self._until_s = self._now_s + self._limits.drain_s

@@ -150,9 +150,9 @@ class MemberRestores(OperationSteps):
         """A step that may be undone takes too long."""
         operation, silent = self._running(), self._silent()
         reason = f"{', '.join(silent)} did not answer in step {operation.step}"
-        offers = [call for call, task in self._waiting.items() if isinstance(task, Offer)]
-        if offers and self._is_pressing():
-            self._commit_without(offers)
+        offered = {t.uid for t in self._open() if isinstance(t, Offer)}
+        if offered and self._is_pressing():
+            self._commit_without(offered)
             return
         if not (self._is_restore() and self._is_preparing() and self._joined):
             self._abort(reason, [uid for uid in silent if uid in operation.joiners] or None)
@@ -161,11 +161,12 @@ class MemberRestores(OperationSteps):
         tried = [uid for uid in silent if self._now_s - self._asked_s[uid] >= whole_s]
         self._leave_out(tried or silent, reason, is_try=bool(tried))
 
-    def _commit_without(self, offers: Collection[int]) -> None:
+    def _commit_without(self, uids: Collection[str]) -> None:
         """These ranks have not connected in advance. They go by the older view, which costs nobody
         anything, until they adopt the next one or are fenced."""
-        late = {self._waiting.pop(call).uid for call in offers}
-        self._odd(f"{', '.join(sorted(late))} did not answer in step commit")
+        self._waiting = {c: t for c, t in self._waiting.items() if not isinstance(t, Offer)}
+        self._again = [each for each in self._again if not isinstance(each[1], Offer)]
+        self._odd(f"{', '.join(sorted(uids))} did not answer in step commit")
         self._until_s = self._now_s + self._within(self._limits.commit_s)
         self._go_on()
 

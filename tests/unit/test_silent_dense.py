@@ -1,10 +1,10 @@
 """A dense group that answers nobody, and whom that keeps from what."""
 
 import pytest
-from support.coordinator_rig import LAYERS, World
+from support.coordinator_rig import LAYERS, Fault, World
 
-from remora.cluster.coordinator_calls import Limits
-from remora.cluster.operation import Drain, ScaleTo
+from remora.cluster.coordinator_calls import RETRIES_MAX, Limits
+from remora.cluster.operation import Ask, CallFailed, Drain, Offer, ScaleTo
 
 ALL = (tuple(range(8)),) * len(LAYERS)
 BOTH = {"shard-0": ALL, "shard-1": ALL}
@@ -18,6 +18,55 @@ def deaf(*dead: str) -> World:
     for uid in dead:
         it.kill(uid)
     return it
+
+
+def cut_off(uid: str, num_times: int) -> World:
+    """A dense group that says so often that it cannot connect to a view to come."""
+    it = World(BOTH, num_experts=8, room=8, replicas=2)
+    answer, left = it._answer, [num_times]
+
+    def refuses(ask: Ask, here: Fault) -> None:
+        if isinstance(ask.task, Offer) and ask.task.uid == uid and left[0]:
+            left[0] -= 1
+            it.queue.append(CallFailed(ask.call, "shard-0 cannot be reached"))
+        else:
+            answer(ask, here)
+
+    it._answer = refuses  # type: ignore[method-assign]
+    return it
+
+
+@pytest.mark.parametrize("num_times", [1, RETRIES_MAX, 1000])
+def test_a_dense_group_that_cannot_connect_keeps_nobody_from_coming_back(num_times: int) -> None:
+    """One link that was cut had every try undone, and counted against the shard that was back."""
+    it = cut_off("dense-1", num_times)
+    it.kill("shard-1")
+    it.settle()
+    [operation] = it.settled
+    assert (operation.outcome, it.now_s) == ("done", min(num_times, RETRIES_MAX))
+    without = "Offer dense-1: shard-0 cannot be reached; given up after 5 tries"
+    assert operation.reason == (without if num_times > RETRIES_MAX else "")
+    it.check_all_back()
+
+
+def test_a_shard_that_dies_before_groups_have_connected_counts_as_a_try() -> None:
+    it = cut_off("dense-1", 1000)
+    it.kill("shard-1")
+    it.settle(1.0)
+    it.kill("shard-1")
+    it.settle(1.5)
+    assert [op.reason for op in it.settled] == ["shard-1 died"]
+    assert it.state.operation is None, "the next try comes later"
+    it.settle()
+    it.check_all_back()
+
+
+def test_what_somebody_asked_for_is_undone_where_a_dense_group_cannot_connect() -> None:
+    it = cut_off("dense-1", 1)
+    operation = it.run("up", ScaleTo(3))
+    assert (operation.outcome, operation.reason) == ("failed", "dense-1: shard-0 cannot be reached")
+    assert it.run("again", ScaleTo(3)).outcome == "done"
+    it.check_at_rest()
 
 
 @pytest.mark.parametrize("dead", [("shard-1",), ("shard-0", "shard-1"), ("shard-1", "dense-0")])
