@@ -20,6 +20,7 @@ from remora.cluster.coordinator_server import CoordinatorServer
 from remora.cluster.log_folder import folder_below
 from remora.cluster.operation import PlaceAs, taken_by
 from remora.cluster.operation_request import Operations
+from remora.cluster.ray_calls import our_error
 from remora.cluster.rebalancer import Rebalancer
 from remora.cluster.router_process import make_rebalancer, router_status
 from remora.comm.errors import ClusterError, UnknownOperationError
@@ -28,7 +29,7 @@ from remora.comm.view import Placement, View
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0  # of one look at an operation that the online loop waits for
-LISTEN_EVERY_S: Final = 5.0
+AGAIN_EVERY_S: Final = 5.0
 
 
 class Beside:
@@ -56,7 +57,8 @@ class Beside:
             operations, token=token, bind_ip=ip, port=config.elastic.port
         )
         self._closed = threading.Event()
-        self._listener: threading.Thread | None = None
+        self._late: dict[str, str] = {}  # what could not be started so far, and why
+        self._again: threading.Thread | None = None
         self._router: Any = None
         self._rebalancer: Rebalancer | None = None
         self._autoscaler: Autoscaler | None = None
@@ -65,37 +67,26 @@ class Beside:
         """Take calls over gRPC. Raises ClusterError: the address cannot be bound."""
         self._server.start()
 
-    def listen_when_free(self) -> None:
-        """As `listen`; where the address is taken, as by the life before this one, again and again
-        until it is not. What serves goes on serving; operators ask by Ray and HTTP meanwhile."""
-        if not self._listens():
-            self._listener = threading.Thread(
-                target=self._listen_later, name="remora-operator-later", daemon=True
-            )
-            self._listener.start()
-
     def serve(self, spec: ModelSpec, router: Any) -> None:
         """Start what needs a deployment that serves; `router`: its actor, or None."""
+        self._plan_moves(spec, router)
+        self._scale()
+
+    def serve_when_possible(self, spec: ModelSpec, router: Any) -> None:
+        """As `listen` and `serve`. What cannot be started, as where the life before this one still
+        has the address, or a volume is away, is tried again and again: what serves goes on serving,
+        and operators ask by Ray and HTTP meanwhile."""
         self._router = router
-        if router is not None:
-            self._rebalancer = make_rebalancer(
-                self._config, spec, self._operations.view(), router, apply=self._place_and_wait
+        starts: dict[str, Callable[[], None]] = {
+            "gRPC": self.listen,
+            "rebalancer": lambda: self._plan_moves(spec, router),
+            "autoscaler": self._scale,
+        }
+        if self._try_all(starts):
+            self._again = threading.Thread(
+                target=self._start_later, args=(starts,), name="remora-beside-later", daemon=True
             )
-            # operations go on meanwhile, and there was nobody yet to be told of their views
-            self._rebalancer.adopt_view(self._operations.view())
-        autoscale = self._config.autoscale.loaded()
-        policy = autoscale.policy
-        if isinstance(policy, AutoscalePolicy):
-            base = autoscale.log_dir or self._config.elastic.log_dir
-            self._autoscaler = Autoscaler(
-                policy,
-                sample_every_s=autoscale.sample_every_s,
-                operations=self._operations,
-                running=self._running,
-                view=self._operations.view,
-                log=AutoscaleLog(folder_below(base, self._config.name), policy),
-            )
-            self._autoscaler.start()
+            self._again.start()
 
     def adopt_view(self, view: View) -> None:
         """Go by `view` from now on."""
@@ -143,13 +134,14 @@ class Beside:
             "router": router_status(self._router, self._rebalancer),
             "operator": api,
             "autoscale": autoscaler.status() if autoscaler is not None else None,
+            "not_started": dict(self._late),
         }
 
     def close(self) -> None:
         """Stop all of it."""
         self._closed.set()
-        if self._listener is not None:
-            self._listener.join()
+        if self._again is not None:
+            self._again.join()
         rebalancer, self._rebalancer, self._router = self._rebalancer, None, None
         autoscaler, self._autoscaler = self._autoscaler, None
         if autoscaler is not None:
@@ -158,16 +150,47 @@ class Beside:
             rebalancer.close()
         self._server.stop()
 
-    def _listens(self) -> bool:
-        try:
-            self.listen()
-        except ClusterError as failure:
-            logger.error("%s takes no calls over gRPC yet: %s", self._config.name, failure)
-            return False
-        return True
+    def _plan_moves(self, spec: ModelSpec, router: Any) -> None:
+        self._router = router
+        if router is not None:
+            self._rebalancer = make_rebalancer(
+                self._config, spec, self._operations.view(), router, apply=self._place_and_wait
+            )
+            # operations go on meanwhile, and there was nobody yet to be told of their views
+            self._rebalancer.adopt_view(self._operations.view())
 
-    def _listen_later(self) -> None:
-        while not self._closed.wait(LISTEN_EVERY_S) and not self._listens():
+    def _scale(self) -> None:
+        autoscale = self._config.autoscale.loaded()
+        policy = autoscale.policy
+        if isinstance(policy, AutoscalePolicy):
+            base = autoscale.log_dir or self._config.elastic.log_dir
+            self._autoscaler = Autoscaler(
+                policy,
+                sample_every_s=autoscale.sample_every_s,
+                operations=self._operations,
+                running=self._running,
+                view=self._operations.view,
+                log=AutoscaleLog(folder_below(base, self._config.name), policy),
+            )
+            self._autoscaler.start()
+
+    def _try_all(self, starts: dict[str, Callable[[], None]]) -> bool:
+        """Start these; whether any is left, which stays in `starts`."""
+        for what, start in list(starts.items()):
+            try:
+                start()
+            except Exception as failure:  # whatever it is, it keeps nothing else from starting
+                why = str(our_error(failure))
+                if self._late.get(what) != why:
+                    logger.exception("%s: no %s yet", self._config.name, what)
+                self._late[what] = why
+            else:
+                del starts[what]
+                self._late.pop(what, None)
+        return bool(starts)
+
+    def _start_later(self, starts: dict[str, Callable[[], None]]) -> None:
+        while not self._closed.wait(AGAIN_EVERY_S) and self._try_all(starts):
             pass
 
     def _place(self, operation_id: str, placement: Placement) -> dict[str, Any]:

@@ -71,19 +71,21 @@ class Coordinator:
         self._deploying = threading.Lock()
         self._phase: Phase = "new"
         self._failure: RemoraError | None = None  # why it is over
-        self._stopping = False
+        self._ends = threading.Event()  # it is being stopped
         self._view: View | None = None
         self._manifest: Manifest | None = None
         self._handles: dict[str, Any] = {}
         self._router: Any = None
         self._beside = Beside(
-            self._config, token, self, lambda: self._stopping, lambda: self._operations().running()
+            self._config, token, self, self._ends.is_set, lambda: self._operations().running()
         )
         self._asked: dict[str, str] = {}  # of Ray, by uid
         self._started_s = time.monotonic()
         self._elastic: Elastic | None = None
-        self._ends = threading.Event()
-        if not self._is_adopted() and is_next_life():
+        self._looked = threading.Event()  # nothing is left to adopt
+        if self._is_adopted() or not is_next_life():
+            self._looked.set()
+        else:
             _in_thread(self._adopt_later)
 
     # ---- what ingresses and operators read ----
@@ -185,8 +187,7 @@ class Coordinator:
     def heartbeat(self) -> tuple[int, int]:
         """A sign of progress, for the dense groups (`CoordinatorWatch`): returns once the thread of
         operations has come round; looks at members so far, and whether there are to be more."""
-        with self._lock:
-            elastic = self._elastic
+        elastic = self._elastic
         return elastic.heartbeat() if elastic is not None else (0, 0)
 
     def exchange(self, load: IngressLoad | None) -> dict[str, float]:
@@ -201,8 +202,11 @@ class Coordinator:
 
         Raises:
             RemoraError: the model, a weight file or an actor failed, not all had started within
-                `start_timeout_s`, or somebody stopped it meanwhile; nothing is left half up.
+                `start_timeout_s`, or somebody stopped it meanwhile; nothing is left half up. Or
+                what lives is not adopted yet.
         """
+        if not self._looked.wait(LOCK_S):
+            raise self._failure or ClusterError(f"{self._config.name!r} is not adopted yet")
         with self._deploying:
             with self._lock:
                 if self._phase == "serving":
@@ -227,11 +231,10 @@ class Coordinator:
         """Stop every data-plane actor, also while they start, for good. The caller removes the
         coordinator itself afterwards."""
         with self._lock:
-            self._stopping = True
+            self._ends.set()
             if self._phase == "starting":  # `deploy` sees them die, and ends
                 for handle in self._handles.values():
                     ray.kill(handle, no_restart=True)
-        self._ends.set()
         with self._deploying:
             if self._elastic is not None:
                 self._elastic.close()
@@ -239,16 +242,16 @@ class Coordinator:
             stop_router(self._router)
             stop_members(self._handles)
             self._kill()
-            self._over("stopped", ClusterError(self._stopped()))
+            self._over("stopped", self._stopped())
 
-    def _stopped(self) -> str:
-        return f"deployment {self._config.name!r} has been stopped"
+    def _stopped(self) -> ClusterError:
+        return ClusterError(f"deployment {self._config.name!r} has been stopped")
 
     def _over(self, phase: Phase, failure: BaseException) -> RemoraError:
         """Note why nothing is up any more; returns what to raise."""
         with self._lock:
             self._phase, self._view = phase, None
-            self._failure = ClusterError(self._stopped()) if self._stopping else our_error(failure)
+            self._failure = self._stopped() if self._ends.is_set() else our_error(failure)
             return self._failure
 
     def _bring_up(self, until_s: float) -> None:
@@ -305,13 +308,12 @@ class Coordinator:
         Raises:
             RemoraError: its log cannot be read, or its model not be looked at.
         """
-        is_again = is_next_life()
-        wal, records = Wal.open(log_folder(self._config), LOCK_S if is_again else 0.0)
+        wal, records = Wal.open(log_folder(self._config))
         try:
             if records in ([STARTING], [ENDING]):
                 self._end_all()
-                why = self._stopped() if records == [ENDING] else "it died in its first start"
-                self._over("failed", ClusterError(why))
+                died = ClusterError("it died in its first start")
+                self._over("failed", self._stopped() if records == [ENDING] else died)
             if records in ([], [STARTING], [ENDING]):
                 wal.remove()
                 return
@@ -332,32 +334,30 @@ class Coordinator:
         if view is None:
             self._end_operations()
             remove_placement_groups(self._config)
-            if is_again:  # its host had all of it, and nobody else would begin again
+            if is_next_life():  # its host had all of it, and nobody else would begin again
                 _in_thread(self._deploy_again)
             return
         with self._lock:
             self._phase, self._router = "serving", router
-        self._beside.listen_when_free()
-        self._beside.serve(spec, router)
+        self._beside.serve_when_possible(spec, router)
 
     def _is_adopted(self) -> bool:
-        self._failure = None
         try:
             self._adopt()
         except Exception as failure:  # with one that leaves `__init__` Ray gives this actor up
             self._failure = our_error(failure)  # told by `deploy`
             logger.warning("%s is not adopted yet", self._config.name, exc_info=True)
             return False
+        self._failure = self._failure if self._phase in OVER else None
         return True
 
     def _adopt_later(self) -> None:
         """Again and again until it works: what lives serves meanwhile, and nobody restores it."""
         while not self._ends.wait(ADOPT_EVERY_S):
             with self._deploying:
-                if self._stopping or self._phase != "new":
-                    return
-                if self._is_adopted():
-                    return
+                if self._ends.is_set() or self._is_adopted():
+                    break
+        self._looked.set()
 
     def _deploy_again(self) -> None:
         try:
@@ -379,8 +379,8 @@ class Coordinator:
     def _created(self, uid: str, handle: Any, options: dict[str, Any]) -> None:
         with self._lock:
             self._handles[uid], self._asked[uid] = handle, asked_of_ray(options)
-            if self._stopping:  # after `stop` had looked whom to kill
-                raise ClusterError(self._stopped())
+            if self._ends.is_set():  # after `stop` had looked whom to kill
+                raise self._stopped()
 
     def _kill(self) -> None:
         with self._lock:

@@ -30,7 +30,7 @@ from remora.comm.coordinator_grpc import (
     rebalance_message,
     status_message,
 )
-from remora.comm.errors import ClusterError, OverloadedError
+from remora.comm.errors import OverloadedError
 from remora.comm.grpc_server import GrpcServer, bounded
 from remora.comm.router_grpc import placement_from_message
 
@@ -50,7 +50,6 @@ class CoordinatorServer:
         self._operations = operations
         self._calls = dict.fromkeys((method.name for method in METHODS), 0)
         self._num_waiting = 0
-        self._error: str | None = None  # why it does not listen
         self._workers = ThreadPoolExecutor(THREADS, "remora-operator")
         self._waiters = ThreadPoolExecutor(WAITERS_MAX, "remora-operation-wait")
         own: dict[str, Callable[[Any], Awaitable[Any]]] = {
@@ -78,13 +77,7 @@ class CoordinatorServer:
 
     def start(self) -> str:
         """Listen; returns the address. Raises ClusterError: it cannot be bound, so far."""
-        try:
-            address = self._server.start()
-        except ClusterError as failure:
-            self._error = str(failure)
-            raise
-        self._error = None
-        return address
+        return self._server.start()
 
     def stop(self) -> None:
         """Refuse new calls, end the others."""
@@ -94,7 +87,7 @@ class CoordinatorServer:
 
     def status(self) -> dict[str, Any]:
         """For `remora status`."""
-        return {"address": self.address, "error": self._error, "calls": dict(self._calls)}
+        return {"address": self.address, "calls": dict(self._calls)}
 
     # -- in the server's loop -----------------------------------------------------------------
 

@@ -119,8 +119,8 @@ def status_text(status: dict[str, Any]) -> str:
         lines.append(f"  {uid:<10} {_state(member):<8} {_facts(member)}".rstrip())
     if "router" in status:
         lines += router_lines(status["router"])
-    if why := (status.get("operator") or {}).get("error"):
-        lines.append(f"  gRPC for operators: {why}")
+    for what, why in (status.get("not_started") or {}).items():
+        lines.append(f"  no {what} yet: {why}")
     lines += autoscale_lines(status.get("autoscale"))
     operations = status.get("operations") or {"running": None, "last": []}
     if alive := operations.get("replicas"):

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import struct
-import time
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 from zlib import crc32
@@ -21,7 +20,6 @@ import msgspec
 from remora.comm.errors import ClusterError
 
 FILE: Final = "coordinator.wal"
-LOOK_S: Final = 0.2  # between tries to take the lock
 RECORD_BYTES_MAX: Final = 256 << 20
 _HEAD = struct.Struct("<III")
 
@@ -57,12 +55,8 @@ class Wal:
         self._broken: str | None = None
 
     @classmethod
-    def open(cls, folder: Path, wait_s: float = 0.0) -> tuple[Self, list[dict[str, Any]]]:
+    def open(cls, folder: Path) -> tuple[Self, list[dict[str, Any]]]:
         """The log in `folder` (made if need be), and its records.
-
-        Args:
-            wait_s: longest wait for another process that writes it: one that has just died may
-                hold its lock on a shared volume for a while.
 
         Raises:
             WalError: another process writes it, a record is damaged, or the folder cannot be used.
@@ -74,7 +68,7 @@ class Wal:
         except OSError as failed:
             raise WalError(f"{path}: {failed.strerror}") from failed
         try:
-            _lock_within(lock, wait_s)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as failed:
             os.close(lock)
@@ -165,20 +159,6 @@ class Wal:
         except OSError as worse:
             why = f"{failed.strerror}, then {worse.strerror}"
             self._broken = f"{why}; a snapshot must succeed first"
-
-
-def _lock_within(descriptor: int, wait_s: float) -> None:
-    """Take the lock. Raises BlockingIOError: another process still has it."""
-    until_s = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until_s:
-                raise
-            time.sleep(LOOK_S)  # a lock on a volume of the network tells nobody that it is free
-        else:
-            return
 
 
 def encode_record(record: dict[str, Any]) -> bytes:

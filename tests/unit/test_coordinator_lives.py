@@ -1,97 +1,35 @@
 """What a coordinator does with the log of one that died: adopt, wait, begin again, end."""
 
 import json
-import socket
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import pytest
+from support.coordinator_lives import NAME, SOON_S, Lives, until
 from support.coordinator_rig import World
 from support.operations import SLOTS, world_operations
 from support.router_rig import view_of
 
 from remora.actors.launch import STANDBY, actor_name
-from remora.cluster import beside, elastic
 from remora.cluster import coordinator as module
-from remora.cluster.config import RemoraConfig, load_config
+from remora.cluster import elastic
 from remora.cluster.coordinator import Coordinator
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered
 from remora.cluster.elastic import ENDING, Elastic
-from remora.cluster.manage_command import status_text
 from remora.cluster.operation import Operation, ScaleTo
-from remora.cluster.wal import FILE, Wal, decode_records
+from remora.cluster.wal import FILE, Wal, WalError, decode_records
 from remora.comm.errors import ClusterError, WeightsError
-from remora.comm.view import View
 
-NAME = "lives"
-SOON_S = 20.0
 RESUME = Elastic.resume
-SERVE, LISTEN = beside.Beside.serve, beside.Beside.listen
-
-
-class Lives:
-    """A coordinator's surroundings, without Ray: who lives, and whether its model can be read."""
-
-    def __init__(self, folder: Path) -> None:
-        overrides = {
-            "name": NAME,
-            "model": "/nowhere/model",
-            "router.enabled": False,
-            "elastic.log_dir": str(folder),
-        }
-        self.config: RemoraConfig = load_config(None, overrides=overrides)
-        self.folder = folder / NAME
-        self.is_again = True
-        self.living: View | None = view_of()
-        self.is_readable = True
-        self.why: Exception = WeightsError("it is not there")
-        self.swept: list[list[dict[str, Any]]] = []  # what the log held when all was ended
-        self.deployed = threading.Event()
-
-    def write(self, *records: dict[str, Any]) -> None:
-        wal, _ = Wal.open(self.folder)
-        for record in records:
-            wal.append(record)
-        wal.close()
-
-    def made(self) -> Coordinator:
-        return Coordinator(self.config.model_dump(mode="json"), b"x" * 32)
-
-    def inspect(self, _: str) -> None:
-        if not self.is_readable:
-            raise self.why
-
-    def sweep(self, _: str) -> None:
-        log = self.folder / FILE
-        self.swept.append(decode_records(log.read_bytes(), log)[0] if log.exists() else [])
 
 
 @pytest.fixture
-def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lives]:
-    found = Lives(tmp_path)
-    monkeypatch.setattr(module, "is_next_life", lambda: found.is_again)
-    monkeypatch.setattr(module, "inspect_model", found.inspect)
-    monkeypatch.setattr(module, "end_all", found.sweep)
-    monkeypatch.setattr(module, "LOCK_S", 0.05)
-    monkeypatch.setattr(module, "ADOPT_EVERY_S", 0.05)
-    monkeypatch.setattr(Elastic, "resume", lambda *_: found.living)
-    monkeypatch.setattr(beside.Beside, "listen", lambda _: None)
-    monkeypatch.setattr(beside.Beside, "serve", lambda *_: None)
-    yield found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    done = threading.Event()
-    for _ in range(int(SOON_S / 0.02)):
-        if condition():
-            return
-        done.wait(0.02)
-    raise AssertionError("not within the time")
+def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lives:
+    return Lives(tmp_path, monkeypatch)
 
 
 def test_who_asks_a_thread_that_has_failed_hears_nothing(
@@ -161,80 +99,6 @@ def test_what_cannot_be_adopted_now_is_adopted_later(lives: Lives, why: Exceptio
     until(lambda: coordinator.phase() == "serving")
 
 
-def test_a_view_that_is_committed_while_the_online_loop_is_made_is_planned_against(
-    lives: Lives, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A coordinator that comes back goes on with the operation in flight at once. The loop kept to
-    the view before, and no round had a plan until the next commit."""
-    newer, told = view_of(2), []
-
-    class Loop:
-        def adopt_view(self, view: View) -> None:
-            told.append(view.epoch)
-
-    def made(_: object, __: object, view: View, *___: object, **____: object) -> Loop:
-        told.append(view.epoch)
-        coordinators[0]._publish(newer)
-        return Loop()
-
-    def resume(elastic: Elastic, *_: object) -> View:
-        coordinators.append(elastic._publish.__self__)  # type: ignore[attr-defined]
-        coordinators[0]._publish(view_of())
-        return view_of()
-
-    coordinators: list[Coordinator] = []
-    lives.config = lives.config.model_copy(
-        update={"router": lives.config.router.model_copy(update={"enabled": True})}
-    )
-    monkeypatch.setattr(Elastic, "resume", resume)
-    monkeypatch.setattr(module, "find_actor", lambda _: object())
-    monkeypatch.setattr(beside.Beside, "serve", SERVE)
-    monkeypatch.setattr(beside, "make_rebalancer", made)
-    lives.write({"t": "base"})
-    assert lives.made().view() == newer
-    assert told == [1, 2]
-
-
-def test_a_port_that_is_taken_when_a_coordinator_comes_back_is_listened_on_once_it_is_free(
-    lives: Lives, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It was tried once: no calls over gRPC for the rest of that life."""
-    monkeypatch.setattr(beside.Beside, "listen", LISTEN)
-    monkeypatch.setattr(beside, "LISTEN_EVERY_S", 0.05)
-    lives.write({"t": "base"})
-    with socket.create_server(("127.0.0.1", 0)) as before:
-        port = before.getsockname()[1]
-        own = {"port": port, "bind_address": "127.0.0.1"}
-        lives.config = lives.config.model_copy(
-            update={"elastic": lives.config.elastic.model_copy(update=own)}
-        )
-        coordinator = lives.made()
-        assert coordinator.phase() == "serving"
-        status = coordinator.status()
-        assert status["operator"]["address"] == "", "the port is taken"
-        assert f"127.0.0.1:{port}" in status_text(status)
-    until(lambda: coordinator.status()["operator"]["address"] == f"127.0.0.1:{port}")
-    assert "gRPC" not in status_text(coordinator.status())
-    coordinator.stop()
-
-
-def test_a_port_that_stays_taken_keeps_nobody_from_stopping(
-    lives: Lives, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = threading.Event()
-
-    def listen(_: beside.Beside) -> None:
-        tried.set()
-        raise ClusterError("the port is taken")
-
-    monkeypatch.setattr(beside.Beside, "listen", listen)
-    lives.write({"t": "base"})
-    coordinator = lives.made()
-    assert tried.is_set()
-    coordinator.stop()
-    assert coordinator.phase() == "stopped"
-
-
 def test_a_log_of_another_version_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was a KeyError, with which Ray gives a coordinator up for good."""
     monkeypatch.setattr(Elastic, "resume", RESUME)
@@ -281,16 +145,36 @@ def test_who_retires_and_was_a_standby_once_is_adopted_and_not_ended(
     assert handles["dense-0"] == "dense-0#1" and len(kept) == len(handles) == 4
 
 
-def test_a_log_that_another_life_still_holds_is_waited_for(lives: Lives) -> None:
+def test_a_log_that_another_life_still_holds_is_waited_for(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of the network may keep the lock of a host that is gone for a minute or two. Who
+    asks for the deployment meanwhile hears why, and does not have the coordinator removed."""
     held, _ = Wal.open(lives.folder)
     held.append({"t": "base"})
     coordinator = lives.made()
+    with pytest.raises(WalError, match="another coordinator writes it"):
+        coordinator.deploy()
     assert coordinator.phase() == "new"
+    monkeypatch.setattr(module, "LOCK_S", SOON_S)
+    threading.Timer(0.3, held.close).start()
+    assert coordinator.deploy() == view_of()
+
+
+def test_stop_waits_for_no_log_that_another_life_holds(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited until the lock was there, or 120 s had passed."""
+    monkeypatch.setattr(module, "ADOPT_EVERY_S", 1000.0)
+    monkeypatch.setattr(module, "LOCK_S", 1000.0)
+    held, _ = Wal.open(lives.folder)
+    held.append({"t": "base"})
+    coordinator = lives.made()
+    coordinator.stop()
+    assert coordinator.phase() == "stopped" and len(lives.swept) == 1
+    with pytest.raises(ClusterError, match="has been stopped"):
+        coordinator.deploy()
     held.close()
-    until(lambda: coordinator.phase() == "serving")
-    wal, _ = Wal.open(lives.folder / "elsewhere")
-    threading.Timer(0.3, wal.close).start()
-    Wal.open(lives.folder / "elsewhere", SOON_S)[0].close()
 
 
 def test_where_nothing_lives_another_life_begins_again(
