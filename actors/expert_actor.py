@@ -149,6 +149,13 @@ class ExpertActor:
         """Returns when the shard serves no more."""
         self._thread.wait_until_end()
 
+    def held_bytes(self) -> tuple[int, int]:
+        """Of one slot of every MoE layer, and of all second copies; 0 before it has loaded."""
+        shard = self._shard
+        if shard is None:
+            return 0, 0
+        return sum(shard.nbytes_of(layer) for layer in shard.state.layers), shard.copies_nbytes
+
     def status(self) -> dict[str, Any]:
         """What `remora status` shows of this shard."""
         shard, pump, launch, slots = self._shard, self._pump, self._launch, self._slots
@@ -198,7 +205,6 @@ class ExpertActor:
             member=member,
             manifest=shard.manifest,
             room=room,
-            slot_bytes=sum(shard.nbytes_of(layer) for layer in shard.state.layers),
             copies=copies,
         )
 

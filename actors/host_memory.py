@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 PROC: Final = Path("/proc")
 CGROUPS: Final = Path("/sys/fs/cgroup")
 # (folder of the hierarchy, limit, usage, clean page cache in memory.stat): versions 2 and 1
@@ -10,6 +12,15 @@ _VERSIONS: Final = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+class HostMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard that joins needs to know of the host of one that is there; bytes."""
+
+    host: str  # label
+    free: int  # that a new process may take
+    slot: int  # of one slot of every MoE layer of this shard; 0: it loads
+    copies: int  # of this shard's second copies, which a new one may take, too
 
 
 def free_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:

@@ -12,5 +12,4 @@ class ShardFacts(msgspec.Struct, frozen=True, kw_only=True):
     member: Member
     manifest: Manifest
     room: dict[int, int]  # decoder layer -> slots, of every MoE layer
-    slot_bytes: int = 0  # one slot of every MoE layer
     copies: Endpoint | None = None  # where others copy its experts; None: they cannot

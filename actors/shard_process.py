@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from remora.actors.collector import objects_that_stay
-from remora.actors.host_memory import free_memory
+from remora.actors.host_memory import HostMemory, free_memory
 from remora.actors.launch import CopyOrder, ShardLaunch, host_label
 from remora.actors.light_process import LightProcess
 
@@ -64,11 +64,10 @@ class ShardProcess(LightProcess["ExpertActor", ShardLaunch]):
         """As `ExpertActor.fence`."""
         self._made().fence(names, term)
 
-    def host_memory(self) -> tuple[str, int, int]:
-        """Label of this host, bytes that a new process of it may take, and those of this shard's
-        second copies, which it may take too."""
-        copies = self._actor.status()["second_copies_bytes"] if self._actor is not None else 0
-        return host_label(), free_memory(), copies
+    def host_memory(self) -> HostMemory:
+        """What this host has left for another shard."""
+        slot, copies = self._actor.held_bytes() if self._actor is not None else (0, 0)
+        return HostMemory(host=host_label(), free=free_memory(), slot=slot, copies=copies)
 
     def _import(self) -> None:
         from remora.actors import expert_actor  # noqa: F401

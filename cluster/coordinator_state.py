@@ -57,7 +57,7 @@ from remora.cluster.operation import (
     is_dense,
     taken_by,
 )
-from remora.cluster.operation_plan import held_by_living, plan_target, same_slots
+from remora.cluster.operation_plan import FreeMemory, held_by_living, plan_target, same_slots
 from remora.comm.errors import ConfigError, OperationRunsError
 
 
@@ -129,14 +129,20 @@ class CoordinatorState(Cancellations):
             self.memory = None  # it gets old
         return self._taken()
 
-    def resume(self, operation: Operation | None, now_s: float) -> list[Effect]:
+    def resume(
+        self, operation: Operation | None, now_s: float, memory: FreeMemory | None = None
+    ) -> list[Effect]:
         """After a restart, with the view of the log: everybody is told it again, and an operation
-        that was in flight is finished if it had committed anything, else undone.
+        that was in flight is finished if it had committed anything, else undone. What is accepted
+        begins then.
 
         Args:
             operation: in flight, with the number of rounds that are in the log.
+            memory: for what is accepted.
         """
         self._now_s = now_s
+        if self.accepted is not None:
+            self.accepted = self.accepted[0], memory
         follow = partial(self._resumed, operation)
         # streams must not wait for an emptier disk
         self._log("term", follow, lambda _: follow())

@@ -24,6 +24,7 @@ from remora.cluster.log_folder import folder_below
 from remora.cluster.member_tasks import ROUTER_LIFE, MemberTasks, find_actor
 from remora.cluster.node_watch import NodeWatch, RayNodes
 from remora.cluster.operation import Drain, Effect, Pair, ScaleTo, Target, is_dense
+from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.operation_runner import OperationRunner
 from remora.cluster.places import why_placeless
 from remora.cluster.standbys import Standbys, end_strays
@@ -115,7 +116,7 @@ class Elastic:
             has_router=router is not None,
         )
         self._wal.replace(state.snapshot())
-        self._run(state, spec, handles, router, state.begin(self._clock()))
+        self._run(state, spec, handles, router, lambda: state.begin(self._clock()))
 
     def resume(self, records: list[dict[str, Any]], spec: ModelSpec, router: Any) -> View | None:
         """Take over from a coordinator that died, by its log; None: nothing of it lives.
@@ -145,7 +146,12 @@ class Elastic:
         logger.warning("adopting %s; operation in flight: %s", sorted(living), in_flight)
         for uid, handle in living.items():
             self._changed(uid, handle, "")
-        self._run(state, spec, living, router, state.resume(operation, self._clock()))
+
+        def resumed() -> list[Effect]:
+            memory = self._memory_for(state.accepted[0].target) if state.accepted else None
+            return state.resume(operation, self._clock(), memory)
+
+        self._run(state, spec, living, router, resumed)
         for m in members:
             if not living.keys() >= set(ranks[m.uid]):
                 self.begun().lost(m.uid, m.incarnation)
@@ -162,10 +168,7 @@ class Elastic:
                 "experts.transport = nccl: members that died come back, but none comes or goes yet,"
                 " and no expert moves: scale and move experts with transport auto or tcp"
             )
-        memory = None
-        if self._tasks is not None and _may_join(target):
-            memory = self._tasks.free_memory(self.nodes.nodes if self.nodes else frozenset())
-        return self.begun().request(operation_id, target, memory)
+        return self.begun().request(operation_id, target, self._memory_for(target))
 
     def heartbeat(self) -> tuple[int, int]:
         """As `Coordinator.heartbeat`."""
@@ -226,10 +229,17 @@ class Elastic:
         """Let another life read the log."""
         self._wal.close()
 
+    def _memory_for(self, target: Target) -> FreeMemory | None:
+        """What hosts have left for who joins by an operation, if anybody may."""
+        if self._tasks is None or not _may_join(target):
+            return None
+        return self._tasks.free_memory(self.nodes.nodes if self.nodes else frozenset())
+
     def _run(
         self, state: CoordinatorState, spec: ModelSpec, handles: Mapping[str, Any], router: Any,
-        effects: list[Effect],
+        begin: Callable[[], list[Effect]],
     ) -> None:  # fmt: skip
+        """`begin`: what there is to do, once members can be asked."""
         self._view = state.view
         tasks = MemberTasks(
             self._config,
@@ -277,7 +287,7 @@ class Elastic:
             why_placeless=partial(why_placeless, self._config, ray_nodes, tasks.homes),
             give_up=self.begun().give_up,
         )
-        self.runner.start(effects)
+        self.runner.start(begin())
         self.health.start(state.view)
         self.nodes.start()
         if state.operation is None:

@@ -12,6 +12,7 @@ import msgspec
 import ray
 
 from remora.actors.health_state import Beat, Life
+from remora.actors.host_memory import HostMemory
 from remora.actors.launch import RAY_NAMESPACE, CopyOrder, ReplicaSource, actor_name
 from remora.actors.model_spec import ModelSpec
 from remora.actors.shard_facts import ShardFacts
@@ -103,7 +104,6 @@ class MemberTasks:
         self._lives: dict[tuple[str, int], Any] = {}
         self._newest: dict[str, int] = {}
         self._copies: dict[tuple[str, int], Endpoint] = {}
-        self._slot_bytes = 0
         self._router: Any = None
         self._closed = False
         self._copying = CopyWatch(self._living)
@@ -119,7 +119,6 @@ class MemberTasks:
     def know(self, facts: ShardFacts) -> None:
         """Where the experts of a shard are copied."""
         with self._lock:
-            self._slot_bytes = facts.slot_bytes
             if facts.copies is not None:
                 self._copies[facts.member.uid, facts.member.incarnation] = facts.copies
 
@@ -135,22 +134,22 @@ class MemberTasks:
         return found
 
     def free_memory(self, leaving: AbstractSet[str]) -> FreeMemory | None:
-        """What hosts have left now, without those of nodes that go away; waits a moment. None:
-        shards have not told their sizes."""
+        """What hosts have left now, without those of nodes that go away; waits a moment. None: no
+        shard has told what a slot takes."""
         shards = {u: h for u, h in self._living().items() if u.startswith("shard-")}
         asked = {uid: handle.host_memory.remote() for uid, handle in shards.items()}
-        answers = answers_within(asked, MEMORY_S)
-        by_host: dict[str, int] = {}
-        copies: dict[str, int] = {}
-        for told in answers.values():
-            if isinstance(told, tuple) and told[0] not in leaving:
-                by_host[told[0]] = told[1]
-                copies[told[0]] = copies.get(told[0], 0) + told[2]
-        hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
-        with self._lock:
-            slot_bytes = self._slot_bytes
+        answers = answers_within(asked, MEMORY_S).values()
+        told = [each for each in answers if isinstance(each, HostMemory)]
+        slot_bytes = max((each.slot for each in told), default=0)
         if not slot_bytes:
             return None
+        by_host: dict[str, int] = {}
+        copies: dict[str, int] = {}
+        for each in told:
+            if each.host not in leaving:
+                by_host[each.host] = each.free
+                copies[each.host] = copies.get(each.host, 0) + each.copies
+        hosts = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
         others = len(hosts - by_host.keys())
         return FreeMemory(slot_bytes=slot_bytes, by_host=by_host, copies=copies, others=others)
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,8 +20,10 @@ from remora.cluster import elastic
 from remora.cluster.coordinator import Coordinator
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.coordinator_recovery import recovered
+from remora.cluster.coordinator_state import CoordinatorState
 from remora.cluster.elastic import ENDING, Elastic
-from remora.cluster.operation import Operation, ScaleTo
+from remora.cluster.operation import Effect, Operation, ScaleTo
+from remora.cluster.operation_plan import FreeMemory
 from remora.cluster.wal import FILE, Wal, WalError, decode_records
 from remora.comm.errors import ClusterError, WeightsError
 
@@ -143,6 +146,44 @@ def test_who_retires_and_was_a_standby_once_is_adopted_and_not_ended(
     adopting.let_go()
     assert handles[uid] == name and name in kept
     assert handles["dense-0"] == "dense-0#1" and len(kept) == len(handles) == 4
+
+
+def test_what_was_accepted_is_planned_with_the_memory_that_hosts_have(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is asked for; it began whether or not it fits."""
+    it = World(SLOTS, num_experts=4, room=4)
+    it.placeless.add("shard-2")
+    it.ask("replace-x:1", ScaleTo(3, gives_way=True))
+    it.answer_all()
+    it.ask("mine", ScaleTo(4))
+    assert it.log[-1]["t"] == "accepted"
+    begun: list[Callable[[], list[Effect]]] = []
+    machines: list[CoordinatorState] = []
+
+    def run(operations: Elastic, state: CoordinatorState, *others: Any) -> None:
+        free = FreeMemory(slot_bytes=1 << 20, by_host={"host-0": 1 << 20})
+        operations._tasks = cast(Any, SimpleNamespace(free_memory=lambda _: free))
+        machines.append(state)
+        begun.append(others[-1])
+
+    monkeypatch.setattr(elastic, "limits_of", lambda *_: Limits())
+    monkeypatch.setattr(elastic, "find_actor", lambda found: found)
+    monkeypatch.setattr(elastic, "end_strays", lambda *_: None)
+    monkeypatch.setattr(Elastic, "_run", run)
+    adopting = Elastic(
+        lives.config, b"", Wal.open(lives.folder)[0], publish=lambda _: None,
+        changed=lambda *_: None,
+    )  # fmt: skip
+    RESUME(adopting, json.loads(msgspec.json.encode(it.log)), cast(Any, None), None)
+    adopting.let_go()
+    it.state, effects = machines[0], begun[0]()
+    it.unplaced.clear()
+    it._carry_out(effects)
+    it.settle()
+    mine = it.state.history["mine"]
+    assert mine.outcome == "failed" and mine.reason.startswith("no memory for 2 more shards")
+    it.check_at_rest()
 
 
 def test_a_log_that_another_life_still_holds_is_waited_for(

@@ -38,8 +38,10 @@ def test_a_joiner_loads_idle_and_serves_at_normal_priority(cluster: LocalCluster
     )
     process = ShardProcess(launch)
     assert process.progress().phase == process.status()["phase"] == "starting"
+    assert process.host_memory().slot == 0, "it does not know yet"
     try:
         facts = process.join()
+        assert process.host_memory().slot == process.status()["weights_bytes"] // 8
         assert facts.manifest == cluster.shards[0].facts().manifest
         threads = {thread.name: thread.native_id for thread in threading.enumerate()}
         serving = threads["remora-shard-1"]
