@@ -162,11 +162,14 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    engine = service.serving.engine
+    engine, metrics = service.serving.engine, service.serving.metrics
 
     def health(status: str) -> HealthResponse:
         return HealthResponse(
-            status=status, dense_groups=engine.num_groups, dense_groups_serving=engine.num_serving
+            status=status,
+            dense_groups=engine.num_groups,
+            dense_groups_serving=engine.num_serving,
+            experts_without_replica=metrics.experts_without_replica,
         )
 
     @app.get("/health")
@@ -176,7 +179,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready", responses=error_responses(503))
     async def get_ready() -> HealthResponse:
-        """Readiness: some dense group is connected and serves."""
+        """Readiness: some dense group is connected and serves; `degraded`: not each of them does,
+        or requests wait for an expert that no living shard holds."""
         if engine.num_serving == 0:
             raise RequestError(
                 f"no dense group serves: {engine.why_not() or 'none is connected'}",
@@ -184,13 +188,13 @@ def _add_health(app: FastAPI, service: Service) -> None:
                 type="service_unavailable_error",
                 code="not_ready",
             )
-        full = engine.num_serving == engine.num_groups
-        return health("ready" if full else "degraded")
+        is_full = engine.num_serving == engine.num_groups and not metrics.experts_without_replica
+        return health("ready" if is_full else "degraded")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def get_metrics() -> Response:
         """Prometheus exposition."""
-        text = service.serving.metrics.render()
+        text = metrics.render()
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
 

@@ -42,6 +42,7 @@ _TOTALS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("remora_engine_steps", "Steps of the dense group", lambda s: s.steps_total),
 )
 
+EXPERTS_WITHOUT_REPLICA = "remora_experts_without_replica"
 COORDINATOR_GAUGES: tuple[tuple[str, str], ...] = (
     (
         "remora_rebalance_predicted_gain_ratio",
@@ -53,7 +54,7 @@ COORDINATOR_GAUGES: tuple[tuple[str, str], ...] = (
     ),
     ("remora_seconds_since_last_rebalance", "Since the last move was decided"),
     ("remora_members_hung", "Members ended for want of progress, in the coordinator's life"),
-    ("remora_experts_without_replica", "Experts of all layers that no living shard holds"),
+    (EXPERTS_WITHOUT_REPLICA, "Experts of all layers that no living shard holds"),
     ("remora_experts_with_one_replica", "Experts of all layers that one living shard holds"),
     ("remora_autoscale_units", "Units of the pool that the policy is for"),
     ("remora_autoscale_target_units", "Units that the last decision wants"),
@@ -127,6 +128,12 @@ class IngressMetrics:
         reg.register(_RouterCollector(routed, lambda: self.coordinator))
         reg.register(_TrafficCollector(traffic))
         reg.register(_ReplayCollector(replays))
+
+    @property
+    def experts_without_replica(self) -> int | None:
+        """Experts of all layers that no living shard holds; None: the coordinator does not tell."""
+        told = self.coordinator.get(EXPERTS_WITHOUT_REPLICA)
+        return None if told is None else int(told)
 
     def refuse(self, num_sequences: int) -> None:
         """A request was answered 429."""

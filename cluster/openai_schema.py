@@ -376,3 +376,5 @@ class HealthResponse(Answer):
     status: str
     dense_groups: int
     dense_groups_serving: int
+    # that no living shard holds, over all layers; null: the coordinator has not told
+    experts_without_replica: int | None

@@ -12,6 +12,7 @@ from support.serving import MODEL, STORY, make_engine, running_service
 
 from remora.cluster.admission import RETRY_AFTER_S_MAX, Admission
 from remora.cluster.ingress import build_app
+from remora.cluster.metrics import EXPERTS_WITHOUT_REPLICA
 from remora.cluster.request_plan import sequence_seed
 from remora.cluster.service import Service
 from remora.comm.errors import OverloadedError
@@ -122,6 +123,21 @@ def test_an_error_in_a_stream_is_an_event_and_other_groups_go_on() -> None:
 
     with make_engine() as first, make_engine(uid="dense-1") as second:
         run(check, first, second)
+
+
+def test_experts_that_no_living_shard_holds_make_a_deployment_degraded() -> None:
+    """Each request waited, and it was ready."""
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        metrics = service.serving.metrics
+        for told, status in ((None, "ready"), (3.0, "degraded"), (0.0, "ready")):
+            metrics.coordinator = {} if told is None else {EXPERTS_WITHOUT_REPLICA: told}
+            answer = await client.get("/ready")
+            assert (answer.status_code, answer.json()["status"]) == (200, status)
+            assert answer.json()["experts_without_replica"] == told
+
+    with make_engine() as engine:
+        run(check, engine)
 
 
 def test_load_balancers_may_probe_with_head() -> None:
