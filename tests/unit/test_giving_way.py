@@ -147,17 +147,20 @@ def test_a_replacement_that_a_coordinator_left_behind_may_be_asked_for_again() -
 
 
 @pytest.mark.parametrize("fault", ["crash before", "crash after"])
-def test_what_was_accepted_is_known_to_the_next_coordinator_and_done(fault: Fault) -> None:
+@pytest.mark.parametrize("target", [ScaleTo(dense_groups=3), PlaceAs(SWAPPED)])
+def test_what_was_accepted_is_known_to_the_next_coordinator_and_done(
+    target: Target, fault: Fault
+) -> None:
     """It was in the log only once it had begun: who waited for it heard that nobody knows it."""
     undisturbed = waiting_for_room()
     first = undisturbed.events + 1
-    undisturbed.run("mine", ScaleTo(dense_groups=3))
+    undisturbed.run("mine", target)
     waited = set()
     for at in range(first, undisturbed.events + 1):
         it = waiting_for_room()
         it.fault, it.at = fault, at
         seen = logs_at_restarts(it)
-        it.ask("mine", ScaleTo(dense_groups=3))
+        it.ask("mine", target)
         it.settle()
         [log] = seen
         mine = it.state.history.get("mine")
