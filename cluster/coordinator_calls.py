@@ -13,6 +13,7 @@ from remora.cluster.operation import (
     Adopt,
     Alarm,
     Ask,
+    Canary,
     CanaryResult,
     Effect,
     Fence,
@@ -191,7 +192,7 @@ class CoordinatorCalls(ABC):
             self._aside[self._calls] = task
             self._put(Ask(self._calls, task))
 
-    def _try_again(self, task: Adopt | Keep | Stop | Fence | Offer, reason: str) -> None:
+    def _try_again(self, task: Task, reason: str) -> None:
         """Where there is no way back, or going back is worse: again, and in the end without."""
         name = f"{type(task).__name__} {task.uid}"
         self._tries[name] = self._tries.get(name, 0) + 1
@@ -208,7 +209,10 @@ class CoordinatorCalls(ABC):
         return isinstance(task, Keep | Stop | Fence | Quiesce)
 
     def _may_do_without(self, task: Task) -> bool:
-        """Whether what fails of this undoes nothing."""
+        """Whether what fails of this undoes nothing: it may not any more, or somebody comes back,
+        whom nobody keeps away that is there."""
+        if isinstance(task, Canary):  # of a shard that serves, for comparison
+            return self._is_restore() and task.uid not in self._running().joiners
         return self._is_past_commit(task) or (isinstance(task, Offer) and self._is_pressing())
 
     def _may_restore(self) -> bool:

@@ -333,7 +333,7 @@ class CoordinatorState(Cancellations):
             return
         if isinstance(task, Quiesce):  # what it has goes on elsewhere when it is stopped
             self._go_on()
-        elif isinstance(task, Adopt | Keep | Stop | Fence | Offer) and self._may_do_without(task):
+        elif self._may_do_without(task):
             self._try_again(task, reason)
         else:
             self._failed_by(task.uid, f"{task.uid}: {reason}")
