@@ -41,6 +41,8 @@ class SimOperator:
             self.shards = set(operation.slots)
         elif isinstance(target, ScaleTo | Drain) and (is_done or operation.round):
             self.shards = self.shards | {u for u in operation.joiners if not is_dense(u)}
+            # of a failed one, too, rounds that are committed stay
+            self.shards -= set(operation.retirees) - self._world.view.placement.slots.keys()
         if isinstance(target, Drain) and is_done:
             self.shards = self.shards - set(target.uids)
 

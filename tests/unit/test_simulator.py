@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_hosts_that_go_away_are_left_in_time_or_die_with_what_is_there() -> None
         lines = [line for o in outcomes for line in o.trace]
         assert any("operation evacuate-" in line for line in lines)
         assert any("dies with host-" in line for line in lines) == ended
+
+
+def test_who_retires_by_a_round_that_is_committed_is_not_missed() -> None:
+    """The operation fails in a later one, and somebody had wanted it to be done."""
+    cut = partial(Fault, kind="cut", who="coordinator")
+    silent = (
+        cut(step="prepare", for_s=2.1),
+        cut(step="verify", when="before", operation=1, for_s=9.0),
+        cut(step="commit", when="before", for_s=6.0),
+    )
+    dies = Fault(kind="kill", who="shard", step="commit", when="after", operation=3)
+    found = run_seed(143, (*silent, dies))
+    assert found.violation is None and "ScaleTo failed" in found.operations
 
 
 def test_faults_of_a_file(tmp_path: Path) -> None:
