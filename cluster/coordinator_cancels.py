@@ -4,7 +4,7 @@ What is not committed is undone at once. Between two rounds of one that has seve
 log is written, it is undone as soon as it may be: views that are committed stay.
 """
 
-from collections.abc import Set as AbstractSet
+import msgspec
 
 from remora.cluster.coordinator_restores import MemberRestores
 from remora.cluster.operation import BEFORE_COMMIT, Effect, Restore, TakeOver
@@ -16,8 +16,6 @@ CANCELLED = "it was cancelled"
 
 class Cancellations(MemberRestores):
     """A part of `CoordinatorState`."""
-
-    _unwanted: AbstractSet[str] = frozenset()  # ids of operations
 
     def give_up(self, operation_id: str, reason: str, now_s: float) -> list[Effect]:
         """Undo an operation that waits for who joins; any other is left as it is."""
@@ -49,15 +47,15 @@ class Cancellations(MemberRestores):
                 f"{operation_id!r} is committed and all but over (step {operation.step}): ask for"
                 " what was by another one"
             )
-        running = {each.operation_id for each in self.history.values() if each.outcome == "running"}
-        self._unwanted = (self._unwanted & running) | {operation_id}
-        self._heed()
+        operation.is_unwanted = True  # also where that cannot be logged: the next life then goes on
+        entry = msgspec.to_builtins(operation)
+        self._log("unwanted", lambda: None, lambda _: None, operation=entry)
         return self._taken()
 
     def _heed(self) -> None:
         """Undo what is not wanted, once it may be."""
         operation = self.operation
-        if operation is None or operation.operation_id not in self._unwanted:
+        if operation is None or not operation.is_unwanted:
             return
         if operation.step in BEFORE_COMMIT and self._logging is None:
             self._abort(CANCELLED, ())

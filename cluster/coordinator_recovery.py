@@ -59,10 +59,11 @@ def _recovered(records: list[dict[str, Any]], limits: Limits, *, has_router: boo
         if record["t"] == "term":
             continue
         operation = msgspec.convert(record["operation"], Operation)
-        if record["t"] == "accepted":
+        is_accepted = accepted is not None and accepted.operation_id == operation.operation_id
+        if record["t"] == "accepted" or (record["t"] == "unwanted" and is_accepted):
             accepted = operation
             continue
-        if accepted is not None and accepted.operation_id == operation.operation_id:
+        if is_accepted:
             accepted = None
         if record["t"] == "ended":
             history[operation.operation_id] = record["operation"]

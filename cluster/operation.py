@@ -96,6 +96,7 @@ class Operation(msgspec.Struct, kw_only=True):
     outcome: Outcome = "running"
     step: Step = "plan"
     reason: str = ""  # why it failed, or what was odd about it
+    is_unwanted: bool = False  # it is undone as soon as it may be
     gave_way: bool = False  # it failed for another one's sake, and may be asked for again
     slots: Held = {}  # what it leads to
     joiners: dict[str, int] = {}  # uid -> incarnation
@@ -110,7 +111,7 @@ class Operation(msgspec.Struct, kw_only=True):
 
     def public(self) -> dict[str, object]:
         """Plain data for people and programs, without the placement (which may be megabytes)."""
-        inner = {"slots", "begun_s", "gave_way"}
+        inner = {"slots", "begun_s", "is_unwanted", "gave_way"}
         if isinstance(self.target, PlaceAs):
             inner.add("target")
         told = {name: getattr(self, name) for name in self.__struct_fields__ if name not in inner}

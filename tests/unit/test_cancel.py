@@ -61,6 +61,33 @@ def test_cancelled_after_any_event_nothing_is_left_half_done(target: Target, roo
     assert commits <= 1, "only while the log of its last commit is written"
 
 
+def test_what_was_cancelled_between_two_rounds_stays_so_in_the_next_life() -> None:
+    """It was in no log, and all rounds that were left followed."""
+    undisturbed = world(5).run("one", PlaceAs(SWAPPED))
+    assert undisturbed.round > 1
+    it = world(5)
+    it.ask("one", PlaceAs(SWAPPED))
+    while it.state.view.epoch == 1:
+        it.settle_one()
+    assert it.state.history["one"].step == "drain"
+    it.cancel("one")
+    it.restart()
+    it.settle()
+    operation = it.state.history["one"]
+    assert (operation.outcome, operation.reason) == ("failed", "it was cancelled")
+    assert (operation.round, it.state.view.epoch) == (1, 2)
+    it.check_at_rest()
+
+
+def test_what_cannot_be_logged_is_cancelled_all_the_same() -> None:
+    it = placeless()
+    it.fault, it.at = "disk", it.events + 1
+    it.cancel("up")
+    it.answer_all()
+    assert it.state.history["up"].reason == "it was cancelled"
+    it.check_at_rest()
+
+
 def placeless() -> World:
     """An operation waits for a place."""
     it = world(8)
@@ -79,7 +106,10 @@ def test_what_waits_for_a_place_is_cancelled_at_once() -> None:
     it.check_at_rest()
 
 
-def test_what_waits_until_another_has_given_way_is_cancelled_before_it_has_done_anything() -> None:
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_waits_until_another_has_given_way_is_cancelled_before_it_has_done_anything(
+    dies: bool,
+) -> None:
     it = world(8)
     it.placeless.add("shard-2")
     it.ask("replace-x:1", ScaleTo(3, gives_way=True))
@@ -87,6 +117,8 @@ def test_what_waits_until_another_has_given_way_is_cancelled_before_it_has_done_
     it.ask("mine", ScaleTo(1))
     it.cancel("mine")
     it.cancel("replace-x:1")
+    if dies:
+        it.restart()
     it.settle()
     assert it.state.history["mine"].reason == "it was cancelled"
     assert it.state.history["replace-x:1"].outcome == "failed"

@@ -13,8 +13,6 @@ from support.coordinator_rig import LAYERS, Fault, World
 from remora.cluster.coordinator_calls import Limits
 from remora.cluster.operation import (
     Ask,
-    CallFailed,
-    Canary,
     Drain,
     Log,
     ScaleTo,
@@ -179,27 +177,6 @@ def test_a_start_that_fails_is_left_out_and_tried_again_later(how: str) -> None:
     assert it.state.lost == {"shard-1"} and it.state.lost_dense == set()
     it.settle()
     assert tried_s == [0.0, 1.0, 3.0, 7.0]
-    it.check_at_rest()
-
-
-def test_a_shard_that_serves_and_cannot_be_asked_keeps_nobody_from_coming_back() -> None:
-    """What it computes is for comparison alone; a start was undone for it, and counted as a try."""
-    it = World(BOTH, num_experts=8, room=8, replicas=2)
-    answer = it._answer
-
-    def unreachable(ask: Ask, here: Fault) -> None:
-        if isinstance(ask.task, Canary) and ask.task.uid == "shard-0":
-            it.queue.append(CallFailed(ask.call, "it is cut off"))
-        else:
-            answer(ask, here)
-
-    it._answer = unreachable  # type: ignore[method-assign]
-    it.kill("shard-1")
-    it.settle()
-    [operation] = it.settled
-    assert operation.outcome == "done"
-    assert operation.reason == "Canary shard-0: it is cut off; given up after 5 tries"
-    assert it.run("up", ScaleTo(3)).reason == "shard-0: it is cut off", "nobody waits for that"
     it.check_at_rest()
 
 

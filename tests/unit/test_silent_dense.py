@@ -1,10 +1,10 @@
-"""A dense group that answers nobody, and whom that keeps from what."""
+"""Members that are there and answer nobody, or with errors, and whom that keeps from what."""
 
 import pytest
 from support.coordinator_rig import LAYERS, Fault, World
 
 from remora.cluster.coordinator_calls import RETRIES_MAX, Limits
-from remora.cluster.operation import Ask, CallFailed, Drain, Offer, ScaleTo
+from remora.cluster.operation import Ask, CallFailed, Canary, Drain, Offer, ScaleTo
 
 ALL = (tuple(range(8)),) * len(LAYERS)
 BOTH = {"shard-0": ALL, "shard-1": ALL}
@@ -116,3 +116,24 @@ def test_a_dense_group_that_joins_and_does_not_adopt_is_tried_again_alone() -> N
     assert it.state.lost == set() and it.state.lost_dense == {"dense-1"}
     it.wake()
     it.check_all_back()
+
+
+def test_a_shard_that_serves_and_cannot_be_asked_keeps_nobody_from_coming_back() -> None:
+    """What it computes is for comparison alone; a start was undone for it, and counted as a try."""
+    it = World(BOTH, num_experts=8, room=8, replicas=2)
+    answer = it._answer
+
+    def unreachable(ask: Ask, here: Fault) -> None:
+        if isinstance(ask.task, Canary) and ask.task.uid == "shard-0":
+            it.queue.append(CallFailed(ask.call, "it is cut off"))
+        else:
+            answer(ask, here)
+
+    it._answer = unreachable  # type: ignore[method-assign]
+    it.kill("shard-1")
+    it.settle()
+    [operation] = it.settled
+    assert operation.outcome == "done"
+    assert operation.reason == "Canary shard-0: it is cut off; given up after 5 tries"
+    assert it.run("up", ScaleTo(3)).reason == "shard-0: it is cut off", "nobody waits for that"
+    it.check_at_rest()
