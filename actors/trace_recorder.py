@@ -7,21 +7,23 @@ Shape suffixes: L MoE layers, T rows, K top-k.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from remora.actors.launch import Launch
-from remora.actors.model_spec import ModelSpec
-from remora.comm.routing_counter import Run
 from remora.comm.trace import TraceHeader, encode_block, make_trace
+
+if TYPE_CHECKING:  # torch and numba: whoever is given a `Recorded` imports this
+    from remora.actors.model_spec import ModelSpec
+    from remora.comm.routing_counter import Run
 
 BUFFER_BYTES_MAX: Final = 32 << 20
 
 
-def header_of(launch: Launch, spec: ModelSpec) -> TraceHeader:
+def header_of(launch: Launch, spec: "ModelSpec") -> TraceHeader:
     """Of the traces of a deployment's ranks."""
     return TraceHeader(
         model=launch.model,
@@ -57,7 +59,7 @@ class TraceRecorder:
         self._left_out = 0
         self._blocks: list[bytes] = []
 
-    def note(self, ids_LTK: NDArray[np.int64], runs: Sequence[Run]) -> None:
+    def note(self, ids_LTK: NDArray[np.int64], runs: "Sequence[Run]") -> None:
         """Keep rows; those of runs without token ids (computed before recording began) go."""
         if any(not run.token_ids for run in runs):
             known_T = np.repeat([bool(r.token_ids) for r in runs], [r.num_tokens for r in runs])

@@ -17,6 +17,7 @@ from remora.actors.launch import NORMAL_PRIORITY, RAY_NAMESPACE, Progress, coord
 from remora.actors.router_lookup import router_address
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator_process import OVER, CoordinatorProcess
 from remora.cluster.operation import Target
 from remora.comm.errors import ClusterError, ConfigError, DeadlineError, RemoraError, first_line
 from remora.comm.view import Member, View
@@ -42,7 +43,7 @@ class ClusterHandle:
 
     name: str
     token: bytes
-    coordinator: Any  # ray actor handle of `Coordinator`
+    coordinator: Any  # ray actor handle of `CoordinatorProcess`
 
     def view(self) -> View:
         """The committed view. Raises ClusterError when nothing serves."""
@@ -156,10 +157,8 @@ def ensure_cluster(
 
 def _coordinator(config: RemoraConfig) -> Any:
     """The deployment's coordinator, made if there is none that may yet serve."""
-    from remora.cluster.coordinator import Coordinator  # torch: nothing for who only looks
-
     remote: Any = ray.remote  # its overloads know no groups of a class given later
-    make = remote(concurrency_groups={DEPLOY: 1, HEARTBEATS: 1})(Coordinator).options(
+    make = remote(concurrency_groups={DEPLOY: 1, HEARTBEATS: 1})(CoordinatorProcess).options(
         name=coordinator_name(config.name),
         namespace=RAY_NAMESPACE,
         lifetime="detached",
@@ -192,8 +191,6 @@ def _remove_if_over(actor: Any, within_s: float) -> bool:
         ClusterError: it could not be made.
         DeadlineError: it has not answered; it is ended, and started again by Ray.
     """
-    from remora.cluster.coordinator import OVER
-
     try:
         if ray.get(_retried(actor.phase), timeout=within_s) not in OVER:
             return False
@@ -245,8 +242,6 @@ def find_cluster(name: str) -> ClusterHandle | None:
 
 def is_up(name: str) -> bool:
     """Whether a deployment of that name runs, or is about to, in the connected Ray cluster."""
-    from remora.cluster.coordinator import OVER
-
     found = find_cluster(name)
     return found is not None and _read(found.coordinator.phase) not in OVER
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import ray
 
@@ -25,6 +25,7 @@ from remora.actors.process_log import keep_log
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
+from remora.cluster.coordinator_process import Phase
 from remora.cluster.dense_groups import remove_placement_groups
 from remora.cluster.elastic import ENDING, Elastic, log_folder
 from remora.cluster.first_processes import begin_processes, connect_all, plan_ranks
@@ -49,15 +50,13 @@ from remora.comm.view import View
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["new", "starting", "serving", "failed", "stopped"]
-OVER: tuple[Phase, ...] = ("failed", "stopped")  # nothing is up, and nothing will be
 LOCK_S: Final = 120.0  # a volume of the network may keep the lock of a host that is gone so long
 ADOPT_EVERY_S: Final = 5.0
 STARTING: Final = {"t": "starting"}  # in the log until there is a view: what is up then is nobody's
 
 
 class Coordinator:
-    """Brings one deployment up and down. Wrapped by `ray.remote` in `cluster.bootstrap`.
+    """Brings one deployment up and down. Ray starts it as `CoordinatorProcess`.
 
     Methods are called on a small thread pool (`max_concurrency`), so `progress` and `status` answer
     while `deploy` runs. The lock guards the fields; no remote call is made while it is held.

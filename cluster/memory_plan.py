@@ -26,7 +26,7 @@ from remora.cluster.launch import (
 )
 from remora.comm.bundles import NO_SOURCE
 from remora.comm.replay import choose_all
-from remora.comm.topology import held_of, uniform_topology
+from remora.comm.topology import held_of, replica_counts, uniform_topology
 from remora.comm.view import Placement
 from remora.comm.wire import HEADER_BYTES, PAIR_BYTES
 from remora.kernels.quantization import held_as
@@ -107,16 +107,6 @@ def _shard_part(
         "experts": [first[0], first[-1]] if is_run else None,
         "weights_bytes": sum(rooms) * expert_nbytes,
         "second_copies_bytes_max": num_copies * len(layers) * expert_nbytes,
-    }
-
-
-def replica_counts(placement: Placement) -> dict[str, int]:
-    """Over all experts of all layers: the fewest and the most replicas, and how many are spare."""
-    count_LE = np.sum(held_of(placement, tuple(placement.slots)), axis=1)
-    return {
-        "least": int(count_LE.min()),
-        "most": int(count_LE.max()),
-        "beyond_the_first": int((count_LE - 1).sum()),
     }
 
 

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from remora.actors.model_spec import inspect_model
 from remora.cluster.instances import Instance, missing
 from remora.cluster.manage_command import deployment_at, nothing_of
-from remora.cluster.memory_plan import replica_counts
 from remora.cluster.placement_file import check_fits, read_placement, write_placement
+from remora.comm.topology import replica_counts
 from remora.comm.view import Placement
 
 OK = 0
@@ -48,6 +47,8 @@ def run_check(
     placement = read_placement(path)
     num_experts, moe_layers = placement.num_experts, placement.moe_layers
     if model is not None:
+        from remora.actors.model_spec import inspect_model  # torch, only where needed
+
         spec = inspect_model(model)
         num_experts, moe_layers = spec.num_experts, spec.moe_layers
     check_fits(

@@ -69,6 +69,16 @@ def held_of(placement: Placement, uids: tuple[str, ...]) -> list[NDArray[np.bool
     return held_L
 
 
+def replica_counts(placement: Placement) -> dict[str, int]:
+    """Over all experts of all layers: the fewest and the most replicas, and how many are spare."""
+    count_LE = np.sum(held_of(placement, tuple(placement.slots)), axis=1)
+    return {
+        "least": int(count_LE.min()),
+        "most": int(count_LE.max()),
+        "beyond_the_first": int((count_LE - 1).sum()),
+    }
+
+
 def placement_from(
     held_L: list[NDArray[np.bool_]], *, uids: tuple[str, ...], moe_layers: tuple[int, ...]
 ) -> Placement:

@@ -16,7 +16,7 @@ from remora.cluster.bootstrap import (
     stop_cluster,
 )
 from remora.cluster.config import RemoraConfig
-from remora.cluster.coordinator import OVER
+from remora.cluster.coordinator_process import OVER
 from remora.cluster.operation import Drain, PlaceAs, ScaleTo
 from remora.cluster.wal import FILE
 from remora.comm.errors import ClusterError, ConfigError

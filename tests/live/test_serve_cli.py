@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import OpenAI
+from support.light_commands import run_commands
 from support.serving import DEMO_MODEL, demo_tokenizer
 
 REMORA = Path(sys.executable).parent / "remora"
@@ -276,6 +277,23 @@ def test_its_placement_can_be_exported(home: Path, served: dict[str, Any]) -> No
     assert nobody == 3
     status, again = run(home, "placement", "check", str(path), "--model", str(DEMO_MODEL))
     assert status == 0 and again["replicas"] == facts["replicas"]
+
+
+def test_who_asks_it_imports_none_of_what_it_runs(home: Path, served: dict[str, Any]) -> None:
+    """Ray imports the class of the coordinator in all that get its handle, and what answers are
+    made of: 1.7 s of torch in each command."""
+    file = str(home / "asked.yaml")
+    ask = [
+        ("status",),
+        ("placement", "export", file),
+        ("placement", "import", file),
+        ("scale", "--shards", "2"),
+        ("rebalance", "--dry-run"),
+        ("trace", "record", "--seconds", "0.1", "-o", str(home / "asked.trace")),
+    ]
+    found = run_commands(ask, {"REMORA_RUNTIME_DIR": str(home)})
+    for command, done in zip(ask, found, strict=True):
+        assert done["status"] == 0 and done["costly"] == [], (command, done)
 
 
 @pytest.mark.long

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import ray
-from support.imports import imported_at_once
 from support.operations import world_operations
 
 from remora.cluster import members
@@ -198,11 +197,3 @@ def test_a_router_that_is_off_or_dead_is_told() -> None:
     dead = {"alive": False, "error": "The actor died", "rebalance": None}
     assert router_text(dead)[0].split(maxsplit=2)[:2] == ["router", "dead"]
     assert "The actor died" in router_text(dead)[0]
-
-
-def test_who_only_asks_imports_no_model_code() -> None:
-    """Two seconds of torch before every `remora status` and `remora scale`."""
-    at_once = imported_at_once("remora.cluster.manage_command")
-    assert "remora.cluster.bootstrap" in at_once
-    assert not at_once & {"torch", "transformers", "numba", "scipy"}
-    assert "torch" in imported_at_once("remora.cluster.coordinator"), "the walk would see it"
