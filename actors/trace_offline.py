@@ -107,7 +107,7 @@ def record_texts(
         note="teacher forcing",
     )
     window = min(plan.window, spec.max_positions)
-    for file in files:  # before a trace that is there is replaced
+    for file in files:  # before a model is loaded
         next(read_texts(file.path), None)
     with TraceWriter(output, header, overwrite=overwrite) as writer:
         model = _load(checkpoint, resolve_dtype(spec, "auto"))

@@ -40,7 +40,9 @@ def add_trace(commands: "_SubParsersAction[ArgumentParser]") -> None:
     record.add_argument(
         "--output", "-o", type=Path, required=True, metavar="FILE", help="where it is written"
     )
-    record.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    record.add_argument(
+        "--force", action="store_true", help="replace FILE, once the new one is whole"
+    )
     record.add_argument("--max-tokens", type=_positive, default=100_000, help="default 100,000")
     record.add_argument("--weights", action="store_true", help="gate weights too (texts only)")
     record.add_argument(

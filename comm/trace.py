@@ -11,6 +11,7 @@ whole block, and `is_whole` says so.
 Shape suffixes: T tokens, L MoE layers, K top-k.
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -262,29 +263,38 @@ def decode_block(header: TraceHeader, num_tokens: int, raw: bytes) -> Trace:
     return Trace(header=header, **columns, experts_LTK=experts, weights_LTK=weights)
 
 
+def unfinished(path: Path) -> Path:
+    """Where a trace is written that is to replace the one at `path`."""
+    return path.with_name(f"{path.name}.part")
+
+
 class TraceWriter:
     """Writes a trace; a context manager. Not thread-safe.
 
     Args:
-        path: must not exist, unless `overwrite`.
+        path: must not exist, unless `overwrite`. What is there is kept until the new one is whole:
+            that is written beside it, as `unfinished(path)`.
 
     Raises:
         TraceError: it exists, or cannot be written (disk full, no such directory); from every
-            method. What was written before stays readable.
+            method. What was written before stays readable. Where that is no token, no file stays.
     """
 
     def __init__(self, path: Path, header: TraceHeader, *, overwrite: bool = False) -> None:
         header.check()
         self.header = header
         self.num_tokens = 0  # given so far
-        self._path = path
+        self._path = Path(os.path.realpath(path))  # it is not a link that is replaced
+        is_device = os.path.exists(path) and not os.path.isfile(path)
+        self._is_beside = overwrite and not is_device
+        self._half = unfinished(self._path) if self._is_beside else self._path
         self._labels: dict[str, list[str]] = {"domains": [], "sources": []}
         self._said = 0  # labels in the file
         self._waiting: list[Trace] = []
         self._num_waiting = 0
         body = msgspec.msgpack.encode(header)
         try:
-            self._file: FileIO = path.open("wb" if overwrite else "xb", buffering=0)
+            self._file: FileIO = self._half.open("wb" if overwrite else "xb", buffering=0)
         except FileExistsError:
             raise TraceError(f"{path} exists already; choose another, or --force") from None
         except OSError as error:
@@ -323,7 +333,7 @@ class TraceWriter:
             self._put(encode_block(block))
 
     def close(self) -> None:
-        """Write what waits and the end; the file is whole then."""
+        """Write what waits and the end; the file is whole then, and in its place."""
         if self._file.closed:
             return
         try:
@@ -331,6 +341,11 @@ class TraceWriter:
             self._put(_record(b"DONE", 0, msgspec.msgpack.encode(self.num_tokens)))
         finally:
             self._file.close()
+        if self._is_beside:
+            try:
+                self._half.replace(self._path)
+            except OSError as error:
+                raise self._cannot(error) from error
 
     def __enter__(self) -> "TraceWriter":
         return self
@@ -342,6 +357,8 @@ class TraceWriter:
             self.close()
         else:
             self._file.close()  # without an end: the file says that it is not whole
+            if self.num_tokens == self._num_waiting and os.path.isfile(self._half):
+                self._half.unlink()  # nothing is in it, and the next try would find it there
         return False
 
     def _number(
@@ -357,7 +374,7 @@ class TraceWriter:
 
     def _put(self, data: bytes) -> None:
         if self._file.closed:
-            raise TraceError(f"{self._path} is closed")
+            raise TraceError(f"{self._half} is closed")
         try:
             left = memoryview(data)
             while left:  # unbuffered: what has been written is what a reader finds
@@ -368,5 +385,5 @@ class TraceWriter:
 
     def _cannot(self, error: OSError) -> TraceError:
         return TraceError(
-            f"{self._path}: cannot be written: {error.strerror} (after {self.num_tokens} tokens)"
+            f"{self._half}: cannot be written: {error.strerror} (after {self.num_tokens} tokens)"
         )

@@ -30,6 +30,7 @@ from remora.comm.trace import (
     TraceWriter,
     join,
     make_trace,
+    unfinished,
 )
 from remora.comm.trace_reader import TraceReader, read_trace
 
@@ -187,6 +188,34 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="exists already"):
         TraceWriter(tmp_path / "t", header_of())
     TraceWriter(tmp_path / "t", header_of(), overwrite=True).close()
+
+
+def test_one_that_is_to_be_replaced_is_kept_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    """It was gone as soon as the new recording began, whatever became of that."""
+    path, header = tmp_path / "t", header_of()
+    old, new = rows_of(header, 7, 1), rows_of(header, BLOCK_TOKENS + 5, 2)
+    write(path, header, [old])
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(RuntimeError, match="the model"), TraceWriter(path, header, overwrite=True):
+        raise RuntimeError("the model cannot be loaded")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", path], "nothing is in the new one"
+    with pytest.raises(KeyboardInterrupt), TraceWriter(path, header, overwrite=True) as writer:
+        writer.append(new)
+        raise KeyboardInterrupt
+    assert_same(read_trace(path), old)
+    half = read_trace(unfinished(path))
+    assert half.num_tokens == BLOCK_TOKENS and not half.is_whole
+    with TraceWriter(tmp_path / "link", header, overwrite=True) as writer:
+        writer.append(new)
+        assert_same(read_trace(path), old)
+    assert_same(read_trace(path), new)
+    assert not unfinished(path).exists() and (tmp_path / "link").is_symlink()
+
+
+def test_a_recording_that_comes_to_nothing_is_not_in_the_way_of_the_next(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), TraceWriter(tmp_path / "t", header_of()):
+        raise RuntimeError("the model cannot be loaded")
+    write(tmp_path / "t", header_of(), [])
 
 
 def test_a_full_disk_says_so() -> None:

@@ -141,6 +141,20 @@ def test_a_text_that_cannot_be_read_costs_no_trace(
     assert output.read_bytes() == b"what was recorded before"
 
 
+def test_what_fails_once_the_model_is_loaded_costs_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, output = tmp_path / "t.jsonl", tmp_path / "t.trace"
+    text.write_text('"good"\n{\n')
+    arguments = ["trace", "record", str(DEMO_MODEL), "--text", str(text), "-o", str(output)]
+    for _ in range(2):
+        assert main(arguments) == 2
+        assert "line 2: no JSON" in capsys.readouterr().err, "not: it exists already"
+    output.write_bytes(b"what was recorded before")
+    assert main([*arguments, "--force"]) == 2
+    assert output.read_bytes() == b"what was recorded before"
+
+
 def test_lines_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     for line, text in (("{", "no JSON"), ('{"t": 1}', "must be a string"), ("3", "must be")):
