@@ -20,6 +20,7 @@ TOKENS_MAX = 10_000_000
 WINDOW = 256
 SECONDS = 60.0
 SECONDS_MAX = 86_400.0
+CLEAR_LINE = "\r\x1b[K"  # of a terminal
 _OF_TEXTS = ("weights", "domain", "window")
 _OF_DEPLOYMENT = ("deployment", "ray_address", "seconds")
 
@@ -105,7 +106,14 @@ def _record_deployment(options: Namespace) -> int:
     from remora.cluster.trace_live import record_deployment  # imports Ray: the token is in place
 
     address = instance.ray_address if instance else options.ray_address
-    found = record_deployment(
+    changes: list[str] = []
+
+    def say(change: str) -> None:
+        changes.append(change)
+        if not options.json:
+            print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{change}", file=sys.stderr)
+
+    left_out = record_deployment(
         name,
         address,
         options.output,
@@ -113,10 +121,11 @@ def _record_deployment(options: Namespace) -> int:
         seconds=seconds,
         overwrite=options.force,
         progress=_show_progress,
+        say=say,
     )
-    if found is None:
+    if left_out is None:
         return missing(f"there is no deployment {name!r} here", options.json)
-    return _tell(options, found)
+    return _tell(options, {"tokens_left_out": left_out, "changes": changes})
 
 
 def _record_texts(options: Namespace) -> int:
@@ -152,10 +161,8 @@ def _show_progress(num_tokens: int) -> None:
         print(f"\r{num_tokens:,} tokens", end="", file=sys.stderr, flush=True)
 
 
-def _tell(options: Namespace, left_out: int | None = None) -> int:
-    found = trace_info(options.output)
-    if left_out is not None:
-        found["tokens_left_out"] = left_out
+def _tell(options: Namespace, more: dict[str, Any] | None = None) -> int:
+    found = trace_info(options.output) | (more or {})
     print(json.dumps(found) if options.json else info_text(found))
     return OK
 
