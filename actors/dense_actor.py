@@ -175,6 +175,7 @@ class DenseActor:
             "tensor_parallel": self._launch.num_ranks,
             "whole_on_every_rank": self._whole,
             "token_shuffle": self._shuffle.status() if self._shuffle else {},
+            "shared_labels": self._tap.shared_labels if self._tap else [],
         }
 
     def phases(self) -> dict[str, Any]:

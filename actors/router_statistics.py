@@ -323,6 +323,7 @@ class RouterStatistics:
                 "bytes": history.nbytes if history else 0,
                 "domains": len(history.recent_shares()) if history else 0,
                 "labels": history.labels() if history else [],
+                "shared_labels": history.domains.shared_labels() if history else [],
                 "tokens_with_ids": self._counts.num_tokens if self._counts else 0.0,
             }
 

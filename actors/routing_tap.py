@@ -95,6 +95,7 @@ class RoutingTap:
         self._lock = threading.Condition()
         self._counting = threading.Lock()
         self._ended = False
+        self.shared_labels: list[list[str]] = []  # as of `RoutingCounter`
         self._thread = threading.Thread(
             target=self._count_forever, name="remora-routing-counter", daemon=True
         )
@@ -273,6 +274,7 @@ class RoutingTap:
         try:
             if runs:
                 self._counter.count(buffer.ids_LTK[:, begin:end], runs)
+                self._look_at_labels()
             if runs and recorder is not None:
                 recorder.note(buffer.ids_LTK[:, begin:end], runs)
         except Exception:  # statistics must not end a dense group; it goes on without them
@@ -280,6 +282,13 @@ class RoutingTap:
         with self._lock:
             if buffer is not self._active and buffer.num_rows == end:
                 buffer.num_rows = buffer.num_counted = 0
+
+    def _look_at_labels(self) -> None:
+        shared = self._counter.shared_labels()
+        if shared and not self.shared_labels:  # once: clients may name what they like
+            names = " and ".join(shared[0])
+            logger.warning("more names of domains than are told apart: %s count as one", names)
+        self.shared_labels = shared
 
     def _note_skipped(self) -> None:
         with self._lock:

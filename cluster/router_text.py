@@ -31,6 +31,8 @@ def _known(router: dict[str, Any]) -> str:
     if not found["tokens"]:
         return ""
     labels = f" (named: {', '.join(found['labels'])})" if found["labels"] else ""
+    if found["shared_labels"]:
+        labels += f"; as one count {', '.join('+'.join(each) for each in found['shared_labels'])}"
     domains = f"{found['domains']} domain{'s' * (found['domains'] != 1)}"
     return _line("", f"knows {found['tokens']:.0f} tokens of {domains}{labels}")
 
@@ -42,6 +44,8 @@ def _rebalance(found: dict[str, Any] | None) -> list[str]:
     if last is not None:
         gain = f", predicted gain {last['predicted_gain_ratio']:.1%}"
         why = f"{last['verdict']} ({last['reason']}){gain}"
+        if "not_applied" in last:
+            why += f", not applied: {last['not_applied']}"
         lines.append(_line("", f"last plan {last['age_s']:.0f} s ago: {why}"))
     since_s = gauges.get("remora_seconds_since_last_rebalance")
     if since_s is not None:

@@ -111,6 +111,11 @@ class Domains:
         domain.tokens = factor * domain.tokens + tokens
         return factor
 
+    def shared_labels(self) -> list[list[str]]:
+        """Names that count for one domain, since there are more of them than domains; each list
+        ascending."""
+        return sorted(sorted(d.labels) for d in self.by_number.values() if len(d.labels) > 1)
+
     def _make_room(self) -> tuple[int, int] | None:
         """Make two domains one, if there are two: those whose union spreads least more (Ward,
         J. Am. Stat. Assoc. 58, 1963), so that a few strange requests go before a domain does."""

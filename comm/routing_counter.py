@@ -203,6 +203,10 @@ class RoutingCounter:
             experts=ids_LTK[:, order].astype("<u2").tobytes(),
         )
 
+    def shared_labels(self) -> list[list[str]]:
+        """As `Domains.shared_labels`."""
+        return self._domains.shared_labels()
+
     def take(self, source: str) -> RoutingSketch:
         """What was counted since the last call; the counts begin anew.
 
@@ -226,8 +230,9 @@ class RoutingCounter:
                 if key[0] == number
             ]
             histogram = self._new_histogram[number].astype("<f4").tobytes()
-            labels = self._domains.by_number[number].labels
-            label = next(iter(labels)) if len(labels) == 1 else None
+            # of names that share a domain one stands for all: without any it would be counted with
+            # requests that have none
+            label = min(self._domains.by_number[number].labels, default=None)
             domains.append(
                 DomainSketch(tokens=tokens, histogram=histogram, cells=cells, label=label)
             )

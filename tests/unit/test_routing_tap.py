@@ -19,7 +19,7 @@ from remora.actors.dense_events import Slice, StepPlan
 from remora.actors.routing_tap import RoutingTap, merged_runs, runs_of, split_runs
 from remora.actors.sequence import Sequence
 from remora.comm.messages import SamplingParams, Submit
-from remora.comm.routing_counter import RoutingCounter, Run
+from remora.comm.routing_counter import DOMAINS_MAX, RoutingCounter, Run
 from remora.comm.sketch import RoutingSketch, decode_sketch
 from remora.comm.trace import DECODE, PREFILL
 
@@ -242,6 +242,33 @@ def test_ids_are_copied_while_a_sample_wants_them_and_labels_always() -> None:
     assert sketch.sample is not None
     assert sketch.sample.token_N().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {domain.label for domain in sketch.domains} == {"law", None}
+
+
+def test_names_that_share_a_domain_keep_a_name_and_are_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They were reported without any, into the domains of requests that have none."""
+    one = tap()
+    try:
+        for arrival in range(DOMAINS_MAX):
+            plan = plan_of((arrival, 0, 4))
+            plan.slices[0].sequence.domain = f"tenant-{arrival:02d}"
+            run_step(one, plan, ids_of(arrival, 4))
+        before = decode_sketch(one.take_sketch("h"))
+        assert len({domain.label for domain in before.domains}) == DOMAINS_MAX
+        assert one.shared_labels == [] and caplog.text == ""
+        for arrival in range(DOMAINS_MAX, DOMAINS_MAX + 3):
+            plan = plan_of((arrival, 0, 4))
+            plan.slices[0].sequence.domain = f"tenant-{arrival:02d}"
+            run_step(one, plan, ids_of(arrival, 4))
+        sketch = decode_sketch(one.take_sketch("h"))
+    finally:
+        one.close()
+    assert sketch.domains and None not in {domain.label for domain in sketch.domains}
+    assert sum(domain.tokens for domain in sketch.domains) == 12
+    assert sum(map(len, one.shared_labels)) == len(one.shared_labels) + 3
+    [told] = [record.getMessage() for record in caplog.records]
+    assert "more names of domains than are told apart: tenant-" in told
 
 
 def test_runs() -> None:

@@ -154,7 +154,7 @@ ROUTER: dict[str, Any] = {
     "address": "127.0.0.1:5000",
     "calls": {"Route": 9, "Report": 7, "Plan": 2},
     "routed": {"flows": 8, "sequences": 12, "alone": 3},
-    "statistics": {"reports": 7, "tokens": 5000.0, "domains": 1, "labels": []},
+    "statistics": {"reports": 7, "tokens": 5000.0, "domains": 1, "labels": [], "shared_labels": []},
     "rebalance": {"last": None, "gauges": {}},
 }
 
@@ -171,6 +171,9 @@ def test_the_router_says_what_it_did_and_what_it_knows() -> None:
     assert lines[1].strip() == "knows 5000 tokens of 1 domain"
     named = ROUTER | {"statistics": ROUTER["statistics"] | {"domains": 2, "labels": ["a", "law"]}}
     assert router_text(named)[1].strip() == "knows 5000 tokens of 2 domains (named: a, law)"
+    shared = named["statistics"] | {"shared_labels": [["a", "law"]]}
+    text = router_text(ROUTER | {"statistics": shared})[1]
+    assert text.endswith("(named: a, law); as one count a+law")
     nothing = {"reports": 0, "tokens": 0.0}
     silent = ROUTER | {"statistics": nothing}
     restored = ROUTER | {"statistics": ROUTER["statistics"] | {"reports": 0}}
@@ -186,6 +189,10 @@ def test_plans_and_their_gains_are_told() -> None:
     }
     lines = router_text(ROUTER | {"rebalance": {"last": last, "gauges": gauges}})
     assert lines[2].strip() == "last plan 4 s ago: keep (too little), predicted gain 1.2%"
+    refused = {"last": last | {"not_applied": "no slot is free"}, "gauges": {}}
+    assert router_text(ROUTER | {"rebalance": refused})[2].endswith(
+        ", not applied: no slot is free"
+    )
     assert lines[3].strip().endswith("predicted gain 20.0%, achieved not known yet")
     gauges["remora_rebalance_achieved_gain_ratio"] = 0.15
     lines = router_text(ROUTER | {"rebalance": {"last": None, "gauges": gauges}})
