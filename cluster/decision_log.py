@@ -3,6 +3,7 @@
 Every line has `time` (ISO 8601, UTC) and `kind`:
 
 - `decision`: a plan and what became of it (`verdict`, `reason`, predicted costs, moves in numbers);
+- `failed`: the last move, begun by hand, came to nothing: what was known before it holds;
 - `achieved`: what a placement that was moved to is measured to have saved.
 """
 

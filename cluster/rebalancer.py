@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from remora.actors.plan_outcome import PlacementCost, PlanOutcome
 from remora.autoscale.rebalance import RebalanceMemory, RebalancePolicy, decide, objective_of
@@ -32,6 +32,15 @@ Apply = Callable[[str, Placement], dict[str, Any]]  # operation id, placement ->
 BEFORE: Final = "placement.before.yaml"  # what the last move replaced
 SEED: Final = 0
 MEASURE_EVERY_S: Final = 60.0  # where there are no rounds
+
+
+class _Known(NamedTuple):
+    """Of the last move, and since."""
+
+    memory: RebalanceMemory
+    moved: dict[str, Any] | None
+    gauges: dict[str, float]
+    before: bytes | None  # what is in BEFORE
 
 
 class Planner(Protocol):
@@ -124,10 +133,14 @@ class Rebalancer:
                 reason = "no layer is worth its moves"
                 return self._note(report, {"verdict": "keep", "reason": reason})
             verdict = {"verdict": "move", "reason": "asked for"}
+            former = self._known()
             report = self._move(before, found, report, operation_id, begin)
             if "not_applied" not in report:
                 self._memory = RebalanceMemory(last_move_s=self._clock())
-            return self._note(report, verdict)
+            report = self._note(report, verdict)
+            if report.get("operation", {}).get("outcome") == "running":
+                self._see_through(operation_id, found.placement, former)
+            return report
         finally:
             self._lock.release()
 
@@ -280,6 +293,46 @@ class Rebalancer:
         done = operation["outcome"] == "done"
         return report | {"applied_epoch": self._view.epoch} if done else report
 
+    def _known(self) -> _Known:
+        before = None
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # there is none, or it is of no use
+                before = (self._folder / BEFORE).read_bytes()
+        return _Known(self._memory, self._moved, dict(self._gauges), before)
+
+    def _see_through(self, operation_id: str, placement: Placement, former: _Known) -> None:
+        """Wait, in a thread, for what a move by hand has begun. One that fails, or is cancelled,
+        was none: `former` is what is known then."""
+        begun = self._moved
+
+        def wait() -> None:
+            try:
+                operation = self._apply(operation_id, placement)  # of that id: it is found
+            except RemoraError as lost:
+                logger.info("what becomes of %s is not known: %s", operation_id, lost)
+                return
+            with self._lock:
+                if operation["outcome"] == "failed" and begun is not None and self._moved is begun:
+                    self._take_back(begun, former, operation["reason"])
+
+        threading.Thread(target=wait, name="remora-rebalance-end", daemon=True).start()
+
+    def _take_back(self, begun: dict[str, Any], former: _Known, reason: str) -> None:
+        self._memory, self._moved, self._gauges = former.memory, former.moved, former.gauges
+        if self._last == begun:
+            self._last = begun | {"not_applied": reason}
+        if self._log is not None:
+            self._log.append("failed", {"reason": reason, "epoch": begun["epoch"]}, self._wall())
+        if self._folder is None:
+            return
+        try:
+            if former.before is not None:
+                (self._folder / BEFORE).write_bytes(former.before)
+            else:
+                (self._folder / BEFORE).unlink(missing_ok=True)
+        except OSError as failed:
+            logger.warning("%s: cannot be put back: %s", self._folder / BEFORE, failed.strerror)
+
     def _keep_before(self, before: Placement) -> None:
         if self._folder is None:
             return
@@ -306,11 +359,14 @@ class Rebalancer:
     def _last_move(self) -> dict[str, Any] | None:
         """The last move in the log, with what it achieved if that is known."""
         moved = None
+        former: tuple[dict[str, Any] | None, dict[str, float]] = (None, {})
         for line in self._log.lines() if self._log is not None else ():
             if line["kind"] == "decision":
                 if line["verdict"] == "move" and "not_applied" not in line:
-                    moved = line
-                    self._gauges = {}
+                    former = (moved, self._gauges)
+                    moved, self._gauges = line, {}
+            elif line["kind"] == "failed":
+                moved, self._gauges = former
             elif line["kind"] == "achieved":
                 achieved = line["achieved_gain_ratio"]
                 self._gauges = {"remora_rebalance_achieved_gain_ratio": achieved}

@@ -1,12 +1,13 @@
 """Rounds of the online loop that come to nothing: refused, or of a view that is over."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.operations import world_operations
-from support.rebalance_rig import Direct, begun, loop, no_room
-from support.router_rig import TOKEN, view_of
+from support.rebalance_rig import Direct, begun, lines, loop, no_room
+from support.router_rig import TOKEN, view_of, wait_for
 
 from remora.actors.plan_outcome import PlanOutcome
 from remora.cluster import beside
@@ -58,6 +59,61 @@ def test_a_move_that_is_refused_costs_the_next_one_nothing(tmp_path: Path) -> No
     assert loop(planner, tmp_path)[0].gauges() == gauges | {
         "remora_seconds_since_last_rebalance": 0.0
     }, "and so it stands in the log"
+
+
+def test_a_move_by_hand_that_comes_to_nothing_costs_the_next_one_nothing(tmp_path: Path) -> None:
+    """It counted from its beginning, though it failed or was cancelled: the loop cooled down, and
+    the move before it was never measured."""
+    planner = Direct(view_of())
+    planner.report()
+    over = threading.Event()
+    outcome = {"outcome": "failed", "reason": "it was cancelled"}
+
+    def ends(operation_id: str, _: Placement) -> dict[str, Any]:
+        if not operation_id.startswith("by hand"):
+            return {"outcome": "done", "ended_s": 0.5}
+        assert over.wait(20.0)
+        return outcome
+
+    rebalancer, now = loop(planner, tmp_path, ends, cooldown_s=100.0, confirmations=1)
+    assert rebalancer.step()["verdict"] == "move"
+    first, before = rebalancer.gauges(), (tmp_path / BEFORE).read_text()
+    planner.view = view_of(epoch=2, placement=read_placement(tmp_path / LATEST))
+    planner.statistics.start_fresh()
+    rebalancer.adopt_view(planner.view)
+    for seed in range(3):  # another pattern
+        planner.report(shift=1, seed=seed)
+    now[0] = 200.0
+    report = rebalancer.move("by hand", begun)
+    assert "not_applied" not in report and (tmp_path / BEFORE).read_text() != before
+    assert rebalancer.gauges()["remora_seconds_since_last_rebalance"] == 0.0
+    assert rebalancer.step()["verdict"] == "wait", "as long as nobody knows"
+    over.set()
+    wait_for(lambda: lines(tmp_path)[-1]["kind"] == "failed")
+    wait_for(lambda: (tmp_path / BEFORE).read_text() == before)
+    assert rebalancer.gauges() == first | {"remora_seconds_since_last_rebalance": 200.0}
+    again, _ = loop(planner, tmp_path)
+    assert again.gauges() == first, "and so it stands in the log"
+    assert rebalancer.step()["verdict"] == "move", "at once"
+    assert rebalancer.gauges()["remora_seconds_since_last_rebalance"] == 0.0
+    outcome["outcome"] = "done"
+    now[0] = 400.0
+    assert rebalancer.move("by hand, again", begun)["verdict"] == "move"
+    assert rebalancer.gauges()["remora_seconds_since_last_rebalance"] == 0.0
+
+
+def test_a_first_move_by_hand_that_comes_to_nothing_leaves_nothing_known(tmp_path: Path) -> None:
+    planner = Direct(view_of())
+    planner.report()
+    rebalancer, _ = loop(
+        planner, tmp_path, lambda *_: {"outcome": "failed", "reason": "shard-1 died"}
+    )
+    rebalancer.move("by hand", begun)
+    wait_for(lambda: not (tmp_path / BEFORE).exists())
+    assert rebalancer.gauges() == {}
+    last = rebalancer.status()["last"]
+    assert (last["verdict"], last["not_applied"]) == ("move", "shard-1 died")
+    assert loop(planner, tmp_path)[0].gauges() == {}
 
 
 def test_a_cooldown_goes_on_when_a_coordinator_comes_back(tmp_path: Path) -> None:
