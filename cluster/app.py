@@ -24,6 +24,7 @@ from remora.cluster.bootstrap import ClusterHandle, ensure_cluster, find_cluster
 from remora.cluster.config import RemoraConfig, load_config
 from remora.cluster.connect import connected_service
 from remora.cluster.errors_http import as_request_error, from_validation
+from remora.cluster.gate import replace_access_log
 from remora.cluster.generation import Generation
 from remora.cluster.ingress import build_app
 from remora.cluster.model_source import local_checkpoint
@@ -104,6 +105,7 @@ class IngressReplica:
         Raises:
             RemoraError: the data plane cannot be brought up.
         """
+        replace_access_log()
         config = config_from_args(args)
         self._name = config.name
         cluster = await asyncio.to_thread(_bring_up, config)

@@ -227,8 +227,9 @@ def _nothing_behind() -> Service:
     """As much of a service as routes are made from; none of them is called."""
     model = SimpleNamespace(id="m", created_unix_s=0, root="m", max_model_len=1)
     serving = SimpleNamespace(metrics=IngressMetrics(dict), engine=None)
-    parts = {"keys": None, "tokenizer": None, "operations": None, "body_bytes_max": 1 << 20}
-    return cast(Service, SimpleNamespace(serving=serving, model=model, **parts))
+    parts = {"keys": None, "tokenizer": None, "operations": None}
+    sizes = {"body_bytes_max": 1 << 20, "access_log": False}
+    return cast(Service, SimpleNamespace(serving=serving, model=model, **parts, **sizes))
 
 
 def metrics() -> Iterator[str]:

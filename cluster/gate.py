@@ -16,7 +16,12 @@ from remora.cluster.metrics import IngressMetrics
 from remora.cluster.security import KeyRing
 from remora.comm.errors import RequestError
 
-logger = logging.getLogger("remora.access")
+SERVE_LOGGER = "ray.serve"
+# Below Serve's own, which its replicas keep in a file that Ray rotates. INFO whatever Serve tells.
+logger = logging.getLogger(f"{SERVE_LOGGER}.remora.access")
+logger.setLevel(logging.INFO)
+# What Serve goes by: `enable_access_log` of its LoggingConfig; and nobody rotates standard error.
+AS_SERVE_DOES = {"serve_access_log": True, "log_to_stderr": False}
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json"})
 ADMIN_PREFIX = "/v1/ep/"
@@ -36,12 +41,20 @@ class Gate:
     """ASGI middleware around the whole application.
 
     Args:
+        access_log: a line for each request.
         echo_request_id: False where the server does it already (Ray Serve).
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, metrics: IngressMetrics, echo_request_id: bool = True
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        metrics: IngressMetrics,
+        access_log: bool = True,
+        echo_request_id: bool = True,
     ) -> None:
+        self._access_log = access_log
         self._echo = echo_request_id
         self._app = app
         self._keys = keys
@@ -88,15 +101,17 @@ class Gate:
         finally:
             route = getattr(scope.get("route"), "path", "other")  # bounded: routes, not paths
             self._metrics.http.labels(route, str(status or 499)).inc()
-            logger.info(
-                "%s %s %d %.1f ms request_id=%s%s",
-                scope["method"],
-                route,
-                status or 499,  # nothing was sent: the client hung up
-                1e3 * (time.perf_counter() - started_s),
-                request_id,
-                f" traceparent={traceparent}" if traceparent else "",
-            )
+            if self._access_log:
+                logger.info(
+                    "%s %s %d %.1f ms request_id=%s%s",
+                    scope["method"],
+                    route,
+                    status or 499,  # nothing was sent: the client hung up
+                    1e3 * (time.perf_counter() - started_s),
+                    request_id,
+                    f" traceparent={traceparent}" if traceparent else "",
+                    extra=AS_SERVE_DOES,
+                )
 
     def _check_keys(self, path: str, authorization: str | None) -> None:
         if path.startswith(ADMIN_PREFIX):
@@ -110,3 +125,10 @@ class Gate:
             self._keys.admin.check(authorization)
         elif path not in OPEN_PATHS:
             self._keys.api.check(authorization)
+
+
+def replace_access_log() -> None:
+    """Have Serve tell no requests itself in this process: its line has no trace context, and goes
+    to standard error, too."""
+    own = logging.getLogger(SERVE_LOGGER)  # records of loggers below it do not pass its filters
+    own.addFilter(lambda record: not getattr(record, "serve_access_log", False))

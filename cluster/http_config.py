@@ -24,6 +24,7 @@ class HttpConfig(Section):
     n_max: Annotated[int, Field(ge=1, le=4096)] = 128  # `n` of a request
     logprobs_max: Annotated[int, Field(ge=0, le=1024)] = 20  # log-probabilities a token
     queue_max: Annotated[int, Field(ge=1, le=1 << 20)] = 1024  # sequences admitted per replica
+    access_log: bool = True  # a line for each request (docs/elasticity.md, What is told)
     # from acceptance to the last token
     request_timeout_s: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] = 3600.0
 

@@ -47,6 +47,7 @@ def build_app(service: Service, *, echo_request_id: bool = True) -> FastAPI:
         Gate,
         keys=service.keys,
         metrics=service.serving.metrics,
+        access_log=service.access_log,
         echo_request_id=echo_request_id,
     )
     app = FastAPI(

@@ -158,7 +158,12 @@ def _start_serve(config: RemoraConfig, own: bool, stack: ExitStack, console: Con
         if config.name not in applications:  # else somebody else's, which this one only upgrades
             stack.callback(_delete_app, config.name)
     try:
-        serve.run(application(config), name=config.name, route_prefix=prefix)
+        serve.run(
+            application(config),
+            name=config.name,
+            route_prefix=prefix,
+            logging_config={"log_level": "WARNING"},  # and `http.access_log`
+        )
     except RuntimeError as error:  # Serve's own, after several attempts
         raise ClusterError(f"the ingress does not start: {_why_not(config.name)}") from error
     return url.rstrip("/") + prefix.rstrip("/")

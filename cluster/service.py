@@ -43,6 +43,7 @@ class Service:
     serving: Serving
     keys: Keys
     body_bytes_max: int
+    access_log: bool
     operations: OperationCalls
     watch: asyncio.Task[None] | None = None  # ends with the service
     pool: ThreadPoolExecutor = field(
@@ -128,6 +129,7 @@ def make_service(
             admin=load_keys(http.admin_keys_file, ADMIN_KEYS_ENV),
         ),
         body_bytes_max=http.body_bytes_max,
+        access_log=http.access_log,
         operations=OperationCalls(operations),
     )
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from openai import OpenAI
 from support.light_commands import run_commands
+from support.router_rig import wait_for
 from support.serving import DEMO_MODEL, demo_tokenizer
 
 REMORA = Path(sys.executable).parent / "remora"
@@ -277,6 +278,22 @@ def test_its_placement_can_be_exported(home: Path, served: dict[str, Any]) -> No
     assert nobody == 3
     status, again = run(home, "placement", "check", str(path), "--model", str(DEMO_MODEL))
     assert status == 0 and again["replicas"] == facts["replicas"]
+
+
+def test_each_request_is_a_line_in_a_file_that_ray_rotates(
+    home: Path, served: dict[str, Any]
+) -> None:
+    """It went nowhere; Serve's own line goes to a replica's standard error, too."""
+    trace = f"00-{'4b' * 16}-{'f0' * 8}-01"
+    headers = {"x-request-id": "of-this-test", "traceparent": trace}
+    assert httpx.get(f"{served['url']}/models", headers=headers, timeout=60).status_code == 200
+    [record] = home.glob(f"remora-*/{NAME}.json")
+    logs = Path(json.loads(record.read_text())["session"]) / "session_latest" / "logs"
+    [file] = logs.glob(f"serve/replica_{NAME}_ingress_*.log")
+    end = f" ms request_id=of-this-test traceparent={trace}\n"
+    wait_for(lambda: end in file.read_text())  # once the answer has been sent
+    assert file.read_text().count(" request_id=of-this-test") == 1
+    assert not [error for error in logs.glob("*.err") if "of-this-test" in error.read_text()]
 
 
 def test_who_asks_it_imports_none_of_what_it_runs(home: Path, served: dict[str, Any]) -> None:

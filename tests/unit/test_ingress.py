@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -177,7 +178,28 @@ def test_a_request_over_its_time_is_504_and_aborted() -> None:
         run(check, engine, request_timeout_s=0.1)
 
 
-def test_request_ids_and_trace_context(caplog: pytest.LogCaptureFixture) -> None:
+class Lines(logging.Handler):
+    """As Serve's, of its file or of standard error."""
+
+    def __init__(self, *attributes: str) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        for name in attributes:
+            self.addFilter(lambda record, name=name: getattr(record, name, True))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def kept_by_serve(*attributes: str) -> Iterator[list[str]]:
+    handler, log = Lines(*attributes), logging.getLogger("ray.serve")
+    log.addHandler(handler)
+    yield handler.lines
+    log.removeHandler(handler)
+
+
+def test_request_ids_and_trace_context() -> None:
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
     async def check(client: httpx.AsyncClient, service: Service) -> None:
@@ -188,11 +210,19 @@ def test_request_ids_and_trace_context(caplog: pytest.LogCaptureFixture) -> None
         other = await client.get("/nowhere", headers=bad)
         assert len(other.headers["x-request-id"]) == 32
 
-    with make_engine() as engine, caplog.at_level(logging.INFO, logger="remora.access"):
+    with (
+        make_engine() as engine,
+        kept_by_serve() as lines,
+        kept_by_serve("log_to_stderr") as errors,
+    ):
         run(check, engine)
-    lines = [record.getMessage() for record in caplog.records]
-    assert any("abc-1" in line and trace in line for line in lines)
-    assert not any("00-zz" in line for line in lines)
+        first, other = lines
+        assert first.startswith("GET /v1/models 200 ")
+        assert first.endswith(f" ms request_id=abc-1 traceparent={trace}")
+        assert other.startswith("GET other 404 ") and "00-zz" not in other
+        assert errors == [], "which nobody rotates"
+        run(check, engine, access_log=False)
+        assert len(lines) == 2
 
 
 def test_metrics_count_what_happened() -> None:
