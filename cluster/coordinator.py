@@ -25,7 +25,7 @@ from remora.actors.process_log import keep_log
 from remora.autoscale.ingress_load import IngressLoad
 from remora.cluster.beside import Beside
 from remora.cluster.config import RemoraConfig
-from remora.cluster.coordinator_process import Phase
+from remora.cluster.coordinator_process import OVER, Phase
 from remora.cluster.dense_groups import remove_placement_groups
 from remora.cluster.elastic import ENDING, Elastic, log_folder
 from remora.cluster.first_processes import begin_processes, connect_all, plan_ranks
