@@ -54,6 +54,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     free_s: float = 60.0
     retry_s: float = 1.0
     restore_s: float = 1.0  # after a try to restore a member that failed; doubled each time
+    settled_s: float = 10.0  # a member that came back and dies sooner was brought back in vain
     patience_s: float = 15.0  # with who comes back, before those that are there go on without it
     replicas: int = 1  # of an expert, where slots allow
     slots_of_joiners: int = 1  # of a layer; at least
@@ -100,7 +101,7 @@ class CoordinatorCalls(ABC):
         self._unsure: set[str] = set()
         self._tries: dict[str, int] = {}  # of tasks of this step
         self._stopped: set[str] = set()  # members that this operation has ended
-        self._restores = RestoreTries(limits.restore_s)
+        self._restores = RestoreTries(limits.restore_s, limits.settled_s)
         self._until_s: float | None = None  # of the step
         # what follows the log entry, and what follows where it cannot be written
         self._logging: tuple[Callable[[], None], Callable[[str], None]] | None = None

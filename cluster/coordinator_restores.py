@@ -215,7 +215,7 @@ class MemberRestores(OperationSteps):
         self._blamed = None
         target, is_done = operation.target, operation.outcome == "done"
         if isinstance(target, Restore) and is_done:
-            self._restores.forget(target.uids)
+            self._restores.back(target.uids, self._now_s)
         elif isinstance(target, Restore):
             self._count(target.uids if blamed is None else blamed, operation.reason)
         elif isinstance(target, ScaleTo) and is_done and not target.gives_way:

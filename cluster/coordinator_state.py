@@ -351,7 +351,8 @@ class CoordinatorState(Cancellations):
             if uid in self.lost | self.lost_dense:
                 return  # told twice: by its process, and by whoever missed its progress
             (self.lost if member.role == "shard" else self.lost_dense).add(uid)
-            self._restores.forget([uid])
+            if self._restores.died(uid, self._now_s):
+                self._put(Alarm(f"{uid} dies each time soon after it has come back"))
             self.copies.pop(uid, None)
             if uid in self.fenced:  # its next life is another one
                 self._let_in(uid)

@@ -1,5 +1,10 @@
-"""How often members that died were brought back in vain, and when each is tried again. Pure."""
+"""How often members that died were brought back in vain, and when each is tried again. Pure.
 
+In vain is also what comes back and dies again within `settled_s`: a member that its first requests
+kill would else come and go for ever, and disturb all streams each time.
+"""
+
+import math
 from collections.abc import Collection
 from typing import Final
 
@@ -15,21 +20,32 @@ class RestoreTries:
     with a `retry_s` of 1.
     """
 
-    def __init__(self, retry_s: float) -> None:
+    def __init__(self, retry_s: float, settled_s: float) -> None:
         self._retry_s = retry_s
+        self._settled_s = settled_s
+        self._back_s: dict[str, float] = {}  # when each came back
         self._failed: dict[str, int] = {}  # in a row
         self._due_s: dict[str, float] = {}  # of those that failed
 
-    def forget(self, uids: Collection[str]) -> None:
-        """These are back, or have died anew."""
+    def back(self, uids: Collection[str], now_s: float) -> None:
+        """These are there again."""
         for uid in uids:
-            self._failed.pop(uid, None)
             self._due_s.pop(uid, None)
+            self._back_s[uid] = now_s
+
+    def died(self, uid: str, now_s: float) -> bool:
+        """A member that was there has died; whether it is given up with it."""
+        if now_s - self._back_s.pop(uid, -math.inf) < self._settled_s:
+            return self.failed(uid, now_s)
+        self._failed.pop(uid, None)
+        self._due_s.pop(uid, None)
+        return False
 
     def forget_all(self) -> None:
         """Somebody has looked: all are tried as if for the first time."""
         self._failed.clear()
         self._due_s.clear()
+        self._back_s.clear()
 
     def failed(self, uid: str, now_s: float) -> bool:
         """A try has failed; whether this member is given up with it."""

@@ -48,6 +48,7 @@ LIMITS: Final = Limits(
     free_s=5.0,
     retry_s=0.5,
     restore_s=0.1,
+    settled_s=1.0,
     patience_s=2.5,  # over what any start takes
     replicas=2,
 )

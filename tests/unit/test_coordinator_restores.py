@@ -1,7 +1,6 @@
 """How members that died come back: nobody waits for one that cannot, nor does what is asked for."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from remora.cluster.operation import (
     Target,
     Task,
 )
-from remora.cluster.restore_tries import RESTORES_MAX, RestoreTries
+from remora.cluster.restore_tries import RESTORES_MAX
 from remora.comm.errors import ClusterError, ConfigError, OperationRunsError
 
 EIGHT = tuple(range(8))
@@ -371,19 +370,3 @@ def test_any_sequence_of_deaths_and_room(copies: int, steps: list[tuple[str, obj
 def ask_if_possible(it: World, operation_id: str, target: Any) -> None:
     with contextlib.suppress(ClusterError, ConfigError):
         it.ask(operation_id, target)
-
-
-def test_each_member_has_its_own_tries() -> None:
-    tries = RestoreTries(1.0)
-    both = ("shard-0", "shard-1")
-    assert tries.next_s((), 9.0) is None and tries.next_s(both, 9.0) == 9.0
-    assert not tries.failed("shard-0", 10.0) and not tries.failed("shard-0", 11.0)
-    assert tries.due(both, 12.0) == ["shard-1"], "it died meanwhile"
-    assert tries.next_s(("shard-0",), 12.0) == 13.0 and tries.due(both, 13.0) == [*both]
-    tries.forget(["shard-0"])
-    assert tries.due(both, 12.0) == [*both]
-    given_up = [tries.failed("shard-0", 20.0) for _ in range(RESTORES_MAX + 1)]
-    assert given_up.index(True) == RESTORES_MAX - 1 and sum(given_up) == 1, "it is said once"
-    assert tries.due(both, math.inf) == ["shard-1"] and tries.next_s(["shard-0"], 0.0) is None
-    tries.forget_all()
-    assert tries.due(both, 20.0) == [*both]
