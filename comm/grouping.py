@@ -16,8 +16,8 @@ Method (docs/routing.md): seeds, exact local search over partitions (`partition_
 replicas by marginal gain (`replica_search.py`), shards relabelled so that weights stay. A layer of
 this search whose load on the planning bundles is more than `Objective.load_margin` over EPLB's is
 repaired: exchanges under steeper load prices. EPLB's placement is taken only where that does not
-help either, or where it has fewer copies, and never in place of an old placement, all of which it
-would move.
+help either, or where it is the better one by the objective, and never in place of an old placement,
+all of which it would move.
 
 Shape suffixes: S shards, H hosts, E experts, L MoE layers.
 """
@@ -37,6 +37,7 @@ from remora.comm.exchange_search import within_load
 from remora.comm.layer_plan import expert_loads, plan_layer_by_search, sample_size
 from remora.comm.objective import Objective
 from remora.comm.replay import LayerCost, replay_bundles
+from remora.comm.replica_search import value_of
 from remora.comm.topology import Topology
 
 Held = NDArray[np.bool_]  # [S, E]
@@ -146,7 +147,8 @@ def _plan_one(
         held = within_load(sample, topology, held, objective, load_max=load_max, old=old)
         cost = bundle_cost(bundles, held, topology, seed=seed)
     far_over = cost.load_max_over_mean > load_max + objective.load_margin
-    if old is None and (far_over or cost.remote_copies > eplb_cost.remote_copies):
+    is_worse = value_of(cost, objective) > value_of(eplb_cost, objective)
+    if old is None and (far_over or is_worse):
         return eplb, eplb_cost, eplb_cost
     return held, cost, eplb_cost
 
