@@ -201,8 +201,8 @@ class Coordinator:
 
         Raises:
             RemoraError: the model, a weight file or an actor failed, not all had started within
-                `start_timeout_s`, or somebody stopped it meanwhile; nothing is left half up. Or
-                what lives is not adopted yet.
+                `start_timeout_s`, somebody stopped it meanwhile (nothing is left half up), or what
+                lives is not adopted yet.
         """
         if not self._looked.wait(LOCK_S):
             raise self._failure or ClusterError(f"{self._config.name!r} is not adopted yet")
@@ -211,6 +211,8 @@ class Coordinator:
                 if self._phase == "serving":
                     assert self._view is not None
                     return self._view
+                if self._ends.is_set():  # `stop` comes after us, and ends what is there
+                    raise self._stopped()
                 if self._failure is not None:
                     self._phase = "failed" if self._phase == "new" else self._phase
                     raise self._failure

@@ -1,7 +1,7 @@
 """Operations that are undone because nobody wants them any more. Pure.
 
-What is not committed is undone at once. Between two rounds of one that has several, and while the
-log is written, it is undone as soon as it may be: views that are committed stay.
+What is not committed is undone at once. Between two rounds of one that has several it is undone as
+soon as it may be, also by the next life of the coordinator: views that are committed stay.
 """
 
 import msgspec
@@ -34,7 +34,7 @@ class Cancellations(MemberRestores):
         """
         self._now_s = now_s
         operation = self.known(operation_id)
-        if operation.outcome != "running":
+        if operation.outcome != "running" or operation.is_unwanted:
             return []
         if isinstance(operation.target, Restore | TakeOver):
             raise ConfigError(

@@ -7,7 +7,7 @@ operation gives way to whatever is asked for. Pure.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Final
 
@@ -15,12 +15,12 @@ import msgspec
 
 from remora.cluster.operation import (
     Alarm,
-    Offer,
     Restore,
     ScaleTo,
     Stop,
     TakeOver,
     Target,
+    Task,
     gives_way,
     has_deadline,
     is_dense,
@@ -47,7 +47,8 @@ class MemberRestores(OperationSteps):
         if not self._may_restore():
             return
         due = self._restores.due(self._lacking(), self._now_s)
-        if not due:
+        # who is not due may be missed all the same: what it alone had is not to wait for it
+        if not due and (self._is_restore() or not self._may_take_over()):
             return
         if self.operation is None:
             self._begin_own(due)
@@ -55,7 +56,7 @@ class MemberRestores(OperationSteps):
             self._take_in(due)
         else:
             self.operation.gave_way = gives_way(self.operation.target)
-            self._abort(f"{', '.join(due)} died", ())
+            self._abort(f"{', '.join(due or sorted(self.lost))} died", ())
 
     def _begin_own(self, due: list[str]) -> None:
         if self._may_take_over():
@@ -150,9 +151,9 @@ class MemberRestores(OperationSteps):
         """A step that may be undone takes too long."""
         operation, silent = self._running(), self._silent()
         reason = f"{', '.join(silent)} did not answer in step {operation.step}"
-        offered = {t.uid for t in self._open() if isinstance(t, Offer)}
-        if offered and self._is_pressing():
-            self._commit_without(offered)
+        needless = [task for task in self._open() if self._may_do_without(task)]
+        if needless:
+            self._do_without(needless)
             return
         if not (self._is_restore() and self._is_preparing() and self._joined):
             self._abort(reason, [uid for uid in silent if uid in operation.joiners] or None)
@@ -161,12 +162,14 @@ class MemberRestores(OperationSteps):
         tried = [uid for uid in silent if self._now_s - self._asked_s[uid] >= whole_s]
         self._leave_out(tried or silent, reason, is_try=bool(tried))
 
-    def _commit_without(self, uids: Collection[str]) -> None:
-        """These ranks have not connected in advance. They go by the older view, which costs nobody
-        anything, until they adopt the next one or are fenced."""
-        self._waiting = {c: t for c, t in self._waiting.items() if not isinstance(t, Offer)}
-        self._again = [each for each in self._again if not isinstance(each[1], Offer)]
-        self._odd(f"{', '.join(sorted(uids))} did not answer in step commit")
+    def _do_without(self, tasks: Sequence[Task]) -> None:
+        """Nobody answers these. Ranks that have not connected in advance go by the older view,
+        which costs nobody anything, until they adopt the next one or are fenced; what a shard that
+        serves computes is for comparison alone."""
+        self._waiting = {c: t for c, t in self._waiting.items() if t not in tasks}
+        self._again = [each for each in self._again if each[1] not in tasks]
+        silent = ", ".join(sorted({task.uid for task in tasks}))
+        self._odd(f"{silent} did not answer in step {self._running().step}")
         self._until_s = self._now_s + self._within(self._limits.commit_s)
         self._go_on()
 
@@ -214,9 +217,7 @@ class MemberRestores(OperationSteps):
         operation, blamed = self._running(), self._blamed
         self._blamed = None
         target, is_done = operation.target, operation.outcome == "done"
-        if isinstance(target, Restore) and is_done:
-            self._restores.back(target.uids, self._now_s)
-        elif isinstance(target, Restore):
+        if isinstance(target, Restore) and not is_done:
             self._count(target.uids if blamed is None else blamed, operation.reason)
         elif isinstance(target, ScaleTo) and is_done and not target.gives_way:
             self._restores.forget_all()

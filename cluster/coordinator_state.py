@@ -22,7 +22,7 @@ from functools import partial
 
 import msgspec
 
-from remora.cluster.coordinator_cancels import Cancellations
+from remora.cluster.coordinator_cancels import CANCELLED, Cancellations
 from remora.cluster.former_places import former_after
 from remora.cluster.operation import (
     BEFORE_COMMIT,
@@ -172,8 +172,9 @@ class CoordinatorState(Cancellations):
         self._remember(operation)
         self.incarnations |= operation.joiners
         if operation.round == 0:
-            operation.gave_way = gives_way(operation.target)
-            self._abort("the coordinator was started again before the first commit", ())
+            operation.gave_way = gives_way(operation.target) and not operation.is_unwanted
+            again = "the coordinator was started again before the first commit"
+            self._abort(CANCELLED if operation.is_unwanted else again, ())
         else:
             self._drain()
 

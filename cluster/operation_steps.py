@@ -210,6 +210,8 @@ class OperationSteps(CoordinatorFences):
             new |= {uid: pairs_of(operation.slots[uid], layers) for uid in self._joined_shards()}
             self.lost -= operation.joiners.keys()
             self.lost_dense -= operation.joiners.keys()
+            if self._is_restore():  # they serve from now on
+                self._restores.back(operation.joiners, self._now_s)
         operation.moved += sum(map(len, new.values()))
         operation.round += 1
         before, after = self.view.placement.slots, self._next.placement.slots

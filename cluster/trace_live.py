@@ -138,7 +138,8 @@ class Groups:
         self._adopt(view)
         until_s, never = time.monotonic() + ANSWER_S, threading.Event()
         while True:
-            assert self.take() == [], "nothing is taken of who has not begun"
+            taken = self.take()
+            assert not taken, "nothing is taken of who has not begun"
             if self._header is not None:
                 return self._header
             if time.monotonic() > until_s:
@@ -243,6 +244,7 @@ class Groups:
         try:
             answer = ray.get(reference)
         except ray.exceptions.ActorUnavailableError:  # between the two of us: it is asked again
+            self._say(f"{group.uid} was out of reach: some of what it recorded may be missing")
             return None
         except ray.exceptions.RayActorError:
             group.has_ended = True

@@ -292,6 +292,7 @@ class TraceWriter:
         self._said = 0  # labels in the file
         self._waiting: list[Trace] = []
         self._num_waiting = 0
+        self._is_empty = True  # no token is in the file
         body = msgspec.msgpack.encode(header)
         try:
             self._file: FileIO = self._half.open("wb" if overwrite else "xb", buffering=0)
@@ -299,7 +300,11 @@ class TraceWriter:
             raise TraceError(f"{path} exists already; choose another, or --force") from None
         except OSError as error:
             raise self._cannot(error) from error
-        self._put(PRELUDE.pack(MAGIC, VERSION, 0, len(body), zlib.crc32(body)) + body)
+        try:
+            self._put(PRELUDE.pack(MAGIC, VERSION, 0, len(body), zlib.crc32(body)) + body)
+        except TraceError:
+            self._drop()
+            raise
 
     def append(self, rows: Trace) -> None:
         """Add tokens; they reach the file when a block of them is full, or at the end."""
@@ -331,6 +336,7 @@ class TraceWriter:
             block = join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
             self._waiting, self._num_waiting = [], 0
             self._put(encode_block(block))
+            self._is_empty = False
 
     def close(self) -> None:
         """Write what waits and the end; the file is whole then, and in its place."""
@@ -339,8 +345,10 @@ class TraceWriter:
         try:
             self.flush()
             self._put(_record(b"DONE", 0, msgspec.msgpack.encode(self.num_tokens)))
-        finally:
-            self._file.close()
+        except TraceError:
+            self._drop()
+            raise
+        self._file.close()
         if self._is_beside:
             try:
                 self._half.replace(self._path)
@@ -356,10 +364,13 @@ class TraceWriter:
         if error is None:
             self.close()
         else:
-            self._file.close()  # without an end: the file says that it is not whole
-            if self.num_tokens == self._num_waiting and os.path.isfile(self._half):
-                self._half.unlink()  # nothing is in it, and the next try would find it there
+            self._drop()
         return False
+
+    def _drop(self) -> None:
+        self._file.close()  # without an end: the file says that it is not whole
+        if self._is_empty and os.path.isfile(self._half):
+            self._half.unlink()  # nothing is in it, and the next try would find it there
 
     def _number(
         self, kind: str, label_T: NDArray[np.int16], names: tuple[str, ...]

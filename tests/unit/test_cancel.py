@@ -152,3 +152,15 @@ def test_a_member_that_dies_while_it_is_cancelled_comes_back() -> None:
     it.kill("shard-0")
     it.settle()
     it.check_all_back()
+
+
+def test_what_was_cancelled_says_so_in_the_next_life_and_is_told_of_once() -> None:
+    it = placeless()
+    it.cancel("up")
+    records = len(it.log)
+    it.cancel("up")
+    assert len(it.log) == records
+    it.restart()
+    it.settle()
+    assert it.state.history["up"].reason == "it was cancelled"
+    it.check_at_rest()

@@ -59,3 +59,33 @@ def test_a_shard_that_its_first_requests_kill_is_given_up() -> None:
     it.ask("again", ScaleTo(2))
     it.settle()
     it.check_all_back()
+
+
+def test_who_dies_while_its_return_ends_was_brought_back_in_vain() -> None:
+    """It serves from the commit on, and dies while older views are drained."""
+    it = World({"shard-0": ALL, "shard-1": ALL}, num_experts=8, room=8, replicas=2)
+    it.kill("shard-1")
+    for life in range(2, RESTORES_MAX + 2):
+        while it.state.view.members[-1].incarnation != life:
+            it.settle_one()
+        assert it.state.operation is not None and it.state.operation.step == "drain"
+        it.kill("shard-1")
+    it.settle()
+    assert it.state.given_up() == {"shard-1"} and it.now_s > 2.0 ** (RESTORES_MAX - 2)
+    assert it.alarms == ["shard-1 dies each time soon after it has come back"]
+
+
+def test_what_it_alone_had_does_not_wait_until_it_is_tried_again() -> None:
+    """A living shard has second copies, and takes over at once."""
+    halves = {"shard-0": (tuple(range(4)),) * 2, "shard-1": (tuple(range(4, 8)),) * 2}
+    it = World(halves, num_experts=8, room=8, num_copies=4)
+    for _ in range(3):
+        it.settle()
+        assert it.state.view.placement.slots == halves
+        known, killed_s = len(it.published), it.now_s
+        it.kill("shard-1")
+        it.answer_all()
+        assert it.now_s == killed_s
+        assert it.published[known].placement.slots.keys() == {"shard-0"}
+    it.settle()
+    it.check_all_back()

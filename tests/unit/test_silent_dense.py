@@ -137,3 +137,20 @@ def test_a_shard_that_serves_and_cannot_be_asked_keeps_nobody_from_coming_back()
     assert operation.reason == "Canary shard-0: it is cut off; given up after 5 tries"
     assert it.run("up", ScaleTo(3)).reason == "shard-0: it is cut off", "nobody waits for that"
     it.check_at_rest()
+
+
+def test_a_shard_that_serves_and_does_not_answer_keeps_nobody_from_coming_back() -> None:
+    it = World(BOTH, num_experts=8, room=8, replicas=2)
+    answer = it._answer
+
+    def silent(ask: Ask, here: Fault) -> None:
+        if not (isinstance(ask.task, Canary) and ask.task.uid == "shard-0"):
+            answer(ask, here)
+
+    it._answer = silent  # type: ignore[method-assign]
+    it.kill("shard-1")
+    it.settle()
+    [operation] = it.settled
+    assert operation.outcome == "done"
+    assert operation.reason == "shard-0 did not answer in step verify"
+    it.check_at_rest()

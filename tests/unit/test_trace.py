@@ -240,6 +240,22 @@ def test_what_was_written_before_the_disk_was_full_is_kept(tmp_path: Path) -> No
     assert_same(found, rows)
 
 
+@pytest.mark.parametrize("room", [10, 400])
+def test_a_disk_that_is_full_before_the_first_token_keeps_no_file(
+    tmp_path: Path, room: int
+) -> None:
+    """Neither without room for what a trace begins with, nor without any for its first block."""
+    rows = rows_of(header_of(), BLOCK_TOKENS, 5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(TraceError, match=os.strerror(errno.EFBIG)):
+            write(tmp_path / "t", header_of(), [rows])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ids_out_of_range_are_refused() -> None:
     header = header_of(num_experts=4, top_k=2)
     with pytest.raises(TraceError, match="expert ids"):
