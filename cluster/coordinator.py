@@ -1,7 +1,7 @@
 """The coordinator: brings the data-plane actors of one deployment up and publishes its view.
 
-One detached, named actor for each. It keeps the view that dense ranks and ingresses read, changes it
-while requests run (`elastic.py`), tells who lives, and takes everything down.
+One detached, named actor for each. It keeps the view that dense ranks and ingresses read, changes
+it while requests run (`elastic.py`), tells who lives, and takes everything down.
 
 Every data-plane actor is detached and named by incarnation, so that it outlives its creator:
 `remora/<deployment>/shard-0#1`. A coordinator brings its deployment up once: after a failure or a
