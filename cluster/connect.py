@@ -18,7 +18,7 @@ from remora.cluster.model_source import local_checkpoint
 from remora.cluster.request_plan import ModelInfo
 from remora.cluster.router_client import RouterClient
 from remora.cluster.service import Service, fingerprint_of, make_service
-from remora.comm.errors import first_line
+from remora.comm.errors import ClusterError, first_line
 from remora.comm.messages import EngineStats, Traffic
 from remora.comm.view import Member
 
@@ -78,7 +78,8 @@ async def _exchange(
         try:
             metrics.coordinator = await asyncio.to_thread(cluster.exchange, load)
         except Exception as error:  # it is gone or failed: what was known gets old, and is left out
-            logger.info("no figures of the coordinator: %s", first_line(error))
+            odd = not isinstance(error, ClusterError)
+            logger.info("no figures of the coordinator: %s", first_line(error), exc_info=odd)
             metrics.coordinator = {}
         await asyncio.sleep(every_s)
 

@@ -118,39 +118,28 @@ def test_a_dense_group_that_joins_and_does_not_adopt_is_tried_again_alone() -> N
     it.check_all_back()
 
 
-def test_a_shard_that_serves_and_cannot_be_asked_keeps_nobody_from_coming_back() -> None:
-    """What it computes is for comparison alone; a start was undone for it, and counted as a try."""
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_shard_that_serves_and_computes_no_canary_keeps_nobody_from_coming_back(
+    is_told: bool,
+) -> None:
+    """It is for comparison alone; a start was undone for it, and counted as a try."""
     it = World(BOTH, num_experts=8, room=8, replicas=2)
     answer = it._answer
 
     def unreachable(ask: Ask, here: Fault) -> None:
-        if isinstance(ask.task, Canary) and ask.task.uid == "shard-0":
-            it.queue.append(CallFailed(ask.call, "it is cut off"))
-        else:
+        if not (isinstance(ask.task, Canary) and ask.task.uid == "shard-0"):
             answer(ask, here)
+        elif is_told:
+            it.queue.append(CallFailed(ask.call, "it is cut off"))
 
     it._answer = unreachable  # type: ignore[method-assign]
     it.kill("shard-1")
     it.settle()
     [operation] = it.settled
     assert operation.outcome == "done"
-    assert operation.reason == "Canary shard-0: it is cut off; given up after 5 tries"
-    assert it.run("up", ScaleTo(3)).reason == "shard-0: it is cut off", "nobody waits for that"
-    it.check_at_rest()
-
-
-def test_a_shard_that_serves_and_does_not_answer_keeps_nobody_from_coming_back() -> None:
-    it = World(BOTH, num_experts=8, room=8, replicas=2)
-    answer = it._answer
-
-    def silent(ask: Ask, here: Fault) -> None:
-        if not (isinstance(ask.task, Canary) and ask.task.uid == "shard-0"):
-            answer(ask, here)
-
-    it._answer = silent  # type: ignore[method-assign]
-    it.kill("shard-1")
-    it.settle()
-    [operation] = it.settled
-    assert operation.outcome == "done"
-    assert operation.reason == "shard-0 did not answer in step verify"
+    given_up = "Canary shard-0: it is cut off; given up after 5 tries"
+    silent = "shard-0 did not answer in step verify"
+    assert operation.reason == (given_up if is_told else silent)
+    why = "shard-0: it is cut off" if is_told else silent
+    assert it.run("up", ScaleTo(3)).reason == why, "nobody waits for that"
     it.check_at_rest()
