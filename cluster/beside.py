@@ -76,7 +76,6 @@ class Beside:
         """As `listen` and `serve`. What cannot be started, as where the life before this one still
         has the address, or a volume is away, is tried again and again: what serves goes on serving,
         and operators ask by Ray and HTTP meanwhile."""
-        self._router = router
         starts: dict[str, Callable[[], None]] = {
             "gRPC": self.listen,
             "rebalancer": lambda: self._plan_moves(spec, router),
